@@ -1,0 +1,6 @@
+"""Tiled Flash Linear Attention, the mLSTM and the linear-attention family from one scan."""
+
+from tfla.api import State, linear_attention, mlstm, mlstm_step
+
+__version__ = "0.1.0"
+__all__ = ["State", "__version__", "linear_attention", "mlstm", "mlstm_step"]

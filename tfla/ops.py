@@ -1,0 +1,290 @@
+"""The forward and the backward pass, written once over the primitive ``scan``, and their registration with PyTorch.
+
+    forward     h  = scan(q, k, v; C_0)                                     D_ts = exp(p_s - M_t) scale / den_t
+    backward    dq = scan([dh | d], [v | 1], k; [C_0 | n_0]^T)
+                dk = reverse scan([v | 1], [dh | d], q; [dC_T | dn_T]^T)
+                dv = reverse scan(k, q, dh; dC_T)
+
+and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module with the functions ``exponents``,
+``saved``, ``normalizer_backward``, ``scan`` and ``gate_gradients`` (and ``update``, the decode step); nothing here knows which one it is, nor which gate.
+
+Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to dispatch); both run the same two
+functions below.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tfla.gates import Activations
+
+BACKENDS = {"reference": "tfla.reference", "triton": "tfla.kernels"}
+
+
+class Options(NamedTuple):
+    """What is not a tensor."""
+
+    scale: float
+    sigmoid_i: bool
+    sigmoid_f: bool
+    normalize: bool
+    final: bool  # is the final state wanted?
+    backend: str
+
+    @property
+    def activations(self) -> Activations:
+        return Activations(self.sigmoid_i, self.sigmoid_f)
+
+    @property
+    def leaf(self) -> Any:
+        return importlib.import_module(BACKENDS[self.backend])
+
+
+class Inputs(NamedTuple):
+    q: Tensor  # (B, T, H, K)
+    k: Tensor  # (B, T, H, K)
+    v: Tensor  # (B, T, H, V)
+    i: Tensor  # (B, T, H)
+    f: Tensor  # (B, T, H)
+    C: Tensor | None  # (N, H, K, V)
+    n: Tensor | None  # (N, H, K)
+    m: Tensor | None  # (N, H)
+    cu_seqlens: Tensor | None  # (N + 1,)
+
+
+def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
+    """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not there."""
+    with torch.autocast(x.q.device.type, enabled=False):
+        grid = o.leaf.exponents(x.q, x.k, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize)
+        result = o.leaf.scan(x.q, x.k, x.v, grid, x.C)
+        none = result.out.new_empty(0)
+        C = result.final if o.final else none
+        n, m = (grid.n_final, grid.m_final) if o.final and o.normalize else (none, none)
+        return result.out, C, n, m, o.leaf.saved(grid)
+
+
+def backward(
+    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, x: Inputs, o: Options
+) -> tuple[Tensor, ...]:
+    """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial state."""
+    leaf = o.leaf
+    with torch.autocast(x.q.device.type, enabled=False):
+        dh = torch.zeros_like(h) if dh is None else dh
+        grid = leaf.exponents(x.q, x.k, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, saved)
+        column = leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
+        C_T, dC_T = None if x.C is None else x.C.mT, None if dC is None else dC.mT
+        dq = leaf.scan(dh, x.v, x.k, grid, C_T, column=column, dot=x.q)
+        dk = leaf.scan(x.v, dh, x.q, grid, dC_T, reverse=True, column=column, dot=x.k, against=dq)
+        dv = leaf.scan(x.k, x.q, dh, grid, dC, reverse=True)
+        di, df = leaf.gate_gradients(x.i, x.f, dq.dot, dk.dot, dk.meets, grid, o.activations)
+        dC_0 = dn_0 = dm_0 = dk.final.new_empty(0)
+        if x.C is not None:
+            dC_0 = dk.final.mT.contiguous()
+        if x.C is not None and x.n is not None:
+            dn_0 = dk.column
+            dm_0 = (dC_0 * x.C).sum((-2, -1)) + (dn_0 * x.n).sum(-1)
+        return dq.out, dk.out, dv.out, di.to(x.i.dtype), df.to(x.f.dtype), dC_0, dn_0, dm_0
+
+
+def run(x: Inputs, o: Options) -> tuple[Tensor, ...]:
+    """``forward``, differentiable."""
+    if torch.compiler.is_compiling():
+        return torch.ops.tfla.forward(*x, *o)
+    return _Forward.apply(o, *x)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    n: Tensor | None,
+    m: Tensor | None,
+    slots: Tensor | None,
+    scale: float,
+    activations: Activations,
+    inplace: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One token, no gradient: (h, C, n, m). q, k: (B, H, K). v: (B, H, V). i, f: (B, H). States: (N, H, ...), see ``tfla.State``."""
+    if not inplace:
+        C, n, m = C.clone(), None if n is None else n.clone(), None if m is None else m.clone()
+    h = torch.ops.tfla.step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
+    return h, C, n, m
+
+
+# ---------------------------------------------------------------- eager
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, o: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        x = Inputs(*tensors)  # type: ignore[arg-type]
+        h, C, n, m, saved = forward(x, o)
+        ctx.options = o
+        ctx.save_for_backward(h, saved, *tensors)
+        ctx.mark_non_differentiable(m, saved)
+        ctx.set_materialize_grads(False)
+        return h, C, n, m, saved
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, *_: Tensor | None) -> Any:
+        h, saved, *tensors = ctx.saved_tensors
+        grads = _Backward.apply(ctx.options, dh, dC, dn, h, saved, *tensors)
+        return None, *_match(grads, Inputs(*tensors)), None
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, o: Options, dh: Any, dC: Any, dn: Any, h: Tensor, saved: Tensor, *tensors: Any) -> Any:
+        return backward(dh, dC, dn, h, saved, Inputs(*tensors), o)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        _refuse_second_derivative()
+
+
+def _match(grads: tuple[Tensor, ...], x: Inputs) -> tuple[Tensor | None, ...]:
+    """The gradients of the eight differentiable inputs, None for the states that were not given, in the dtypes given."""
+    return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, x[:8], strict=True))
+
+
+def _refuse_second_derivative() -> None:
+    raise RuntimeError(
+        "tfla computes first derivatives only: the gradients of mlstm and linear_attention cannot be differentiated again. "
+        "Call backward without create_graph=True, or detach the gradients before you use them in a loss."
+    )
+
+
+# ---------------------------------------------------------------- torch.library
+
+
+@torch.library.custom_op("tfla::forward", mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor | None,
+    n: Tensor | None,
+    m: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    sigmoid_i: bool,
+    sigmoid_f: bool,
+    normalize: bool,
+    final: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
+    return forward(x, Options(scale, sigmoid_i, sigmoid_f, normalize, final, backend))  # type: ignore[return-value]
+
+
+@_forward_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    x, o = Inputs(*args[:9]), Options(*args[9:])
+    (B, _, H, K), V = x.q.shape, x.v.shape[-1]
+    N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+
+    def new(*shape: int) -> Tensor:
+        return x.q.new_empty(shape, dtype=dtype)
+
+    C = new(N, H, K, V) if o.final else new(0)
+    n, m = (new(N, H, K), new(N, H)) if o.final and o.normalize else (new(0), new(0))
+    return x.v.new_empty(x.v.shape), C, n, m, o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize)
+
+
+@torch.library.custom_op("tfla::backward", mutates_args=())
+def _backward_op(
+    dh: Tensor | None,
+    dC: Tensor | None,
+    dn: Tensor | None,
+    h: Tensor,
+    saved: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor | None,
+    n: Tensor | None,
+    m: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    sigmoid_i: bool,
+    sigmoid_f: bool,
+    normalize: bool,
+    final: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
+    o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, backend)
+    return backward(dh, dC, dn, h, saved, x, o)  # type: ignore[return-value]
+
+
+@_backward_op.register_fake
+def _(dh: Any, dC: Any, dn: Any, h: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    x = Inputs(*args[:9])
+    dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+
+    def state(t: Tensor | None) -> Tensor:
+        return x.q.new_empty((0,) if t is None else t.shape, dtype=dtype)
+
+    inputs = tuple(t.new_empty(t.shape) for t in x[:5])
+    return *inputs, state(x.C), state(x.n), state(x.m)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    h, _, _, m, saved = output
+    ctx.options = Options(*inputs[9:])
+    ctx.save_for_backward(h, saved, *inputs[:9])
+    ctx.mark_non_differentiable(m, saved)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_forward(ctx: Any, dh: Any, dC: Any, dn: Any, *_: Any) -> tuple[Any, ...]:
+    h, saved, *tensors = ctx.saved_tensors
+    grads = torch.ops.tfla.backward(dh, dC, dn, h, saved, *tensors, *ctx.options)
+    return *_match(grads, Inputs(*tensors)), *[None] * 7
+
+
+def _backward_of_backward(ctx: Any, *_: Any) -> None:
+    _refuse_second_derivative()
+
+
+_forward_op.register_autograd(_backward_of_forward, setup_context=_setup_context)
+_backward_op.register_autograd(_backward_of_backward)
+
+
+@torch.library.custom_op("tfla::step", mutates_args=("C", "n", "m"))
+def _step_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    n: Tensor | None,
+    m: Tensor | None,
+    slots: Tensor | None,
+    scale: float,
+    sigmoid_i: bool,
+    sigmoid_f: bool,
+    backend: str,
+) -> Tensor:
+    leaf = importlib.import_module(BACKENDS[backend])
+    with torch.autocast(q.device.type, enabled=False):
+        return leaf.update(q, k, v, i, f, C, n, m, slots, scale, Activations(sigmoid_i, sigmoid_f))
+
+
+@_step_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return v.new_empty(v.shape)
