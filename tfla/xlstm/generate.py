@@ -1,0 +1,301 @@
+"""Generation: one call reads the prompts, then one step a token; the state is carried on.
+
+Between two tokens there are only tensors on the model's device: without `stop` the host never
+waits for them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+import tfla
+
+if TYPE_CHECKING:
+    from tfla.xlstm.model import XLSTM
+
+Prompts = Tensor | Sequence[Tensor | Sequence[int]]
+States = tuple[tfla.State, ...]
+
+
+class Generation(NamedTuple):
+    """What ``generate`` returns.
+
+    tokens: (B, n) int64, the new ones only. A row that samples a stop token repeats it to the end.
+    lengths: (B,) int64, the new tokens of each row up to and with its stop token.
+    state: one ``tfla.State`` a layer, which has read all but the last token of each row. So
+        ``model.generate(out.tokens[:, -1:], more, state=out.state)`` goes on where this ended.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    state: States
+
+
+def generate(model: XLSTM, prompts: Prompts, max_new_tokens: int, **options: object) -> Generation:
+    """Continue a batch of prompts until all have met a stop token, or by `max_new_tokens`.
+
+    Arguments and errors: as for ``Stream``.
+
+    Example:
+        >>> import torch
+        >>> from tfla.xlstm import XLSTM, XLSTMConfig
+        >>> model = XLSTM(XLSTMConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2))
+        >>> out = model.generate([[1, 2, 3], [4]], 10, top_p=0.9, seed=0, stop=0)
+        >>> texts = [row[:n].tolist() for row, n in zip(out.tokens, out.lengths)]
+    """
+    stream = Stream(model, prompts, max_new_tokens, **options)  # type: ignore[arg-type]
+    tokens = torch.stack(list(stream), 1)
+    return Generation(tokens, stream.lengths, stream.state)
+
+
+class Stream:
+    """An iterator over new tokens, (B,) int64 at a time. The prompts are read when it is made.
+
+    Args:
+        model: the XLSTM.
+        prompts: (B, T) token ids, or a list of B 1-d tensors (or lists of ints) of different
+            lengths, which are read packed in one call.
+        max_new_tokens: at least 1.
+        temperature, top_k, top_p: see ``sample``.
+        seed: an int; or a torch.Generator on the model's device, to go on with its numbers; or None
+            for torch's global one. A draw depends on its row in the batch.
+        stop: a token id or several. A row that samples one is finished: it repeats the token, and
+            its state stands still.
+        state: what has been read before the prompts, B rows, or one row for all (a prefix read once
+            and continued B times). It is not changed.
+        backend: None, "reference" or "triton".
+
+    Attributes after each token:
+        last: (B,) the newest tokens. finished: (B,) bool.
+        lengths: (B,) tokens so far, those of a finished row up to and with its stop token.
+        state: has read all but `last`; the next step overwrites it, so clone it to keep a branch.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is wanted.
+
+    Example:
+        >>> import torch
+        >>> from tfla.xlstm import XLSTM, XLSTMConfig
+        >>> model = XLSTM(XLSTMConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2))
+        >>> text = bytearray()
+        >>> for token in model.stream([b"def "], 10, temperature=0.8, seed=0):
+        ...     text.append(token.item())
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: XLSTM,
+        prompts: Prompts,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | torch.Generator | None = None,
+        stop: int | Iterable[int] | None = None,
+        state: Sequence[tfla.State] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens!r}.")
+        _check_sampling(temperature, top_k, top_p)
+        device = model.embedding.weight.device
+        if isinstance(seed, int):
+            seed = torch.Generator(device).manual_seed(seed)
+        stops = [stop] if isinstance(stop, int) else list(stop or [])
+        if beyond := [id for id in stops if not 0 <= id < model.config.vocab_size]:
+            raise ValueError(
+                f"stop must hold ids from 0 to {model.config.vocab_size - 1}; got {beyond}."
+            )
+        self._model, self._backend, self._left = model, backend, max_new_tokens
+        self._sampling = (temperature, top_k, top_p, seed)
+        self._stop = torch.tensor(stops, device=device) if stops else None
+        self._logits: Tensor | None
+        self._logits, self.state = prefill(model, prompts, state, backend)
+        B = self._logits.shape[0]
+        self.last = torch.zeros(B, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(B, dtype=torch.bool, device=device)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        if self._left == 0 or (self._stop is not None and bool(self.finished.all())):
+            raise StopIteration
+        logits, self._logits = self._logits, None
+        if logits is None:
+            active = None if self._stop is None else ~self.finished
+            logits, self.state = self._model.step(
+                self.last, self.state, inplace=True, active=active, backend=self._backend
+            )
+        token = torch.where(self.finished, self.last, sample(logits, *self._sampling))
+        self.lengths = self.lengths + ~self.finished
+        if self._stop is not None:
+            self.finished = self.finished | torch.isin(token, self._stop)
+        self.last = token
+        self._left -= 1
+        return token
+
+
+@torch.no_grad()
+def prefill(
+    model: XLSTM,
+    prompts: Prompts,
+    state: Sequence[tfla.State] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, States]:
+    """Read prompts in one call: logits (B, vocab) after the last token of each, and the state.
+
+    prompts, state: as for ``Stream``. Prompts of different lengths are packed: there is no padding.
+    """
+    device = model.embedding.weight.device
+    tokens, lengths = _tokens(prompts, model.config.vocab_size)
+    tokens = tokens.to(device, torch.int64)
+    B = tokens.shape[0] if lengths is None else len(lengths)
+    if state is not None and B > 1:
+        state = [_spread(s, B) for s in state]
+    if lengths is None:
+        x, after = model.hidden(tokens, state, output_final_state=True, backend=backend)
+        return model.logits(x[:, -1]), after
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(device)
+    x, after = model.hidden(
+        tokens, state, output_final_state=True, cu_seqlens=ends, backend=backend
+    )
+    return model.logits(x[0, ends[1:] - 1]), after
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One token id per row, from softmax(logits / temperature) cut to its most likely part.
+
+    Args:
+        logits: (B, vocab), any floating dtype.
+        temperature: >= 0; 0 takes the most likely token.
+        top_k: keep the k most likely tokens (all of them when k exceeds the vocabulary).
+        top_p: in (0, 1]; of these keep the fewest most likely whose probabilities sum to at least
+            top_p (nucleus sampling, arXiv 1904.09751).
+        generator: source of randomness on the device of logits; None: torch's global one.
+
+    Returns:
+        (B,) int64. Only tensor operations: no host synchronisation, capturable in a CUDA graph.
+
+    The draw is an exponential race: with E_j independent and exponential, argmax_j p_j / E_j is
+    distributed as p.
+    """
+    _check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float()
+    kept, ids = logits, None
+    if top_k is not None:
+        kept, ids = logits.topk(min(top_k, logits.shape[-1]))
+    elif top_p is not None:
+        kept, ids = logits.sort(descending=True)
+    p = ((kept - kept.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_p is not None:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+    race = torch.empty_like(p).exponential_(generator=generator)
+    choice = (p / race.clamp_min_(torch.finfo(p.dtype).tiny)).argmax(-1, keepdim=True)
+    return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+def save_state(state: Sequence[tfla.State], path: str | Path) -> None:
+    """Write a state as safetensors, layer 0 as "0.C", "0.n" and "0.m"; the file appears whole."""
+    from safetensors.torch import save_file
+
+    named = {
+        f"{layer}.{name}": tensor.detach().cpu().contiguous()
+        for layer, one in enumerate(state)
+        for name, tensor in zip(one._fields, one, strict=True)
+        if tensor is not None
+    }
+    half = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        save_file(named, half)
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def load_state(path: str | Path, device: torch.device | str = "cpu") -> States:
+    """Read what ``save_state`` wrote. ValueError names a file that is damaged or another thing."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        named = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); save the state again."
+        ) from error
+    layers = [
+        tfla.State(named.pop(f"{n}.C"), named.pop(f"{n}.n", None), named.pop(f"{n}.m", None))
+        for n in range(len(named))
+        if f"{n}.C" in named
+    ]
+    if named or not layers:
+        raise ValueError(
+            f"{path} does not hold a state: its tensors should be 0.C, 0.n, 0.m, 1.C and so on."
+        )
+    return tuple(layers)
+
+
+def _tokens(prompts: Prompts, vocab_size: int) -> tuple[Tensor, list[int] | None]:
+    """Token ids (B, T) and None; or, for a list, (1, sum of T) and the length of each prompt."""
+    if isinstance(prompts, Tensor):
+        tokens, lengths = prompts, None
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            raise ValueError(
+                "prompts must be (B, T), B and T at least 1, or a list of 1-d tensors; got "
+                f"{tuple(tokens.shape)}. One prompt is prompts[None]."
+            )
+    else:
+        rows = [row if isinstance(row, Tensor) else torch.tensor(list(row)) for row in prompts]
+        for index, row in enumerate(rows):
+            if row.dim() != 1 or row.numel() == 0:
+                raise ValueError(
+                    f"prompts[{index}] must be 1-d with at least one token; got {tuple(row.shape)}."
+                )
+        if not rows:
+            raise ValueError("prompts must hold at least one prompt; got an empty list.")
+        tokens, lengths = torch.cat(rows)[None], [row.numel() for row in rows]
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise TypeError(f"prompts must be integer token ids; got {tokens.dtype}.")
+    if tokens.device.type == "cpu":  # elsewhere the look would cost a synchronisation
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"prompts must hold ids from 0 to {vocab_size - 1}; got ids from {low} to {high}."
+            )
+    return tokens, lengths
+
+
+def _spread(state: tfla.State, B: int) -> tfla.State:
+    """A state of one row as one of B rows, without copying; any other as it is."""
+    if state.C.shape[0] != 1:
+        return state
+    return tfla.State(*(None if t is None else t.expand(B, *t.shape[1:]) for t in state))  # type: ignore[arg-type]
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be finite and at least 0; got {temperature}.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, or None to keep all tokens; got {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], or None to keep all tokens; got {top_p}.")

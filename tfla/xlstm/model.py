@@ -1,0 +1,298 @@
+"""The xLSTM language model in the layout of xLSTM 7B (Beck et al., arXiv 2503.13427).
+
+    x = embedding[tokens]
+    every block:   x = x + MLSTMLayer(RMSNorm(x))          mixes tokens, the only part with a state
+                   x = x + SwiGLU(RMSNorm(x))              mixes channels
+    logits = cap tanh(W_head RMSNorm(x) / cap)
+
+The same code reads a sequence, x (B, T, d), and a single token, x (B, d). Dimensions: B batch,
+T tokens, d hidden size, H heads, K q/k head dim, V v head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tfla
+from tfla.xlstm.config import XLSTMConfig
+from tfla.xlstm.generate import Generation, Prompts, Stream, generate
+
+CLOSED = 1e4  # a gate at +-1e4 passes exactly 1 or exactly 0 in fp32
+
+
+class MLSTMLayer(nn.Module):
+    """The mixer of tokens.
+
+        q, k, v, o = W x        i, f = cap tanh((W' x + b) / cap)
+        y = W_out (sigmoid(o) * Norm(mlstm(q, k, v, i, f)))
+
+    Norm is a layer norm over the V channels of each head, with one weight per channel and no bias.
+    i and f are computed in fp32 in a model of any dtype: an error in f acts on all later tokens.
+    """
+
+    def __init__(self, config: XLSTMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.widths = [config.qk_dim, config.qk_dim, config.v_dim, config.v_dim]
+        self.qkvo = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
+        self.gates = nn.Linear(config.hidden_size, 2 * config.num_heads)  # rows: i, then f
+        self.norm_weight = nn.Parameter(torch.ones(config.v_dim))
+        self.out = nn.Linear(config.v_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: tfla.State | None = None,
+        *,
+        active: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, tfla.State | None]:
+        """x (B, T, d) takes ``tfla.mlstm``, x (B, d) ``tfla.mlstm_step``, with `options`."""
+        config = self.config
+        q, k, v, o = self.qkvo(x).split(self.widths, -1)
+        q, k, v = (y.unflatten(-1, (config.num_heads, -1)) for y in (q, k, v))  # (..., H, K or V)
+        i, f = self.gate_preactivations(x)  # (..., H)
+        if active is not None:
+            idle = ~active[..., None]
+            i, f = i.masked_fill(idle, -CLOSED), f.masked_fill(idle, CLOSED)
+        gate = config.input_gate
+        if x.dim() == 3:
+            h, state = tfla.mlstm(q, k, v, i, f, input_gate=gate, initial_state=state, **options)
+        else:
+            h, state = tfla.mlstm_step(q, k, v, i, f, state, input_gate=gate, **options)  # type: ignore[arg-type]
+        h = F.layer_norm(h, (config.V,), eps=config.norm_eps).flatten(-2) * self.norm_weight
+        return self.out(torch.sigmoid(o) * h), state
+
+    def gate_preactivations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """i and f (..., H), soft-capped, in fp32 (fp64 for fp64 x), also under autocast."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        device = x.device.type
+        knows_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if knows_autocast else nullcontext():
+            y = F.linear(x.to(dtype), self.gates.weight.to(dtype), self.gates.bias.to(dtype))
+        i, f = soft_cap(y, self.config.gate_soft_cap).chunk(2, -1)
+        return i, f
+
+
+class SwiGLU(nn.Module):
+    """y = W_down (silu(g) * u) with g, u = W_up x."""
+
+    def __init__(self, config: XLSTMConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 2 * config.ffn_dim, bias=False)  # rows: g, then u
+        self.down = nn.Linear(config.ffn_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, u = self.up(x).chunk(2, -1)
+        return self.down(F.silu(g) * u)
+
+
+class Block(nn.Module):
+    """x + MLSTMLayer(RMSNorm(x)), then the same with SwiGLU: the unit to checkpoint or to shard."""
+
+    def __init__(self, config: XLSTMConfig) -> None:
+        super().__init__()
+        self.norm_mlstm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlstm = MLSTMLayer(config)
+        self.norm_ffn = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn = SwiGLU(config)
+
+    def forward(
+        self, x: Tensor, state: tfla.State | None = None, **options: Any
+    ) -> tuple[Tensor, tfla.State | None]:
+        y, state = self.mlstm(self.norm_mlstm(x), state, **options)
+        x = x + y
+        return x + self.ffn(self.norm_ffn(x)), state
+
+
+class XLSTM(nn.Module):
+    """An xLSTM language model.
+
+    Sequences may be cut anywhere: ``model(a)`` and then ``model(b, state)`` equals ``model(ab)``,
+    values and gradients.
+
+    Example:
+        >>> import torch
+        >>> from tfla.xlstm import XLSTM, XLSTMConfig
+        >>> model = XLSTM(XLSTMConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2))
+        >>> tokens = torch.randint(256, (3, 100))
+        >>> logits, _ = model(tokens)                                     # (3, 100, 256)
+        >>> logits, state = model(tokens[:, :50], output_state=True)      # a part of it ...
+        >>> logits, state = model.step(tokens[:, 50], state)              # ... one more: (3, 256)
+        >>> out = model.generate(tokens, 20, temperature=0.8, top_k=40, seed=0)
+        >>> out.tokens.shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(self, config: XLSTMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew from torch's global generator.
+
+        Matrices that read the residual stream: normal with std sqrt(2 / (5 d)). The two that write
+        to it, `out` and `down`: std 2 / (layers sqrt(d)). Gates: weights 0, input bias -10, forget
+        bias from 3 to 6 over the heads: long memories, filled slowly. Norm weights 1.
+        Source: arXiv 2503.13427.
+        """
+        d, H = self.config.hidden_size, self.config.num_heads
+        for name, parameter in self.named_parameters():
+            if name.endswith("gates.weight"):
+                parameter.zero_()
+            elif name.endswith("gates.bias"):
+                parameter[:H] = -10.0
+                parameter[H:] = torch.linspace(3.0, 6.0, H, device=parameter.device)
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            elif name.endswith(("mlstm.out.weight", "ffn.down.weight")):
+                parameter.normal_(std=2 / (self.config.num_layers * math.sqrt(d)))
+            else:
+                parameter.normal_(std=math.sqrt(2 / (5 * d)))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: Sequence[tfla.State] | None = None,
+        output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        backend: str | None = None,
+    ) -> tuple[Tensor, tuple[tfla.State, ...] | None]:
+        """Logits for the token after each token.
+
+        Args:
+            tokens: (B, T) int64 or int32 token ids.
+            state: what the model has read so far, one ``tfla.State`` a layer; None: nothing.
+            output_state: also return the state after the last token.
+            cu_seqlens: (N + 1,) offsets of N sequences packed along T, with B = 1; states then
+                have N rows. See ``tfla.mlstm``.
+            backend: None, "reference" or "triton", for ``tfla.mlstm``.
+
+        Returns:
+            logits: (B, T, vocab) fp32 (fp64 in an fp64 model), and the state or None.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what is wanted.
+        """
+        if tokens.dim() != 2:
+            raise ValueError(
+                f"tokens must be (B, T); got {tuple(tokens.shape)}. One sequence is tokens[None]."
+            )
+        x, after = self.hidden(
+            tokens, state, output_final_state=output_state, cu_seqlens=cu_seqlens, backend=backend
+        )
+        return self.logits(x), after if output_state else None
+
+    def step(
+        self,
+        tokens: Tensor,
+        state: Sequence[tfla.State],
+        inplace: bool = False,
+        *,
+        active: Tensor | None = None,
+        slots: Tensor | None = None,
+        backend: str | None = None,
+    ) -> tuple[Tensor, tuple[tfla.State, ...]]:
+        """Read one token per sequence, through ``tfla.mlstm_step``.
+
+        Args:
+            tokens: (B,) int64 or int32 token ids.
+            state: of B rows, as ``forward`` and ``init_state`` return it.
+            inplace: update `state` itself and return it; needs torch.no_grad().
+            active: (B,) bool; rows with False keep their state exactly, and their logits mean
+                nothing. None: all are active.
+            slots: (B,) the rows of a larger in-place state that the batch uses; see
+                ``tfla.mlstm_step``.
+            backend: None, "reference" or "triton".
+
+        Returns:
+            logits: (B, vocab) for the next token, and the state after this one.
+        """
+        if tokens.dim() != 1:
+            raise ValueError(
+                f"tokens must be (B,), one token per sequence; got {tuple(tokens.shape)}."
+            )
+        if active is not None and (active.shape != tokens.shape or active.dtype != torch.bool):
+            raise ValueError(
+                f"active must be ({len(tokens)},) bool; got {tuple(active.shape)} {active.dtype}."
+            )
+        if state is None:
+            raise ValueError(
+                "step needs a state: take that of forward(..., output_state=True) or init_state(B)."
+            )
+        x, after = self.hidden(
+            tokens, state, active=active, inplace=inplace, slots=slots, backend=backend
+        )
+        return self.logits(x), after
+
+    def hidden(
+        self, tokens: Tensor, state: Sequence[tfla.State] | None = None, **options: Any
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """What ``logits`` reads: (B, T, d) for tokens (B, T), (B, d) for (B,); and the states."""
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens must be int64 or int32; got {tokens.dtype}.")
+        if state is not None and len(state) != self.config.num_layers:
+            raise ValueError(
+                f"state must be {self.config.num_layers} tfla.State, one a layer; got {len(state)}."
+            )
+        states = [None] * len(self.blocks) if state is None else state
+        x = self.embedding(tokens)
+        after = []
+        for block, before in zip(self.blocks, states, strict=True):
+            x, new = block(x, before, **options)
+            after.append(new)
+        return self.norm(x), tuple(after)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (..., vocab) of hidden states (..., d), soft-capped, in fp32 (fp64 for fp64 x)."""
+        y = self.head(x)
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        return soft_cap(y.to(dtype), self.config.logit_soft_cap)
+
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None
+    ) -> tuple[tfla.State, ...]:
+        """The state before the first token of `batch_size` sequences: zeros, on the model's device.
+
+        `dtype` is that of C and n: fp32 by default (fp64 in an fp64 model), or bf16 to halve the
+        memory of decoding; m is never below fp32.
+        """
+        config, weight = self.config, self.embedding.weight
+        N, H, K, V = batch_size, config.num_heads, config.K, config.V
+        full = torch.promote_types(weight.dtype, torch.float32)
+        states = []
+        for _ in range(config.num_layers):
+            C = torch.zeros(N, H, K, V, dtype=dtype or full, device=weight.device)
+            n, m = (C.new_zeros(N, H, K), C.new_zeros(N, H, dtype=full))
+            states.append(
+                tfla.State(C, n, m) if config.input_gate == "exp" else tfla.State(C, None, None)
+            )
+        return tuple(states)
+
+    def generate(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Generation:
+        """Continue prompts, (B, T) or a list of 1-d ones. See ``tfla.xlstm.Stream``."""
+        return generate(self, prompts, max_new_tokens, **options)
+
+    def stream(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Stream:
+        """The same as an iterator of (B,) tokens: a ``tfla.xlstm.Stream``."""
+        return Stream(self, prompts, max_new_tokens, **options)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(x / cap): x when small, never beyond +-cap. None: x."""
+    return x if cap is None else cap * torch.tanh(x / cap)
