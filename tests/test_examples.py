@@ -25,7 +25,7 @@ def test_runs_and_says_something(path: Path) -> None:
 
 def test_quickstart_shows_that_the_parts_equal_the_whole() -> None:
     out = run(next(path for path in EXAMPLES if path.stem == "quickstart"))
-    differences = [float(x) for x in re.findall(r"largest difference (\S+)", out)]
+    differences = [float(x) for x in re.findall(r"relative difference (\S+)", out)]
     assert len(differences) == 2
     assert max(differences) < 1e-5
     assert re.search(r"norms of the gradients: q \S+, k \S+, v \S+, i \S+, f \S+", out)

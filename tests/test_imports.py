@@ -17,8 +17,8 @@ PACKAGE = ROOT / "tfla"
 # line do not know each other.
 LAYERS = [
     {"cli", "__main__"},
-    {"bench", "integrations"},
-    {"nn", "xlstm"},
+    {"bench", "demo", "integrations"},
+    {"nn", "render", "xlstm"},
     {"tfla"},  # the package itself: its public face
     {"api"},
     {"ops"},
