@@ -1,5 +1,6 @@
 """Every example runs as its reader would run it, and what it shows is true."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
 
 
+@functools.cache
 def run(path: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", str(path)], capture_output=True, text=True, timeout=300

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "tfla"
 # From the top. A unit may import itself and what stands in a line below its own; the units of one
 # line do not know each other.
 LAYERS = [
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"bench", "demo", "integrations"},
     {"nn", "render", "xlstm"},
     {"tfla"},  # the package itself: its public face
