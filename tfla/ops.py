@@ -59,11 +59,11 @@ class Inputs(NamedTuple):
 def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not there."""
     with torch.autocast(x.q.device.type, enabled=False):
-        grid = o.leaf.exponents(x.q, x.k, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize)
-        result = o.leaf.scan(x.q, x.k, x.v, grid, x.C)
+        grid = o.leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize)
+        result = o.leaf.scan("h", x.q, x.k, x.v, grid, x.C)
         none = result.out.new_empty(0)
         C = result.final if o.final else none
-        n, m = (grid.n_final, grid.m_final) if o.final and o.normalize else (none, none)
+        n, m = (grid.n_final.clone(), grid.m_final.clone()) if o.final and o.normalize else (none, none)
         return result.out, C, n, m, o.leaf.saved(grid)
 
 
@@ -74,12 +74,12 @@ def backward(
     leaf = o.leaf
     with torch.autocast(x.q.device.type, enabled=False):
         dh = torch.zeros_like(h) if dh is None else dh
-        grid = leaf.exponents(x.q, x.k, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, saved)
+        grid = leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, saved)
         column = leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
         C_T, dC_T = None if x.C is None else x.C.mT, None if dC is None else dC.mT
-        dq = leaf.scan(dh, x.v, x.k, grid, C_T, column=column, dot=x.q)
-        dk = leaf.scan(x.v, dh, x.q, grid, dC_T, reverse=True, column=column, dot=x.k, against=dq)
-        dv = leaf.scan(x.k, x.q, dh, grid, dC, reverse=True)
+        dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q, keep=True)
+        dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, reverse=True, column=column, dot=x.k, against=dq)
+        dv = leaf.scan("dv", x.k, x.q, dh, grid, dC, reverse=True)
         di, df = leaf.gate_gradients(x.i, x.f, dq.dot, dk.dot, dk.meets, grid, o.activations)
         dC_0 = dn_0 = dm_0 = dk.final.new_empty(0)
         if x.C is not None:

@@ -148,6 +148,7 @@ class Grid:
 def exponents(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     i: Tensor,
     f: Tensor,
     n: Tensor | None,
@@ -160,7 +161,7 @@ def exponents(
 ) -> Grid:
     """The weights of every chunk, the denominator folded into the target side.
 
-    q, k: (B, T, H, K). i, f: (B, T, H). n: (N, H, K), m: (N, H) or None. saved: nu (B, T, H) of an earlier call, or None to compute it.
+    q, k: (B, T, H, K). v: (B, T, H, V), for its shape. i, f: (B, T, H). n: (N, H, K), m: (N, H) or None. saved: nu (B, T, H) of an earlier call, or None to compute it.
     """
     B, T, H, K = q.shape
     layout = Layout.make(B, T, cu_seqlens, q.device)
@@ -206,7 +207,7 @@ def exponents(
         return grid
     if saved is None:
         ones = grid.source.edge.new_ones(*k.shape[:3], 1)
-        scanned = scan(q, k, ones, grid, None if n is None else n[..., None])
+        scanned = scan("nu", q, k, ones, grid, None if n is None else n[..., None])
         nu, n_final = layout.cut(scanned.out, dtype)[..., 0], scanned.final[..., 0]
     else:
         nu, n_final = layout.cut(saved, dtype), None
@@ -231,7 +232,7 @@ class Scan(NamedTuple):
     dot: Tensor | None  # (B, T, H) x-space row dot products out . dot
     final: Tensor  # (N, H, A, X) the state after the last chunk
     column: Tensor | None  # (N, H, X) its row that belongs to the appended column
-    ends: Tensor  # (C, H, A, X) the state at the end of each chunk (forward)
+    ends: Tensor | None  # (C, H, A, X) the state at the end of each chunk
     meets: Tensor | None  # (C, H) <state of ``against``, this state> at the end of each chunk (reverse)
 
 
@@ -254,6 +255,7 @@ def normalizer_backward(
 
 
 def scan(
+    name: str,
     a: Tensor,
     b: Tensor,
     x: Tensor,
@@ -263,6 +265,7 @@ def scan(
     reverse: bool = False,
     column: Column | None = None,
     dot: Tensor | None = None,
+    keep: bool = False,
     against: Scan | None = None,
 ) -> Scan:
     """The primitive: every output and every gradient of every variant is one call.
@@ -270,8 +273,10 @@ def scan(
         out_t = sum_{s<=t} D_ts (a_t . b_s) x_s + w_t a_t^T S_0             D_ts = exp(p_s - M_t) scale / den_t
         out_s = sum_{t>=s} D_ts (a_s . b_t) x_t + w_s a_s^T S_T             reverse: the same D along its other index
 
+    name: which of the calls this is ("h", "dq", "dk", "dv"); backends with a plan choose their tiles by it.
     a, b: (B, T, H, A). x: (B, T, H, X). state: (N, H, A, X) or None (zeros). dot: (B, T, H, X), whose row dot products with out
-    are wanted. column: appended to the contraction. against: the forward scan whose states this one's are multiplied with.
+    are wanted. column: appended to the contraction. keep: leave the states at the ends of chunks behind. against: the forward scan
+    whose kept states this one's are multiplied with.
     out has the dtype of x.
     """
     layout, dtype = grid.layout, grid.dtype
@@ -308,8 +313,8 @@ def scan(
         None if dot is None else layout.join((out * layout.cut(dot, dtype)).sum(-1), dtype),
         final if column is None else final[..., :-1, :],
         None if column is None else final[..., -1, :],
-        update,
-        None if against is None else (against.ends * incoming).sum((-2, -1)),
+        update if keep else None,
+        None if against is None or against.ends is None else (against.ends * incoming).sum((-2, -1)),
     )
 
 

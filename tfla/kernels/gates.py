@@ -1,0 +1,379 @@
+"""Exponents, chunk by chunk, and the gradients of the gates: the Triton counterpart of ``tfla.gates``.
+
+Weights of a token, in log2 units as pairs, seven vectors of (row, slot, L) in one buffer:
+
+    0, 1, 2   target     -M - ln den + ln scale as (hi, lo), and exp of it + m_in: what the incoming state weighs here
+    3, 4, 5   source     p as (hi, lo), and exp(p - M_out): what the token weighs at the end of the chunk
+    6         mark       sign(nu) where the normaliser is active, else 0; plus 4 where the token erases what came before it
+
+Three launches when normalised (sums of the chunks, scan over chunks, weights), one when not.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tfla.kernels.layout import first_slot, sequence, unit
+
+LOG2E = tl.constexpr(1.4426950408889634)
+SMALLEST = tl.constexpr(-104.0)  # exp of less than this is 0 in fp32
+FIRST_SOURCE = tl.constexpr(3)
+MARK = tl.constexpr(6)
+
+
+@triton.jit
+def _log_sigmoid(x):
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _log_gates(i, f, inside, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr):
+    """(log_i, log_f) in fp64; a token past the end weighs nothing and forgets nothing."""
+    i = i.to(tl.float32)
+    f = f.to(tl.float32)
+    if SIGMOID_I:
+        i = _log_sigmoid(i)
+    if SIGMOID_F:
+        f = _log_sigmoid(f)
+    i = tl.where(inside, tl.maximum(i, -1e30), -1e30)
+    f = tl.where(inside, tl.maximum(f, -1e8), 0.0)
+    return i.to(tl.float64), f.to(tl.float64)
+
+
+@triton.jit
+def _running_max(top_1, before_1, top_2, before_2):
+    """The running maximum, and the one that ends a token earlier."""
+    return tl.maximum(top_1, top_2), tl.maximum(top_1, before_2)
+
+
+@triton.jit
+def _store_pair(pointer, size, x):
+    hi = x.to(tl.float32)
+    tl.store(pointer, hi)
+    tl.store(pointer + size, (x - hi.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots"])
+def _sums_kernel(
+    k, i, f, cu_seqlens, table, sums, chunk_f, chunk_p,
+    stride_kb, stride_kt, stride_kh, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
+    T, H, slots, K,
+    L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Of each chunk: b_L, max p, and sum_s exp(p_s - max p) k_s, in the chunk's own gauge."""
+    w = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    if j * L >= length:
+        return
+    row = head if PACKED else batch * H + head
+    slot = (row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)) + j
+    t = j * L + tl.arange(0, L)
+    inside = t < length
+    t = start + t
+    log_i, log_f = _log_gates(
+        tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
+        tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
+        inside, SIGMOID_I, SIGMOID_F,
+    )  # fmt: skip
+    p = log_i - tl.cumsum(log_f, 0)
+    p_max = tl.max(p, 0)
+    tl.store(chunk_f + slot, tl.sum(log_f, 0))
+    tl.store(chunk_p + slot, p_max)
+    weight = tl.exp2(((p - p_max) * LOG2E).to(tl.float32))
+    rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
+    for block in range(0, K, BLOCK_K):
+        column = block + tl.arange(0, BLOCK_K)
+        tile = tl.load(rows[:, None] + column[None, :], mask=inside[:, None] & (column < K)[None, :], other=0.0)
+        total = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
+        tl.store(sums + slot * K + column, total, mask=column < K)
+
+
+@triton.jit
+def _max_plus(decay_1, top_1, decay_2, top_2):
+    return decay_1 + decay_2, tl.maximum(top_1 + decay_2, top_2)
+
+
+@triton.jit
+def _affine(factor_1, value_1, factor_2, value_2):
+    return factor_1 * factor_2, value_1 * factor_2 + value_2
+
+
+@triton.jit
+def _at(x, position, BLOCK: tl.constexpr):
+    """The entry of x at ``position`` along axis 0."""
+    chosen = tl.arange(0, BLOCK) == position
+    if len(x.shape) == 2:
+        return tl.sum(tl.where(chosen[:, None], x, 0.0), 0)
+    else:
+        return tl.sum(tl.where(chosen, x, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots"])
+def _gauge_kernel(
+    cu_seqlens, sums, chunk_f, chunk_p, n_first, m_first, gauge, decay, n_chunk, n_last, m_last,
+    T, H, slots, K,
+    L: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_N: tl.constexpr, HAS_M: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Over the chunks of each sequence: the gauge m_in (a max-plus scan, fp64) and the normaliser n that enter each of them."""
+    n = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    row = head if PACKED else batch * H + head
+    first = row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)
+    chunks = ((length + L - 1) // L).to(tl.int32)
+    state = n.to(tl.int64) * H + head
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m = tl.full([], -1e30, tl.float32)
+    if HAS_M:
+        m = tl.maximum(tl.load(m_first + state), m)
+    normalizer = tl.zeros([BLOCK_K], tl.float32)
+    if HAS_N:
+        normalizer = tl.load(n_first + state * K + column, mask=column < K, other=0.0)
+    if chunks > 0:
+        tl.store(gauge + first, m)
+        tl.store(n_chunk + first * K + column, normalizer, mask=column < K)
+    for block in range(0, chunks, BLOCK):
+        c = block + tl.arange(0, BLOCK)
+        inside = c < chunks
+        more = c + 1 < chunks
+        last = tl.minimum(chunks - block, BLOCK) - 1
+        slot = first + c
+        log_f = tl.load(chunk_f + slot, mask=inside, other=0.0)
+        p_max = tl.load(chunk_p + slot, mask=inside, other=-1e30)
+        total, top = tl.associative_scan((log_f, p_max + log_f), 0, _max_plus)
+        m_out = tl.maximum(m.to(tl.float64) + total, top).to(tl.float32)
+        tl.store(gauge + slot + 1, m_out, mask=more)
+        tl.debug_barrier()  # the gauge before a chunk is the one after the last, bit for bit
+        m_in = tl.load(gauge + slot, mask=inside, other=0.0)
+        M_out = m_out.to(tl.float64) - log_f
+        keep = tl.exp2(((m_in.to(tl.float64) - M_out) * LOG2E).to(tl.float32))
+        take = tl.exp2(((p_max - M_out) * LOG2E).to(tl.float32))
+        tl.store(decay + slot, keep, mask=inside)
+        seen = inside[:, None] & (column < K)[None, :]
+        tile = tl.load(sums + slot[:, None] * K + column[None, :], mask=seen, other=0.0)
+        factor = tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K])
+        factor, value = tl.associative_scan((factor, take[:, None] * tile), 0, _affine)
+        value += factor * normalizer[None, :]
+        tl.store(n_chunk + (slot + 1)[:, None] * K + column[None, :], value, mask=seen & more[:, None])
+        m = _at(m_out, last, BLOCK)
+        normalizer = _at(value, last, BLOCK)
+    tl.store(n_last + state * K + column, normalizer, mask=column < K)
+    tl.store(m_last + state, tl.where(m <= -1e30, 0.0, m))  # the gauge of zeros may as well be 0
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots"])
+def _weights_kernel(
+    q, k, i, f, cu_seqlens, table, gauge, m_last, n_chunk, weights, decay,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
+    T, H, slots, size, K, scale,
+    L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, NORMALIZE: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The seven vectors of a chunk and what it leaves of the state; when normalised also nu, and den goes into the exponents."""
+    w = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    if j * L >= length:
+        return
+    row = head if PACKED else batch * H + head
+    slot = (row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)) + j
+    l = tl.arange(0, L)
+    inside = j * L + l < length
+    t = start + j * L + l
+    log_i, log_f = _log_gates(
+        tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
+        tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
+        inside, SIGMOID_I, SIGMOID_F,
+    )  # fmt: skip
+    b = tl.cumsum(log_f, 0)
+    p = log_i - b
+    b_last = tl.sum(log_f, 0)
+    here = weights + slot * L + l
+    mark = tl.zeros([L], tl.float32)
+    if NORMALIZE:
+        m_in = tl.load(gauge + slot).to(tl.float64)
+        if (j + 1) * L >= length:
+            m_out = tl.load(m_last + n.to(tl.int64) * H + head)
+        else:
+            m_out = tl.load(gauge + slot + 1)
+        M_out = m_out.to(tl.float64) - b_last
+        top, before = tl.associative_scan((p, tl.full([L], -1e300, tl.float64)), 0, _running_max)
+        M = tl.maximum(top, m_in)
+        erased = tl.maximum(before, m_in) - M < SMALLEST
+    else:
+        m_in = tl.zeros([], tl.float64)
+        M_out = -b_last
+        M = -b
+        erased = log_f < SMALLEST
+        tl.store(decay + slot, tl.exp2((b_last * LOG2E).to(tl.float32)))
+    weight = tl.exp2(((m_in - M) * LOG2E).to(tl.float32)) * scale
+    target = -M * LOG2E + tl.log2(tl.maximum(scale, 1e-30).to(tl.float64))
+    if NORMALIZE:
+        target_hi = (-M * LOG2E).to(tl.float32)
+        target_lo = (-M * LOG2E - target_hi.to(tl.float64)).to(tl.float32)
+        source_hi = (p * LOG2E).to(tl.float32)
+        source_lo = (p * LOG2E - source_hi.to(tl.float64)).to(tl.float32)
+        D = tl.exp2((target_hi[:, None] + source_hi[None, :]) + (target_lo[:, None] + source_lo[None, :]))
+        scores = tl.zeros([L, L], tl.float32)
+        nu = tl.zeros([L], tl.float32)
+        q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
+        k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
+        for block in range(0, K, BLOCK_K):
+            column = block + tl.arange(0, BLOCK_K)
+            seen = inside[:, None] & (column < K)[None, :]
+            q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
+            k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
+            n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
+            scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
+            nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
+        nu = nu * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1) * scale
+        floor = tl.exp2((-(b + M) * LOG2E).to(tl.float32))
+        floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
+        den = tl.maximum(tl.abs(nu), floor)
+        mark = tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
+        weight = weight / den
+        target -= tl.log2(den.to(tl.float64))
+    _store_pair(here, size, tl.where(inside, target, -1e30))
+    tl.store(here + 2 * size, tl.where(inside, weight, 0.0))
+    _store_pair(here + FIRST_SOURCE * size, size, tl.where(inside, p * LOG2E, -1e30))
+    tl.store(here + (FIRST_SOURCE + 2) * size, tl.exp2(((p - M_out) * LOG2E).to(tl.float32)))
+    tl.store(here + MARK * size, mark + tl.where(erased, 4.0, 0.0))
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots"])
+def _column_kernel(
+    dh, h, q, cu_seqlens, table, weights, d, q_dq, sums,
+    stride_db, stride_dt, stride_dh, stride_hb, stride_ht, stride_hh, stride_qb, stride_qt, stride_qh,
+    T, H, slots, size, K, V,
+    L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, q_t . dq_t = dh_t . h_t where it is not, and the chunk's sum
+    of exp(m_in - M_t) d_t scale q_t / den_t, its share of dn."""
+    w = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    if j * L >= length:
+        return
+    row = head if PACKED else batch * H + head
+    slot = (row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)) + j
+    l = tl.arange(0, L)
+    inside = j * L + l < length
+    t = start + j * L + l
+    here = slot * L + l
+    dot = tl.zeros([L], tl.float32)
+    dh_rows = dh + batch * stride_db + t * stride_dt + head * stride_dh
+    h_rows = h + batch * stride_hb + t * stride_ht + head * stride_hh
+    for block in range(0, V, BLOCK_V):
+        column = block + tl.arange(0, BLOCK_V)
+        seen = inside[:, None] & (column < V)[None, :]
+        dh_tile = tl.load(dh_rows[:, None] + column[None, :], mask=seen, other=0.0)
+        h_tile = tl.load(h_rows[:, None] + column[None, :], mask=seen, other=0.0)
+        dot += tl.sum(dh_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
+    mark = tl.load(weights + MARK * size + here)
+    sign = tl.where(mark > 2.0, mark - 4.0, mark)
+    tl.store(d + here, -sign * dot)
+    tl.store(q_dq + here, tl.where(sign == 0.0, dot, 0.0))
+    weight = tl.load(weights + 2 * size + here) * -sign * dot
+    q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
+    for block in range(0, K, BLOCK_K):
+        column = block + tl.arange(0, BLOCK_K)
+        tile = tl.load(q_rows[:, None] + column[None, :], mask=inside[:, None] & (column < K)[None, :], other=0.0)
+        tl.store(sums + slot * K + column, tl.sum(tile.to(tl.float32) * weight[:, None], 0), mask=column < K)
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots"])
+def _column_state_kernel(
+    cu_seqlens, sums, decay, dn_last, dn_chunk, dn_first, T, H, slots, K,
+    L: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_DN: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """dn at the end of every chunk, from the last one back: dn <- decay dn + sums."""
+    n = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    row = head if PACKED else batch * H + head
+    first = row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)
+    chunks = ((length + L - 1) // L).to(tl.int32)
+    state = n.to(tl.int64) * H + head
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    dn = tl.zeros([BLOCK_K], tl.float32)
+    if HAS_DN:
+        dn = tl.load(dn_last + state * K + column, mask=column < K, other=0.0)
+    if chunks > 0:
+        tl.store(dn_chunk + (first + chunks - 1) * K + column, dn, mask=column < K)
+    for block in range(0, chunks, BLOCK):
+        c = chunks - 1 - block - tl.arange(0, BLOCK)
+        slot = first + c
+        keep = tl.load(decay + slot, mask=c >= 0, other=0.0)
+        seen = (c >= 0)[:, None] & (column < K)[None, :]
+        tile = tl.load(sums + slot[:, None] * K + column[None, :], mask=seen, other=0.0)
+        factor, value = tl.associative_scan((tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K]), tile), 0, _affine)
+        value += factor * dn[None, :]
+        tl.store(dn_chunk + (slot - 1)[:, None] * K + column[None, :], value, mask=seen & (c >= 1)[:, None])
+        dn = _at(value, tl.minimum(chunks - block, BLOCK) - 1, BLOCK)
+    tl.store(dn_first + state * K + column, dn, mask=column < K)
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots", "spans"])
+def _gradients_kernel(
+    i, f, cu_seqlens, table, weights, q_dq, k_dk, meets, n_chunk, n_last, dn_chunk, di, df,
+    stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
+    T, H, slots, spans, size, rows, K,
+    L: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr,
+    MEETS: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the end of its span of SPAN tokens, and of the
+    states that meet there; it restarts at tokens that erase what came before."""
+    w = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    n, j = unit(w, cu_seqlens, table, T, SPAN, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    if j * SPAN >= length:
+        return
+    row = (head if PACKED else batch * H + head).to(tl.int64)
+    span = row * spans + first_slot(n, start, SPAN, PACKED) + j
+    first = row * slots + first_slot(n, start, L, PACKED)
+    # Tokens from the last to the first: the scan runs forward.
+    position = tl.minimum((j + 1) * SPAN, ((length + L - 1) // L * L).to(tl.int32)) - 1 - tl.arange(0, SPAN)
+    inside = (position >= j * SPAN) & (position < length)
+    here = first * L + position
+    dlog_i = tl.zeros([SPAN], tl.float32)
+    dot = tl.zeros([SPAN], tl.float32)
+    for part in tl.static_range(K_PARTS):
+        dlog_i += tl.load(k_dk + part * size + here, mask=inside, other=0.0)
+    for part in tl.static_range(Q_PARTS):
+        dot += tl.load(q_dq + part * size + here, mask=inside, other=0.0)
+    total = tl.zeros([], tl.float64)
+    for part in tl.static_range(MEETS):
+        total += tl.load(meets + part * (rows * spans) + span).to(tl.float64)
+    end = tl.minimum((j + 1) * SPAN, length)
+    if NORMALIZE:
+        slot = first + (end + L - 1) // L
+        for block in range(0, K, BLOCK_K):
+            column = block + tl.arange(0, BLOCK_K)
+            if end == length:
+                n_end = tl.load(n_last + (n.to(tl.int64) * H + head) * K + column, mask=column < K, other=0.0)
+            else:
+                n_end = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
+            dn_end = tl.load(dn_chunk + (slot - 1) * K + column, mask=column < K, other=0.0)
+            total += tl.sum(n_end * dn_end, 0).to(tl.float64)
+    erased = tl.load(weights + MARK * size + here, mask=inside, other=0.0) > 2.0
+    keep = tl.where(erased, 0.0, 1.0).to(tl.float64)
+    factor, value = tl.associative_scan((keep, keep * (dot - dlog_i).to(tl.float64)), 0, _affine)
+    dlog_f = (factor * total + value).to(tl.float32)
+    t = start + position
+    if SIGMOID_I:
+        x = tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0).to(tl.float32)
+        dlog_i = dlog_i / (1.0 + tl.exp(x))
+    if SIGMOID_F:
+        x = tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0).to(tl.float32)
+        dlog_f = dlog_f / (1.0 + tl.exp(x))
+    out = (batch * T + t) * H + head
+    tl.store(di + out, dlog_i, mask=inside)
+    tl.store(df + out, dlog_f, mask=inside)

@@ -1,0 +1,80 @@
+"""From tensors to launches: the plan of a call, the tables of packed sequences, and the call of a kernel."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from tfla.kernels.layout import _tables_kernel
+from tfla.plan import Device, Plan, Problem, plan
+
+_devices: dict[torch.device, Device] = {}
+
+
+def device_of(x: Tensor) -> Device:
+    """The integers of x's device; a small part where there is none (the interpreter)."""
+    if x.device not in _devices:
+        if x.device.type == "cuda":
+            p = torch.cuda.get_device_properties(x.device)
+            capability = (0, 0) if torch.version.hip else (p.major, p.minor)
+            shared = getattr(p, "shared_memory_per_block_optin", 65536)
+            _devices[x.device] = Device(capability, p.multi_processor_count, shared)
+        else:
+            _devices[x.device] = Device((0, 0), 4, 65536)
+    return _devices[x.device]
+
+
+def precision(x: Tensor) -> str:
+    """How fp32 products are done: as torch's own matrix products on this device are set to be."""
+    if x.dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
+    """The plan that serves tensors of these shapes."""
+    B, T, H, K = q.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    problem = Problem(B, T, H, K, v.shape[-1], N, cu_seqlens is not None, q.element_size(), precision(q))
+    return plan(problem, device_of(q))
+
+
+def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, ...]:
+    """Of packed sequences: which one each slot of chunks, spans and segments belongs to, in one launch."""
+    if cu_seqlens is None:
+        return None, None, None
+    N = cu_seqlens.shape[0] - 1
+    units = (p.L, p.span, p.segment or p.span)
+    sizes = [T // unit + N for unit in units]
+    table = torch.empty(sum(sizes), dtype=torch.int32, device=cu_seqlens.device)
+    launch(_tables_kernel, (triton.cdiv(sum(sizes), 256),), 4, cu_seqlens, table, T, N, *units, *sizes, BLOCK=256)
+    return table.split(sizes)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x with a contiguous last axis."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> bool:
+    """Can a tensor descriptor walk over the rows of x (B, T, H, D)? They must start at multiples of 16 bytes."""
+    size = x.element_size()
+    steps = all(s * size % 16 == 0 for s in x.stride()[:3])
+    return steps and x.stride(1) > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * size >= 16
+
+
+def launch(kernel: Any, grid: tuple[int, ...], warps: int, *args: Any, **constants: Any) -> None:
+    """Call ``kernel`` over ``grid``; an empty grid is no call."""
+    if 0 in grid:
+        return
+    triton.set_allocator(_allocate)
+    kernel[grid](*args, **constants, num_warps=warps)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Scratch memory for descriptors; the caching allocator keeps it until the stream is done with it."""
+    return torch.empty(size, dtype=torch.int8, device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")

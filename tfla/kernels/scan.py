@@ -1,0 +1,213 @@
+"""The scan: one kernel body for h, dq, dk and dv, and for the states where a sequence is cut.
+
+    scores = (A B^T + d) * D                     (L, L)     D = exp2(row + column exponents), causal or anti-causal
+    out    = edge * (A S + column) + scores X    (L, X)
+    S      = decay S + (edge B)^T X              (A, X)     on chip from the first chunk of a segment to its last
+
+A program owns BLOCK_X columns of one head of one segment and walks over its chunks, forward or in reverse. Which vector is the row
+and which the column exponent is all that the direction changes (``math.md``). TRANSPOSED keeps S as (X, A), the register operand
+of the next product, where it would otherwise pass through shared memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tfla.kernels.gates import FIRST_SOURCE
+from tfla.kernels.layout import first_slot, sequence, unit
+
+
+@triton.jit
+def _tile(x, width, stride, t, length, start, L: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTOR: tl.constexpr):
+    """(L, BLOCK) of x from token t, column ``start``; zeros past the end of the sequence and past ``width``."""
+    if DESCRIPTOR:
+        return x.load([t, start])
+    else:
+        l = t + tl.arange(0, L)
+        column = start + tl.arange(0, BLOCK)
+        seen = (l < length)[:, None] & (column < width)[None, :]
+        return tl.load(x + l.to(tl.int64)[:, None] * stride + column[None, :], mask=seen, other=0.0)
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
+def _scan_kernel(
+    a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, meets, left, cu_seqlens, table,
+    stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh, stride_xb, stride_xt, stride_xh,
+    stride_yb, stride_yt, stride_yh, stride_sn, stride_sh, stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, stride_e,
+    T, H, slots, spans, UNIT, size, A, X,
+    L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_X: tl.constexpr, SPAN: tl.constexpr,
+    REVERSE: tl.constexpr, CUT: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    PACKED: tl.constexpr = cu_seqlens is not None
+    ROW: tl.constexpr = FIRST_SOURCE if REVERSE else 0
+    COL: tl.constexpr = 0 if REVERSE else FIRST_SOURCE
+    tiles = (X + BLOCK_X - 1) // BLOCK_X
+    tile = tl.program_id(0) % tiles
+    head = (tl.program_id(0) // tiles) % H
+    w = (tl.program_id(0) // tiles // H).to(tl.int64)
+    n, j = w, 0
+    if CUT:
+        n, j = unit(w, cu_seqlens, table, T, UNIT, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    row = (head if PACKED else batch * H + head).to(tl.int64)
+    chunks = ((length + L - 1) // L).to(tl.int32)
+    low, high = 0, chunks
+    if CUT:
+        if (j > 0) & (j >= (chunks * L + UNIT - 1) // UNIT):
+            return
+        low = j * (UNIT // L)
+        high = tl.minimum(chunks, low + UNIT // L)
+    slot = row * slots + first_slot(n, start, L, PACKED)
+    span = row * spans + first_slot(n, start, SPAN, PACKED)
+
+    first_x = tile * BLOCK_X
+    columns = first_x + tl.arange(0, BLOCK_X)
+    lanes = tl.arange(0, BLOCK_A)
+    b_rows = b + batch * stride_bb + start * stride_bt + head * stride_bh
+    x_rows = x + batch * stride_xb + start * stride_xt + head * stride_xh
+    out_at = (batch * T + start) * H + head
+    if out is not None:
+        a_rows = a + batch * stride_ab + start * stride_at + head * stride_ah
+        out_rows = out + out_at * X
+    if y is not None:
+        y_rows = y + batch * stride_yb + start * stride_yt + head * stride_yh
+    if DESCRIPTOR:
+        n_rows = length.to(tl.int32)
+        b_rows = tl.make_tensor_descriptor(b_rows, [n_rows, A], [stride_bt, 1], [L, BLOCK_A])
+        x_rows = tl.make_tensor_descriptor(x_rows, [n_rows, X], [stride_xt, 1], [L, BLOCK_X])
+        if out is not None:
+            a_rows = tl.make_tensor_descriptor(a_rows, [n_rows, A], [stride_at, 1], [L, BLOCK_A])
+            out_rows = tl.make_tensor_descriptor(out_rows, [n_rows, X], [H.to(tl.int64) * X, 1], [L, BLOCK_X])
+        if y is not None:
+            y_rows = tl.make_tensor_descriptor(y_rows, [n_rows, X], [stride_yt, 1], [L, BLOCK_X])
+
+    # Where a state lies in memory, in the orientation that it has on chip.
+    kept = (lanes < A)[:, None] & (columns < X)[None, :]
+    state_at = w * stride_sn + head * stride_sh + lanes[:, None] * stride_sa + columns[None, :] * stride_sx
+    ends_at = lanes[:, None] * X + columns[None, :]
+    if TRANSPOSED:
+        kept = (columns < X)[:, None] & (lanes < A)[None, :]
+        state_at = w * stride_sn + head * stride_sh + columns[:, None] * stride_sx + lanes[None, :] * stride_sa
+        ends_at = columns[:, None] + lanes[None, :] * X
+        S = tl.zeros([BLOCK_X, BLOCK_A], tl.float32)
+    else:
+        S = tl.zeros([BLOCK_A, BLOCK_X], tl.float32)
+    if state is not None:
+        S = tl.load(state + state_at, mask=kept, other=0.0)
+    remains = 1.0
+
+    l = tl.arange(0, L)
+    for step in tl.range(0, high - low, num_stages=STAGES):
+        c = (high - 1 - step) if REVERSE else (low + step)
+        t = c * L
+        B = _tile(b_rows, A, stride_bt, t, length, 0, L, BLOCK_A, DESCRIPTOR)
+        XX = _tile(x_rows, X, stride_xt, t, length, first_x, L, BLOCK_X, DESCRIPTOR)
+        here = weights + (slot + c) * L + l
+        col_edge = tl.load(here + (COL + 2) * size)
+        keep = tl.load(decay + slot + c)
+        if out is not None:
+            AA = _tile(a_rows, A, stride_at, t, length, 0, L, BLOCK_A, DESCRIPTOR)
+            row_hi = tl.load(here + ROW * size)
+            row_lo = tl.load(here + (ROW + 1) * size)
+            row_edge = tl.load(here + (ROW + 2) * size)
+            col_hi = tl.load(here + COL * size)
+            col_lo = tl.load(here + (COL + 1) * size)
+            if TRANSPOSED:
+                P = tl.dot(B, tl.trans(AA), input_precision=PRECISION)
+                D = tl.exp2((row_hi[None, :] + col_hi[:, None]) + (row_lo[None, :] + col_lo[:, None]))
+                causal = (l[None, :] <= l[:, None]) if REVERSE else (l[None, :] >= l[:, None])
+                O = tl.dot(S.to(B.dtype), tl.trans(AA), input_precision=PRECISION) * row_edge[None, :]
+            else:
+                P = tl.dot(AA, tl.trans(B), input_precision=PRECISION)
+                D = tl.exp2((row_hi[:, None] + col_hi[None, :]) + (row_lo[:, None] + col_lo[None, :]))
+                causal = (l[:, None] <= l[None, :]) if REVERSE else (l[:, None] >= l[None, :])
+                O = tl.dot(AA, S.to(B.dtype), input_precision=PRECISION) * row_edge[:, None]
+            if d is not None:
+                d_here = tl.load(d + (slot + c) * L + l)
+                row_vector = tl.load(vector + (slot + c) * X + columns, mask=columns < X, other=0.0)
+                row_factor = row_edge if REVERSE else row_edge * d_here
+                if REVERSE == TRANSPOSED:
+                    P += d_here[:, None]
+                else:
+                    P += d_here[None, :]
+                if TRANSPOSED:
+                    O += row_vector[:, None] * row_factor[None, :]
+                else:
+                    O += row_factor[:, None] * row_vector[None, :]
+            P = tl.where(causal, P * D, 0.0).to(XX.dtype)
+            if TRANSPOSED:
+                O = tl.trans(tl.dot(tl.trans(XX), P, O, input_precision=PRECISION))
+            else:
+                O = tl.dot(P, XX, O, input_precision=PRECISION)
+            inside = (t + l < length)[:, None] & (columns < X)[None, :]
+            token = (t + l).to(tl.int64)[:, None] * H * X + columns[None, :]
+            if partial is not None:
+                O += tl.load(partial + out_at * X + token, mask=inside, other=0.0)
+            if DESCRIPTOR:
+                out_rows.store([t, first_x], O.to(out.dtype.element_ty))
+            else:
+                tl.store(out_rows + token, O.to(out.dtype.element_ty), mask=inside)
+            if y is not None:
+                Y = _tile(y_rows, X, stride_yt, t, length, first_x, L, BLOCK_X, DESCRIPTOR)
+                tl.store(dot + tile * size + (slot + c) * L + l, tl.sum(O * Y.to(tl.float32), 1))
+        edge = ((c + 1) * L % SPAN == 0) | (c + 1 == chunks)
+        if meets is not None:
+            if edge:
+                other = tl.load(ends + (span + c * L // SPAN) * stride_e + ends_at, mask=kept, other=0.0)
+                total = tl.sum(tl.sum(other.to(tl.float32) * S, 1), 0)
+                tl.store(meets + tile * (size // (slots * L) * spans) + span + c * L // SPAN, total)
+        S *= keep
+        XX = (XX.to(tl.float32) * col_edge[:, None]).to(XX.dtype)
+        if TRANSPOSED:
+            S = tl.dot(tl.trans(XX), B, S, input_precision=PRECISION)
+        else:
+            S = tl.dot(tl.trans(B), XX, S, input_precision=PRECISION)
+        if left is not None:
+            remains *= keep
+        if ends is not None and meets is None:
+            if edge:
+                tl.store(ends + (span + c * L // SPAN) * stride_e + ends_at, S.to(ends.dtype.element_ty), mask=kept)
+
+    if left is not None:
+        tl.store(left + w * H + head, remains)
+    if final is not None:
+        # A piece of a cut sequence keeps its own state when it has no output, else the sequence's last (or first) piece that of all.
+        at = n if (CUT and out is not None) else w
+        last = (low == 0) if REVERSE else (high == chunks)
+        if TRANSPOSED:
+            at = at * stride_fn + head * stride_fh + columns[:, None] * stride_fx + lanes[None, :] * stride_fa
+        else:
+            at = at * stride_fn + head * stride_fh + lanes[:, None] * stride_fa + columns[None, :] * stride_fx
+        if out is not None:
+            kept = kept & last
+        tl.store(final + at, S, mask=kept)
+
+
+@triton.jit(do_not_specialize=["T", "H", "UNIT", "rows"])
+def _join_kernel(
+    pieces, left, state, cu_seqlens, stride_sn, stride_sh, stride_sa, stride_sx, T, H, UNIT, A, X, BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """From the state that each piece of a sequence makes of zeros to the one that enters it, in place: S <- left S + piece."""
+    PACKED: tl.constexpr = cu_seqlens is not None
+    n = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    count = tl.maximum((length + UNIT - 1) // UNIT, 1).to(tl.int32)
+    first = n.to(tl.int64) * tl.maximum((T + UNIT - 1) // UNIT, 1)
+    if PACKED:
+        first = start // UNIT + n
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < A * X
+    S = tl.zeros([BLOCK], tl.float32)
+    if state is not None:
+        at = n.to(tl.int64) * stride_sn + head * stride_sh + (entry // X) * stride_sa + (entry % X) * stride_sx
+        S = tl.load(state + at, mask=inside, other=0.0)
+    for step in range(0, count):
+        w = first + ((count - 1 - step) if REVERSE else step)
+        at = pieces + (w * H + head) * A * X + entry
+        piece = tl.load(at, mask=inside, other=0.0)
+        tl.store(at, S, mask=inside)
+        S = S * tl.load(left + w * H + head) + piece
