@@ -1,6 +1,9 @@
 """The README is true: its programs run, its tree is the package, its translations are the same."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +77,20 @@ def test_make_targets_exist() -> None:
     named = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(blocks(""))))
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("line", re.findall(r"^tfla (.*?)(?: #.*)?$", README, re.MULTILINE))
+def test_command_line_is_understood(line: str) -> None:
+    command, *words = line.split()
+    shown = subprocess.run(
+        [sys.executable, "-m", "tfla", command, "--help"],
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    known = set(re.findall(r"--[a-z-]+", shown.stdout))
+    assert {word for word in words if word.startswith("--")} <= known
 
 
 # ------------------------------------------------------------------------------- translations
