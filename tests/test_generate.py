@@ -1,0 +1,298 @@
+"""Generation: the carried state equals reading the text again, and sampling is what it says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tfla
+from tfla.xlstm import (
+    XLSTM,
+    Stream,
+    XLSTMConfig,
+    load_state,
+    prefill,
+    sample,
+    save_state,
+)
+
+VOCAB = 19
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """At these sizes threads cost more than they give, a hundred times more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["exp", "sigmoid"])
+def model(request: pytest.FixtureRequest) -> XLSTM:
+    """Lively gates, sharp logits, and fp64, so that no near-tie of two tokens decides a test."""
+    config = XLSTMConfig(VOCAB, 24, 2, 3, input_gate=request.param)
+    model = XLSTM(config).double()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlstm.gates.weight.normal_()
+            block.mlstm.gates.bias.normal_()
+        model.head.weight.mul_(4)
+    return model
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randint(VOCAB, shape)
+
+
+def clone(state: tuple[tfla.State, ...]) -> tuple[tfla.State, ...]:
+    return tuple(tfla.State(*(None if t is None else t.clone() for t in s)) for s in state)
+
+
+def equal(a: tuple[tfla.State, ...], b: tuple[tfla.State, ...]) -> bool:
+    pairs = [(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(s, t, strict=True)]
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
+
+
+def reread(model: XLSTM, prompt: Tensor, new: int) -> Tensor:
+    """Greedy generation the slow way: the whole text read again for every token. prompt (T,)."""
+    text = prompt
+    for _ in range(new):
+        text = torch.cat((text, model(text[None])[0][0, -1].argmax()[None]))
+    return text[len(prompt) :]
+
+
+# ---------------------------------------------------------------- the state is carried
+
+
+@torch.no_grad()
+def test_greedy_generation_equals_reading_the_text_again(model: XLSTM) -> None:
+    prompts = draw(3, 8)
+    out = model.generate(prompts, 12, temperature=0)
+    assert torch.equal(out.tokens, torch.stack([reread(model, p, 12) for p in prompts]))
+    assert out.lengths.tolist() == [12] * 3
+    assert len(out.tokens.unique()) > 3, "a model that repeats one token tests nothing"
+
+
+@torch.no_grad()
+def test_prompts_of_different_lengths_are_as_if_alone(model: XLSTM) -> None:
+    prompts = [draw(n) for n in (5, 1, 17, 2)]
+    out = model.generate(prompts, 9, temperature=0)
+    assert torch.equal(out.tokens, torch.stack([reread(model, p, 9) for p in prompts]))
+    as_lists = model.generate([p.tolist() for p in prompts], 9, temperature=0)
+    assert torch.equal(as_lists.tokens, out.tokens)
+
+
+def test_no_token_is_read_twice(model: XLSTM) -> None:
+    read: list[int] = []
+    model.embedding.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    model.generate([draw(5), draw(7)], 6, seed=0)
+    assert read == [12, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"top_k": 8}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_saved_state_continues_as_if_unbroken(
+    model: XLSTM, packed: bool, sampling: dict, tmp_path: Path
+) -> None:
+    prompts = [draw(n) for n in (4, 6, 3)] if packed else draw(3, 5)
+    whole = model.generate(prompts, 14, seed=torch.Generator().manual_seed(1), **sampling)
+    generator = torch.Generator().manual_seed(1)
+    first = model.generate(prompts, 6, seed=generator, **sampling)
+    save_state(first.state, tmp_path / "state.safetensors")
+    state = load_state(tmp_path / "state.safetensors")
+    assert equal(state, first.state)
+    second = model.generate(first.tokens[:, -1:], 8, state=state, seed=generator, **sampling)
+    assert torch.equal(torch.cat((first.tokens, second.tokens), 1), whole.tokens)
+
+
+def test_a_prefix_is_read_once_and_continued_many_times(model: XLSTM) -> None:
+    prefix, ends = draw(1, 9), [draw(3), draw(1), draw(6)]
+    _, state = prefill(model, prefix)
+    kept = clone(state)
+    for prompts in (ends, torch.stack([e[:1] for e in ends])):
+        whole = model.generate([torch.cat((prefix[0], p)) for p in prompts], 7, temperature=0)
+        branched = model.generate(prompts, 7, temperature=0, state=state)
+        assert torch.equal(branched.tokens, whole.tokens)
+        assert equal(state, kept), "generation changed the state it was given"
+
+
+def test_a_stream_is_the_same_and_can_be_branched_on_the_way(model: XLSTM) -> None:
+    prompts = [draw(4), draw(2)]
+    whole = model.generate(prompts, 10, temperature=0)
+    stream = model.stream(prompts, 10, temperature=0)
+    tokens = [next(stream) for _ in range(4)]
+    branch = clone(stream.state)
+    assert torch.equal(stream.last, whole.tokens[:, 3]) and stream.lengths.tolist() == [4, 4]
+    tokens += list(stream)
+    assert torch.equal(torch.stack(tokens, 1), whole.tokens)
+    assert next(stream, None) is None
+    again = model.generate(whole.tokens[:, 3:4], 6, temperature=0, state=branch)
+    assert torch.equal(again.tokens, whole.tokens[:, 4:])
+
+
+def test_generation_leaves_no_graph(model: XLSTM) -> None:
+    out = model.generate(draw(1, 3), 2)
+    assert not any(t.requires_grad for s in out.state for t in s if t is not None)
+    assert torch.is_grad_enabled()
+    logits, _ = model(draw(1, 3), out.state)
+    logits.sum().backward()
+
+
+# ---------------------------------------------------------------- stopping
+
+
+def test_each_row_stops_for_itself(model: XLSTM) -> None:
+    prompts = [draw(n) for n in (3, 8, 5, 4)]
+    free = model.generate(prompts, 20, temperature=0).tokens
+    stops = [int(free[0, 2]), int(free[1, 9])]
+    out = model.generate(prompts, 20, temperature=0, stop=stops)
+    for row in range(4):
+        hits = [t for t in range(20) if int(free[row, t]) in stops]
+        length = hits[0] + 1 if hits else 20
+        assert out.lengths[row] == length
+        assert torch.equal(out.tokens[row, :length], free[row, :length])
+        assert (out.tokens[row, length:] == out.tokens[row, length - 1]).all()
+    assert out.tokens.shape[1] == out.lengths.max()
+    assert len(out.lengths.unique()) > 1, "rows that stop together test nothing"
+
+
+def test_the_state_of_a_stopped_row_stands_still(model: XLSTM) -> None:
+    """It has read all but the stop token; the row goes on from there as from a text of its own."""
+    prompts = [draw(n) for n in (3, 8, 5, 4)]
+    stop = int(model.generate(prompts, 20, temperature=0).tokens[0, 2])
+    out = model.generate(prompts, 20, temperature=0, stop=stop)
+    more = model.generate(out.tokens[:, -1:], 5, temperature=0, state=out.state)
+    texts = [
+        torch.cat((p, t[:n])) for p, t, n in zip(prompts, out.tokens, out.lengths, strict=True)
+    ]
+    assert torch.equal(more.tokens, model.generate(texts, 5, temperature=0).tokens)
+
+
+def test_generation_ends_when_all_rows_have_stopped(model: XLSTM) -> None:
+    prompt = draw(1, 4)
+    first = int(model.generate(prompt, 1, temperature=0).tokens)
+    out = model.generate(prompt, 50, temperature=0, stop=first)
+    assert out.tokens.tolist() == [[first]] and out.lengths.tolist() == [1]
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_a_seed_reproduces_and_leaves_the_global_generator_alone(model: XLSTM) -> None:
+    prompts, before = draw(2, 3), torch.get_rng_state()
+    first = model.generate(prompts, 30, seed=5).tokens
+    assert torch.equal(model.generate(prompts, 30, seed=5).tokens, first)
+    assert not torch.equal(model.generate(prompts, 30, seed=6).tokens, first)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    one = model.generate(prompts, 30).tokens
+    torch.manual_seed(7)
+    assert torch.equal(model.generate(prompts, 30).tokens, one)
+
+
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 2.0, 1.0, -3.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"temperature": 0.5}, [0, 1, 2, 3, 4, 5]),
+        ({"temperature": 3.0, "top_k": 3}, [0, 3, 4]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 0.75}, [0, 3]),  # 0.376 twice
+        ({"top_p": 0.76}, [0, 3, 4]),  # and 0.138
+        ({"top_p": 1.0}, [0, 1, 2, 3, 4, 5]),
+        ({"top_k": 4, "top_p": 0.84}, [0, 3, 4]),  # 0.383 twice and 0.141 of the four
+    ],
+    ids=str,
+)
+def test_samples_follow_the_distribution_cut_to_its_top(options: dict, kept: list[int]) -> None:
+    draws = 40_000
+    logits = LOGITS.expand(draws, -1)
+    ids = sample(logits, **options, generator=torch.Generator().manual_seed(0))
+    p = (LOGITS[kept].double() / options.get("temperature", 1.0)).softmax(0)
+    counts = torch.bincount(ids, minlength=6).double()
+    assert counts[[j for j in range(6) if j not in kept]].sum() == 0
+    # Pearson's chi-squared; a right sampler exceeds degrees of freedom + 25 once in 10,000 seeds.
+    chi = ((counts[kept] - draws * p).square() / (draws * p)).sum()
+    assert chi < len(kept) - 1 + 25
+
+
+def test_ties_do_not_widen_the_top() -> None:
+    ids = sample(torch.zeros(2000, 50), top_k=3, generator=torch.Generator().manual_seed(0))
+    assert len(ids.unique()) == 3
+    ids = sample(torch.zeros(2000, 50), top_p=0.099, generator=torch.Generator().manual_seed(0))
+    assert len(ids.unique()) == 5
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-20}]
+)
+def test_the_narrowest_choice_is_the_most_likely_token(options: dict) -> None:
+    logits = torch.randn(64, 100)
+    assert torch.equal(sample(logits, **options), logits.argmax(-1))
+
+
+def test_rows_and_steps_draw_independently() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([sample(torch.zeros(100, 50), generator=generator) for _ in range(20)])
+    same_row = (ids[1:] == ids[:-1]).double().mean()
+    same_step = (ids[:, 1:] == ids[:, :-1]).double().mean()
+    assert same_row < 0.05 and same_step < 0.05  # 0.02 when independent
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "words"),
+    [
+        (torch.tensor([1, 2]), {}, ValueError, r"prompts must be \(B, T\).*prompts\[None\]"),
+        (torch.zeros(2, 0, dtype=torch.int64), {}, ValueError, r"got \(2, 0\)"),
+        ([[1, 2], []], {}, ValueError, r"prompts\[1\] must be 1-d with at least one token"),
+        ([], {}, ValueError, "at least one prompt"),
+        (torch.rand(1, 3), {}, TypeError, "integer token ids; got torch.float32"),
+        ([[0, VOCAB]], {}, ValueError, "ids from 0 to 18; got ids from 0 to 19"),
+        ([[-1]], {}, ValueError, "got ids from -1 to -1"),
+        ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1; got 0"),
+        ([[1]], {"temperature": -1.0}, ValueError, "temperature must be finite and at least 0"),
+        ([[1]], {"temperature": float("nan")}, ValueError, "temperature .* got nan"),
+        ([[1]], {"top_k": 0}, ValueError, "top_k must be at least 1"),
+        ([[1]], {"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\]"),
+        ([[1]], {"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\]"),
+        ([[1]], {"stop": [3, VOCAB]}, ValueError, r"stop must hold ids from 0 to 18; got \[19\]"),
+        ([[1]], {"state": ()}, ValueError, "state must be 2 tfla.State, one a layer; got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    prompts: object, options: dict, error: type[Exception], words: str
+) -> None:
+    model = XLSTM(XLSTMConfig(VOCAB, 16, 2, 2))
+    with pytest.raises(error, match=words):
+        Stream(model, prompts, **{"max_new_tokens": 3, **options})  # type: ignore[arg-type]
+
+
+def test_a_state_of_another_number_of_rows_is_refused(model: XLSTM) -> None:
+    _, state = prefill(model, draw(2, 3))
+    with pytest.raises(ValueError, match="initial_state"):
+        model.generate(draw(3, 3), 1, state=state)
+
+
+def test_a_damaged_or_foreign_state_file_is_named(model: XLSTM, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "state.safetensors"
+    save_state(model.init_state(1), path)
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"state\.safetensors is not a whole safetensors file"):
+        load_state(path)
+    save_file({"embedding.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"state\.safetensors does not hold a state"):
+        load_state(path)
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        load_state(tmp_path / "none.safetensors")

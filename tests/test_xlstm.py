@@ -1,0 +1,543 @@
+"""The xLSTM: its layout, its cost, and that no way of cutting or batching a text changes it."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import tfla
+from tfla.xlstm import XLSTM, Block, XLSTMConfig
+
+GATES = ("exp", "sigmoid")
+SMALL = XLSTMConfig(vocab_size=23, hidden_size=24, num_layers=2, num_heads=3)
+CONFIGS = [
+    SMALL,
+    dataclasses.replace(SMALL, input_gate="sigmoid", tie_embeddings=True),
+    XLSTMConfig(64, 80, 3, 5, qk_dim_factor=1.0, v_dim_factor=2.0, ffn_factor=1.3),
+    XLSTMConfig(7, 16, 1, 1, qk_dim_factor=0.75, gate_soft_cap=None, logit_soft_cap=None),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """At these sizes threads cost more than they give, a hundred times more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(config: XLSTMConfig, dtype: torch.dtype = torch.float64) -> XLSTM:
+    """A model whose gates vary from token to token; the initial ones would hide most mistakes."""
+    model = XLSTM(config).to(dtype)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlstm.gates.weight.normal_()
+            block.mlstm.gates.bias.normal_()
+            block.mlstm.norm_weight.uniform_(0.5, 1.5)
+            block.norm_mlstm.weight.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture(params=GATES)
+def model(request: pytest.FixtureRequest) -> XLSTM:
+    return make(dataclasses.replace(SMALL, input_gate=request.param))
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randint(SMALL.vocab_size, shape)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def same_state(a: tuple[tfla.State, ...], b: tuple[tfla.State, ...]) -> None:
+    """Up to the gauge m, in which states may differ."""
+    for x, y in zip(a, b, strict=True):
+        if x.m is None:
+            assert x.n is None and y.n is None and y.m is None
+            close(x.C, y.C)
+        else:
+            close(x.C * x.m.exp()[..., None, None], y.C * y.m.exp()[..., None, None])
+            close(x.n * x.m.exp()[..., None], y.n * y.m.exp()[..., None])
+
+
+# ---------------------------------------------------------------- configuration and cost
+
+
+def test_the_7b_layout_has_the_published_number_of_parameters() -> None:
+    config = XLSTMConfig.xlstm_7b()
+    with torch.device("meta"):
+        model = XLSTM(config)
+    assert sum(p.numel() for p in model.parameters()) == config.num_parameters() == 6_865_424_896
+    assert (config.K, config.V, config.ffn_dim) == (256, 512, 10944)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_num_parameters_counts_the_model(config: XLSTMConfig) -> None:
+    assert config.num_parameters() == sum(p.numel() for p in XLSTM(config).parameters())
+
+
+def test_flops_by_hand() -> None:
+    config = XLSTMConfig(vocab_size=10, hidden_size=8, num_layers=3, num_heads=2, ffn_factor=8.0)
+    assert (config.K, config.V, config.ffn_dim) == (2, 4, 64)
+    matrices = 8 * (4 + 4 + 8 + 8) + 8 * 4 + 8 * 8 + 3 * 8 * 64  # q k v o, gates, out, SwiGLU
+    linear = 2 * (3 * matrices + 8 * 10)
+    recurrence = 3 * 2 * 4 * 2 * 5  # layers, heads, K, V and the normaliser
+    assert config.flops_per_token(chunk=0) == linear + recurrence
+    chunked = recurrence + 3 * 2 * 2 * 64 * (2 + 5)
+    assert config.flops_per_token() == linear + chunked
+    assert config.flops_per_token(training=True) == 3 * linear + 4 * chunked
+    sigmoid = dataclasses.replace(config, input_gate="sigmoid")
+    assert sigmoid.flops_per_token(chunk=0) == linear + 3 * 2 * 4 * 2 * 4
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_flops_of_the_matrices_are_those_of_the_model(config: XLSTMConfig) -> None:
+    linear = [m for m in XLSTM(config).modules() if isinstance(m, torch.nn.Linear)]
+    scan = config.num_layers * config.num_heads * 4 * config.K * config.V
+    scan += scan // config.V if config.input_gate == "exp" else 0
+    assert config.flops_per_token(chunk=0) == 2 * sum(m.weight.numel() for m in linear) + scan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_state_bytes_counts_the_state(config: XLSTMConfig, dtype: torch.dtype) -> None:
+    state = XLSTM(config).init_state(5, dtype=dtype)
+    bytes_ = sum(t.nbytes for layer in state for t in layer if t is not None)
+    assert config.state_bytes(5, dtype=dtype) == bytes_
+
+
+def test_the_7b_state_is_135_mb_a_sequence() -> None:
+    assert XLSTMConfig.xlstm_7b().state_bytes() == 32 * 8 * (256 * 512 + 256 + 1) * 4
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_config_survives_json(config: XLSTMConfig) -> None:
+    assert XLSTMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert len(dataclasses.fields(config)) <= 12
+
+
+def test_from_dict_names_what_is_wrong() -> None:
+    fields = SMALL.to_dict() | {"colour": "red"}
+    del fields["norm_eps"]
+    with pytest.raises(ValueError, match=r"unknown fields \['colour'\], missing are \['norm_eps'"):
+        XLSTMConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1; got 0"),
+        ({"num_layers": 2.0}, TypeError, "num_layers must be an int; got 2.0"),
+        ({"num_heads": True}, TypeError, "num_heads must be an int"),
+        ({"num_heads": 5}, ValueError, "24 . 0.5 = 12 must be a whole multiple of num_heads = 5"),
+        ({"v_dim_factor": 0.3}, ValueError, "v_dim_factor = 24 . 0.3 = 7.2 must be a whole"),
+        ({"qk_dim_factor": 0.001}, ValueError, "qk_dim_factor"),
+        ({"ffn_factor": -1.0}, ValueError, "ffn_factor must be positive and finite; got -1.0"),
+        ({"ffn_factor": None}, TypeError, "ffn_factor must be a number"),
+        ({"norm_eps": math.nan}, ValueError, "norm_eps must be positive and finite; got nan"),
+        ({"gate_soft_cap": "15"}, TypeError, "gate_soft_cap must be a number; got '15'"),
+        ({"input_gate": "relu"}, ValueError, "'exp' or 'sigmoid'; got 'relu'"),
+        ({"tie_embeddings": 1}, TypeError, "tie_embeddings must be True or False; got 1"),
+    ],
+)
+def test_a_wrong_field_is_named(change: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SMALL.num_layers = 3  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- what it computes
+
+
+def plain_layer(config: XLSTMConfig, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """One mLSTM layer for x (T, d), written out head by head and token by token, no gauge."""
+    H, K, V = config.num_heads, config.K, config.V
+    q, k, v, o = (w["qkvo.weight"] @ x.T).T.split([H * K, H * K, H * V, H * V], -1)
+    gates = 15 * torch.tanh((x @ w["gates.weight"].T + w["gates.bias"]) / 15)
+    heads = []
+    for head in range(H):
+        C, n, rows = torch.zeros(K, V, dtype=x.dtype), torch.zeros(K, dtype=x.dtype), []
+        for t in range(len(x)):
+            q_t, k_t = (y[t, head * K : (head + 1) * K] for y in (q, k))
+            v_t = v[t, head * V : (head + 1) * V]
+            i, f = gates[t, head], torch.sigmoid(gates[t, H + head])
+            i = i.exp() if config.input_gate == "exp" else torch.sigmoid(i)
+            C, n = f * C + i * torch.outer(k_t, v_t), f * n + i * k_t
+            h = C.T @ q_t / math.sqrt(K)
+            if config.input_gate == "exp":
+                h = h / max(abs(n @ q_t) / math.sqrt(K), 1)
+            rows.append((h - h.mean()) / (h.var(correction=0) + config.norm_eps).sqrt())
+        heads.append(torch.stack(rows))
+    return (torch.sigmoid(o) * torch.cat(heads, -1) * w["norm_weight"]) @ w["out.weight"].T
+
+
+def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def plain(model: XLSTM, tokens: Tensor) -> Tensor:
+    """The logits (T, vocab) of one text (T,), in the dtype of the model's weights throughout."""
+    config, w = model.config, dict(model.named_parameters())
+    x = w["embedding.weight"][tokens]
+    for layer in range(config.num_layers):
+        prefix = f"blocks.{layer}."
+        b = {name.removeprefix(prefix): p for name, p in w.items() if name.startswith(prefix)}
+        inner = {name.removeprefix("mlstm."): p for name, p in b.items()}
+        x = x + plain_layer(config, inner, plain_norm(x, b["norm_mlstm.weight"], config.norm_eps))
+        y = plain_norm(x, b["norm_ffn.weight"], config.norm_eps)
+        g, u = (y @ b["ffn.up.weight"].T).split(config.ffn_dim, -1)
+        x = x + (g * torch.sigmoid(g) * u) @ b["ffn.down.weight"].T
+    y = plain_norm(x, w["norm.weight"], config.norm_eps) @ w["head.weight"].T
+    return 30 * torch.tanh(y / 30)
+
+
+@torch.no_grad()
+def test_logits_are_those_of_the_formulas(model: XLSTM) -> None:
+    tokens = draw(9)
+    close(model(tokens[None])[0][0], plain(model, tokens))
+
+
+def test_caps_can_be_left_out() -> None:
+    capped = make(dataclasses.replace(SMALL, gate_soft_cap=1e9, logit_soft_cap=1e9))
+    free = XLSTM(dataclasses.replace(SMALL, gate_soft_cap=None, logit_soft_cap=None)).double()
+    free.load_state_dict(capped.state_dict())
+    tokens = draw(2, 9)
+    close(capped(tokens)[0], free(tokens)[0])
+
+
+@torch.no_grad()
+def test_initialisation_follows_the_paper() -> None:
+    model = XLSTM(XLSTMConfig(vocab_size=512, hidden_size=256, num_layers=4, num_heads=4))
+    for name, p in model.named_parameters():
+        if name.endswith("gates.weight"):
+            assert (p == 0).all()
+        elif name.endswith("gates.bias"):
+            assert p.tolist() == [-10.0] * 4 + [3.0, 4.0, 5.0, 6.0]
+        elif p.dim() == 1:
+            assert (p == 1).all()
+        else:
+            narrow = "out." in name or "down." in name
+            std = 2 / (4 * 16) if narrow else math.sqrt(2 / (5 * 256))
+            assert p.std().item() == pytest.approx(std, rel=0.02) and abs(p.mean()) < 0.02 * std
+
+
+@pytest.mark.parametrize("gate", GATES)
+@torch.no_grad()
+def test_the_initial_loss_is_that_of_knowing_nothing(gate: str) -> None:
+    model = XLSTM(XLSTMConfig(512, 128, 3, 4, input_gate=gate))
+    tokens = torch.randint(512, (4, 129))
+    loss = F.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
+    # The logits of a fresh model are about normal with variance 2/5, which costs 1/5 nat.
+    assert loss.item() == pytest.approx(math.log(512) + 0.2, abs=0.1)
+
+
+def test_the_same_seed_makes_the_same_model() -> None:
+    torch.manual_seed(3)
+    first = XLSTM(SMALL).state_dict()
+    torch.manual_seed(3)
+    second = XLSTM(SMALL).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_parameter_learns(model: XLSTM) -> None:
+    tokens = draw(2, 20)
+    F.cross_entropy(model(tokens)[0].flatten(0, 1), draw(40)).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+
+
+def test_tied_embeddings_are_one_parameter() -> None:
+    model = make(dataclasses.replace(SMALL, tie_embeddings=True))
+    assert model.head.weight is model.embedding.weight
+    again = XLSTM(model.config).double()
+    again.load_state_dict(model.state_dict())
+    assert again.head.weight is again.embedding.weight
+    tokens = draw(1, 5)
+    close(again(tokens)[0], model(tokens)[0])
+
+
+# ---------------------------------------------------------------- cutting, packing, batching
+
+
+def test_two_parts_joined_by_the_state_are_the_whole(model: XLSTM) -> None:
+    """Values and every gradient, through the state too."""
+    tokens, weight = draw(2, 33), torch.randn(2, 33, SMALL.vocab_size, dtype=torch.float64)
+    whole, end = model(tokens, output_state=True)
+    wanted = torch.autograd.grad((whole * weight).sum(), list(model.parameters()))
+    first, middle = model(tokens[:, :14], output_state=True)
+    second, last = model(tokens[:, 14:], middle, output_state=True)
+    parts = torch.cat((first, second), 1)
+    close(parts, whole)
+    same_state(last, end)
+    got = torch.autograd.grad((parts * weight).sum(), list(model.parameters()))
+    for a, b in zip(got, wanted, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@torch.no_grad()
+def test_prefill_and_steps_are_the_whole(model: XLSTM, inplace: bool) -> None:
+    tokens = draw(3, 20)
+    whole, end = model(tokens, output_state=True)
+    logits, state = model(tokens[:, :12], output_state=True)
+    close(logits, whole[:, :12])
+    for t in range(12, 20):
+        before = state
+        logits, state = model.step(tokens[:, t], state, inplace=inplace)
+        close(logits, whole[:, t])
+        assert all((a.C is b.C) == inplace for a, b in zip(before, state, strict=True))
+    same_state(state, end)
+
+
+@torch.no_grad()
+def test_steps_from_the_initial_state_are_the_whole(model: XLSTM) -> None:
+    tokens, state = draw(2, 6), model.init_state(2)
+    whole, _ = model(tokens)
+    for t in range(6):
+        logits, state = model.step(tokens[:, t], state)
+        close(logits, whole[:, t])
+
+
+def test_steps_carry_gradients(model: XLSTM) -> None:
+    tokens = draw(2, 4)
+    logits, state = model(tokens[:, :3], output_state=True)
+    last, _ = model.step(tokens[:, 3], state)
+    parts = torch.cat((logits, last[:, None]), 1)
+    got = torch.autograd.grad(parts.square().sum(), list(model.parameters()))
+    wanted = torch.autograd.grad(model(tokens)[0].square().sum(), list(model.parameters()))
+    for a, b in zip(got, wanted, strict=True):
+        close(a, b)
+
+
+@torch.no_grad()
+def test_packed_texts_are_the_separate_ones(model: XLSTM) -> None:
+    lengths = [5, 0, 17, 1]
+    texts, more = [draw(1, n) for n in lengths], [draw(1, n) for n in (3, 4, 0, 2)]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    logits, state = model(torch.cat(texts, 1), output_state=True, cu_seqlens=ends)
+    close(logits, torch.cat([model(text)[0] for text in texts], 1))
+    ends = torch.tensor([0, 3, 4, 0, 2]).cumsum(0)
+    logits, state = model(torch.cat(more, 1), state, output_state=True, cu_seqlens=ends)
+    both = [torch.cat(pair, 1) for pair in zip(texts, more, strict=True)]
+    alone = [model(text, output_state=True) for text in both]
+    close(logits, torch.cat([x[:, n:] for (x, _), n in zip(alone, lengths, strict=True)], 1))
+    for row, (_, one) in enumerate(alone):
+        part = tuple(tfla.State(*(t if t is None else t[row : row + 1] for t in s)) for s in state)
+        same_state(part, one)
+
+
+@torch.no_grad()
+def test_the_rows_of_a_batch_do_not_know_each_other(model: XLSTM) -> None:
+    tokens, order = draw(5, 11), torch.tensor([3, 0, 4, 1, 2])
+    close(model(tokens[order])[0], model(tokens)[0][order])
+    close(model(tokens[2:3])[0], model(tokens)[0][2:3])
+
+
+@torch.no_grad()
+def test_later_tokens_do_not_reach_back(model: XLSTM) -> None:
+    a, b = draw(1, 12), draw(1, 12)
+    b[:, :7] = a[:, :7]
+    close(model(a)[0][:, :7], model(b)[0][:, :7])
+
+
+@torch.no_grad()
+def test_no_tokens_change_nothing(model: XLSTM) -> None:
+    _, state = model(draw(2, 5), output_state=True)
+    logits, after = model(draw(2, 0), state, output_state=True)
+    assert logits.shape == (2, 0, SMALL.vocab_size)
+    same_state(after, state)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@torch.no_grad()
+def test_an_idle_row_keeps_its_state_bit_for_bit(model: XLSTM, inplace: bool) -> None:
+    _, state = model(draw(3, 9), output_state=True)
+    kept = [[None if t is None else t[1].clone() for t in s] for s in state]
+    token = draw(3)
+    wanted, moved = model.step(token, state)
+    active = torch.tensor([True, False, True])
+    logits, after = model.step(token, state, inplace=inplace, active=active)
+    close(logits[active], wanted[active])
+    for s, old, all_active in zip(after, kept, moved, strict=True):
+        for t, row, other in zip(s, old, all_active, strict=True):
+            if t is not None:
+                assert torch.equal(t[1], row)
+                close(t[active], other[active])
+
+
+@torch.no_grad()
+def test_slots_step_some_rows_of_a_larger_state(model: XLSTM) -> None:
+    _, pool = model(draw(5, 9), output_state=True)
+    slots, token = torch.tensor([4, 1]), draw(2)
+    part = tuple(tfla.State(*(t if t is None else t[slots] for t in s)) for s in pool)
+    untouched = [s.C[[0, 2, 3]].clone() for s in pool]
+    wanted, moved = model.step(token, part)
+    logits, after = model.step(token, pool, inplace=True, slots=slots)
+    close(logits, wanted)
+    rows = tuple(tfla.State(*(t if t is None else t[slots] for t in s)) for s in after)
+    same_state(rows, moved)
+    assert all(torch.equal(s.C[[0, 2, 3]], old) for s, old in zip(after, untouched, strict=True))
+
+
+# ---------------------------------------------------------------- dtypes and the machinery of torch
+
+
+@torch.no_grad()
+def test_gates_are_fp32_under_autocast_and_in_a_bf16_model() -> None:
+    layer = make(SMALL, torch.float32).blocks[0].mlstm
+    x = torch.randn(2, 5, SMALL.hidden_size)
+    wanted = layer.gate_preactivations(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(
+            torch.equal(a, b) for a, b in zip(layer.gate_preactivations(x), wanted, strict=True)
+        )
+    layer.bfloat16()
+    exact = layer.gates.weight.double() @ x.bfloat16().double()[0, 0] + layer.gates.bias.double()
+    i, f = layer.gate_preactivations(x.bfloat16())
+    assert i.dtype == f.dtype == torch.float32
+    got = torch.cat((i[0, 0], f[0, 0])).double()
+    torch.testing.assert_close(got, 15 * torch.tanh(exact / 15), rtol=1e-5, atol=1e-5)
+
+
+def rounded_once(x: Tensor, exact: Tensor) -> bool:
+    """Whether bf16 x is within half a spacing of exact, plus what fp32 arithmetic adds."""
+    half = torch.exp2(exact.abs().log2().floor() - 8)
+    return x.dtype == torch.bfloat16 and bool(((x.double() - exact).abs() <= 1.001 * half).all())
+
+
+@torch.no_grad()
+def test_norm_statistics_are_fp32_in_a_bf16_model() -> None:
+    """One rounding at the end; statistics in bf16 would add theirs to it."""
+    config = XLSTMConfig(2, 256, 1, 1)
+    block = Block(config).bfloat16()
+    x = torch.randn(2, 9, 256).bfloat16() + 0.2
+    exact = plain_norm(x.double(), torch.ones(256), config.norm_eps)
+    assert rounded_once(block.norm_mlstm(x), exact)
+
+    layer = block.mlstm
+    layer.out = torch.nn.Identity()
+    layer.gates.bias.zero_()
+    layer.qkvo.weight[-256:] = 0  # o = 0, so that sigmoid(o) halves, which is exact
+    q, k, v, _ = layer.qkvo(x).split(layer.widths, -1)
+    h, _ = tfla.mlstm(q[:, :, None], k[:, :, None], v[:, :, None], *layer.gate_preactivations(x))
+    exact = F.layer_norm(h.double(), (256,), eps=config.norm_eps)[:, :, 0] / 2
+    got, _ = layer(x)
+    assert rounded_once(got, exact)
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    return ((x.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
+@pytest.mark.parametrize("gate", GATES)
+def test_low_precision_costs_no_more_than_in_plain_torch(gate: str, autocast: bool) -> None:
+    """Against fp64: at most twice the error of the formulas written out in the same precision."""
+    truth = make(dataclasses.replace(SMALL, input_gate=gate))
+    tokens = draw(4, 16)
+    wanted, state = truth(tokens, output_state=True)
+    model = XLSTM(truth.config)
+    model.load_state_dict(truth.state_dict())
+    model = model if autocast else model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, after = model(tokens, output_state=True)
+        logits.square().mean().backward()
+        with torch.no_grad():
+            step, _ = model.step(tokens[:, 0], after)
+            allowed = 2 * error(torch.stack([plain(model, row) for row in tokens]), wanted)
+    assert logits.dtype == step.dtype == after[0].C.dtype == torch.float32
+    assert error(logits, wanted) < allowed
+    assert error(step, truth.step(tokens[:, 0], state)[0]) < allowed
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_checkpointing_changes_no_gradient(model: XLSTM) -> None:
+    tokens = draw(2, 12)
+    _, state = model(draw(2, 3), output_state=True)
+    state = tuple(s.detach() for s in state)
+    wanted = torch.autograd.grad(model(tokens, state)[0].square().sum(), list(model.parameters()))
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    got = torch.autograd.grad(model(tokens, state)[0].square().sum(), list(model.parameters()))
+    for a, b in zip(got, wanted, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_compiles_as_one_graph(gate: str) -> None:
+    """Forward and backward with states and packing, under autocast, and the step."""
+    model = make(dataclasses.replace(SMALL, input_gate=gate, num_layers=1), torch.float32)
+    tokens, ends = draw(1, 12), torch.tensor([0, 5, 12])
+    _, state = model(draw(2, 4), output_state=True)
+    state = tuple(s.detach() for s in state)
+
+    def run(tokens: Tensor) -> tuple[Tensor, tuple[tfla.State, ...]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(tokens, state, output_state=True, cu_seqlens=ends)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    (wanted, after), (logits, got) = run(tokens), compiled(tokens)
+    torch.testing.assert_close(logits, wanted, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(got[0].C, after[0].C, rtol=0.02, atol=0.02)
+    a = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
+    b = torch.autograd.grad(wanted.square().mean(), list(model.parameters()))
+    for name, x, y in zip(dict(model.named_parameters()), a, b, strict=True):
+        assert error(x, y.double()) < 0.02, name
+    with torch.no_grad():
+        step = torch.compile(model.step, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(step(draw(2) * 0, state)[0], model.step(draw(2) * 0, state)[0])
+
+
+def test_parameters_reset_after_building_on_meta() -> None:
+    with torch.device("meta"):
+        model = XLSTM(SMALL)
+    model.to_empty(device="cpu")
+    model.reset_parameters()
+    torch.manual_seed(0)
+    model.reset_parameters()
+    torch.manual_seed(0)
+    other = XLSTM(SMALL)
+    other.reset_parameters()
+    assert model(draw(1, 3))[0].isfinite().all()
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_wrong_arguments_are_named() -> None:
+    model = make(SMALL)
+    _, state = model(draw(2, 3), output_state=True)
+    with pytest.raises(ValueError, match=r"tokens must be \(B, T\); got \(3,\)"):
+        model(draw(3))
+    with pytest.raises(TypeError, match="tokens must be int64 or int32; got torch.float32"):
+        model(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="state must be 2 tfla.State, one a layer; got 1"):
+        model(draw(2, 3), state[:1])
+    with pytest.raises(ValueError, match="initial_state"):
+        model(draw(3, 3), state)
+    with pytest.raises(ValueError, match=r"tokens must be \(B,\), one token per sequence"):
+        model.step(draw(2, 1), state)
+    with pytest.raises(ValueError, match="step needs a state"):
+        model.step(draw(2), None)
+    with pytest.raises(ValueError, match=r"active must be \(2,\) bool"):
+        model.step(draw(2), state, active=torch.ones(2))
+    with pytest.raises(ValueError, match="inplace"):
+        model.step(draw(2), tuple(s.detach() for s in state), inplace=True)
+    with pytest.raises(RuntimeError, match="triton"):
+        model(draw(2, 3), backend="triton")
+    with pytest.raises(ValueError, match="not normalised"):
+        make(dataclasses.replace(SMALL, input_gate="sigmoid"))(draw(2, 3), state)
