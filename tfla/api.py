@@ -322,7 +322,7 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Ten
         if _tensor(name, x).dim() != len(axes) + 1:
             raise ValueError(f"{name} must have {len(axes) + 1} axes ({', '.join(axes)}, {last}); got {_what(x)}.")
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         q, k, v = (x.to(low) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in (q, k, v))
     for name, x in (("q", q), ("k", k), ("v", v)):

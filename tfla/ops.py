@@ -14,6 +14,7 @@ functions below.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any, NamedTuple
 
@@ -56,9 +57,16 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None  # (N + 1,)
 
 
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """The dtypes of a backend are its own; nothing to do where autocast is off, which is the usual case."""
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not there."""
-    with torch.autocast(x.q.device.type, enabled=False):
+    with _no_autocast(x.q.device.type):
         grid = o.leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize)
         result = o.leaf.scan("h", x.q, x.k, x.v, grid, x.C)
         none = result.out.new_empty(0)
@@ -72,13 +80,13 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial state."""
     leaf = o.leaf
-    with torch.autocast(x.q.device.type, enabled=False):
+    with _no_autocast(x.q.device.type):
         dh = torch.zeros_like(h) if dh is None else dh
         grid = leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, saved)
         column = leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
         C_T, dC_T = None if x.C is None else x.C.mT, None if dC is None else dC.mT
         dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q, keep=True)
-        dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, reverse=True, column=column, dot=x.k, against=dq)
+        dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, reverse=True, column=column, dot=x.k, keep=True, against=dq)
         dv = leaf.scan("dv", x.k, x.q, dh, grid, dC, reverse=True)
         di, df = leaf.gate_gradients(x.i, x.f, dq.dot, dk.dot, dk.meets, grid, o.activations)
         dC_0 = dn_0 = dm_0 = dk.final.new_empty(0)
@@ -281,7 +289,7 @@ def _step_op(
     backend: str,
 ) -> Tensor:
     leaf = importlib.import_module(BACKENDS[backend])
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device.type):
         return leaf.update(q, k, v, i, f, C, n, m, slots, scale, Activations(sigmoid_i, sigmoid_f))
 
 

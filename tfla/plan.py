@@ -109,7 +109,7 @@ def _tile(p: Problem, device: Device, A: int, X: int) -> Tile:
 def _segment(p: Problem, device: Device, tile: Tile) -> int:
     """Cut where whole sequences leave multiprocessors idle: into pieces of a power of two of tokens, enough for all of them."""
     programs = p.N * p.H * -(-tile.X // tile.block_x)
-    wanted = 2 * device.multiprocessors
+    wanted = (3 * device.multiprocessors) // 2
     if programs == 0 or programs >= wanted or _mean(p) < 4096:
         return 0
     pieces = min(-(-wanted // programs), _mean(p) // 2048)

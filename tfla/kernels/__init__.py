@@ -174,7 +174,8 @@ def normalizer_backward(
 class Meets(NamedTuple):
     """Where the running sum of the forget gate's gradient restarts."""
 
-    parts: Tensor  # (parts, rows, spans) shares of <C, dC> at the ends of spans
+    C: Tensor  # (splits, rows, spans, state) C^T at the ends of spans, tile by tile
+    dC: Tensor  # the same of dC^T
     column: Column | None
 
 
@@ -185,7 +186,7 @@ class Scan(NamedTuple):
     dot: Tensor | None  # (parts, rows, slots, L) shares of the row dot products
     final: Tensor  # (N, H, A, X)
     column: Tensor | None  # (N, H, X)
-    ends: Tensor | None  # (rows, spans, A, X) states at the ends of spans
+    ends: Tensor | None  # (splits, rows, spans, state) states at the ends of spans
     meets: Meets | None
 
 
@@ -216,8 +217,11 @@ def scan(
     f32 = {"dtype": torch.float32, "device": x.device}
     final = torch.empty(grid.N, H, A, X, **f32)
     dots = None if y is None else torch.empty(tiles * grid.size, **f32)
-    ends = torch.empty(grid.rows, grid.spans, A, X, **f32) if keep else None if against is None else against.ends
-    meets = None if against is None else torch.empty(tile.splits * tiles, grid.rows, grid.spans, **f32)
+    ends = None
+    if keep:
+        low = torch.bfloat16 if x.dtype != torch.float32 else torch.float32
+        shape = (tile.splits, grid.rows, grid.spans, tiles * tile.block_a * tile.block_x)
+        ends = torch.empty(shape, dtype=low, device=x.device)
     previous = None
     width = triton.cdiv(A, tile.splits)
     for split in range(tile.splits):
@@ -227,18 +231,21 @@ def scan(
         _scan_piece(
             tile, a[..., piece], b[..., piece], x, target, previous, y if last else None, dots, grid,
             None if state is None else state[:, :, piece], final[:, :, piece],
-            None if ends is None else ends[:, :, piece], None if meets is None else meets[split * tiles :],
-            reverse, column if last else None,
+            None if ends is None else ends[split], reverse, column if last else None,
         )  # fmt: skip
         previous = target
     share = column.q_dq if column is not None and not reverse else dots
     first = column.dn_first if column is not None and reverse else None
-    return Scan(out, share, final, first, ends, None if meets is None else Meets(meets, column))
+    meets = None
+    if against is not None:
+        assert against.ends is not None and ends is not None
+        meets = Meets(against.ends, ends, column)
+    return Scan(out, share, final, first, ends, meets)
 
 
 def _scan_piece(
     tile: Tile, a: Tensor, b: Tensor, x: Tensor, out: Tensor, partial: Tensor | None, y: Tensor | None, dots: Tensor | None,
-    grid: Grid, state: Tensor | None, final: Tensor, ends: Tensor | None, meets: Tensor | None, reverse: bool,
+    grid: Grid, state: Tensor | None, final: Tensor, ends: Tensor | None, reverse: bool,
     column: Column | None,
 ) -> None:  # fmt: skip
     """One launch of the scan, with the two before it that make the states of the pieces of a cut sequence."""
@@ -262,10 +269,9 @@ def _scan_piece(
             _scan_kernel, (tiles * H * pieces,), tile.warps,
             a, b, x, out, partial if whole else None, y if whole else None, dots if whole else None,
             grid.weights, grid.decay, column.d if column is not None and whole else None, vector if whole else None,
-            state, final, ends if whole else None, meets if whole else None, left, grid.cu_seqlens, grid.tables[2],
+            state, final, ends if whole else None, left, grid.cu_seqlens, grid.tables[2],
             *a.stride()[:3], *b.stride()[:3], *x.stride()[:3], *(y if y is not None else x).stride()[:3],
-            *(final if state is None else state).stride(), *final.stride(), 0 if ends is None else ends.stride(1),
-            *grid.common(), grid.spans, segment,
+            *(final if state is None else state).stride(), *final.stride(), *grid.common(), grid.spans, segment,
             grid.size, A, X, L=grid.plan.L, BLOCK_A=tile.block_a, BLOCK_X=tile.block_x, SPAN=grid.plan.span,
             REVERSE=reverse, CUT=cut, TRANSPOSED=tile.transposed, DESCRIPTOR=descriptor, STAGES=tile.stages,
             PRECISION=precision(x),
@@ -294,11 +300,11 @@ def gate_gradients(
     column = meets.column
     launch(
         g._gradients_kernel, (grid.rows * grid.spans,), 4,
-        i, f, grid.cu_seqlens, grid.tables[1], grid.weights, q_dq, k_dk, meets.parts, grid.n_chunk, grid.n_final,
+        i, f, grid.cu_seqlens, grid.tables[1], grid.weights, q_dq, k_dk, meets.C, meets.dC, grid.n_chunk, grid.n_final,
         None if column is None else column.dn_chunk, di, df, *i.stride(), *f.stride(),
-        T, H, grid.slots, grid.spans, grid.size, grid.rows, K,
+        T, H, grid.slots, grid.spans, grid.size, grid.rows, K, meets.C.shape[-1],
         L=grid.plan.L, SPAN=grid.plan.span, BLOCK_K=grid.plan.block_k, Q_PARTS=q_dq.numel() // grid.size if grid.size else 1,
-        K_PARTS=k_dk.numel() // grid.size if grid.size else 1, MEETS=meets.parts.shape[0],
+        K_PARTS=k_dk.numel() // grid.size if grid.size else 1, SPLITS=meets.C.shape[0],
         SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f, NORMALIZE=column is not None, PACKED=packed,
     )  # fmt: skip
     return di, df

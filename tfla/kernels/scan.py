@@ -32,9 +32,9 @@ def _tile(x, width, stride, t, length, start, L: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _scan_kernel(
-    a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, meets, left, cu_seqlens, table,
+    a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, left, cu_seqlens, table,
     stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh, stride_xb, stride_xt, stride_xh,
-    stride_yb, stride_yt, stride_yh, stride_sn, stride_sh, stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, stride_e,
+    stride_yb, stride_yt, stride_yh, stride_sn, stride_sh, stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx,
     T, H, slots, spans, UNIT, size, A, X,
     L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_X: tl.constexpr, SPAN: tl.constexpr,
     REVERSE: tl.constexpr, CUT: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
@@ -57,8 +57,8 @@ def _scan_kernel(
     if CUT:
         if (j > 0) & (j >= (chunks * L + UNIT - 1) // UNIT):
             return
-        low = j * (UNIT // L)
-        high = tl.minimum(chunks, low + UNIT // L)
+        low = (j * (UNIT // L)).to(tl.int32)
+        high = tl.minimum(chunks, (low + UNIT // L).to(tl.int32))
     slot = row * slots + first_slot(n, start, L, PACKED)
     span = row * spans + first_slot(n, start, SPAN, PACKED)
 
@@ -86,17 +86,21 @@ def _scan_kernel(
     # Where a state lies in memory, in the orientation that it has on chip.
     kept = (lanes < A)[:, None] & (columns < X)[None, :]
     state_at = w * stride_sn + head * stride_sh + lanes[:, None] * stride_sa + columns[None, :] * stride_sx
-    ends_at = lanes[:, None] * X + columns[None, :]
     if TRANSPOSED:
         kept = (columns < X)[:, None] & (lanes < A)[None, :]
         state_at = w * stride_sn + head * stride_sh + columns[:, None] * stride_sx + lanes[None, :] * stride_sa
-        ends_at = columns[:, None] + lanes[None, :] * X
         S = tl.zeros([BLOCK_X, BLOCK_A], tl.float32)
     else:
         S = tl.zeros([BLOCK_A, BLOCK_X], tl.float32)
     if state is not None:
         S = tl.load(state + state_at, mask=kept, other=0.0)
     remains = 1.0
+    # Kept states lie tile by tile as they are on chip, so that their addresses are constants and take no registers.
+    BLOCK: tl.constexpr = BLOCK_A * BLOCK_X
+    if TRANSPOSED:
+        entry = tl.arange(0, BLOCK_X)[:, None] * BLOCK_A + tl.arange(0, BLOCK_A)[None, :]
+    else:
+        entry = tl.arange(0, BLOCK_A)[:, None] * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
 
     l = tl.arange(0, L)
     for step in tl.range(0, high - low, num_stages=STAGES):
@@ -118,29 +122,26 @@ def _scan_kernel(
                 P = tl.dot(B, tl.trans(AA), input_precision=PRECISION)
                 D = tl.exp2((row_hi[None, :] + col_hi[:, None]) + (row_lo[None, :] + col_lo[:, None]))
                 causal = (l[None, :] <= l[:, None]) if REVERSE else (l[None, :] >= l[:, None])
-                O = tl.dot(S.to(B.dtype), tl.trans(AA), input_precision=PRECISION) * row_edge[None, :]
             else:
                 P = tl.dot(AA, tl.trans(B), input_precision=PRECISION)
                 D = tl.exp2((row_hi[:, None] + col_hi[None, :]) + (row_lo[:, None] + col_lo[None, :]))
                 causal = (l[:, None] <= l[None, :]) if REVERSE else (l[:, None] >= l[None, :])
-                O = tl.dot(AA, S.to(B.dtype), input_precision=PRECISION) * row_edge[:, None]
             if d is not None:
                 d_here = tl.load(d + (slot + c) * L + l)
-                row_vector = tl.load(vector + (slot + c) * X + columns, mask=columns < X, other=0.0)
-                row_factor = row_edge if REVERSE else row_edge * d_here
                 if REVERSE == TRANSPOSED:
                     P += d_here[:, None]
                 else:
                     P += d_here[None, :]
-                if TRANSPOSED:
-                    O += row_vector[:, None] * row_factor[None, :]
-                else:
-                    O += row_factor[:, None] * row_vector[None, :]
             P = tl.where(causal, P * D, 0.0).to(XX.dtype)
             if TRANSPOSED:
+                O = tl.dot(S.to(B.dtype), tl.trans(AA), input_precision=PRECISION) * row_edge[None, :]
                 O = tl.trans(tl.dot(tl.trans(XX), P, O, input_precision=PRECISION))
             else:
+                O = tl.dot(AA, S.to(B.dtype), input_precision=PRECISION) * row_edge[:, None]
                 O = tl.dot(P, XX, O, input_precision=PRECISION)
+            if d is not None:  # last, when the low-precision copy of the state has left the registers
+                row_vector = tl.load(vector + (slot + c) * X + columns, mask=columns < X, other=0.0)
+                O += (row_edge if REVERSE else row_edge * d_here)[:, None] * row_vector[None, :]
             inside = (t + l < length)[:, None] & (columns < X)[None, :]
             token = (t + l).to(tl.int64)[:, None] * H * X + columns[None, :]
             if partial is not None:
@@ -152,12 +153,12 @@ def _scan_kernel(
             if y is not None:
                 Y = _tile(y_rows, X, stride_yt, t, length, first_x, L, BLOCK_X, DESCRIPTOR)
                 tl.store(dot + tile * size + (slot + c) * L + l, tl.sum(O * Y.to(tl.float32), 1))
-        edge = ((c + 1) * L % SPAN == 0) | (c + 1 == chunks)
-        if meets is not None:
+        if ends is not None:
+            kept_at = ends + ((span + c * L // SPAN) * tiles + tile) * BLOCK + entry
+            edge = ((c + 1) * L % SPAN == 0) | (c + 1 == chunks)
+        if ends is not None and REVERSE:
             if edge:
-                other = tl.load(ends + (span + c * L // SPAN) * stride_e + ends_at, mask=kept, other=0.0)
-                total = tl.sum(tl.sum(other.to(tl.float32) * S, 1), 0)
-                tl.store(meets + tile * (size // (slots * L) * spans) + span + c * L // SPAN, total)
+                tl.store(kept_at, S.to(ends.dtype.element_ty))
         S *= keep
         XX = (XX.to(tl.float32) * col_edge[:, None]).to(XX.dtype)
         if TRANSPOSED:
@@ -166,9 +167,9 @@ def _scan_kernel(
             S = tl.dot(tl.trans(B), XX, S, input_precision=PRECISION)
         if left is not None:
             remains *= keep
-        if ends is not None and meets is None:
+        if ends is not None and not REVERSE:
             if edge:
-                tl.store(ends + (span + c * L // SPAN) * stride_e + ends_at, S.to(ends.dtype.element_ty), mask=kept)
+                tl.store(kept_at, S.to(ends.dtype.element_ty))
 
     if left is not None:
         tl.store(left + w * H + head, remains)

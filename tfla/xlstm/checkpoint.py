@@ -1,14 +1,15 @@
 """Checkpoints: folders of safetensors and JSON, whole or absent, and checked when read.
 
     RUN/checkpoints/step-00000100/
-        checkpoint.json         what the run is and where it stands; size and SHA-256 of every other file
-        model.safetensors       the parameters by name
-        optimizer.safetensors   AdamW's moments by parameter name, and the state of the random generators
-        tokenizer.json          only when the run has a tokenizer
+        checkpoint.json         what the run is and where it stands; size and SHA-256 of every other
+        file model.safetensors       the parameters by name optimizer.safetensors   AdamW's moments
+        by parameter name, and the state of the random generators tokenizer.json          only when
+        the run has a tokenizer
 
-No pickle is written or read, so a checkpoint from a stranger can hold wrong numbers but no code. A folder is
-written beside its final place, flushed to the disk, and renamed: a process killed at any moment leaves
-the previous checkpoint as the last one and a `.tmp` folder that nobody reads and the next run removes.
+No pickle is written or read, so a checkpoint from a stranger can hold wrong numbers but no code. A
+folder is written beside its final place, flushed to the disk, and renamed: a process killed at any
+moment leaves the previous checkpoint as the last one and a `.tmp` folder that nobody reads and the
+next run removes.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ FORMAT = 1
 
 
 class RunError(Exception):
-    """Something that the person at the keyboard can put right; one line: what is wrong and what to do."""
+    """What the person at the keyboard can put right; one line: what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Checkpoint:
     meta: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """All tensors of `name`.safetensors, on the CPU. RunError if the file is not part of it or unreadable."""
+        """All tensors of `name`.safetensors, on the CPU. RunError when it cannot be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -58,7 +59,7 @@ class Checkpoint:
         return (self.path / name).read_text("utf-8") if name in self.meta["files"] else None
 
     def restore(self, module: nn.Module) -> None:
-        """Copy the parameters into `module`; RunError when names or shapes are not those of the module."""
+        """Copy the parameters into `module`; RunError when names or shapes are not its own."""
         saved, own = self.tensors("model"), dict(module.named_parameters())
         for name in sorted(saved.keys() ^ own.keys()):
             lacks = "the checkpoint lacks" if name in own else "the model does not have"
@@ -67,8 +68,8 @@ class Checkpoint:
             want = own[name]
             if tensor.shape != want.shape:
                 raise RunError(
-                    f"{self.path}/model.safetensors: {name} is {tuple(tensor.shape)}, the model wants "
-                    f"{tuple(want.shape)}; it is of another model"
+                    f"{self.path}/model.safetensors: {name} is {tuple(tensor.shape)}, "
+                    f"the model wants {tuple(want.shape)}; it is of another model"
                 )
             want.data.copy_(tensor)
 
@@ -80,7 +81,10 @@ def save(
     texts: Mapping[str, str],
     keep: int = 2,
 ) -> Path:
-    """Write the checkpoint of step meta["step"] under `run` and drop all but the last `keep`; returns its folder."""
+    """Write the checkpoint of step meta["step"] under `run`, drop all but the last `keep`.
+
+    `tensors` become files of their name, `texts` files with that content. Returns the folder.
+    """
     from safetensors.torch import save_file
 
     folder = _folder(run)
@@ -106,17 +110,20 @@ def exists(run: Path) -> bool:
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint in `path`, or the last one of the run in `path`, after reading and checking every byte of it.
+    """The checkpoint in `path`, or the last one of the run in `path`, after reading and checking
+    every byte of it.
 
-    Raises RunError, which names the file, when there is none, when a file is missing, cut short or altered,
-    and when it was written by a later version.
+    Raises RunError, which names the file, when there is none, when a file is missing, cut short or
+    altered, and when it was written by a later version.
     """
     if not path.exists():
         raise RunError(f"{path} does not exist; name the folder that `tfla train --out` wrote")
     if not (path / "checkpoint.json").exists() and not path.name.startswith("step-"):
         steps = _steps(_folder(path))
         if not steps:
-            raise RunError(f"{path} holds no checkpoint; name the folder that `tfla train --out` wrote")
+            raise RunError(
+                f"{path} holds no checkpoint; name the folder that `tfla train --out` wrote"
+            )
         path = steps[-1]
     file = path / "checkpoint.json"
     try:
@@ -125,17 +132,24 @@ def load(path: Path) -> Checkpoint:
         if stated != _checksum(meta):
             raise ValueError("its checksum is wrong")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        why = "it is missing" if isinstance(error, FileNotFoundError) else "it is not what was written"
+        why = (
+            "it is missing"
+            if isinstance(error, FileNotFoundError)
+            else "it is not what was written"
+        )
         raise RunError(f"{file} is damaged: {why}; {_way_out(path)}") from error
     if meta["format"] != FORMAT:
-        raise RunError(f"{file} has format {meta['format']}, this tfla reads {FORMAT}; upgrade tfla")
+        raise RunError(
+            f"{file} has format {meta['format']}, this tfla reads {FORMAT}; upgrade tfla"
+        )
     for name, seal in meta["files"].items():
         part = path / name
         if not part.exists():
             raise RunError(f"{part} is missing; {_way_out(path)}")
         if part.stat().st_size != seal["bytes"]:
             raise RunError(
-                f"{part} is damaged: {part.stat().st_size} of {seal['bytes']} bytes; {_way_out(path)}"
+                f"{part} is damaged: {part.stat().st_size} of {seal['bytes']} bytes; "
+                f"{_way_out(path)}"
             )
         if _seal(part) != seal:
             raise RunError(f"{part} is damaged: its SHA-256 is wrong; {_way_out(path)}")

@@ -2,14 +2,15 @@
 
     RUN/data/
         corpus.json     what is in it, and its fingerprint
-        train.bin       [end] document [end] document ... [end], as uint16, or uint32 for a large vocabulary
-        heldout.bin     the same for the documents that are never trained on
-        heldout.raw     their bytes as they were, to hold other compressors against
-        tokenizer.json  only when one was given
+        train.bin       [end] document [end] document ... [end], as uint16, or uint32 for a large
+        vocabulary heldout.bin     the same for the documents that are never trained on heldout.raw
+        their bytes as they were, to hold other compressors against tokenizer.json  only when one
+        was given
 
-Documents are held out whole, chosen by the SHA-256 of their names: the same ones in every run and on every
-machine. Identical documents are kept once, or the held-out ones would not be unseen. Training windows of a step
-are a function of (seed, step) alone, so a resumed run reads what the unbroken one would have read.
+Documents are held out whole, chosen by the SHA-256 of their names: the same ones in every run and
+on every machine. Identical documents are kept once, or the held-out ones would not be unseen.
+Training windows of a step are a function of (seed, step) alone, so a resumed run reads what the
+unbroken one would have read.
 """
 
 import codecs
@@ -29,15 +30,18 @@ from torch import Tensor
 
 from tfla.xlstm.checkpoint import RunError, atomic_folder, sha256
 
-# A piece is encoded by itself and cut after a line, so that a document of any size fits into memory.
+# A piece is encoded by itself and cut after a line, so that a document of any size fits into
+# memory.
 PIECE = 1 << 16
 HELD_OUT = 0.05  # share of the bytes
-# Folders of the standard library whose text is not its sources: tests, and what was installed later.
+# Folders of the standard library whose text is not its sources: tests, and what was installed
+# later.
 _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 class Codec:
-    """Bytes to token ids and back: one id a byte, or a `tokenizers` file; the last id ends a document.
+    """Bytes to token ids and back: one id a byte, or a `tokenizers` file; the last id ends a
+    document.
 
     Example:
         codec = Codec()                             # vocab_size 257, end 256
@@ -57,8 +61,8 @@ class Codec:
                 self._tokenizer = Tokenizer.from_str(tokenizer)
             except Exception as error:  # the library raises Exception itself
                 raise RunError(
-                    f"the tokenizer cannot be read ({_first_line(error)}); give a tokenizer.json of the "
-                    "tokenizers library"
+                    f"the tokenizer cannot be read ({_first_line(error)}); give a tokenizer.json "
+                    "of the tokenizers library"
                 ) from error
             self.end = self._tokenizer.get_vocab_size()
         self.vocab_size = self.end + 1
@@ -72,7 +76,7 @@ class Codec:
         return np.asarray(encoding.ids, self.dtype)
 
     def decoder(self) -> Callable[[int], str]:
-        """A function from the next id to the text that has become certain; "" inside a character."""
+        """A function from the next id to the text that is now certain; "" inside a character."""
         if self._tokenizer is None:
             decode = codecs.getincrementaldecoder("utf-8")("replace").decode
             return lambda token: "" if token == self.end else decode(bytes([token]))
@@ -103,7 +107,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over tokens, held-out bytes and tokenizer: two corpora with the same one train the same."""
+        """SHA-256 over tokens, held-out bytes and tokenizer."""
         return self.info["fingerprint"]
 
     def windows(self, seed: int, step: int, rows: int, context: int) -> Tensor:
@@ -113,8 +117,8 @@ class Corpus:
         """
         if len(self.train) <= context:
             raise RunError(
-                f"the corpus has {len(self.train):,} tokens to train on, one window takes {context + 1:,}; "
-                "give more files or a smaller --context"
+                f"the corpus has {len(self.train):,} tokens to train on, one window takes "
+                f"{context + 1:,}; give more files or a smaller --context"
             )
         number = max(1, (len(self.train) - context) // context)
         out = np.empty((rows, context + 1), np.int64)
@@ -126,7 +130,8 @@ class Corpus:
         return torch.from_numpy(out)
 
     def held_out(self, limit: int) -> tuple[Tensor, bytes]:
-        """Whole pieces of the held-out documents, at least one and else at most `limit` bytes of them.
+        """Whole pieces of the held-out documents, at least one and else at most `limit` bytes of
+        them.
 
         Returns the stream, which starts with `end`, as (tokens,) int64, and the bytes it encodes.
         """
@@ -166,7 +171,7 @@ class Document:
 
 
 def standard_library() -> list[Document]:
-    """The sources of the Python that runs this, without its tests and without installed packages."""
+    """The sources of the Python that runs this, without tests and installed packages."""
     top = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, folders, files in os.walk(top):
@@ -215,8 +220,8 @@ def prepare(
 ) -> Corpus:
     """Write the corpus of `paths` (none: the standard library's sources) to `folder` and open it.
 
-    `held_out` is the share of the bytes, in (0, 0.5], that is kept from training. RunError, which names the file:
-    nothing there, nothing in it, unreadable, not a tokenizer.
+    `held_out` is the share of the bytes, in (0, 0.5], that is kept from training. RunError, which
+    names the file: nothing there, nothing in it, unreadable, not a tokenizer.
     """
     if not 0 < held_out <= 0.5:
         raise RunError(f"--held-out is {held_out}, wanted above 0 and at most 0.5")
@@ -248,7 +253,7 @@ def prepare(
 
 
 def open_corpus(folder: Path, fingerprint: str) -> Corpus:
-    """The corpus in `folder`; RunError unless every byte of it is what `fingerprint` was taken from."""
+    """The corpus in `folder`; RunError unless every byte of it is what `fingerprint` states."""
     hint = "restore the folder from a copy, or train again in another --out"
     try:
         info = json.loads((folder / "corpus.json").read_text("utf-8"))
@@ -260,7 +265,9 @@ def open_corpus(folder: Path, fingerprint: str) -> Corpus:
         if not digest.hexdigest() == info["fingerprint"] == fingerprint:
             raise RunError(f"{folder} is not the corpus that this run was trained on; {hint}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder}/corpus.json cannot be read ({_first_line(error)}); {hint}") from error
+        raise RunError(
+            f"{folder}/corpus.json cannot be read ({_first_line(error)}); {hint}"
+        ) from error
     codec = Codec(text)
     return Corpus(folder, codec, info, np.memmap(folder / "train.bin", codec.dtype, "r"))
 
@@ -270,7 +277,9 @@ def read_tokenizer(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} cannot be read ({_first_line(error)}); give a tokenizer.json") from error
+        raise RunError(
+            f"{path} cannot be read ({_first_line(error)}); give a tokenizer.json"
+        ) from error
 
 
 def _unique(documents: list[Document]) -> list[Document]:
@@ -283,7 +292,8 @@ def _unique(documents: list[Document]) -> list[Document]:
             content = sha256(document.path)
         except OSError as error:
             raise RunError(
-                f"{document.path} cannot be read ({error.strerror}); make it readable or leave it out"
+                f"{document.path} cannot be read ({error.strerror}); "
+                "make it readable or leave it out"
             ) from error
         if content not in seen:
             seen.add(content)
@@ -292,7 +302,10 @@ def _unique(documents: list[Document]) -> list[Document]:
 
 
 def _split(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """Documents in the order of their names' SHA-256 until the share is reached, none that is a quarter of it alone."""
+    """(trained on, held out): those first by their names' SHA-256 are held out, up to `share`.
+
+    Documents that alone are a quarter of it are passed over, so that what is held out is varied.
+    """
     target = share * sum(document.size for document in documents)
     by_hash = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
     held: list[Document] = []
@@ -316,7 +329,7 @@ def _split(documents: list[Document], share: float) -> tuple[list[Document], lis
 def _write(
     documents: list[Document], codec: Codec, tokens: Path, raw: Path | None
 ) -> list[tuple[int, int]]:
-    """Write the stream; (tokens, bytes) of each piece, the `end` before a document counted to its first piece."""
+    """Write the stream. Returns (tokens, bytes) of each piece; a document's first has its `end`."""
     end = np.asarray([codec.end], codec.dtype)
     pieces = []
     with tokens.open("wb") as stream, open(raw or os.devnull, "wb") as copy:
@@ -347,7 +360,7 @@ def _order(seed: int, epoch: int, number: int) -> tuple[np.ndarray, float]:
 
 
 def _character(block: bytes) -> int:
-    """Where to cut a block without a line end: before an unfinished UTF-8 character, else at the end."""
+    """Where to cut a block without a line end: before an unfinished UTF-8 character."""
     for back in range(1, min(4, len(block) - 1) + 1):
         if block[-back] >= 0xC0:
             return len(block) - back

@@ -1,0 +1,265 @@
+"""`tfla demo`: train, write, and compare with attention on the machine at hand, in five minutes."""
+
+import gzip
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+import tfla
+from tfla import render
+from tfla.xlstm import checkpoint
+from tfla.xlstm.train import Placement, evaluate, read_metrics, start, train
+from tfla.xlstm.writer import load_writer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Row = dict[str, Any]
+Probe = Callable[[int, torch.device], Callable[[], None]]
+
+MODEL = {"hidden_size": 128, "num_layers": 3, "num_heads": 2}
+TRAINING = {"context": 512, "batch": 4, "lr": 5e-3}
+JUDGED = 5000  # held-out bytes for each second of training; all that there are after 150
+PROMPT = "import os\nimport sys\n\n\nclass "
+# The comparison is of one sequence, as wide as a model of 256.
+HEADS, WIDTH = 4, 64
+CONTEXTS = [2**power for power in range(8, 17)]
+
+
+def run_demo(
+    out: Path | None, seconds: float, device: torch.device, seed: int, console: "Console"
+) -> None:
+    """The whole demonstration; `out` is by default runs/demo, or the first free runs/demo-N."""
+    began = time.monotonic()
+    folder = out or _free_folder(Path("runs/demo"))
+    plan = {
+        "seconds": seconds,
+        "seed": seed,
+        "eval_every": 100,
+        "eval_bytes": 16384,
+        "log_every": 5,
+    }
+    run = start(folder, MODEL | TRAINING | plan)
+    corpus = run.corpus
+    megabytes = corpus.info["train"]["bytes"] / 1e6
+
+    _head(console, f"1. Train for {seconds:g} s on {corpus.name}, {megabytes:.1f} MB")
+    render.line(console, f"an xLSTM of {run.config.num_parameters():,} parameters on {device}")
+    render.watch(train(run, Placement(device)), console)
+    writer = load_writer(folder, device)
+    stream, raw = corpus.held_out(max(1, int(seconds * JUDGED)))
+    bits = evaluate(writer.model, stream, len(raw), run.options, device)
+    zipped = 8 * len(gzip.compress(raw, 9)) / len(raw)
+    verdict = (
+        f"held-out text, {len(raw):,} bytes: {bits:.3f} bits per byte; "
+        f"gzip -9 on the same: {zipped:.3f}"
+    )
+    render.line(console, f"[bold]{verdict}[/bold]")
+
+    _head(console, "2. Let it write, after a prompt")
+    console.file.write(PROMPT)
+    for piece in writer.write(PROMPT.encode(), 500, temperature=0.7, seed=seed):
+        console.file.write(piece)
+        console.file.flush()
+    console.file.write("\n")
+
+    _head(console, f"3. mLSTM beside attention: {HEADS} heads of {WIDTH}, one sequence, {device}")
+    rows = compare(CONTEXTS, seconds / 3, device)
+    console.print(_table(rows))
+
+    title = f"{run.config.num_parameters() / 1e6:.2f}M-parameter xLSTM on {corpus.name}"
+    records = read_metrics(folder / "metrics.jsonl")
+    render.loss_curve(records, folder / "loss.png", title=title, gzip_bits=zipped, final_bits=bits)
+    render.curves(
+        _panels(rows), folder / "context.png", title=f"mLSTM and attention on {machine(device)}"
+    )
+    (folder / "demo.md").write_text(_report(rows, verdict, device), "utf-8")
+    render.line(console, f"plots: {folder}/loss.png, {folder}/context.png; table: {folder}/demo.md")
+    render.line(console, f'more of its prose: tfla generate {folder} "def "')
+    render.line(console, f"took {render.clock(time.monotonic() - began)}")
+
+
+def compare(contexts: Sequence[int], budget: float, device: torch.device) -> list[Row]:
+    """Time mLSTM and causal attention of the same width at each context, in about `budget` seconds.
+
+    A row has "context" in tokens and, by implementation, "train": seconds a token of forward and
+    backward over the whole sequence, "next": seconds for one further token, "bytes": what has to be
+    kept for that. Where the time does not suffice the value is None; the longest contexts go first.
+    """
+    deadline = time.monotonic() + budget
+    rows: list[Row] = []
+    whole = {name: 0.0 for name in PAIR}  # seconds of the last measurement of the whole sequence
+    for T in contexts:
+        row: Row = {"context": T}
+        for name, (train_step, next_token, size, growth) in PAIR.items():
+            # Twice: a first call that warms up, or is all there is.
+            if 2 * growth * whole[name] > deadline - time.monotonic():
+                row[name] = None
+                continue
+            whole[name] = _seconds(train_step(T, device), device)
+            row[name] = {
+                "train": whole[name] / T,
+                "next": _seconds(next_token(T, device), device),
+                "bytes": size(T),
+            }
+        if all(row[name] is None for name in PAIR):
+            break
+        rows.append(row)
+    return rows
+
+
+def _mlstm_train(T: int, device: torch.device) -> Callable[[], None]:
+    q, k, v, grad = torch.randn(4, 1, T, HEADS, WIDTH, device=device).unbind()
+    i, f = torch.randn(2, 1, T, HEADS, device=device).unbind()
+    leaves = [x.requires_grad_() for x in (q, k, v, i, f + 4)]
+
+    def once() -> None:
+        h, _ = tfla.mlstm(*leaves)
+        torch.autograd.grad(h, leaves, grad)
+
+    return once
+
+
+def _attention_train(T: int, device: torch.device) -> Callable[[], None]:
+    q, k, v, grad = torch.randn(4, 1, HEADS, T, WIDTH, device=device).unbind()
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+
+    def once() -> None:
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(h, (q, k, v), grad)
+
+    return once
+
+
+def _mlstm_next(T: int, device: torch.device) -> Callable[[], None]:
+    q, k, v = torch.randn(3, 1, HEADS, WIDTH, device=device).unbind()
+    i, f = torch.randn(2, 1, HEADS, device=device).unbind()
+    C = torch.randn(1, HEADS, WIDTH, WIDTH, device=device)
+    state = tfla.State(C, C[..., 0].contiguous(), torch.zeros(1, HEADS, device=device))
+
+    def once() -> None:
+        with torch.no_grad():
+            tfla.mlstm_step(q, k, v, i, f, state, inplace=True)
+
+    return once
+
+
+def _attention_next(T: int, device: torch.device) -> Callable[[], None]:
+    q = torch.randn(1, HEADS, 1, WIDTH, device=device)
+    k, v = torch.randn(2, 1, HEADS, T, WIDTH, device=device).unbind()
+
+    def once() -> None:
+        with torch.no_grad():
+            F.scaled_dot_product_attention(q, k, v)
+
+    return once
+
+
+# Name: forward and backward of T tokens, the next token after T, bytes kept after T (fp32), growth
+# of the first when T doubles.
+PAIR: dict[str, tuple[Probe, Probe, Callable[[int], int], float]] = {
+    "mLSTM": (_mlstm_train, _mlstm_next, lambda T: 4 * HEADS * (WIDTH * WIDTH + WIDTH + 1), 2.0),
+    "attention": (_attention_train, _attention_next, lambda T: 4 * HEADS * 2 * T * WIDTH, 4.0),
+}
+
+
+def _seconds(once: Callable[[], None], device: torch.device, enough: float = 0.5) -> float:
+    """Median of up to 7 calls after a first one; the first alone when it takes `enough` seconds."""
+    times: list[float] = []
+    while True:
+        started = time.perf_counter()
+        once()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+        if len(times) == 8 or sum(times) > enough:
+            return statistics.median(times[1:] or times)
+
+
+def machine(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+
+
+def _cells(rows: list[Row]) -> list[list[str]]:
+    """The table's body: one line a context, "-" where nothing was measured."""
+
+    def cell(row: Row, name: str, field: str, factor: float, form: str) -> str:
+        return "-" if row[name] is None else format(row[name][field] * factor, form)
+
+    body = []
+    for row in rows:
+        both = row["mLSTM"] is not None and row["attention"] is not None
+        ratio = f"{row['attention']['train'] / row['mLSTM']['train']:.1f}x" if both else "-"
+        times = [cell(row, name, "train", 1e6, ",.1f") for name in PAIR] + [ratio]
+        times += [cell(row, name, "next", 1e6, ",.0f") for name in PAIR]
+        body.append(
+            [
+                f"{row['context']:,}",
+                *times,
+                *(cell(row, name, "bytes", 2**-10, ",.0f") for name in PAIR),
+            ]
+        )
+    return body
+
+
+HEADINGS = [
+    "context (tokens)",
+    "training µs/token: mLSTM",
+    "attention",
+    "faster by",
+    "next token µs: mLSTM",
+    "attention",
+    "kept for it KiB: mLSTM",
+    "attention",
+]
+
+
+def _table(rows: list[Row]) -> "Table":
+    from rich.table import Table
+
+    table = Table()
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right")
+    for line in _cells(rows):
+        table.add_row(*line)
+    return table
+
+
+def _report(rows: list[Row], verdict: str, device: torch.device) -> str:
+    lines = [HEADINGS, ["---:"] * len(HEADINGS), *_cells(rows)]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    setting = f"{HEADS} heads of {WIDTH}, one sequence, fp32, {machine(device)}"
+    return f"{verdict}\n\n{setting}, torch {torch.__version__}\n\n{body}\n"
+
+
+def _panels(rows: list[Row]) -> list[render.Panel]:
+    def line(name: str, field: str) -> list[tuple[float, float]]:
+        return [(row["context"], row[name][field] * 1e6) for row in rows if row[name] is not None]
+
+    return [
+        (
+            "Training: forward + backward",
+            "µs per token",
+            {name: line(name, "train") for name in PAIR},
+        ),
+        ("Writing: the next token", "µs per token", {name: line(name, "next") for name in PAIR}),
+    ]
+
+
+def _free_folder(wanted: Path) -> Path:
+    names = [wanted] + [wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 1000)]
+    return next(path for path in names if not checkpoint.exists(path))
+
+
+def _head(console: "Console", text: str) -> None:
+    console.print()
+    console.rule(f"[bold]{text}", align="left")

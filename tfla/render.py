@@ -1,0 +1,219 @@
+"""What a person sees of a run: progress and plots, so that cli.py and demo.py know no plotting."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+    from tfla.xlstm.train import Run
+
+# (heading, unit of y, {implementation: [(context, y)]})
+Panel = tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]
+
+# One colour an implementation in every plot of the project (Okabe and Ito's, told apart by the
+# colour-blind).
+COLOURS = {"mLSTM": "#0072B2", "attention": "#D55E00", "gzip -9": "#555555", "training": "#9FC5E8"}
+
+
+def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
+    """Show the records of `train` as they come: a bar on a terminal, else a line an evaluation."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    bar = Progress(
+        TextColumn("[bold]{task.fields[left]}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[right]}"),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    start, first = time.monotonic(), None
+    text = {"step": "", "loss": "", "held-out": "", "speed": "", "left": ""}
+    with bar:
+        task = bar.add_task("", total=1.0, left="training", right="")
+        for record in records:
+            done = record["progress"]
+            first = done if first is None else first
+            if record["event"] == "train":
+                text["step"] = f"step {record['step']:,}"
+                text["loss"] = f"loss {record['loss']:.3f}"
+                text["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
+                if done > first:
+                    left = (time.monotonic() - start) * (1 - done) / (done - first)
+                    text["left"] = f"{clock(left)} left"
+            if record["event"] == "eval":
+                text["held-out"] = f"held-out {record['bits_per_byte']:.3f} bits/byte"
+                if not console.is_terminal:
+                    console.print(
+                        ", ".join(filter(None, text.values())), highlight=False, soft_wrap=True
+                    )
+            right = "  ".join(
+                filter(None, (text["loss"], text["held-out"], text["speed"], text["left"]))
+            )
+            bar.update(task, completed=done, left=text["step"] or "training", right=right)
+
+
+def describe(run: "Run", device: "torch.device", console: "Console") -> None:
+    """Corpus, model and plan of a run in three lines."""
+    info, config, options = run.corpus.info, run.config, run.options
+    kept, held = info["train"], info["held_out"]
+    length = f"{options.steps:,} steps" if options.steps else f"{options.seconds:g} s"
+    begun = f", from step {run.saved.meta['step']:,} on" if run.saved else ""
+    line(
+        console,
+        f"[bold]corpus[/bold]   {run.corpus.name}: {kept['documents']:,} files, "
+        f"{kept['bytes'] / 1e6:.2f} MB to train on; {held['documents']:,} files, "
+        f"{held['bytes'] / 1e6:.2f} MB held out",
+    )
+    line(
+        console,
+        f"[bold]model[/bold]    {config.num_parameters():,} parameters, "
+        f"{config.flops_per_token(training=True) / 1e6:.1f} MFLOP a trained token, "
+        f"{config.state_bytes() / 1024:.0f} KiB of state a sequence",
+    )
+    line(
+        console,
+        f"[bold]training[/bold] {length} of {options.tokens_per_step:,} tokens on {device}{begun}, "
+        f"into {run.folder}",
+    )
+
+
+def line(console: "Console", text: str) -> None:
+    """Print one line that is not folded at the console's width."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """3:05 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def loss_curve(
+    records: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    gzip_bits: float | None = None,
+    final_bits: float | None = None,
+    bytes_per_token: float = 1.0,
+) -> None:
+    """Bits a byte against seconds of training: each step's training loss, the held-out evaluations,
+    gzip's line.
+
+    `bytes_per_token` turns nats a token into bits a byte; `final_bits` marks an evaluation on more
+    held-out text at the end.
+    """
+    import math
+
+    trained = [r for r in records if r["event"] == "train"]
+    held = [r for r in records if r["event"] == "eval"]
+    figure, axes = _figure(1)
+    [ax] = axes
+    scale = 1 / (math.log(2) * bytes_per_token)
+    ax.plot(
+        [r["elapsed"] for r in trained],
+        [r["loss"] * scale for r in trained],
+        color=COLOURS["training"],
+        linewidth=1.2,
+        label="training batches",
+    )
+    times, bits = [r["elapsed"] for r in held], [r["bits_per_byte"] for r in held]
+    ax.plot(
+        times,
+        bits,
+        color=COLOURS["mLSTM"],
+        marker="o",
+        markersize=4,
+        linewidth=2.2,
+        label="held-out text",
+    )
+    last = final_bits if final_bits is not None else (bits[-1] if bits else None)
+    if last is not None:
+        at = times[-1] if times else trained[-1]["elapsed"]
+        ax.plot([at], [last], color=COLOURS["mLSTM"], marker="o", markersize=8)
+        ax.annotate(
+            f"{last:.2f}", (at, last), xytext=(-4, 12), textcoords="offset points", ha="right",
+            color=COLOURS["mLSTM"], fontweight="bold",
+        )  # fmt: skip
+    if gzip_bits is not None:
+        ax.axhline(gzip_bits, color=COLOURS["gzip -9"], linestyle="--", linewidth=1.5)
+        ax.annotate(
+            f"gzip -9, same held-out text: {gzip_bits:.2f}", (0.02, gzip_bits),
+            xycoords=("axes fraction", "data"), xytext=(0, -14), textcoords="offset points",
+            color=COLOURS["gzip -9"],
+        )  # fmt: skip
+    lowest = min(
+        [r["loss"] * scale for r in trained] + bits + [gzip_bits or math.inf, last or math.inf]
+    )
+    highest = max([r["loss"] * scale for r in trained] + bits, default=8.0)
+    ax.set_ylim(max(0.0, lowest - 0.4), min(highest, 8.2) + 0.1)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("training time (s)")
+    ax.set_ylabel("bits per byte (lower is better)")
+    ax.set_title(title, loc="left")
+    ax.legend(frameon=False, loc="upper right")
+    _finish(figure, path)
+
+
+def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
+    """Log-log panels side by side, each curve named at its end."""
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = _figure(len(panels))
+    for ax, (heading, unit, lines) in zip(axes, panels, strict=True):
+        for name, points in lines.items():
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            ax.plot(x, y, color=COLOURS[name], marker="o", markersize=5, linewidth=2.2)
+            ax.annotate(
+                name, (x[-1], y[-1]), xytext=(0, 9), textcoords="offset points", ha="right",
+                color=COLOURS[name], fontweight="bold",
+            )  # fmt: skip
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(ticks, [f"{t / 1024:g}k" if t >= 1024 else f"{t:g}" for t in ticks])
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        values = [y for points in lines.values() for _, y in points]
+        if values:
+            ax.set_ylim(min(values) / 2, max(values) * 2)
+        ax.set_xlabel("context (tokens)")
+        ax.set_ylabel(unit)
+        ax.set_title(heading, loc="left", fontsize=12)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14)
+    _finish(figure, path)
+
+
+def _figure(panels: int) -> "tuple[Figure, list[Axes]]":
+    # Figure by itself, not pyplot: no display, no global state, nothing to close.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(8.5 if panels == 1 else 5.8 * panels, 5.0), layout="constrained", dpi=150
+    )
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, alpha=0.25)
+        ax.tick_params(labelsize=11)
+        ax.xaxis.label.set_fontsize(12)
+        ax.yaxis.label.set_fontsize(12)
+        ax.title.set_fontsize(13)
+    return figure, axes
+
+
+def _finish(figure: "Figure", path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,0 +1,86 @@
+"""Text in, text out, streaming: a checkpoint with its codec, for the command and for a program."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from tfla.xlstm import checkpoint
+from tfla.xlstm.checkpoint import RunError
+from tfla.xlstm.config import XLSTMConfig
+from tfla.xlstm.data import Codec
+from tfla.xlstm.model import XLSTM
+
+
+class Writer:
+    """A model and the codec it was trained with.
+
+    Example:
+        writer = load_writer(Path("runs/train"))
+        print("".join(writer.write(b"def main(", 200, temperature=0.7, seed=0)))
+    """
+
+    def __init__(self, model: XLSTM, codec: Codec) -> None:
+        self.model, self.codec = model.eval(), codec
+
+    def write(
+        self,
+        prompt: bytes,
+        tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Iterable[str] = (),
+    ) -> Iterator[str]:
+        """The continuation of `prompt` piece by piece, each as soon as its characters are whole.
+
+        It ends after `tokens` tokens, at the end of the document, or before the first text of
+        `stop`. `seed` None draws another one each time. RunError when an argument is out of range.
+        """
+        stops = tuple(stop)
+        if "" in stops:
+            raise RunError("--stop is empty; give the text to stop at")
+        ids = [self.codec.end, *self.codec.encode(prompt).tolist()]
+        try:
+            stream = self.model.stream(
+                torch.tensor([ids], device=self.model.embedding.weight.device),
+                tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=torch.seed() % 2**63 if seed is None else seed,
+                stop=self.codec.end,
+            )
+        except (TypeError, ValueError) as error:
+            raise RunError(str(error).rstrip(".")) from error
+        decode = self.codec.decoder()
+        return _until((decode(int(token)) for token in stream), stops)
+
+
+def load_writer(path: Path, device: torch.device | str = "cpu") -> Writer:
+    """The model in `path`, a run's folder or a checkpoint; RunError names the file that is damaged."""
+    saved = checkpoint.load(path)
+    model = XLSTM(XLSTMConfig.from_dict(saved.meta["config"]))
+    saved.restore(model)
+    return Writer(model.to(device), Codec(saved.text("tokenizer.json")))
+
+
+def _until(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
+    """Pass the pieces on until a stop text appears; what could still become one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [at for at in map(held.find, stops) if at >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        keep = max(
+            (n for text in stops for n in range(1, len(text)) if held.endswith(text[:n])), default=0
+        )
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
