@@ -19,7 +19,8 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"bench", "demo", "integrations"},
-    {"nn", "render", "xlstm"},
+    {"render"},
+    {"nn", "xlstm"},
     {"tfla"},  # the package itself: its public face
     {"api"},
     {"ops"},
