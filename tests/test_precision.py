@@ -1,0 +1,141 @@
+"""Below fp64: at most twice as far from the truth as the recurrence in the same dtype."""
+
+import dataclasses
+
+import pytest
+import torch
+from checks import (
+    assert_close,
+    check_against_recurrence,
+    failures,
+    one_thread,  # noqa: F401
+    run_recurrence,
+    run_tfla,
+)
+from problems import EXTREME, RESETS, Case, make_inputs, normalized, variants
+
+MANY = 24  # sequences, where errors are compared: the ratio of two errors needs many samples
+
+
+@variants
+def test_over_a_thousand_tokens_nothing_drifts(input_gate: str, normalize: bool | None) -> None:
+    """One truth, two dtypes: the same fp32 numbers given as fp64 and as fp32."""
+    case = Case(
+        T=1300, B=8, K=5, V=4, dtype=torch.float32, input_gate=input_gate, normalize=normalize
+    )
+    low = make_inputs(case)
+    truth, c = run_recurrence(case, low, torch.float64)
+    plain, _ = run_recurrence(case, low, torch.float32, c)
+    broken = failures(
+        run_tfla(case, low, c), truth, plain, case, low, torch.finfo(torch.float32).eps
+    )
+    assert not broken, broken
+    high = low.to(torch.float64)
+    exact = dataclasses.replace(case, dtype=torch.float64)
+    broken = failures(
+        run_tfla(exact, high, c), truth, None, exact, high, torch.finfo(torch.float64).eps
+    )
+    assert not broken, broken
+
+
+@normalized
+@pytest.mark.parametrize("gates", [*EXTREME, *RESETS, "initial", "ordinary"])
+def test_fp32_is_as_exact_as_the_recurrence_in_fp32(
+    gates: str, input_gate: str, normalize: bool | None
+) -> None:
+    check_against_recurrence(
+        Case(
+            T=150,
+            B=MANY,
+            gates=gates,
+            dtype=torch.float32,
+            input_gate=input_gate,
+            normalize=normalize,
+        )
+    )
+
+
+@pytest.mark.parametrize("gates", [*EXTREME[:6], *RESETS, "initial", "ordinary"])
+@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+def test_fp32_without_normaliser(input_gate: str, gates: str) -> None:
+    check_against_recurrence(
+        Case(
+            T=150, B=MANY, gates=gates, dtype=torch.float32, input_gate=input_gate, normalize=False
+        )
+    )
+
+
+@variants
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_exact_as_the_recurrence(
+    dtype: torch.dtype, input_gate: str, normalize: bool | None
+) -> None:
+    check_against_recurrence(
+        Case(T=130, B=MANY, dtype=dtype, input_gate=input_gate, normalize=normalize)
+    )
+
+
+@normalized
+@pytest.mark.parametrize(
+    "gates", ["initial", "f=-1e5", "f=+30", "resets 1%", "resets 50%", "swings"]
+)
+def test_bf16_with_extreme_gates(gates: str, input_gate: str, normalize: bool | None) -> None:
+    check_against_recurrence(
+        Case(
+            T=130,
+            B=MANY,
+            dtype=torch.bfloat16,
+            gates=gates,
+            input_gate=input_gate,
+            normalize=normalize,
+        )
+    )
+
+
+@variants
+def test_bf16_results_lose_only_what_rounding_them_loses(
+    input_gate: str, normalize: bool | None
+) -> None:
+    """A harder yardstick: the recurrence in fp32 on bf16 inputs, its results rounded to bf16."""
+    case = Case(
+        T=130,
+        B=MANY,
+        dtype=torch.bfloat16,
+        gate_dtype=torch.float32,
+        input_gate=input_gate,
+        normalize=normalize,
+    )
+    inputs = make_inputs(case)
+    truth, c = run_recurrence(case, inputs, torch.float64)
+    plain, _ = run_recurrence(case, inputs, torch.float32, c)
+    ours = run_tfla(case, inputs, c)
+    rounded = {name: truth[name] for name in ("h", "dq", "dk", "dv")}
+    broken = failures(ours, rounded, plain, case, inputs, 0.0)
+    assert not broken, broken
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gate_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float64, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_gates_may_have_another_dtype(dtype: torch.dtype, gate_dtype: torch.dtype) -> None:
+    if (
+        dtype == torch.float64
+    ):  # the gradients are rounded to the gates' dtype: hold them against that
+        case = Case(T=70, dtype=dtype, gate_dtype=gate_dtype)
+        inputs = make_inputs(case)
+        truth, c = run_recurrence(case, inputs, torch.float64)
+        ours = run_tfla(case, inputs, c)
+        for name, t in truth.items():
+            rounded = gate_dtype if name in ("di", "df") else torch.float64
+            if name != "m":
+                assert_close(ours[name], t, max(1e-9, torch.finfo(rounded).eps), name)
+    else:
+        check_against_recurrence(Case(T=70, B=MANY, dtype=dtype, gate_dtype=gate_dtype))
