@@ -5,6 +5,7 @@ that `tfla --help` stays quick. What the person at the keyboard can put right is
 line, exit status 2.
 """
 
+import importlib.util
 import os
 import sys
 from functools import partial
@@ -125,20 +126,22 @@ def train(
     about 2 for source code.
     """
     # fmt: on
+    _require("rich", "matplotlib", "numpy", "safetensors", *(["tokenizers"] if tokenizer else []))
     from rich.console import Console
 
     from tfla import render
     from tfla.xlstm import checkpoint
+    from tfla.xlstm import run as runs
     from tfla.xlstm import train as training
 
     place = training.Placement(_device(device))
     if resume and checkpoint.exists(out):
         sources = {name: command.get_parameter_source(name) for name in command.params}
         given = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
-        run = training.resume(out, {name: command.params[name] for name in given})
+        run = runs.resume(out, {name: command.params[name] for name in given})
     else:
         unlimited = steps is None and seconds is None
-        run = training.start(out, command.params | ({"steps": 1000} if unlimited else {}))
+        run = runs.start(out, command.params | ({"steps": 1000} if unlimited else {}))
     console = Console()
     render.describe(run, place.device, console)
     stopped = False
@@ -192,6 +195,7 @@ def generate(
     The prompt is read in one pass; after it a token costs the same however long the text becomes.
     """
     # fmt: on
+    _require("numpy", "safetensors")
     from tfla.xlstm.writer import load_writer
 
     if file is not None and prompt is not None:
@@ -230,6 +234,7 @@ def demo(
     mLSTM beside attention over growing context, and leaves two plots and a table.
     """
     # fmt: on
+    _require("rich", "matplotlib", "numpy", "safetensors")
     from rich.console import Console
 
     from tfla.demo import run_demo
@@ -274,6 +279,13 @@ def run_command(arguments: list[str]) -> int:
         return _fail(f'{error.name} is not installed; pip install "tfla[train]"')
     except KeyboardInterrupt:
         return 130
+
+
+def _require(*packages: str) -> None:
+    """Say now what is missing, not when an hour of training is to be plotted."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
 
 
 def _fail(message: str) -> int:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-    from tfla.xlstm.train import Run
+    from tfla.xlstm.run import Run
 
 # (heading, unit of y, {implementation: [(context, y)]})
 Panel = tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]

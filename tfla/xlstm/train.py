@@ -1,5 +1,4 @@
-"""Training of the xLSTM language model: AdamW, one warm-up, one cosine, and a run that survives
-kill -9.
+"""Training of the xLSTM language model: AdamW, and a run that survives kill -9.
 
 `train` is a generator of records; whoever consumes it prints. It writes to the run's folder:
 
@@ -16,9 +15,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,158 +27,18 @@ from torch import Tensor, nn
 import tfla
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
-from tfla.xlstm.config import XLSTMConfig
-from tfla.xlstm.data import HELD_OUT, Corpus, open_corpus, prepare, read_tokenizer
+from tfla.xlstm.data import Corpus
 from tfla.xlstm.model import XLSTM
+from tfla.xlstm.run import Run, TrainOptions
 
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """How a run is trained. RunError at construction names the option that is out of range.
-
-    Example:
-        TrainOptions(steps=500, context=256, batch=16)      # 16 windows of 256 tokens a step
-        TrainOptions(seconds=600)                           # ten minutes, however many steps that
-        gives
-    """
-
-    context: int = 512  # tokens in a window
-    batch: int = 8  # windows in one forward pass
-    accumulate: int = 1  # forward passes a step
-    steps: int | None = None
-    seconds: float | None = None
-    lr: float = 3e-3  # at its peak
-    warmup: float = 0.05  # share of the run
-    final_lr: float = 0.1  # share of the peak that is left at the end
-    weight_decay: float = 0.1
-    clip: float = 1.0  # largest norm of the gradient
-    seed: int = 0
-    eval_every: int = 100  # steps
-    eval_bytes: int = 65536
-    save_every: int = 100  # steps
-    log_every: int = 10  # steps
-    precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp32
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.seconds is None:
-            raise RunError("neither --steps nor --seconds is given; give one of them")
-        for name in (
-            "context",
-            "batch",
-            "accumulate",
-            "eval_every",
-            "eval_bytes",
-            "save_every",
-            "log_every",
-        ):
-            _demand(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("steps", "seconds", "lr", "clip"):
-            value = getattr(self, name)
-            _demand(name, value, value is None or 0 < value < math.inf, "above 0")
-        for name in ("warmup", "final_lr"):
-            _demand(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        _demand("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
-        _demand("seed", self.seed, self.seed >= 0, "0 or more")
-        _demand(
-            "precision",
-            self.precision,
-            self.precision in ("auto", "fp32", "bf16"),
-            "auto, fp32 or bf16",
-        )
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that one update learns from, on all ranks together."""
-        return self.context * self.batch * self.accumulate
-
-    def progress(self, step: int, elapsed: float) -> float:
-        """Share of the run that is done, in [0, 1], after `step` steps and `elapsed` seconds."""
-        by_steps = step / self.steps if self.steps else 0.0
-        by_clock = elapsed / self.seconds if self.seconds else 0.0
-        return min(1.0, max(by_steps, by_clock))
-
-    def lr_at(self, progress: float) -> float:
-        """Linear warm-up from 1% of the peak, then a cosine down to `final_lr` of it."""
-        if progress < self.warmup:
-            return self.lr * max(0.01, progress / self.warmup)
-        rest = (progress - self.warmup) / max(1e-9, 1 - self.warmup)
-        return self.lr * (
-            self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * rest))
-        )
-
-
-@dataclass(frozen=True)
-class Run:
-    """What `start` and `resume` make, and `train` carries on."""
-
-    folder: Path
-    corpus: Corpus
-    config: XLSTMConfig
-    options: TrainOptions
-    saved: checkpoint.Checkpoint | None = None
-
-
-def start(folder: Path, values: Mapping[str, Any]) -> Run:
-    """A new run. `values` may hold paths, tokenizer and held_out (as `prepare`), fields of
-    XLSTMConfig and of
-    TrainOptions; others are ignored. RunError when `folder` holds a run already or a value is out
-    of range."""
-    if checkpoint.exists(folder):
-        raise RunError(
-            f"{folder} holds a run already; add --resume to go on with it, or take another --out"
-        )
-    checkpoint.sweep(folder)
-    options = TrainOptions(**_fields(TrainOptions, values))
-    model = _fields(XLSTMConfig, values)
-    try:  # before the corpus is read, which may take long
-        XLSTMConfig(**(model | {"vocab_size": 1}))
-    except (TypeError, ValueError) as error:
-        raise RunError(str(error).rstrip(".")) from error
-    corpus = prepare(
-        values.get("paths") or [],
-        folder / "data",
-        tokenizer=values.get("tokenizer"),
-        held_out=values.get("held_out", HELD_OUT),
-    )
-    return Run(
-        folder, corpus, XLSTMConfig(**(model | {"vocab_size": corpus.codec.vocab_size})), options
-    )
-
-
-def resume(folder: Path, changes: Mapping[str, Any]) -> Run:
-    """The run in `folder` at its last checkpoint. `changes` may replace fields of TrainOptions
-    (giving steps or seconds
-    replaces both); RunError for anything else in it that is not as the run has it."""
-    checkpoint.sweep(folder)
-    saved = checkpoint.load(folder)
-    corpus = open_corpus(folder / "data", saved.meta["data"])
-    options, config = dict(saved.meta["options"]), saved.meta["config"]
-    if changes.keys() & {"steps", "seconds"}:
-        options |= {"steps": None, "seconds": None}
-    options |= _fields(TrainOptions, changes)
-    given = dict(changes)
-    if "paths" in given:
-        given["paths"] = [str(path) for path in given["paths"]]
-    if given.get("tokenizer"):
-        given["tokenizer"] = read_tokenizer(given["tokenizer"])
-    has = config | corpus.info["origin"] | {"tokenizer": corpus.codec.source}
-    for name in sorted(has.keys() & given.keys()):
-        if given[name] != has[name]:
-            raise RunError(
-                f"--{name.replace('_', '-')} is not what the run in {folder} was started with; "
-                "leave it out, or start another run with another --out"
-            )
-    return Run(folder, corpus, XLSTMConfig.from_dict(config), TrainOptions(**options), saved)
-
-
 class Placement:
-    """Where a run computes. This one: a single process on one device; a subclass may spread it over
-    many.
+    """Where a run computes: here in one process on one device; a subclass may spread it over many.
 
-    `rank` of `world` says which rows of a batch are this process's own. Only `main` writes to the
-    run's folder and yields records that are printed.
+    `rank` of `world` says which rows of a batch are this process's own, `main` whether it writes
+    metrics. `place`, `mean`, `clip`, `save` and `load` are called by all ranks.
     """
 
     rank, world, main = 0, 1, True
@@ -263,8 +121,7 @@ class TrainState:
 
 
 def train(run: Run, placement: Placement) -> Iterator[Record]:
-    """Train to the end of the run's options, from its checkpoint or from the seed, and yield what
-    happens.
+    """Train to the end of the run's options, from its checkpoint or its seed; yields what happens.
 
     Records are dictionaries with "event" ("train": loss in nats a token, lr, tokens_per_second;
     "eval": held-out bits_per_byte; "save"), "step", "progress" in [0, 1] and "elapsed" seconds.
@@ -295,7 +152,6 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
             "tfla": tfla.__version__,
             "step": step,
             "elapsed": elapsed,
-            "tokens": step * options.tokens_per_step,
             "config": config.to_dict(),
             "options": dataclasses.asdict(options),
             "data": corpus.fingerprint,
@@ -305,7 +161,8 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
 
     if run.saved is None:
         yield save()
-    while not (done := options.progress(step, elapsed) >= 1.0):
+    done = options.progress(step, elapsed) >= 1.0
+    while not done:
         started = time.monotonic()
         lr = options.lr_at(options.progress(step, elapsed))
         loss = _step(state, corpus, options, placement, step, lr)
@@ -413,18 +270,8 @@ def _step(
 
 
 def _nats(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and "gate" not in name and "embedding" not in name
-
-
-def _fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {name: value for name, value in values.items() if name in names}
-
-
-def _demand(name: str, value: Any, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise RunError(f"--{name.replace('_', '-')} is {value}, wanted {wanted}")

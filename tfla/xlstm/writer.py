@@ -60,7 +60,7 @@ class Writer:
 
 
 def load_writer(path: Path, device: torch.device | str = "cpu") -> Writer:
-    """The model in `path`, a run's folder or a checkpoint; RunError names the file that is damaged."""
+    """The model in `path`, a run's folder or a checkpoint; RunError names a damaged file."""
     saved = checkpoint.load(path)
     model = XLSTM(XLSTMConfig.from_dict(saved.meta["config"]))
     saved.restore(model)
