@@ -6,7 +6,7 @@
                 dv = reverse scan(k, q, dh; dC_T)
 
 and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module with the functions ``exponents``,
-``saved``, ``normalizer_backward``, ``scan`` and ``gate_gradients`` (and ``update``, the decode step); nothing here knows which one it is, nor which gate.
+``saved``, ``normalizer_backward``, ``scan``, ``gate_gradients`` and ``initial_gradients`` (and ``update``, the decode step); nothing here knows which one it is, nor which gate.
 
 Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to dispatch); both run the same two
 functions below.
@@ -34,11 +34,17 @@ class Options(NamedTuple):
     sigmoid_f: bool
     normalize: bool
     final: bool  # is the final state wanted?
+    keep: bool  # will there be a backward pass?
     backend: str
 
     @property
     def activations(self) -> Activations:
         return Activations(self.sigmoid_i, self.sigmoid_f)
+
+    @staticmethod
+    def full(q: Tensor) -> torch.dtype:
+        """The dtype of states, gates and everything else that is not a token's operand."""
+        return torch.float64 if q.dtype == torch.float64 else torch.float32
 
     @property
     def leaf(self) -> Any:
@@ -67,11 +73,13 @@ def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not there."""
     with _no_autocast(x.q.device.type):
-        grid = o.leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize)
+        grid = o.leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, o.keep)
         result = o.leaf.scan("h", x.q, x.k, x.v, grid, x.C)
-        none = result.out.new_empty(0)
-        C = result.final if o.final else none
-        n, m = (grid.n_final.clone(), grid.m_final.clone()) if o.final and o.normalize else (none, none)
+        C, n, m = (result.out.new_empty(0, dtype=o.full(x.q)) for _ in range(3))  # an operator's outputs are distinct
+        if o.final:
+            C = result.final
+            if o.normalize:
+                n, m = grid.n_final.clone(), grid.m_final.clone()
         return result.out, C, n, m, o.leaf.saved(grid)
 
 
@@ -82,19 +90,18 @@ def backward(
     leaf = o.leaf
     with _no_autocast(x.q.device.type):
         dh = torch.zeros_like(h) if dh is None else dh
-        grid = leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, saved)
+        grid = leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, True, saved)
         column = leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
         C_T, dC_T = None if x.C is None else x.C.mT, None if dC is None else dC.mT
-        dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q, keep=True)
-        dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, reverse=True, column=column, dot=x.k, keep=True, against=dq)
-        dv = leaf.scan("dv", x.k, x.q, dh, grid, dC, reverse=True)
-        di, df = leaf.gate_gradients(x.i, x.f, dq.dot, dk.dot, dk.meets, grid, o.activations)
-        dC_0 = dn_0 = dm_0 = dk.final.new_empty(0)
+        dv = leaf.scan("dv", x.k, x.q, dh, grid, dC)
+        dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q)
+        dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, column=column, dot=x.k, against=dq)
+        di, df = leaf.gate_gradients(x.i, x.f, dq, dk, grid, o.activations)
+        dC_0, dn_0, dm_0 = (di.new_empty(0) for _ in range(3))
         if x.C is not None:
-            dC_0 = dk.final.mT.contiguous()
-        if x.C is not None and x.n is not None:
-            dn_0 = dk.column
-            dm_0 = (dC_0 * x.C).sum((-2, -1)) + (dn_0 * x.n).sum(-1)
+            dC_0, dn = leaf.initial_gradients(dv, dk)
+            if x.n is not None and dn is not None:
+                dn_0, dm_0 = dn, (dC_0 * x.C).sum((-2, -1)) + (dn * x.n).sum(-1)
         return dq.out, dk.out, dv.out, di.to(x.i.dtype), df.to(x.f.dtype), dC_0, dn_0, dm_0
 
 
@@ -123,7 +130,10 @@ def step(
     """One token, no gradient: (h, C, n, m). q, k: (B, H, K). v: (B, H, V). i, f: (B, H). States: (N, H, ...), see ``tfla.State``."""
     if not inplace:
         C, n, m = C.clone(), None if n is None else n.clone(), None if m is None else m.clone()
-    h = torch.ops.tfla.step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
+    if torch.compiler.is_compiling():
+        h = torch.ops.tfla.step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
+    else:
+        h = _step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
     return h, C, n, m
 
 
@@ -189,10 +199,11 @@ def _forward_op(
     sigmoid_f: bool,
     normalize: bool,
     final: bool,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    return forward(x, Options(scale, sigmoid_i, sigmoid_f, normalize, final, backend))  # type: ignore[return-value]
+    return forward(x, Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend))  # type: ignore[return-value]
 
 
 @_forward_op.register_fake
@@ -200,14 +211,14 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     x, o = Inputs(*args[:9]), Options(*args[9:])
     (B, _, H, K), V = x.q.shape, x.v.shape[-1]
     N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+    dtype = o.full(x.q)
 
     def new(*shape: int) -> Tensor:
         return x.q.new_empty(shape, dtype=dtype)
 
     C = new(N, H, K, V) if o.final else new(0)
     n, m = (new(N, H, K), new(N, H)) if o.final and o.normalize else (new(0), new(0))
-    return x.v.new_empty(x.v.shape), C, n, m, o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize)
+    return x.v.new_empty(x.v.shape), C, n, m, o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep)
 
 
 @torch.library.custom_op("tfla::backward", mutates_args=())
@@ -231,17 +242,18 @@ def _backward_op(
     sigmoid_f: bool,
     normalize: bool,
     final: bool,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, backend)
+    o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend)
     return backward(dh, dC, dn, h, saved, x, o)  # type: ignore[return-value]
 
 
 @_backward_op.register_fake
 def _(dh: Any, dC: Any, dn: Any, h: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
     x = Inputs(*args[:9])
-    dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+    dtype = Options.full(x.q)
 
     def state(t: Tensor | None) -> Tensor:
         return x.q.new_empty((0,) if t is None else t.shape, dtype=dtype)
@@ -261,7 +273,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward_of_forward(ctx: Any, dh: Any, dC: Any, dn: Any, *_: Any) -> tuple[Any, ...]:
     h, saved, *tensors = ctx.saved_tensors
     grads = torch.ops.tfla.backward(dh, dC, dn, h, saved, *tensors, *ctx.options)
-    return *_match(grads, Inputs(*tensors)), *[None] * 7
+    return *_match(grads, Inputs(*tensors)), *[None] * 8
 
 
 def _backward_of_backward(ctx: Any, *_: Any) -> None:
@@ -272,8 +284,7 @@ _forward_op.register_autograd(_backward_of_forward, setup_context=_setup_context
 _backward_op.register_autograd(_backward_of_backward)
 
 
-@torch.library.custom_op("tfla::step", mutates_args=("C", "n", "m"))
-def _step_op(
+def _step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -291,6 +302,9 @@ def _step_op(
     leaf = importlib.import_module(BACKENDS[backend])
     with _no_autocast(q.device.type):
         return leaf.update(q, k, v, i, f, C, n, m, slots, scale, Activations(sigmoid_i, sigmoid_f))
+
+
+_step_op = torch.library.custom_op("tfla::step", _step, mutates_args=("C", "n", "m"))
 
 
 @_step_op.register_fake

@@ -40,17 +40,21 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of one scan: contraction A, output width X, and the constants of the kernel."""
+    """The shape of a scan: contraction A, output width X, and the constants of the kernel."""
 
     A: int
     X: int
     block_a: int
     block_x: int
-    splits: int  # the contraction is done in so many launches, each adding to the last
+    splits: int  # the contraction is done in so many launches of block_a each, each adding to the last
     warps: int
     stages: int
     transposed: bool
     descriptor: bool
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.X // self.block_x)
 
 
 @dataclass(frozen=True)
@@ -58,21 +62,25 @@ class Plan:
     """Everything that is decided before a launch."""
 
     L: int  # tokens a chunk
-    span: int  # tokens after which the running sum of the forget gate's gradient restarts
-    h: Tile
-    dq: Tile
-    dk: Tile
-    dv: Tile
+    span: int  # tokens after which states are kept: there dq and dk start, and the gradient of the forget gate restarts
+    segment: int  # tokens a piece where h and dv are cut to fill the machine, 0 where they are not
+    h: Tile  # h and dv: K -> V
+    dq: Tile  # dq and dk: V -> K
     block_k: int  # head dim block of the small kernels
     block_v: int
     small_warps: int
-    segment: int  # tokens a piece of a cut sequence, 0 where none is cut
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """(rows, columns) of a kept state, tiles filled up."""
+        return self.h.splits * self.h.block_a, self.h.tiles * self.h.block_x
+
+    def tile(self, name: str) -> Tile:
+        return self.h if name in ("h", "dv") else self.dq
 
     def __str__(self) -> str:
-        lines = [f"chunk {self.L}, span {self.span}, segment {self.segment}, blocks {self.block_k} / {self.block_v}"]
-        for name in ("h", "dq", "dk", "dv"):
-            lines.append(f"{name:3s} {getattr(self, name)}")
-        return "\n".join(lines)
+        head = f"chunk {self.L}, span {self.span}, segment {self.segment or 'none'}"
+        return "\n".join([head, f"h, dv   {self.h}", f"dq, dk  {self.dq}"])
 
 
 def power_of_two(n: int, low: int = 16) -> int:
@@ -84,33 +92,27 @@ def power_of_two(n: int, low: int = 16) -> int:
 def plan(problem: Problem, device: Device) -> Plan:
     """The kernels that serve ``problem`` on ``device``."""
     p = problem
-    L = min(64 if p.bytes == 2 else 32, power_of_two(max(_mean(p), 1)))
+    mean = p.T // max(p.N, 1) if p.packed else p.T  # of packed sequences the host knows no more
+    L = min(64 if p.bytes == 2 else 32, power_of_two(max(mean, 1)))
+    h, dq = _tile(p, device, p.K, p.V), _tile(p, device, p.V, p.K)
+    wanted = 2 * device.multiprocessors
+    # Kept states: as few as leave enough pieces for dq and dk to fill the machine.
+    span = 2048
+    while span > max(4 * L, 256) and -(-mean // span) * p.N * p.H * dq.tiles < wanted:
+        span //= 2
+    # h and dv are cut where whole sequences leave more than a third of the machine idle.
+    programs = max(p.N * p.H * h.tiles, 1)
+    segment = 0
+    if 3 * programs < wanted * 2 and mean >= 8 * span:
+        segment = max(4 * span, power_of_two(-(-mean * programs // wanted)))
     small = min(128, power_of_two(max(p.K, p.V)))
-    shapes = {"h": (p.K, p.V), "dq": (p.V, p.K), "dk": (p.V, p.K), "dv": (p.K, p.V)}
-    tiles = {name: _tile(p, device, a, x) for name, (a, x) in shapes.items()}
-    segment = max(_segment(p, device, tile) for tile in tiles.values())
-    return Plan(L=L, span=1024, block_k=small, block_v=small, small_warps=4, segment=segment, **tiles)
-
-
-def _mean(p: Problem) -> int:
-    """Tokens a sequence, on average: all that the host can know of packed ones."""
-    return p.T // max(p.N, 1) if p.packed else p.T
+    return Plan(L, span, segment, h, dq, small, small, 4)
 
 
 def _tile(p: Problem, device: Device, A: int, X: int) -> Tile:
-    limit = 256 if p.bytes == 2 else 128
+    limit = 128 if p.bytes == 2 else 64
     splits = -(-A // limit)
-    block_a = power_of_two(-(-A // splits))
+    block_a = limit if splits > 1 else power_of_two(A)
     block_x = min(64 if p.bytes == 2 else 32, power_of_two(X))
     aligned = p.K * p.bytes % 16 == 0 and p.V * p.bytes % 16 == 0
     return Tile(A, X, block_a, block_x, splits, 4, 2, False, device.descriptors and aligned)
-
-
-def _segment(p: Problem, device: Device, tile: Tile) -> int:
-    """Cut where whole sequences leave multiprocessors idle: into pieces of a power of two of tokens, enough for all of them."""
-    programs = p.N * p.H * -(-tile.X // tile.block_x)
-    wanted = (3 * device.multiprocessors) // 2
-    if programs == 0 or programs >= wanted or _mean(p) < 4096:
-        return 0
-    pieces = min(-(-wanted // programs), _mean(p) // 2048)
-    return max(2048, power_of_two(-(-_mean(p) // pieces)))

@@ -157,11 +157,13 @@ def exponents(
     scale: float,
     activations: Activations,
     normalize: bool,
+    keep: bool,
     saved: Tensor | None = None,
 ) -> Grid:
     """The weights of every chunk, the denominator folded into the target side.
 
-    q, k: (B, T, H, K). v: (B, T, H, V), for its shape. i, f: (B, T, H). n: (N, H, K), m: (N, H) or None. saved: nu (B, T, H) of an earlier call, or None to compute it.
+    q, k: (B, T, H, K). v: (B, T, H, V), for its shape. i, f: (B, T, H). n: (N, H, K), m: (N, H) or None.
+    keep: will there be a backward pass? saved: nu (B, T, H) of an earlier call, or None to compute it.
     """
     B, T, H, K = q.shape
     layout = Layout.make(B, T, cu_seqlens, q.device)
@@ -262,10 +264,8 @@ def scan(
     grid: Grid,
     state: Tensor | None = None,
     *,
-    reverse: bool = False,
     column: Column | None = None,
     dot: Tensor | None = None,
-    keep: bool = False,
     against: Scan | None = None,
 ) -> Scan:
     """The primitive: every output and every gradient of every variant is one call.
@@ -273,13 +273,13 @@ def scan(
         out_t = sum_{s<=t} D_ts (a_t . b_s) x_s + w_t a_t^T S_0             D_ts = exp(p_s - M_t) scale / den_t
         out_s = sum_{t>=s} D_ts (a_s . b_t) x_t + w_s a_s^T S_T             reverse: the same D along its other index
 
-    name: which of the calls this is ("h", "dq", "dk", "dv"); backends with a plan choose their tiles by it.
+    name: which of the calls this is; "dk" and "dv" run in reverse.
     a, b: (B, T, H, A). x: (B, T, H, X). state: (N, H, A, X) or None (zeros). dot: (B, T, H, X), whose row dot products with out
-    are wanted. column: appended to the contraction. keep: leave the states at the ends of chunks behind. against: the forward scan
-    whose kept states this one's are multiplied with.
+    are wanted. column: appended to the contraction. against: the scan of dq, whose states those of dk are multiplied with.
     out has the dtype of x.
     """
     layout, dtype = grid.layout, grid.dtype
+    reverse = name in ("dk", "dv")
     if column is not None:
         ones = torch.ones_like(column.d)
         left, right, row = (ones, column.d, column.dn) if reverse else (column.d, ones, column.n)
@@ -313,7 +313,7 @@ def scan(
         None if dot is None else layout.join((out * layout.cut(dot, dtype)).sum(-1), dtype),
         final if column is None else final[..., :-1, :],
         None if column is None else final[..., -1, :],
-        update if keep else None,
+        update if name == "dq" else None,
         None if against is None or against.ends is None else (against.ends * incoming).sum((-2, -1)),
     )
 
@@ -338,26 +338,32 @@ def _inverse(permutation: Tensor) -> Tensor:
 
 
 def gate_gradients(
-    i: Tensor, f: Tensor, q_dq: Tensor, k_dk: Tensor, meets: Tensor, grid: Grid, activations: Activations
+    i: Tensor, f: Tensor, dq: Scan, dk: Scan, grid: Grid, activations: Activations
 ) -> tuple[Tensor, Tensor]:
     """(di, df) from row dot products; the running sum of df restarts at every chunk, from the states that meet there.
 
     dlog_i_s = k_s . dk_s,  dlog_f_t = sum_{r>=t} (q_r . dq_r - k_r . dk_r) + <C_T, dC_T> + <n_T, dn_T>.
-    i, f, q_dq, k_dk: (B, T, H). meets: (C, H).
+    i, f: (B, T, H). dq, dk: their scans, with row dot products.
     """
     layout = grid.layout
-    high = torch.float64 if q_dq.device.type != "mps" else torch.float32
-    db_q, db_k = layout.cut(q_dq, high), layout.cut(k_dk, high)
+    assert dq.dot is not None and dk.dot is not None and dk.meets is not None
+    high = torch.float64 if i.device.type != "mps" else torch.float32
+    db_q, db_k = layout.cut(dq.dot, high), layout.cut(dk.dot, high)
     if grid.nu is not None:  # h does not depend on the length of q where the normaliser is active
         db_q = db_q.masked_fill(grid.nu.abs() > grid.floor, 0.0)
-    dlog_f = layout.join(gates.log_forget_gradient(db_q - db_k, meets.to(high), grid.reset), grid.dtype)
-    return gates.gate_gradients(k_dk, dlog_f, i.to(grid.dtype), f.to(grid.dtype), activations)
+    dlog_f = layout.join(gates.log_forget_gradient(db_q - db_k, dk.meets.to(high), grid.reset), grid.dtype)
+    return gates.gate_gradients(dk.dot, dlog_f, i.to(grid.dtype), f.to(grid.dtype), activations)
 
 
-def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool) -> Tensor:
+def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool) -> Tensor:
     """An empty tensor of the shape that ``saved`` will have: known from shapes alone, for compiled graphs."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape[:3] if normalize else (0,), dtype=dtype)
+
+
+def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
+    """(dC_0, dn_0): what the reverse scans leave at the start of the sequences."""
+    return dv.final, dk.column
 
 
 # ---------------------------------------------------------------- decode

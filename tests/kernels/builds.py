@@ -107,7 +107,7 @@ def launches(
     x = ops.Inputs(
         new(B, T, H, K), new(B, T, H, K), new(B, T, H, V), new(B, T, H, of=f32), new(B, T, H, of=f32), *start, cu_seqlens
     )
-    options = ops.Options(K**-0.5, INPUT_GATES[gate].sigmoid, True, normalize, state, "triton")
+    options = ops.Options(K**-0.5, INPUT_GATES[gate].sigmoid, True, normalize, state, backward, "triton")
     with contextlib.ExitStack() as stack:
         for module in (kernels, kernels.launch, kernels.step):
             if hasattr(module, "launch") and module is not kernels.launch:

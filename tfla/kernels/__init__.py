@@ -20,7 +20,7 @@ from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
 from tfla.plan import Plan, Tile
 
-__all__ = ["exponents", "gate_gradients", "normalizer_backward", "saved", "saved_like", "scan", "update"]
+__all__ = ["exponents", "gate_gradients", "initial_gradients", "normalizer_backward", "saved", "saved_like", "scan", "update"]
 
 VECTORS = 7  # of one number a token, see gates.py
 
@@ -40,6 +40,8 @@ class Grid:
     buffer: Tensor  # everything the backward pass needs, in one piece
     weights: Tensor  # (VECTORS, rows, slots, L)
     decay: Tensor  # (rows, slots)
+    C_ends: Tensor | None  # (rows, spans, *plan.kept) C at the ends of spans, where the backward pass starts from
+    dC_ends: Tensor | None  # the same of dC
     n_chunk: Tensor | None  # (rows, slots, K) n entering each chunk
     n_final: Tensor | None  # (N, H, K)
     m_final: Tensor | None  # (N, H)
@@ -58,23 +60,26 @@ class Grid:
         return self.shape[1], self.shape[2], self.slots
 
 
-def _geometry(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, L: int, normalize: bool) -> tuple[int, int, int, list[int]]:
-    """(N, rows, slots, sizes): the parts of the buffer that the forward pass hands to the backward pass."""
+def _geometry(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: Plan, normalize: bool, keep: bool
+) -> tuple[int, int, int, int, list[int]]:
+    """(N, rows, slots, spans, sizes): sizes of the parts of the buffer that the forward pass hands to the backward pass."""
     B, T, H, K = q.shape
     packed = cu_seqlens is not None
     N = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else B
     rows = H if packed else B * H
-    slots = T // L + N if packed else -(-T // L)
-    sizes = [VECTORS * rows * slots * L, rows * slots]
+    slots, spans = (T // unit + N if packed else -(-T // unit) for unit in (plan.L, plan.span))
+    kept = rows * spans * plan.kept[0] * plan.kept[1]
+    sizes = [VECTORS * rows * slots * plan.L, rows * slots, kept if keep else 0]
     if normalize:
         sizes += [rows * slots * K, N * H * K, N * H]
-    return N, rows, slots, sizes
+    return N, rows, slots, spans, sizes
 
 
-def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool) -> Tensor:
+def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool) -> Tensor:
     """An empty tensor of the shape that ``saved`` will have: known from shapes alone, for compiled graphs."""
-    plan = plan_of(q, v, cu_seqlens)
-    return q.new_empty(sum(_geometry(q, v, cu_seqlens, plan.L, normalize)[3]), dtype=torch.float32)
+    sizes = _geometry(q, v, cu_seqlens, plan_of(q, v, cu_seqlens), normalize, keep)[-1]
+    return q.new_empty(sum(sizes), dtype=torch.float32)
 
 
 def saved(grid: Grid) -> Tensor:
@@ -94,20 +99,21 @@ def exponents(
     scale: float,
     activations: Activations,
     normalize: bool,
+    keep: bool,
     saved: Tensor | None = None,
 ) -> Grid:
     """The weights of every chunk, the denominator folded into the target side; see ``tfla.reference.exponents``."""
     B, T, H, K = q.shape
     plan = plan_of(q, v, cu_seqlens)
-    N, rows, slots, sizes = _geometry(q, v, cu_seqlens, plan.L, normalize)
+    N, rows, slots, spans, sizes = _geometry(q, v, cu_seqlens, plan, normalize, keep)
     buffer = q.new_empty(sum(sizes), dtype=torch.float32) if saved is None else saved
-    parts: list[Any] = list(buffer.split(sizes)) + [None] * (5 - len(sizes))
-    if normalize:
-        parts[3:] = parts[3].view(N, H, K), parts[4].view(N, H)
-    spans = T // plan.span + N if cu_seqlens is not None else -(-T // plan.span)
+    weights, decay, C_ends, *rest = buffer.split(sizes)
+    n_chunk, n_final, m_final = (rest[0], rest[1].view(N, H, K), rest[2].view(N, H)) if normalize else (None, None, None)
+    ends = C_ends.view(rows, spans, *plan.kept) if keep else None
+    dC_ends = None if saved is None or ends is None else torch.empty_like(ends)
     grid = Grid(
-        plan, (B, T, H, K, v.shape[-1]), N, cu_seqlens, tables(cu_seqlens, T, plan), rows, slots, spans, buffer, *parts,
-        scale, normalize,
+        plan, (B, T, H, K, v.shape[-1]), N, cu_seqlens, tables(cu_seqlens, T, plan), rows, slots, spans, buffer, weights,
+        decay, ends, dC_ends, n_chunk, n_final, m_final, scale, normalize,
     )  # fmt: skip
     if saved is not None:
         return grid
@@ -171,23 +177,13 @@ def normalizer_backward(
     return Column(d, q_dq, dn_chunk, dn_first)
 
 
-class Meets(NamedTuple):
-    """Where the running sum of the forget gate's gradient restarts."""
-
-    C: Tensor  # (splits, rows, spans, state) C^T at the ends of spans, tile by tile
-    dC: Tensor  # the same of dC^T
-    column: Column | None
-
-
 class Scan(NamedTuple):
     """What a scan leaves behind."""
 
     out: Tensor  # (B, T, H, X)
     dot: Tensor | None  # (parts, rows, slots, L) shares of the row dot products
-    final: Tensor  # (N, H, A, X)
-    column: Tensor | None  # (N, H, X)
-    ends: Tensor | None  # (splits, rows, spans, state) states at the ends of spans
-    meets: Meets | None
+    final: Tensor | None  # (N, H, A, X)
+    column: Column | None
 
 
 def scan(
@@ -198,113 +194,116 @@ def scan(
     grid: Grid,
     state: Tensor | None = None,
     *,
-    reverse: bool = False,
     column: Column | None = None,
     dot: Tensor | None = None,
-    keep: bool = False,
     against: Scan | None = None,
 ) -> Scan:
-    """The primitive; see ``tfla.reference.scan``. A wide contraction is done in pieces, each adding to the last one's output."""
+    """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans, dq and dk start from them.
+
+    A wide contraction is done in pieces, each adding to the last one's output in fp32.
+    """
     B, T, H, _, _ = grid.shape
     A, X = a.shape[-1], x.shape[-1]
-    tile: Tile = getattr(grid.plan, name)
+    tile = grid.plan.tile(name)
+    walks = name in ("h", "dv")  # from one end of a sequence to the other, for dq and dk to follow span by span
+    reverse = name in ("dk", "dv")
     a, b, x = rows_of(a), rows_of(b), rows_of(x)
-    if column is not None and not reverse:
+    if column is not None and name == "dq":
         dot = None  # the column knows q . dq already
     y = None if dot is None else rows_of(dot)
-    tiles = triton.cdiv(X, tile.block_x)
     out = x.new_empty(B, T, H, X)
     f32 = {"dtype": torch.float32, "device": x.device}
-    final = torch.empty(grid.N, H, A, X, **f32)
-    dots = None if y is None else torch.empty(tiles * grid.size, **f32)
-    ends = None
-    if keep:
-        low = torch.bfloat16 if x.dtype != torch.float32 else torch.float32
-        shape = (tile.splits, grid.rows, grid.spans, tiles * tile.block_a * tile.block_x)
-        ends = torch.empty(shape, dtype=low, device=x.device)
+    final = torch.empty(grid.N, H, A, X, **f32) if walks else None
+    dots = None if y is None else torch.empty(tile.tiles * grid.size, **f32)
+    ends = grid.dC_ends if reverse else grid.C_ends
+    keep = walks and ends is not None
+    if ends is None and grid.plan.segment:
+        ends = torch.empty(grid.rows, grid.spans, *grid.plan.kept, **f32)
     previous = None
-    width = triton.cdiv(A, tile.splits)
-    for split in range(tile.splits):
-        piece = slice(split * width, min((split + 1) * width, A))
-        last = split == tile.splits - 1
+    for start in range(0, A, tile.block_a):
+        piece = slice(start, min(start + tile.block_a, A))
+        last = piece.stop == A
         target = out if last else torch.empty(B, T, H, X, **f32)
+        ends_here = None if ends is None else ends[:, :, piece.start :] if walks else ends[..., piece.start :]
         _scan_piece(
             tile, a[..., piece], b[..., piece], x, target, previous, y if last else None, dots, grid,
-            None if state is None else state[:, :, piece], final[:, :, piece],
-            None if ends is None else ends[split], reverse, column if last else None,
+            None if state is None else state[:, :, piece], None if final is None else final[:, :, piece],
+            ends_here, reverse, walks, keep, column if last else None,
         )  # fmt: skip
         previous = target
-    share = column.q_dq if column is not None and not reverse else dots
-    first = column.dn_first if column is not None and reverse else None
-    meets = None
-    if against is not None:
-        assert against.ends is not None and ends is not None
-        meets = Meets(against.ends, ends, column)
-    return Scan(out, share, final, first, ends, meets)
+    share = column.q_dq if column is not None and name == "dq" else dots
+    return Scan(out, share, final, column)
 
 
 def _scan_piece(
     tile: Tile, a: Tensor, b: Tensor, x: Tensor, out: Tensor, partial: Tensor | None, y: Tensor | None, dots: Tensor | None,
-    grid: Grid, state: Tensor | None, final: Tensor, ends: Tensor | None, reverse: bool,
+    grid: Grid, state: Tensor | None, final: Tensor | None, ends: Tensor | None, reverse: bool, walks: bool, keep: bool,
     column: Column | None,
 ) -> None:  # fmt: skip
-    """One launch of the scan, with the two before it that make the states of the pieces of a cut sequence."""
+    """One launch of the scan; where h or dv is cut, two before it make the states that its pieces start from."""
     _, T, H, _, _ = grid.shape
     A, X = a.shape[-1], x.shape[-1]
-    tiles = triton.cdiv(X, tile.block_x)
+    plan = grid.plan
     packed = grid.cu_seqlens is not None
-    segment = grid.plan.segment
-    cut = segment > 0
+    unit = plan.segment if walks else plan.span
+    cut = unit > 0 and ends is not None
     pieces = grid.N
     if cut:
-        pieces = T // segment + grid.N if packed else grid.N * max(triton.cdiv(T, segment), 1)
-    descriptor = tile.descriptor and all(t is None or aligned(t) for t in (a, b, x, y, out))
+        pieces = T // unit + grid.N if packed else grid.N * max(triton.cdiv(T, unit), 1)
+    descriptor = tile.descriptor and all(t is None or aligned(t) for t in (a, b, x, out))
     vector = None
     if column is not None:
         vector = column.dn_chunk if reverse else grid.n_chunk
+    stride_e = plan.kept[0] * plan.kept[1]
+    stride_ea, stride_ex = (plan.kept[1], 1) if walks else (1, plan.kept[1])
+    strides_s, strides_f = ((0, 0, 0, 0) if t is None else t.stride() for t in (state, final))
 
-    def run(out: Tensor | None, state: Tensor | None, final: Tensor, left: Tensor | None) -> None:
-        whole = out is not None
+    def run(whole: bool, left: Tensor | None) -> None:
         launch(
-            _scan_kernel, (tiles * H * pieces,), tile.warps,
-            a, b, x, out, partial if whole else None, y if whole else None, dots if whole else None,
+            _scan_kernel, (tile.tiles * H * pieces,), tile.warps,
+            a, b, x, out if whole else None, partial if whole else None, y if whole else None, dots if whole else None,
             grid.weights, grid.decay, column.d if column is not None and whole else None, vector if whole else None,
-            state, final, ends if whole else None, left, grid.cu_seqlens, grid.tables[2],
-            *a.stride()[:3], *b.stride()[:3], *x.stride()[:3], *(y if y is not None else x).stride()[:3],
-            *(final if state is None else state).stride(), *final.stride(), *grid.common(), grid.spans, segment,
-            grid.size, A, X, L=grid.plan.L, BLOCK_A=tile.block_a, BLOCK_X=tile.block_x, SPAN=grid.plan.span,
-            REVERSE=reverse, CUT=cut, TRANSPOSED=tile.transposed, DESCRIPTOR=descriptor, STAGES=tile.stages,
-            PRECISION=precision(x),
+            state if whole else None, final if whole else None, ends, left, grid.cu_seqlens, grid.tables[2 if walks else 1],
+            *a.stride()[:3], *b.stride()[:3], *x.stride()[:3], *(x if y is None else y).stride()[:3], *strides_s, *strides_f,
+            *grid.common(), grid.spans, unit, grid.size, stride_e, A, X,
+            L=plan.L, BLOCK_A=tile.block_a, BLOCK_X=tile.block_x, SPAN=plan.span, STRIDE_EA=stride_ea, STRIDE_EX=stride_ex,
+            REVERSE=reverse, CUT=cut, KEEP=keep and whole, TRANSPOSED=tile.transposed, DESCRIPTOR=descriptor,
+            STAGES=tile.stages, PRECISION=precision(x),
         )  # fmt: skip
 
-    if cut:
-        local = torch.empty(pieces, H, A, X, dtype=torch.float32, device=x.device)
+    if cut and walks:
         left = torch.empty(pieces, H, dtype=torch.float32, device=x.device)
-        run(None, None, local, left)
-        strides = (0, 0, 0, 0) if state is None else state.stride()
+        run(False, left)
         launch(
             _join_kernel, (grid.N * H, triton.cdiv(A * X, 1024)), 4,
-            local, left, state, grid.cu_seqlens, *strides, T, H, segment, A, X, BLOCK=1024, REVERSE=reverse,
+            ends, left, state, grid.cu_seqlens, *strides_s, T, H, grid.spans, unit, stride_e, A, X,
+            SPAN=plan.span, BLOCK=1024, STRIDE_EA=stride_ea, REVERSE=reverse,
         )  # fmt: skip
-        state = local
-    run(out, state, final, None)
+    run(True, None)
 
 
 def gate_gradients(
-    i: Tensor, f: Tensor, q_dq: Tensor, k_dk: Tensor, meets: Meets, grid: Grid, activations: Activations
+    i: Tensor, f: Tensor, dq: Scan, dk: Scan, grid: Grid, activations: Activations
 ) -> tuple[Tensor, Tensor]:
     """(di, df), fp32; see ``tfla.reference.gate_gradients``."""
     B, T, H, K, _ = grid.shape
-    di, df = q_dq.new_empty(2, B, T, H).unbind(0)
-    packed = grid.cu_seqlens is not None
-    column = meets.column
+    di, df = grid.weights.new_empty(2, B, T, H).unbind(0)
+    column = dk.column
+    size = max(grid.size, 1)
+    assert dq.dot is not None and dk.dot is not None
     launch(
         g._gradients_kernel, (grid.rows * grid.spans,), 4,
-        i, f, grid.cu_seqlens, grid.tables[1], grid.weights, q_dq, k_dk, meets.C, meets.dC, grid.n_chunk, grid.n_final,
-        None if column is None else column.dn_chunk, di, df, *i.stride(), *f.stride(),
-        T, H, grid.slots, grid.spans, grid.size, grid.rows, K, meets.C.shape[-1],
-        L=grid.plan.L, SPAN=grid.plan.span, BLOCK_K=grid.plan.block_k, Q_PARTS=q_dq.numel() // grid.size if grid.size else 1,
-        K_PARTS=k_dk.numel() // grid.size if grid.size else 1, SPLITS=meets.C.shape[0],
-        SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f, NORMALIZE=column is not None, PACKED=packed,
+        i, f, grid.cu_seqlens, grid.tables[1], grid.weights, dq.dot, dk.dot, grid.C_ends, grid.dC_ends, grid.n_chunk,
+        grid.n_final, None if column is None else column.dn_chunk, di, df, *i.stride(), *f.stride(),
+        T, H, grid.slots, grid.spans, grid.size, K, grid.plan.kept[0] * grid.plan.kept[1],
+        L=grid.plan.L, SPAN=grid.plan.span, BLOCK_K=grid.plan.block_k, Q_PARTS=dq.dot.numel() // size,
+        K_PARTS=dk.dot.numel() // size, SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
+        NORMALIZE=grid.normalize, PACKED=grid.cu_seqlens is not None,
     )  # fmt: skip
     return di, df
+
+
+def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
+    """(dC_0, dn_0): what the reverse scans leave at the start of the sequences."""
+    assert dv.final is not None
+    return dv.final, None if dk.column is None else dk.column.dn_first

@@ -324,9 +324,9 @@ def _column_state_kernel(
 def _gradients_kernel(
     i, f, cu_seqlens, table, weights, q_dq, k_dk, C_ends, dC_ends, n_chunk, n_last, dn_chunk, di, df,
     stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
-    T, H, slots, spans, size, rows, K, state,
+    T, H, slots, spans, size, K, state,
     L: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr,
-    SPLITS: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr,
+    SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the end of its span of SPAN tokens, and of the
     states that meet there; it restarts at tokens that erase what came before."""
@@ -349,13 +349,11 @@ def _gradients_kernel(
         dlog_i += tl.load(k_dk + part * size + here, mask=inside, other=0.0)
     for part in tl.static_range(Q_PARTS):
         dot += tl.load(q_dq + part * size + here, mask=inside, other=0.0)
-    meet = tl.zeros([SPAN], tl.float32)
-    for split in tl.static_range(SPLITS):
-        at = (split * (rows * spans) + span) * state + tl.arange(0, SPAN)
-        for block in range(0, state, SPAN):
-            inner = block + tl.arange(0, SPAN) < state
-            C = tl.load(C_ends + at + block, mask=inner, other=0.0).to(tl.float32)
-            meet += C * tl.load(dC_ends + at + block, mask=inner, other=0.0).to(tl.float32)
+    meet = tl.zeros([1024], tl.float32)
+    for block in range(0, state, 1024):
+        entry = block + tl.arange(0, 1024)
+        C = tl.load(C_ends + span * state + entry, mask=entry < state, other=0.0)
+        meet += C * tl.load(dC_ends + span * state + entry, mask=entry < state, other=0.0)
     total = tl.sum(meet, 0).to(tl.float64)
     end = tl.minimum((j + 1) * SPAN, length)
     if NORMALIZE:

@@ -35,10 +35,10 @@ def _scan_kernel(
     a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, left, cu_seqlens, table,
     stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh, stride_xb, stride_xt, stride_xh,
     stride_yb, stride_yt, stride_yh, stride_sn, stride_sh, stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx,
-    T, H, slots, spans, UNIT, size, A, X,
-    L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_X: tl.constexpr, SPAN: tl.constexpr,
-    REVERSE: tl.constexpr, CUT: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    T, H, slots, spans, UNIT, size, stride_e, A, X,
+    L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_X: tl.constexpr, SPAN: tl.constexpr, STRIDE_EA: tl.constexpr,
+    STRIDE_EX: tl.constexpr, REVERSE: tl.constexpr, CUT: tl.constexpr, KEEP: tl.constexpr, TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     PACKED: tl.constexpr = cu_seqlens is not None
     ROW: tl.constexpr = FIRST_SOURCE if REVERSE else 0
@@ -67,10 +67,10 @@ def _scan_kernel(
     lanes = tl.arange(0, BLOCK_A)
     b_rows = b + batch * stride_bb + start * stride_bt + head * stride_bh
     x_rows = x + batch * stride_xb + start * stride_xt + head * stride_xh
-    out_at = (batch * T + start) * H + head
+    out_at = ((batch * T + start) * H + head) * X
     if out is not None:
         a_rows = a + batch * stride_ab + start * stride_at + head * stride_ah
-        out_rows = out + out_at * X
+        out_rows = out + out_at
     if y is not None:
         y_rows = y + batch * stride_yb + start * stride_yt + head * stride_yh
     if DESCRIPTOR:
@@ -80,27 +80,32 @@ def _scan_kernel(
         if out is not None:
             a_rows = tl.make_tensor_descriptor(a_rows, [n_rows, A], [stride_at, 1], [L, BLOCK_A])
             out_rows = tl.make_tensor_descriptor(out_rows, [n_rows, X], [H.to(tl.int64) * X, 1], [L, BLOCK_X])
-        if y is not None:
-            y_rows = tl.make_tensor_descriptor(y_rows, [n_rows, X], [stride_yt, 1], [L, BLOCK_X])
 
-    # Where a state lies in memory, in the orientation that it has on chip.
-    kept = (lanes < A)[:, None] & (columns < X)[None, :]
-    state_at = w * stride_sn + head * stride_sh + lanes[:, None] * stride_sa + columns[None, :] * stride_sx
+    # The state, in the orientation that it has on chip. It lies in ``ends`` in tiles whose strides are constants, so that the
+    # addresses of kept states take no registers; only the base moves.
     if TRANSPOSED:
-        kept = (columns < X)[:, None] & (lanes < A)[None, :]
-        state_at = w * stride_sn + head * stride_sh + columns[:, None] * stride_sx + lanes[None, :] * stride_sa
         S = tl.zeros([BLOCK_X, BLOCK_A], tl.float32)
+        entry = tl.arange(0, BLOCK_X)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
+        inside = (columns < X)[:, None] & (lanes < A)[None, :]
     else:
         S = tl.zeros([BLOCK_A, BLOCK_X], tl.float32)
-    if state is not None:
-        S = tl.load(state + state_at, mask=kept, other=0.0)
+        entry = lanes[:, None] * STRIDE_EA + tl.arange(0, BLOCK_X)[None, :] * STRIDE_EX
+        inside = (lanes < A)[:, None] & (columns < X)[None, :]
+    first = True
+    if CUT:
+        first = (high == chunks) if REVERSE else (low == 0)
+    if out is not None:
+        if first:
+            if state is not None:
+                if TRANSPOSED:
+                    at = columns[:, None] * stride_sx + lanes[None, :] * stride_sa
+                else:
+                    at = lanes[:, None] * stride_sa + columns[None, :] * stride_sx
+                S = tl.load(state + n.to(tl.int64) * stride_sn + head * stride_sh + at, mask=inside, other=0.0)
+        else:
+            before = (high if REVERSE else low) * L // SPAN - 1
+            S = tl.load(ends + (span + before) * stride_e + first_x * STRIDE_EX + entry, mask=inside, other=0.0)
     remains = 1.0
-    # Kept states lie tile by tile as they are on chip, so that their addresses are constants and take no registers.
-    BLOCK: tl.constexpr = BLOCK_A * BLOCK_X
-    if TRANSPOSED:
-        entry = tl.arange(0, BLOCK_X)[:, None] * BLOCK_A + tl.arange(0, BLOCK_A)[None, :]
-    else:
-        entry = tl.arange(0, BLOCK_A)[:, None] * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
 
     l = tl.arange(0, L)
     for step in tl.range(0, high - low, num_stages=STAGES):
@@ -142,73 +147,75 @@ def _scan_kernel(
             if d is not None:  # last, when the low-precision copy of the state has left the registers
                 row_vector = tl.load(vector + (slot + c) * X + columns, mask=columns < X, other=0.0)
                 O += (row_edge if REVERSE else row_edge * d_here)[:, None] * row_vector[None, :]
-            inside = (t + l < length)[:, None] & (columns < X)[None, :]
+            seen = (t + l < length)[:, None] & (columns < X)[None, :]
             token = (t + l).to(tl.int64)[:, None] * H * X + columns[None, :]
             if partial is not None:
-                O += tl.load(partial + out_at * X + token, mask=inside, other=0.0)
+                O += tl.load(partial + out_at + token, mask=seen, other=0.0)
             if DESCRIPTOR:
                 out_rows.store([t, first_x], O.to(out.dtype.element_ty))
             else:
-                tl.store(out_rows + token, O.to(out.dtype.element_ty), mask=inside)
+                tl.store(out_rows + token, O.to(out.dtype.element_ty), mask=seen)
             if y is not None:
-                Y = _tile(y_rows, X, stride_yt, t, length, first_x, L, BLOCK_X, DESCRIPTOR)
+                Y = _tile(y_rows, X, stride_yt, t, length, first_x, L, BLOCK_X, False)
                 tl.store(dot + tile * size + (slot + c) * L + l, tl.sum(O * Y.to(tl.float32), 1))
-        if ends is not None:
-            kept_at = ends + ((span + c * L // SPAN) * tiles + tile) * BLOCK + entry
-            edge = ((c + 1) * L % SPAN == 0) | (c + 1 == chunks)
-        if ends is not None and REVERSE:
+        if KEEP:
+            # The state at the end of the chunk, unless it is where another piece of the sequence starts from.
+            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high) | (c + 1 == chunks)
+            kept = ends + (span + c * L // SPAN) * stride_e + first_x * STRIDE_EX + entry
+        if KEEP and REVERSE:
             if edge:
-                tl.store(kept_at, S.to(ends.dtype.element_ty))
+                tl.store(kept, S)
         S *= keep
         XX = (XX.to(tl.float32) * col_edge[:, None]).to(XX.dtype)
         if TRANSPOSED:
             S = tl.dot(tl.trans(XX), B, S, input_precision=PRECISION)
         else:
             S = tl.dot(tl.trans(B), XX, S, input_precision=PRECISION)
+        if KEEP and not REVERSE:
+            if edge:
+                tl.store(kept, S)
         if left is not None:
             remains *= keep
-        if ends is not None and not REVERSE:
-            if edge:
-                tl.store(kept_at, S.to(ends.dtype.element_ty))
 
-    if left is not None:
+    if out is None:
+        # What this piece makes of an empty state, to where the next one starts from.
+        behind = (low if REVERSE else high) * L // SPAN - 1
+        if (low > 0) if REVERSE else (high < chunks):
+            tl.store(ends + (span + behind) * stride_e + first_x * STRIDE_EX + entry, S)
         tl.store(left + w * H + head, remains)
     if final is not None:
-        # A piece of a cut sequence keeps its own state when it has no output, else the sequence's last (or first) piece that of all.
-        at = n if (CUT and out is not None) else w
-        last = (low == 0) if REVERSE else (high == chunks)
-        if TRANSPOSED:
-            at = at * stride_fn + head * stride_fh + columns[:, None] * stride_fx + lanes[None, :] * stride_fa
-        else:
-            at = at * stride_fn + head * stride_fh + lanes[:, None] * stride_fa + columns[None, :] * stride_fx
-        if out is not None:
-            kept = kept & last
-        tl.store(final + at, S, mask=kept)
+        if (low == 0) if REVERSE else (high == chunks):
+            if TRANSPOSED:
+                at = columns[:, None] * stride_fx + lanes[None, :] * stride_fa
+            else:
+                at = lanes[:, None] * stride_fa + columns[None, :] * stride_fx
+            tl.store(final + n.to(tl.int64) * stride_fn + head * stride_fh + at, S, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "H", "UNIT", "rows"])
+@triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _join_kernel(
-    pieces, left, state, cu_seqlens, stride_sn, stride_sh, stride_sa, stride_sx, T, H, UNIT, A, X, BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr,
+    ends, left, state, cu_seqlens, stride_sn, stride_sh, stride_sa, stride_sx, T, H, spans, UNIT, stride_e, A, X,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, STRIDE_EA: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """From the state that each piece of a sequence makes of zeros to the one that enters it, in place: S <- left S + piece."""
+    """From what each piece of a sequence makes of an empty state to the state at its end (its start in reverse), in place."""
     PACKED: tl.constexpr = cu_seqlens is not None
     n = tl.program_id(0) // H
     head = tl.program_id(0) % H
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    count = tl.maximum((length + UNIT - 1) // UNIT, 1).to(tl.int32)
-    first = n.to(tl.int64) * tl.maximum((T + UNIT - 1) // UNIT, 1)
-    if PACKED:
-        first = start // UNIT + n
+    row = (head if PACKED else batch * H + head).to(tl.int64)
+    span = row * spans + first_slot(n, start, SPAN, PACKED)
+    pieces = ((length + UNIT - 1) // UNIT).to(tl.int32)
+    first = first_slot(n, start, UNIT, PACKED) if PACKED else n.to(tl.int64) * tl.maximum((T + UNIT - 1) // UNIT, 1)
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    lane, column = entry // X, entry % X
     inside = entry < A * X
     S = tl.zeros([BLOCK], tl.float32)
     if state is not None:
-        at = n.to(tl.int64) * stride_sn + head * stride_sh + (entry // X) * stride_sa + (entry % X) * stride_sx
+        at = n.to(tl.int64) * stride_sn + head * stride_sh + lane * stride_sa + column * stride_sx
         S = tl.load(state + at, mask=inside, other=0.0)
-    for step in range(0, count):
-        w = first + ((count - 1 - step) if REVERSE else step)
-        at = pieces + (w * H + head) * A * X + entry
-        piece = tl.load(at, mask=inside, other=0.0)
+    for step in range(0, pieces - 1):
+        piece = (pieces - 1 - step) if REVERSE else step
+        end = (piece if REVERSE else piece + 1) * (UNIT // SPAN) - 1
+        at = ends + (span + end) * stride_e + lane * STRIDE_EA + column
+        S = S * tl.load(left + (first + piece) * H + head) + tl.load(at, mask=inside, other=0.0)
         tl.store(at, S, mask=inside)
-        S = S * tl.load(left + w * H + head) + piece
