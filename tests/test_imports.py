@@ -23,14 +23,15 @@ LAYERS = [
     {"nn", "xlstm"},
     {"tfla"},  # the package itself: its public face
     {"api"},
+    {"checks"},
     {"ops"},
     {"reference", "kernels"},
     {"gates", "plan"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 CORE = {unit for units in LAYERS[LAYERS.index({"tfla"}) :] for unit in units}
-# The kernels are written in Triton; api asks whether it is there, to say so when it is not.
-BESIDE_TORCH = {"kernels": {"triton"}, "api": {"triton"}}
+# The kernels are written in Triton; checks asks whether it is there, to say so when it is not.
+BESIDE_TORCH = {"kernels": {"triton"}, "checks": {"triton"}}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
