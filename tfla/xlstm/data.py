@@ -107,7 +107,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over tokens, held-out bytes and tokenizer."""
+        """SHA-256 over all that is in the folder."""
         return self.info["fingerprint"]
 
     def windows(self, seed: int, step: int, rows: int, context: int) -> Tensor:
@@ -232,22 +232,19 @@ def prepare(
         where = ", ".join(map(str, paths))
         raise RunError(f"the corpus is empty: no bytes in {where}; name files with text in them")
     train, held = _split(documents, held_out)
-    digest = hashlib.sha256((codec.source or "bytes").encode())
     with atomic_folder(folder) as temporary:
         pieces = _write(held, codec, temporary / "heldout.bin", temporary / "heldout.raw")
         trained = _write(train, codec, temporary / "train.bin", None)
         if codec.source is not None:
             (temporary / "tokenizer.json").write_text(codec.source, "utf-8")
-        for path in sorted(temporary.iterdir()):
-            digest.update(f"{path.name} {sha256(path)}\n".encode())
         info = {
-            "fingerprint": digest.hexdigest(),
             "origin": {"paths": [str(path) for path in paths], "held_out": held_out},
             "train": _totals(train, trained),
             "held_out": _totals(held, pieces),
             "held_out_pieces": pieces,
             "held_out_documents": [document.name for document in held],
         }
+        info["fingerprint"] = _fingerprint(temporary, info)
         (temporary / "corpus.json").write_text(json.dumps(info, indent=1), "utf-8")
     return Corpus(folder, codec, info, np.memmap(folder / "train.bin", codec.dtype, "r"))
 
@@ -257,19 +254,25 @@ def open_corpus(folder: Path, fingerprint: str) -> Corpus:
     hint = "restore the folder from a copy, or train again in another --out"
     try:
         info = json.loads((folder / "corpus.json").read_text("utf-8"))
-        names = sorted(path.name for path in folder.iterdir() if path.name != "corpus.json")
-        text = (folder / "tokenizer.json").read_text("utf-8") if "tokenizer.json" in names else None
-        digest = hashlib.sha256((text or "bytes").encode())
-        for name in names:
-            digest.update(f"{name} {sha256(folder / name)}\n".encode())
-        if not digest.hexdigest() == info["fingerprint"] == fingerprint:
+        if not _fingerprint(folder, info) == info["fingerprint"] == fingerprint:
             raise RunError(f"{folder} is not the corpus that this run was trained on; {hint}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{folder}/corpus.json cannot be read ({_first_line(error)}); {hint}"
         ) from error
-    codec = Codec(text)
+    tokenizer = folder / "tokenizer.json"
+    codec = Codec(tokenizer.read_text("utf-8") if tokenizer.exists() else None)
     return Corpus(folder, codec, info, np.memmap(folder / "train.bin", codec.dtype, "r"))
+
+
+def _fingerprint(folder: Path, info: dict[str, Any]) -> str:
+    """SHA-256 over the files and over what is said of them."""
+    said = {key: value for key, value in info.items() if key != "fingerprint"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for path in sorted(folder.iterdir()):
+        if path.name != "corpus.json":
+            digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def read_tokenizer(path: Path) -> str:
@@ -328,7 +331,7 @@ def _split(documents: list[Document], share: float) -> tuple[list[Document], lis
 
 def _write(
     documents: list[Document], codec: Codec, tokens: Path, raw: Path | None
-) -> list[tuple[int, int]]:
+) -> list[list[int]]:
     """Write the stream. Returns (tokens, bytes) of each piece; a document's first has its `end`."""
     end = np.asarray([codec.end], codec.dtype)
     pieces = []
@@ -339,13 +342,13 @@ def _write(
                 ids = np.concatenate((lead, codec.encode(piece)))
                 stream.write(ids.tobytes())
                 copy.write(piece)
-                pieces.append((len(ids), len(piece)))
+                pieces.append([len(ids), len(piece)])
                 lead = end[:0]
         stream.write(end.tobytes())
     return pieces
 
 
-def _totals(documents: list[Document], pieces: list[tuple[int, int]]) -> dict[str, int]:
+def _totals(documents: list[Document], pieces: list[list[int]]) -> dict[str, int]:
     return {
         "documents": len(documents),
         "bytes": sum(size for _, size in pieces),

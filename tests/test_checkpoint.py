@@ -1,0 +1,171 @@
+"""A checkpoint is whole or absent, and every byte of it counts."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tfla.xlstm import checkpoint
+from tfla.xlstm.checkpoint import RunError, load, save
+
+
+def write(run: Path, step: int, text: str = "words") -> Path:
+    generator = torch.Generator().manual_seed(step)
+    tensors = {
+        "model": {"weight": torch.randn(3, 5, generator=generator)},
+        "optimizer": {
+            "weight/exp_avg": torch.randn(3, 5, generator=generator).bfloat16(),
+            "random/cpu": generator.get_state(),
+        },
+    }
+    return save(run, {"step": step, "config": {}}, tensors, {"tokenizer.json": text})
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    write(tmp_path, 7, "mots")
+    saved = load(tmp_path)
+    assert saved.meta["step"] == 7
+    assert saved.text("tokenizer.json") == "mots"
+    assert saved.text("other.json") is None
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(3, 5, generator=generator)
+    moments = torch.randn(3, 5, generator=generator).bfloat16()
+    assert torch.equal(saved.tensors("model")["weight"], weight)
+    optimizer = saved.tensors("optimizer")
+    assert optimizer["weight/exp_avg"].dtype == torch.bfloat16
+    assert torch.equal(optimizer["weight/exp_avg"], moments)
+    assert torch.equal(optimizer["random/cpu"], generator.get_state())
+
+
+def test_the_last_of_two_is_found_and_older_ones_go(tmp_path: Path) -> None:
+    paths = [write(tmp_path, step) for step in (5, 100, 20_000, 300_000_000)]
+    assert load(tmp_path).path == paths[-1]
+    assert [path.exists() for path in paths] == [False, False, True, True]
+    assert load(paths[-2]).meta["step"] == 20_000
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink], ids=["flip", "cut", "remove"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"]
+)
+def test_any_damage_is_one_line_with_the_file_and_the_way_out(
+    tmp_path: Path, name: str, harm: Callable[[Path], None]
+) -> None:
+    write(tmp_path, 1)
+    last = write(tmp_path, 2)
+    harm(last / name)
+    with pytest.raises(RunError) as caught:
+        load(tmp_path)
+    message = str(caught.value)
+    assert str(last / name) in message
+    assert f"delete {last} to go back to step-00000001" in message
+    assert "\n" not in message
+
+
+def test_every_bit_of_the_description_is_checked(tmp_path: Path) -> None:
+    """A flipped bit in the JSON may leave valid JSON: a step of 1 that reads 3, say."""
+    file = write(tmp_path, 1) / "checkpoint.json"
+    whole = file.read_bytes()
+    unchanged = json.loads(whole)
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 2]) + whole[at + 1 :])
+        try:
+            meta = load(tmp_path).meta
+        except RunError:
+            continue
+        unchanged.pop("checksum", None)
+        assert meta == unchanged  # white space alone
+
+
+def test_an_interrupted_write_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write(tmp_path, 1)
+
+    def fail(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_flush", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 2)
+    assert load(tmp_path).path == first
+    assert list((tmp_path / "checkpoints").iterdir()) == [first]
+
+
+def test_what_a_killed_process_left_is_ignored_and_swept(tmp_path: Path) -> None:
+    first = write(tmp_path, 1)
+    torn = tmp_path / "checkpoints" / ".step-00000002.4711.tmp"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    assert load(tmp_path).path == first
+    checkpoint.sweep(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == [first]
+
+
+class Trap:
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+        return (Path(self.where).touch, ())  # type: ignore[return-value]
+
+    def __init__(self, where: Path) -> None:
+        self.where = str(where)
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    """Sealed as it should be, so that nothing but the reader itself stands in the way."""
+    path = write(tmp_path / "run", 1)
+    sprung = tmp_path / "sprung"
+    data = pickle.dumps(Trap(sprung))
+    pickle.loads(data)
+    assert sprung.exists()
+    sprung.unlink()
+    (path / "model.safetensors").write_bytes(data)
+    meta = json.loads((path / "checkpoint.json").read_text())
+    del meta["checksum"]
+    meta["files"]["model.safetensors"] = checkpoint._seal(path / "model.safetensors")
+    meta["checksum"] = checkpoint._checksum(meta)
+    (path / "checkpoint.json").write_text(json.dumps(meta))
+    saved = load(path)
+    with pytest.raises(RunError, match="model.safetensors cannot be read"):
+        saved.tensors("model")
+    assert not sprung.exists()
+
+
+def test_a_checkpoint_of_another_model_names_the_tensor(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    saved = load(tmp_path)
+    module = nn.Linear(5, 3, bias=False)
+    saved.restore(module)
+    assert torch.equal(module.weight, saved.tensors("model")["weight"])
+    with pytest.raises(RunError, match=r"weight is \(3, 5\), the model wants \(4, 5\)"):
+        saved.restore(nn.Linear(5, 4, bias=False))
+    with pytest.raises(RunError, match="the checkpoint lacks bias"):
+        saved.restore(nn.Linear(5, 3))
+
+
+def test_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        write(tmp_path, 1)
+    with pytest.raises(RunError, match="upgrade tfla"):
+        load(tmp_path)
+
+
+def test_where_there_is_none_it_says_what_to_name(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="does not exist; name the folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(RunError, match="holds no checkpoint; name the folder"):
+        load(tmp_path)

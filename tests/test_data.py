@@ -1,0 +1,255 @@
+"""The corpus: what is held out is unseen, what is read is a function of (seed, step)."""
+
+import errno
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tfla.xlstm import data
+from tfla.xlstm.checkpoint import RunError, sha256
+from tfla.xlstm.data import (
+    PIECE,
+    Codec,
+    Corpus,
+    Document,
+    find_documents,
+    open_corpus,
+    prepare,
+    standard_library,
+)
+
+END = 256
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """60 files of 0 to 2,000 random bytes at several depths; four of them twice."""
+    source = tmp_path / "source"
+    draw = random.Random(0)
+    for number in range(60):
+        path = source / f"part{number % 3}" / f"{number}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(draw.randbytes(draw.randrange(2000)))
+        if number % 15 == 7:
+            (source / f"copy{number}").write_bytes(path.read_bytes())
+    return source
+
+
+def documents(stream: np.ndarray) -> list[bytes]:
+    """The documents of a stream of byte tokens."""
+    assert stream[0] == END and stream[-1] == END
+    ends = np.flatnonzero(stream == END)
+    return [bytes(stream[a + 1 : b].tolist()) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def held_stream(corpus: Corpus) -> np.ndarray:
+    return np.fromfile(corpus.folder / "heldout.bin", corpus.codec.dtype)
+
+
+def test_each_document_is_on_one_side_once(folder: Path, tmp_path: Path) -> None:
+    corpus = prepare([folder], tmp_path / "data", held_out=0.2)
+    train, held = documents(corpus.train), documents(held_stream(corpus))
+    contents = {path.read_bytes() for path in folder.rglob("*") if path.is_file()} - {b""}
+    assert not set(train) & set(held)
+    assert set(train) | set(held) == contents
+    assert len(train) + len(held) == len(contents)
+    share = sum(map(len, held)) / sum(map(len, contents))
+    assert 0.2 <= share < 0.25
+    assert b"".join(held) == (corpus.folder / "heldout.raw").read_bytes()
+
+
+def test_the_corpus_does_not_depend_on_the_order_of_files(folder: Path, tmp_path: Path) -> None:
+    parts = sorted(folder.rglob("*.bin"))
+    one = prepare(parts, tmp_path / "one")
+    other = prepare(parts[::-1], tmp_path / "two")
+    for name in ("train.bin", "heldout.bin", "heldout.raw"):
+        assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
+
+
+def test_of_a_single_document_the_end_is_held_out(tmp_path: Path) -> None:
+    text = random.Random(1).randbytes(3 * PIECE + 5)
+    (tmp_path / "only").write_bytes(text)
+    corpus = prepare([tmp_path / "only"], tmp_path / "data", held_out=0.1)
+    [train], [held] = documents(corpus.train), documents(held_stream(corpus))
+    assert train + held == text
+    assert len(held) == int(0.1 * len(text))
+
+
+def test_hidden_files_and_other_runs_are_left_out(folder: Path) -> None:
+    names = {document.name for document in find_documents([folder])}
+    for hidden in (folder / ".git" / "index", folder / ".hidden", folder / "out" / "loss.png"):
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.write_text("x")
+    (folder / "old" / "data").mkdir(parents=True)
+    (folder / "old" / "data" / "corpus.json").write_text("{}")
+    (folder / "old" / "data" / "train.bin").write_text("x")
+    assert {d.name for d in find_documents([folder], skip=folder / "out")} == names
+
+
+def test_the_default_is_the_sources_of_the_standard_library() -> None:
+    names = {document.name for document in standard_library()}
+    assert {"os.py", "json/decoder.py", "asyncio/events.py"} <= names
+    assert not [n for n in names if not n.endswith(".py") or "site-packages" in n or "/test/" in n]
+
+
+@pytest.mark.parametrize("line", [0, 70, PIECE + 100])
+def test_pieces_are_whole_characters_and_lose_nothing(tmp_path: Path, line: int) -> None:
+    draw = random.Random(line)
+    letters = "aé漢😀"
+    text = "".join(
+        draw.choice(letters) if not line or n % line else "\n" for n in range(PIECE // 2 * 3)
+    )
+    path = tmp_path / "text"
+    path.write_text(text, "utf-8")
+    pieces = list(Document("text", path, path.stat().st_size).pieces())
+    assert b"".join(pieces).decode() == text
+    assert len(pieces) > 2 and max(map(len, pieces)) <= PIECE
+    assert "".join(piece.decode() for piece in pieces) == text
+    if line == 70:
+        assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+
+
+def test_an_epoch_reads_every_window_once(folder: Path, tmp_path: Path) -> None:
+    corpus = prepare([folder], tmp_path / "data")
+    context, rows = 50, 5
+    number = (len(corpus.train) - context) // context
+    assert number % rows  # the epoch does not end with a step
+    steps = 2 * number // rows
+    windows = torch.cat([corpus.windows(3, step, rows, context) for step in range(steps)])
+    assert windows.dtype == torch.int64 and windows.shape == (steps * rows, context + 1)
+    text = np.asarray(corpus.train).astype(np.uint16).tobytes()
+
+    def place(window: torch.Tensor) -> int:
+        at = text.find(window.numpy().astype(np.uint16).tobytes())
+        assert at >= 0
+        return at // 2
+
+    for epoch in (windows[:number], windows[number:]):
+        starts = sorted(place(window) for window in epoch)
+        assert len(set(starts)) == len(starts)
+        gaps = {b - a for a, b in zip(starts, starts[1:], strict=False)}
+        assert gaps == {context} if len(epoch) == number else all(g % context == 0 for g in gaps)
+    assert place(windows[0]) != place(windows[number])
+
+
+def test_windows_follow_from_seed_and_step(folder: Path, tmp_path: Path) -> None:
+    corpus = prepare([folder], tmp_path / "data")
+    ahead = corpus.windows(1, 9, 4, 32)
+    again = open_corpus(tmp_path / "data", corpus.fingerprint)
+    assert torch.equal(again.windows(1, 9, 4, 32), ahead)
+    assert not torch.equal(again.windows(2, 9, 4, 32), ahead)
+    assert not torch.equal(again.windows(1, 8, 4, 32), ahead)
+    halves = torch.cat([again.windows(1, 18, 2, 32), again.windows(1, 19, 2, 32)])
+    assert torch.equal(halves, ahead)
+
+
+def test_held_out_bytes_are_those_that_the_tokens_encode(folder: Path, tmp_path: Path) -> None:
+    corpus = prepare([folder], tmp_path / "data", held_out=0.4)
+    for limit in (0, 1500, 10**9):
+        stream, raw = corpus.held_out(limit)
+        assert stream[0] == END
+        assert bytes(token for token in stream.tolist() if token != END) == raw
+        assert len(raw) <= limit or limit == 0
+    assert raw == (corpus.folder / "heldout.raw").read_bytes()
+
+
+# ------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A small byte-level BPE, trained here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([Path(json.__file__).read_text()], trainer)
+    path = tmp_path / "tokenizer.json"
+    bpe.save(str(path))
+    return path
+
+
+def test_a_tokenizer_shortens_the_stream_and_decodes_it(tokenizer: Path, tmp_path: Path) -> None:
+    source = sorted(Path(json.__file__).parent.glob("*.py"))
+    corpus = prepare(source, tmp_path / "data", tokenizer=tokenizer)
+    plain = prepare(source, tmp_path / "plain")
+    assert len(corpus.train) < 0.6 * len(plain.train)
+    assert corpus.codec.vocab_size == 401
+    assert corpus.info["held_out"]["bytes"] == plain.info["held_out"]["bytes"]
+    stream, raw = corpus.held_out(10**9)
+    decode = corpus.codec.decoder()
+    assert "".join(map(decode, stream.tolist())) == raw.decode()
+    again = open_corpus(tmp_path / "data", corpus.fingerprint)
+    assert again.codec.vocab_size == 401
+
+
+@pytest.mark.parametrize("kind", ["bytes", "tokenizer"])
+def test_streamed_text_comes_in_whole_characters(kind: str, tokenizer: Path) -> None:
+    codec = Codec(tokenizer.read_text() if kind == "tokenizer" else None)
+    text = "naïve 漢字 😀 end"
+    ids = codec.encode(text.encode()).tolist()
+    assert len(ids) > len(text) or kind == "tokenizer"
+    decode = codec.decoder()
+    pieces = [decode(token) for token in [*ids, codec.end]]
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+
+
+# ------------------------------------------------------------------------------- errors
+
+
+def test_errors_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+    target, empty = tmp_path / "data", tmp_path / "empty"
+    empty.mkdir()
+    (empty / "nothing").touch()
+    with pytest.raises(RunError, match=f"{tmp_path}/absent does not exist"):
+        prepare([tmp_path / "absent"], target)
+    with pytest.raises(RunError, match=f"the corpus is empty: no bytes in {empty}"):
+        prepare([empty], target)
+    with pytest.raises(RunError, match="--held-out is 0.9, wanted above 0 and at most 0.5"):
+        prepare([folder], target, held_out=0.9)
+    with pytest.raises(RunError, match="no.json cannot be read"):
+        prepare([folder], target, tokenizer=tmp_path / "no.json")
+    (tmp_path / "bad.json").write_text('{"model": 1}')
+    with pytest.raises(RunError, match="the tokenizer cannot be read"):
+        prepare([folder], target, tokenizer=tmp_path / "bad.json")
+    assert not target.exists()
+    corpus = prepare([folder], target)
+    with pytest.raises(RunError, match="give more files or a smaller --context"):
+        corpus.windows(0, 0, 1, len(corpus.train))
+
+
+def test_an_unreadable_file_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        if path.name == "copy7":  # chmod would not stop root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return sha256(path)
+
+    monkeypatch.setattr(data, "sha256", refuse)
+    with pytest.raises(RunError, match="copy7 cannot be read"):
+        prepare([folder], tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "heldout.bin", "heldout.raw", "corpus.json"])
+def test_an_altered_corpus_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    corpus = prepare([folder], tmp_path / "data")
+    assert open_corpus(corpus.folder, corpus.fingerprint).info == corpus.info
+    content = bytearray((corpus.folder / name).read_bytes())
+    content[100] ^= 1
+    (corpus.folder / name).write_bytes(content)
+    with pytest.raises(RunError, match=f"{corpus.folder}.*; restore"):
+        open_corpus(corpus.folder, corpus.fingerprint)
+    with pytest.raises(RunError, match="cannot be read"):
+        open_corpus(tmp_path / "absent", corpus.fingerprint)
