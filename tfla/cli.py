@@ -6,7 +6,6 @@ line, exit status 2.
 """
 
 import importlib.util
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -256,18 +255,15 @@ def run_command(arguments: list[str]) -> int:
 
     try:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-        status = app(arguments or ["--help"], standalone_mode=False)
+        status = app(arguments or ["--help"], prog_name="tfla", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except UsageError as error:
-        context = getattr(error, "ctx", None)
-        name = context.command_path if context else "tfla"
+        where = getattr(error, "ctx", None)
+        name = where.command_path if where else " ".join(["tfla", *arguments[:1]])
         return _fail(f"{error.format_message().rstrip('.')}; see {name} --help")  # type: ignore[attr-defined]
     except RunError as error:
         return _fail(str(error))
-    except BrokenPipeError:  # tfla generate ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         return _fail(f"{what}{error.strerror or error}; check the path and try again")

@@ -151,11 +151,10 @@ def loss_curve(
             xycoords=("axes fraction", "data"), xytext=(0, -14), textcoords="offset points",
             color=COLOURS["gzip -9"],
         )  # fmt: skip
-    lowest = min(
-        [r["loss"] * scale for r in trained] + bits + [gzip_bits or math.inf, last or math.inf]
-    )
-    highest = max([r["loss"] * scale for r in trained] + bits, default=8.0)
-    ax.set_ylim(max(0.0, lowest - 0.4), min(highest, 8.2) + 0.1)
+    levels = [r["loss"] * scale for r in trained] + bits
+    if levels:
+        lowest = min(x for x in (*levels, gzip_bits, last) if x is not None)
+        ax.set_ylim(max(0.0, lowest - 0.4), min(max(levels), 8.2) + 0.1)
     ax.set_xlim(left=0)
     ax.set_xlabel("training time (s)")
     ax.set_ylabel("bits per byte (lower is better)")

@@ -196,8 +196,7 @@ def evaluate(
     targets = nn.utils.rnn.pad_sequence(list(rows[1]), batch_first=True, padding_value=-100)
     nats = 0.0
     with torch.no_grad(), autocast(options.precision, device):
-        for begin in range(0, len(inputs), options.batch):
-            part = slice(begin, begin + options.batch)
+        for part in torch.arange(len(inputs)).split(max(options.batch, 4096 // options.context)):
             logits, _ = model(inputs[part].to(device))
             nats += _nats(logits, targets[part].to(device), "sum").item()
     return nats / math.log(2) / size
@@ -213,11 +212,11 @@ class MetricsLog:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(whole, "utf-8")
         temporary.replace(path)
-        self._stream = path.open("a", encoding="utf-8")
+        self.path = path
 
     def write(self, line: Record) -> None:
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -1,0 +1,406 @@
+"""The command: help that explains, one line for what the caller can put right, results as asked."""
+
+import inspect
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+
+import tfla
+from tfla import cli, demo, render
+from tfla.xlstm import checkpoint
+from tfla.xlstm.run import TrainOptions
+
+Call = Callable[..., tuple[int, str, str]]
+COMMANDS = ["train", "generate", "demo"]
+TINY = "--hidden-size 16 --num-layers 1 --num-heads 2 --context 32 --batch 2 --eval-bytes 500"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On models this small a second thread only makes the first one wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Call:
+    """Exit status, standard output and standard error of the command, in this process."""
+
+    def run(line: str, *more: str) -> tuple[int, str, str]:
+        status = cli.run_command([*line.split(), *more])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted(Path(json.__file__).parent.glob("*.py")):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 40 steps, enough for it to write letters."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    line = f"train {text} --out {out} {TINY} --steps 40 --lr 2e-2 --log-every 10"
+    line += " --save-every 10 --eval-every 20"
+    assert cli.run_command(line.split()) == 0
+    return out
+
+
+# ------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option_and_gives_an_example(name: str, call: Call) -> None:
+    status, out, _ = call(f"{name} --help")
+    assert status == 0
+    assert f"Example: tfla {name}" in out
+    shown = " ".join(out.replace("│", " ").split())
+    parameters = inspect.signature(getattr(cli, name), eval_str=True).parameters
+    for parameter in parameters.keys() - {"command"}:
+        [option] = parameters[parameter].annotation.__metadata__
+        assert len(option.help.split()) >= 3, f"{parameter} is not explained"
+        assert option.help.replace("\\", "") in shown
+        if isinstance(option, typer.models.OptionInfo):
+            assert f" --{parameter.replace('_', '-')} " in shown
+
+
+def test_the_defaults_shown_are_those_of_the_library() -> None:
+    parameters = inspect.signature(cli.train).parameters
+    for name, value in vars(TrainOptions(steps=1)).items():
+        if name not in ("steps", "seconds"):
+            assert parameters[name].default == value, name
+
+
+def test_help_names_every_command_and_is_what_the_bare_command_prints(call: Call) -> None:
+    status, out, _ = call("--help")
+    assert status == 0
+    assert all(re.search(rf"│ {name} ", out) for name in COMMANDS)
+    assert call("")[:2] == (0, out)
+    assert call("--version")[:2] == (0, f"tfla {tfla.__version__}\n")
+
+
+def test_python_m_tfla_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tfla", "nonsense"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("tfla: No such command 'nonsense'")
+    assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+# ------------------------------------------------------------------------------- errors
+
+
+def is_one_line(result: tuple[int, str, str], *parts: str) -> None:
+    status, _, err = result
+    assert status == 2, err
+    assert err.startswith("tfla: ") and err.endswith("\n") and err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("trian", ["No such command 'trian'", "see tfla --help"]),
+        ("train --stps 3", ["--stps", "see tfla train --help"]),
+        ("train --steps many", ["'--steps'", "integer", "see tfla train --help"]),
+        ("train --steps", ["--steps", "see tfla train --help"]),
+        ("train --steps 0", ["--steps is 0, wanted above 0"]),
+        ("train --batch 0", ["--batch is 0, wanted at least 1"]),
+        ("train --held-out 2", ["--held-out is 2.0, wanted above 0 and at most 0.5"]),
+        ("train --hidden-size 30 --num-heads 4", ["hidden_size", "num_heads = 4"]),
+        ("train --input-gate relu", ["input_gate", "'relu'", "'exp' or 'sigmoid'"]),
+        ("train --device cpo", ["--device is cpo, wanted auto, cpu, cuda or cuda:1"]),
+        ("train --device cuda:99", ["--device is cuda:99", "take --device auto"]),
+        ("train --precision int8", ["--precision is int8, wanted auto, fp32 or bf16"]),
+        ("train nowhere", ["nowhere does not exist; name files or folders"]),
+        ("train empty", ["the corpus is empty: no bytes in empty"]),
+        ("train tiny", ["one window takes 513", "give more files or a smaller --context"]),
+        ("train tiny --tokenizer no.json", ["no.json cannot be read", "give a tokenizer.json"]),
+        ("train tiny --tokenizer tiny/text", ["the tokenizer cannot be read"]),
+        ("train tiny --out tiny/text/run", ["tiny/text", "check the path"]),
+        ("generate", ["Missing argument", "see tfla generate --help"]),
+        ("generate nowhere", ["nowhere does not exist; name the folder"]),
+        ("generate empty", ["empty holds no checkpoint; name the folder"]),
+        ("generate RUN x --file tiny/text", ["a prompt and --file are both given"]),
+        ("generate RUN --file no.txt", ["no.txt: No such file", "check the path"]),
+        ("generate RUN x --temperature -1", ["temperature must be finite and at least 0"]),
+        ("generate RUN x --top-k 0", ["top_k must be at least 1"]),
+        ("generate RUN x --top-p 1.5", ["top_p must be in (0, 1]"]),
+        ("generate RUN x --tokens 0", ["max_new_tokens", "at least 1"]),
+        ("demo --seconds 0", ["--seconds is 0.0, wanted above 0"]),
+        ("demo --out RUN", ["holds a run already"]),
+    ],
+)
+def test_what_the_caller_can_put_right_is_one_line(
+    line: str,
+    parts: list[str],
+    call: Call,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "text").write_text("a few words")
+    is_one_line(call(line.replace("RUN", str(trained))), *parts)
+
+
+def test_a_run_is_not_overwritten_and_not_changed(call: Call, trained: Path, text: Path) -> None:
+    before = checkpoint.load(trained).path
+    is_one_line(call(f"train {text} --out {trained}"), "holds a run already; add --resume")
+    other = call(f"train --out {trained} --resume --hidden-size 32")
+    is_one_line(other, "--hidden-size is not what the run", "leave it out")
+    assert checkpoint.load(trained).path == before
+
+
+@pytest.mark.parametrize("line", ["train --resume --out RUN", "generate RUN x"])
+def test_a_damaged_checkpoint_is_named(line: str, call: Call, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert call(f"train {text} --out {out} {TINY} --steps 2 --save-every 1")[0] == 0
+    file = checkpoint.load(out).path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    is_one_line(call(line.replace("RUN", str(out))), f"{file} is damaged", "to go back to")
+    file.write_bytes(data[:100])
+    is_one_line(call(line.replace("RUN", str(out))), f"{file} is damaged: 100 of {len(data)}")
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "matplotlib", "safetensors", "numpy"])
+def test_a_missing_extra_is_named_with_the_line_that_brings_it(
+    package: str, text: Path, tmp_path: Path
+) -> None:
+    """In a folder of its own each package is there but for the one that a finder denies."""
+    program = f"""
+import importlib.abc, sys
+import torch
+class Deny(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] == "{package}":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+for name in [name for name in sys.modules if name.split(".")[0] == "{package}"]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Deny())
+from tfla.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train", str(text), "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+    )
+    is_one_line((done.returncode, done.stdout, done.stderr), package, 'pip install "tfla[train]"')
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------- train
+
+
+def test_train_leaves_metrics_a_curve_and_checkpoints(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["event"] == "train"]
+    assert steps == [10, 20, 30, 40]
+    assert [line["step"] for line in lines if line["event"] == "eval"] == [20, 40]
+    assert all(2 < line["bits_per_byte"] < 9 for line in lines if line["event"] == "eval")
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+    folders = sorted(path.name for path in (trained / "checkpoints").iterdir())
+    assert folders == ["step-00000030", "step-00000040"]
+
+
+def test_resume_takes_the_options_of_the_run(call: Call, text: Path, tmp_path: Path) -> None:
+    line = f"train {text} --out {tmp_path / 'run'} {TINY} --lr 1e-3 --log-every 1"
+    assert call(f"{line} --steps 2")[0] == 0
+    status, out, _ = call(f"train --out {tmp_path / 'run'} --resume --steps 4")
+    assert status == 0
+    assert "from step 2 on" in out
+    saved = checkpoint.load(tmp_path / "run")
+    assert saved.meta["step"] == 4
+    assert saved.meta["options"]["lr"] == 1e-3 and saved.meta["config"]["hidden_size"] == 16
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    call: Call, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(records: Iterator[object], console: object) -> None:
+        for _ in range(3):
+            next(records)
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(render, "watch", interrupted)
+        line = f"train {text} --out {out} {TINY} --steps 4 --log-every 1 --save-every 1"
+        status, _, err = call(line)
+    assert status == 130
+    assert err == f"tfla: stopped; go on with: tfla train --out {out} --resume\n"
+    assert call(f"train --out {out} --resume")[0] == 0
+    assert checkpoint.load(out).meta["step"] == 4
+
+
+# ------------------------------------------------------------------------------- generate
+
+
+def test_the_same_seed_writes_the_same_text(call: Call, trained: Path) -> None:
+    texts = [call(f"generate {trained} import --tokens 40 --seed {seed}")[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("import") and texts[0].endswith("\n")
+    free = [call(f"generate {trained} import --tokens 40")[1] for _ in range(2)]
+    assert free[0] != free[1]
+    greedy = [
+        call(f"generate {trained} import --tokens 20 --temperature 0 --seed {n}") for n in "12"
+    ]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_prompt_comes_as_argument_from_a_file_or_from_a_pipe(
+    call: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "größer "
+    (tmp_path / "prompt").write_text(prompt, "utf-8")
+    options = f"generate {trained} --tokens 20 --seed 3"
+    whole = call(options, prompt)
+    assert whole[0] == 0 and whole[1].startswith(prompt)
+    assert call(f"{options} --file {tmp_path / 'prompt'}") == whole
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(prompt.encode())))
+    assert call(f"{options} -") == whole
+
+
+def test_it_stops_before_a_stop_text(call: Call, trained: Path) -> None:
+    options = f"generate {trained} x --tokens 60 --seed 5"
+    whole = call(options)[1][:-1]
+    stop = whole[20:23]
+    assert call(options, "--stop", stop)[1] == whole[: whole.index(stop, 1)] + "\n"
+    is_one_line(call(options, "--stop", ""), "--stop is empty")
+
+
+def test_a_checkpoint_folder_can_be_named(call: Call, trained: Path) -> None:
+    options = "x --tokens 20 --seed 5"
+    last = call(f"generate {trained}/checkpoints/step-00000040 {options}")
+    assert last == call(f"generate {trained} {options}")
+    assert last != call(f"generate {trained}/checkpoints/step-00000030 {options}")
+
+
+def test_a_closed_pipe_ends_it_in_silence(trained: Path) -> None:
+    line = f"generate {trained} x --tokens 3000"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tfla", *line.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 1
+    process.stderr.close()
+
+
+def test_a_tokenizer_works_from_files_to_text(call: Call, text: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    bpe.train([str(text / "decoder.py")], trainer)
+    file = tmp_path / "tokenizer.json"
+    bpe.save(str(file))
+    out = tmp_path / "run"
+    options = f"train {text} --out {out} --tokenizer {file} {TINY}"
+    assert call(f"{options} --steps 2")[0] == 0
+    file.rename(tmp_path / "moved.json")  # the run has its own copy
+    assert call(f"train --out {out} --resume --steps 3")[0] == 0
+    assert checkpoint.load(out).meta["config"]["vocab_size"] == 301
+    status, written, _ = call(f"generate {out} --tokens 30 --seed 1", "def scan")
+    assert status == 0 and written.startswith("def scan") and len(written) > 20
+    other = call(f"train --out {out} --resume --tokenizer {tmp_path / 'moved.json'} --steps 4")
+    assert other[0] == 0
+    (tmp_path / "moved.json").write_text(file.name)
+    changed = call(f"train --out {out} --resume --tokenizer {tmp_path / 'moved.json'}")
+    is_one_line(changed, "--tokenizer is not what the run")
+
+
+# ------------------------------------------------------------------------------- demo
+
+
+def test_demo_leaves_two_plots_and_a_table(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "MODEL", {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
+    status, out, _ = call("demo --seconds 2")
+    assert status == 0
+    folder = tmp_path / "runs" / "demo"
+    for name in ("loss.png", "context.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    report = (folder / "demo.md").read_text()
+    bits, zipped = map(float, re.findall(r"(?:: |same: )(\d\.\d+)", report))
+    assert 2 < bits < 8.1 and 1.5 < zipped < 4
+    assert f"{bits:.3f} bits per byte; gzip -9 on the same: {zipped:.3f}" in out
+    rows = [line.split("|")[1:-1] for line in report.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0].strip() for row in rows[:2]] == ["256", "512"]
+    assert demo.PROMPT in out
+    assert demo._free_folder(folder).name == "demo-2"
+
+
+def test_the_comparison_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that each call moves by what it would cost, whatever the machine."""
+    now = [0.0]
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: now[0])
+
+    def costs(seconds: Callable[[int], float]) -> Callable[[int, object], Callable[[], None]]:
+        def probe(T: int, device: object) -> Callable[[], None]:
+            def once() -> None:
+                now[0] += seconds(T)
+
+            return once
+
+        return probe
+
+    free = costs(lambda T: 1e-6)
+    pair = {
+        "mLSTM": (costs(lambda T: T * 1e-4), free, lambda T: 1, 2.0),
+        "attention": (costs(lambda T: T * T * 1e-7), free, lambda T: T, 4.0),
+    }
+    monkeypatch.setattr(demo, "PAIR", pair)
+    rows = demo.compare([2**n for n in range(8, 17)], 20.0, torch.device("cpu"))
+    assert now[0] < 20.0
+    assert [row["mLSTM"]["train"] for row in rows] == pytest.approx([1e-4] * len(rows))
+    measured = [row["context"] for row in rows if row["attention"] is not None]
+    assert measured == [2**n for n in range(8, 8 + len(measured))]
+    assert 2**12 <= measured[-1] < rows[-1]["context"]
+
+
+def test_plots_are_drawn_from_few_and_from_no_evaluations(tmp_path: Path) -> None:
+    trained = {"event": "train", "elapsed": 1.0, "loss": 5.0, "tokens_per_second": 1.0}
+    for records in ([], [trained], [trained, {"event": "eval", "elapsed": 2, "bits_per_byte": 7}]):
+        render.loss_curve(records, tmp_path / "loss.png", title="few")
+    assert os.path.getsize(tmp_path / "loss.png") > 5000
+    assert render.clock(3725.4) == "1:02:05" and render.clock(65) == "1:05"
