@@ -90,6 +90,13 @@ def gate_values(kind: str, shape: tuple[int, ...], g: torch.Generator) -> tuple[
         share = float(kind.split()[1].rstrip("%")) / 100
         hit = torch.rand(shape, generator=g, dtype=torch.float64) < max(share, 2 / max(shape[1], 1))
         return i, torch.where(hit, -1e5, f)
+    if kind == "infinite":  # masked tokens, exact resets, and gates that forget nothing
+        draw = torch.rand(shape, generator=g, dtype=torch.float64)
+        i = torch.where(draw < 0.2, -torch.inf, i)
+        f = torch.where(
+            draw > 0.9, -torch.inf, torch.where((0.1 < draw) & (draw < 0.5), torch.inf, f)
+        )
+        return i, f
     if kind == "swings":  # 60 orders of magnitude up and down between neighbours
         return torch.where(
             torch.rand(shape, generator=g, dtype=torch.float64) < 0.5, -30.0, 30.0

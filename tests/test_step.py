@@ -61,7 +61,7 @@ def test_steps_equal_the_sequence(
 
 
 @pytest.mark.parametrize(("input_gate", "normalize"), [*NORMALIZED, ("sigmoid", None)])
-@pytest.mark.parametrize("gates", [*EXTREME, *RESETS])
+@pytest.mark.parametrize("gates", [*EXTREME, *RESETS, "infinite"])
 def test_steps_equal_the_recurrence_under_extreme_gates(
     gates: str, input_gate: str, normalize: bool | None
 ) -> None:
