@@ -68,6 +68,7 @@ class Plan:
     dq: Tile  # dq and dk: V -> K
     block_k: int  # head dim block of the small kernels
     block_v: int
+    block_c: int  # chunks that the scans over chunks take at once
     small_warps: int
 
     @property
@@ -88,31 +89,73 @@ def power_of_two(n: int, low: int = 16) -> int:
     return max(low, 1 << (n - 1).bit_length())
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a program can hold: its state, block_a x block_x in fp32, may take half of the registers and no more."""
+
+    L: int
+    block_a: int  # at most
+    block_x: int  # at most
+    warps: int
+    stages: int
+    transposed: bool = False
+
+
+# Chosen from ahead-of-time builds: the widest that leave (next to) nothing on the stack and two programs a multiprocessor.
+SHAPES = {
+    "ieee": Shape(16, 64, 16, 4, 2),  # products on the plain units; anything wider spills kilobytes
+    "wgmma narrow": Shape(64, 128, 64, 4, 2),  # both head dims up to 128
+    "wgmma wide": Shape(32, 256, 64, 4, 3, True),  # at L = 64 a contraction of 256 spills 256 to 1,264 bytes
+    "wgmma tf32": Shape(32, 128, 64, 4, 2, True),
+    "mma": Shape(32, 128, 64, 8, 2),
+    "mma 4 warps": Shape(32, 128, 64, 4, 2),
+    "mma tf32": Shape(32, 64, 32, 4, 2),
+}
+
+
+def _shape(p: Problem, device: Device) -> Shape:
+    major = device.capability[0]
+    if p.bytes == 4:
+        return SHAPES["ieee" if p.precision == "ieee" else "wgmma tf32" if major == 9 else "mma tf32"]
+    if major == 9:
+        return SHAPES["wgmma narrow" if max(p.K, p.V) <= 128 else "wgmma wide"]
+    return SHAPES["mma 4 warps" if major in (0, 10) else "mma"]
+
+
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, device: Device) -> Plan:
     """The kernels that serve ``problem`` on ``device``."""
     p = problem
     mean = p.T // max(p.N, 1) if p.packed else p.T  # of packed sequences the host knows no more
-    L = min(64 if p.bytes == 2 else 32, power_of_two(max(mean, 1)))
-    h, dq = _tile(p, device, p.K, p.V), _tile(p, device, p.V, p.K)
+    shape = _shape(p, device)
+    L = min(shape.L, power_of_two(max(mean, 1)))
+    h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
     wanted = 2 * device.multiprocessors
     # Kept states: as few as leave enough pieces for dq and dk to fill the machine.
     span = 2048
-    while span > max(4 * L, 256) and -(-mean // span) * p.N * p.H * dq.tiles < wanted:
+    while span > 256 and -(-mean // span) * p.N * p.H * dq.tiles < wanted:
         span //= 2
     # h and dv are cut where whole sequences leave more than a third of the machine idle.
     programs = max(p.N * p.H * h.tiles, 1)
     segment = 0
-    if 3 * programs < wanted * 2 and mean >= 8 * span:
+    if 3 * programs < 2 * wanted and mean >= 8 * span:
         segment = max(4 * span, power_of_two(-(-mean * programs // wanted)))
     small = min(128, power_of_two(max(p.K, p.V)))
-    return Plan(L, span, segment, h, dq, small, small, 4)
+    return Plan(L, span, segment, h, dq, small, small, block_c=64, small_warps=4)
 
 
-def _tile(p: Problem, device: Device, A: int, X: int) -> Tile:
-    limit = 128 if p.bytes == 2 else 64
-    splits = -(-A // limit)
-    block_a = limit if splits > 1 else power_of_two(A)
-    block_x = min(64 if p.bytes == 2 else 32, power_of_two(X))
-    aligned = p.K * p.bytes % 16 == 0 and p.V * p.bytes % 16 == 0
-    return Tile(A, X, block_a, block_x, splits, 4, 2, False, device.descriptors and aligned)
+def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
+    block_a = min(shape.block_a, power_of_two(A))
+    block_x = min(shape.block_x, power_of_two(X))
+    return Tile(
+        A,
+        X,
+        block_a,
+        block_x,
+        splits=-(-A // block_a),
+        warps=shape.warps,
+        stages=shape.stages,
+        # The transposed form has block_x rows, of which a warp-group product needs 64.
+        transposed=shape.transposed and block_x >= 64,
+        descriptor=device.descriptors and p.K * p.bytes % 16 == 0 and p.V * p.bytes % 16 == 0,
+    )

@@ -45,6 +45,7 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]
     warps: int
+    stages: int
 
     def __str__(self) -> str:
         picked = {k: v for k, v in self.constants if k.isupper() and v is not None}
@@ -62,7 +63,7 @@ class Resources:
     register_wgmma: int
 
 
-def record(kernel: Any, warps: int, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+def record(kernel: Any, shape: tuple[int, int], args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
     named = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, fixed, divisible = [], [], []
     skip = set(kernel.do_not_specialize or ())
@@ -80,7 +81,7 @@ def record(kernel: Any, warps: int, args: tuple[Any, ...], constants: dict[str, 
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             if value % 16 == 0 and name not in skip:
                 divisible.append(index)
-    return Launch(kernel, tuple(signature), tuple(fixed), tuple(divisible), warps)
+    return Launch(kernel, tuple(signature), tuple(fixed), tuple(divisible), *shape)
 
 
 def launches(
@@ -90,9 +91,9 @@ def launches(
     """What the forward and the backward pass of one problem launch on ``device``. override: Plan -> Plan."""
     seen: list[Launch] = []
 
-    def recorder(kernel: Any, grid: tuple[int, ...], warps: int, *args: Any, **constants: Any) -> None:
+    def recorder(kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], *args: Any, **constants: Any) -> None:
         if 0 not in grid:
-            seen.append(record(kernel, warps, args, constants))
+            seen.append(record(kernel, shape, args, constants))
 
     def new(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -109,11 +110,10 @@ def launches(
     )
     options = ops.Options(K**-0.5, INPUT_GATES[gate].sigmoid, True, normalize, state, backward, "triton")
     with contextlib.ExitStack() as stack:
-        for module in (kernels, kernels.launch, kernels.step):
-            if hasattr(module, "launch") and module is not kernels.launch:
-                stack.enter_context(mock.patch.object(module, "launch", recorder))
-        stack.enter_context(mock.patch("tfla.kernels.launch.launch", recorder))
-        stack.enter_context(mock.patch("tfla.kernels.launch.device_of", lambda _: device))
+        for module in (kernels, kernels.step):
+            stack.enter_context(mock.patch.object(module, "launch", recorder))
+        stack.enter_context(mock.patch("tfla.kernels.host.launch", recorder))
+        stack.enter_context(mock.patch("tfla.kernels.host.device_of", lambda _: device))
         if override is not None:
             real = kernels.plan_of
             stack.enter_context(mock.patch.object(kernels, "plan_of", lambda *a: override(real(*a))))
@@ -124,14 +124,14 @@ def launches(
     return list(dict.fromkeys(seen))
 
 
-def build(launch: Launch, backend: str, arch: int | str, stages: int = 3) -> Any:
+def build(launch: Launch, backend: str, arch: int | str) -> Any:
     """The compiled kernel."""
     source = ASTSource(
         launch.kernel, dict(launch.signature), {(launch.kernel.arg_names.index(k),): v for k, v in launch.constants},
         {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
     )  # fmt: skip
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    options = {"num_warps": launch.warps} | ({} if backend == "hip" else {"num_stages": stages})
+    options = {"num_warps": launch.warps} | ({} if backend == "hip" else {"num_stages": launch.stages})
     return triton.compile(source, target=target, options=options)
 
 

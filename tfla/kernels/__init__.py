@@ -1,7 +1,7 @@
 """The backend "triton": launches of the kernels in this folder, with the functions that every backend has.
 
 One call allocates everything it needs and never asks the device for a value. Files: layout.py (where things lie), gates.py
-(exponents, normaliser, gate gradients), scan.py (the scan), step.py (decode), launch.py (the plan of a call, descriptors).
+(exponents, normaliser, gate gradients), scan.py (the scan), step.py (decode), host.py (the plan of a call, descriptors).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tfla.gates import Activations
 from tfla.kernels import gates as g
-from tfla.kernels.launch import aligned, launch, plan_of, precision, rows_of, tables
+from tfla.kernels.host import aligned, launch, plan_of, precision, rows_of, tables
 from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
 from tfla.plan import Plan, Tile
@@ -123,20 +123,21 @@ def exponents(
         sums = q.new_empty(rows * slots * K, dtype=torch.float32)
         chunk_f, chunk_p = q.new_empty(2, rows * slots, dtype=torch.float64).unbind(0)
         gauge = q.new_empty(rows * slots, dtype=torch.float32)
+        block_k = min(64, plan.block_k)
         launch(
-            g._sums_kernel, (grid.chunks(),), plan.small_warps,
+            g._sums_kernel, (grid.chunks(),), (plan.small_warps, 2),
             k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, *k.stride()[:3], *i.stride(), *f.stride(),
             *grid.common(), K, L=plan.L, BLOCK_K=plan.block_k, SIGMOID_I=activations.sigmoid_i,
             SIGMOID_F=activations.sigmoid_f, PACKED=cu_seqlens is not None,
         )  # fmt: skip
         launch(
-            g._gauge_kernel, (N * H, triton.cdiv(K, 64)), 4,
+            g._gauge_kernel, (N * H, triton.cdiv(K, block_k)), (4, 2),
             cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, grid.decay, grid.n_chunk, grid.n_final, grid.m_final,
-            *grid.common(), K, L=plan.L, BLOCK=64, BLOCK_K=64, HAS_N=n is not None, HAS_M=m is not None,
+            *grid.common(), K, L=plan.L, BLOCK=plan.block_c, BLOCK_K=block_k, HAS_N=n is not None, HAS_M=m is not None,
             PACKED=cu_seqlens is not None,
         )  # fmt: skip
     launch(
-        g._weights_kernel, (grid.chunks(),), plan.small_warps,
+        g._weights_kernel, (grid.chunks(),), (plan.small_warps, 2),
         q, k, i, f, cu_seqlens, chunk_table, gauge, grid.m_final, grid.n_chunk, grid.weights, grid.decay,
         *q.stride()[:3], *k.stride()[:3], *i.stride(), *f.stride(), *grid.common(), grid.size, K, scale,
         L=plan.L, BLOCK_K=plan.block_k, SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
@@ -163,16 +164,17 @@ def normalizer_backward(
     sums, dn_chunk = q.new_empty(2, grid.chunks() * K, dtype=torch.float32).unbind(0)
     dn_first = q.new_empty(grid.N, H, K, dtype=torch.float32)
     packed = grid.cu_seqlens is not None
+    block_k = min(64, grid.plan.block_k)
     launch(
-        g._column_kernel, (grid.chunks(),), grid.plan.small_warps,
+        g._column_kernel, (grid.chunks(),), (grid.plan.small_warps, 2),
         dh, h, q, grid.cu_seqlens, grid.tables[0], grid.weights, d, q_dq, sums,
         *dh.stride()[:3], *h.stride()[:3], *q.stride()[:3], *grid.common(), grid.size, K, V,
         L=grid.plan.L, BLOCK_K=grid.plan.block_k, BLOCK_V=grid.plan.block_v, PACKED=packed,
     )  # fmt: skip
     launch(
-        g._column_state_kernel, (grid.N * H, triton.cdiv(K, 64)), 4,
+        g._column_state_kernel, (grid.N * H, triton.cdiv(K, block_k)), (4, 2),
         grid.cu_seqlens, sums, grid.decay, dn, dn_chunk, dn_first, *grid.common(), K,
-        L=grid.plan.L, BLOCK=64, BLOCK_K=64, HAS_DN=dn is not None, PACKED=packed,
+        L=grid.plan.L, BLOCK=grid.plan.block_c, BLOCK_K=block_k, HAS_DN=dn is not None, PACKED=packed,
     )  # fmt: skip
     return Column(d, q_dq, dn_chunk, dn_first)
 
@@ -260,7 +262,7 @@ def _scan_piece(
 
     def run(whole: bool, left: Tensor | None) -> None:
         launch(
-            _scan_kernel, (tile.tiles * H * pieces,), tile.warps,
+            _scan_kernel, (tile.tiles * H * pieces,), (tile.warps, tile.stages),
             a, b, x, out if whole else None, partial if whole else None, y if whole else None, dots if whole else None,
             grid.weights, grid.decay, column.d if column is not None and whole else None, vector if whole else None,
             state if whole else None, final if whole else None, ends, left, grid.cu_seqlens, grid.tables[2 if walks else 1],
@@ -268,14 +270,14 @@ def _scan_piece(
             *grid.common(), grid.spans, unit, grid.size, stride_e, A, X,
             L=plan.L, BLOCK_A=tile.block_a, BLOCK_X=tile.block_x, SPAN=plan.span, STRIDE_EA=stride_ea, STRIDE_EX=stride_ex,
             REVERSE=reverse, CUT=cut, KEEP=keep and whole, TRANSPOSED=tile.transposed, DESCRIPTOR=descriptor,
-            STAGES=tile.stages, PRECISION=precision(x),
+            PRECISION=precision(x),
         )  # fmt: skip
 
     if cut and walks:
         left = torch.empty(pieces, H, dtype=torch.float32, device=x.device)
         run(False, left)
         launch(
-            _join_kernel, (grid.N * H, triton.cdiv(A * X, 1024)), 4,
+            _join_kernel, (grid.N * H, triton.cdiv(A * X, 1024)), (4, 2),
             ends, left, state, grid.cu_seqlens, *strides_s, T, H, grid.spans, unit, stride_e, A, X,
             SPAN=plan.span, BLOCK=1024, STRIDE_EA=stride_ea, REVERSE=reverse,
         )  # fmt: skip
@@ -292,7 +294,7 @@ def gate_gradients(
     size = max(grid.size, 1)
     assert dq.dot is not None and dk.dot is not None
     launch(
-        g._gradients_kernel, (grid.rows * grid.spans,), 4,
+        g._gradients_kernel, (grid.rows * grid.spans,), (4, 2),
         i, f, grid.cu_seqlens, grid.tables[1], grid.weights, dq.dot, dk.dot, grid.C_ends, grid.dC_ends, grid.n_chunk,
         grid.n_final, None if column is None else column.dn_chunk, di, df, *i.stride(), *f.stride(),
         T, H, grid.slots, grid.spans, grid.size, K, grid.plan.kept[0] * grid.plan.kept[1],

@@ -2,8 +2,8 @@
 
 Weights of a token, in log2 units as pairs, seven vectors of (row, slot, L) in one buffer:
 
-    0, 1, 2   target     -M - ln den + ln scale as (hi, lo), and exp of it + m_in: what the incoming state weighs here
-    3, 4, 5   source     p as (hi, lo), and exp(p - M_out): what the token weighs at the end of the chunk
+    0, 1, 2   target     -M - ln den + ln scale as (whole, rest), and exp of it + m_in: what the incoming state weighs here
+    3, 4, 5   source     p as (whole, rest), and exp(p - M_out): what the token weighs at the end of the chunk
     6         mark       sign(nu) where the normaliser is active, else 0; plus 4 where the token erases what came before it
 
 Three launches when normalised (sums of the chunks, scan over chunks, weights), one when not.
@@ -17,6 +17,7 @@ import triton.language as tl
 from tfla.kernels.layout import first_slot, sequence, unit
 
 LOG2E = tl.constexpr(1.4426950408889634)
+NOTHING = tl.constexpr(-(2.0**100))  # an exponent whose power is 0, exact in fp32
 SMALLEST = tl.constexpr(-104.0)  # exp of less than this is 0 in fp32
 FIRST_SOURCE = tl.constexpr(3)
 MARK = tl.constexpr(6)
@@ -29,15 +30,19 @@ def _log_sigmoid(x):
 
 @triton.jit
 def _log_gates(i, f, inside, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr):
-    """(log_i, log_f) in fp64; a token past the end weighs nothing and forgets nothing."""
+    """(log_i, log_f) in fp64; a token past the end weighs nothing and forgets nothing.
+
+    What is below -1e5 erases everything and what is below -1e6 weighs nothing, -inf among them; kept there, a chunk of 64 resets
+    sums to less than 2^24, so that whole exponents are exact in fp32.
+    """
     i = i.to(tl.float32)
     f = f.to(tl.float32)
     if SIGMOID_I:
         i = _log_sigmoid(i)
     if SIGMOID_F:
         f = _log_sigmoid(f)
-    i = tl.where(inside, tl.maximum(i, -1e30), -1e30)
-    f = tl.where(inside, tl.maximum(f, -1e8), 0.0)
+    i = tl.where(inside, tl.maximum(i, -1e6), -1e30)
+    f = tl.where(inside, tl.maximum(f, -1e5), 0.0)
     return i.to(tl.float64), f.to(tl.float64)
 
 
@@ -48,10 +53,26 @@ def _running_max(top_1, before_1, top_2, before_2):
 
 
 @triton.jit
-def _store_pair(pointer, size, x):
-    hi = x.to(tl.float32)
-    tl.store(pointer, hi)
-    tl.store(pointer + size, (x - hi.to(tl.float64)).to(tl.float32))
+def _pair(x):
+    """x (fp64) as (whole, rest), fp32: sums of the first are exact, the second stays below one half."""
+    whole = tl.floor(x + 0.5).to(tl.float32)
+    return whole, (x - whole.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _exp(x):
+    """e^x of an fp64 exponent, in fp32 and good to its last bit or two."""
+    whole, rest = _pair(tl.minimum(tl.maximum(x * LOG2E, -1000.0), 1000.0))
+    return tl.exp2(whole) * tl.exp2(rest)
+
+
+@triton.jit
+def power(whole, rest, PRECISE: tl.constexpr):
+    """2^(whole + rest). For 16-bit operands the sum may be rounded at its own size (1e-6 of the result at 2^30)."""
+    if PRECISE:
+        return tl.exp2(whole) * tl.exp2(rest)
+    else:
+        return tl.exp2(whole + rest)
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
@@ -82,7 +103,7 @@ def _sums_kernel(
     p_max = tl.max(p, 0)
     tl.store(chunk_f + slot, tl.sum(log_f, 0))
     tl.store(chunk_p + slot, p_max)
-    weight = tl.exp2(((p - p_max) * LOG2E).to(tl.float32))
+    weight = _exp(p - p_max)
     rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
     for block in range(0, K, BLOCK_K):
         column = block + tl.arange(0, BLOCK_K)
@@ -150,8 +171,8 @@ def _gauge_kernel(
         tl.debug_barrier()  # the gauge before a chunk is the one after the last, bit for bit
         m_in = tl.load(gauge + slot, mask=inside, other=0.0)
         M_out = m_out.to(tl.float64) - log_f
-        keep = tl.exp2(((m_in.to(tl.float64) - M_out) * LOG2E).to(tl.float32))
-        take = tl.exp2(((p_max - M_out) * LOG2E).to(tl.float32))
+        keep = _exp(m_in.to(tl.float64) - M_out)
+        take = _exp(p_max - M_out)
         tl.store(decay + slot, keep, mask=inside)
         seen = inside[:, None] & (column < K)[None, :]
         tile = tl.load(sums + slot[:, None] * K + column[None, :], mask=seen, other=0.0)
@@ -211,15 +232,13 @@ def _weights_kernel(
         M_out = -b_last
         M = -b
         erased = log_f < SMALLEST
-        tl.store(decay + slot, tl.exp2((b_last * LOG2E).to(tl.float32)))
-    weight = tl.exp2(((m_in - M) * LOG2E).to(tl.float32)) * scale
+        tl.store(decay + slot, _exp(b_last))
+    weight = _exp(m_in - M) * scale
     target = -M * LOG2E + tl.log2(tl.maximum(scale, 1e-30).to(tl.float64))
     if NORMALIZE:
-        target_hi = (-M * LOG2E).to(tl.float32)
-        target_lo = (-M * LOG2E - target_hi.to(tl.float64)).to(tl.float32)
-        source_hi = (p * LOG2E).to(tl.float32)
-        source_lo = (p * LOG2E - source_hi.to(tl.float64)).to(tl.float32)
-        D = tl.exp2((target_hi[:, None] + source_hi[None, :]) + (target_lo[:, None] + source_lo[None, :]))
+        row, row_rest = _pair(-M * LOG2E)
+        col, col_rest = _pair(p * LOG2E)
+        D = power(row[:, None] + col[None, :], row_rest[:, None] + col_rest[None, :], q.dtype.element_ty == tl.float32)
         scores = tl.zeros([L, L], tl.float32)
         nu = tl.zeros([L], tl.float32)
         q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
@@ -233,16 +252,21 @@ def _weights_kernel(
             scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
             nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
         nu = nu * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1) * scale
-        floor = tl.exp2((-(b + M) * LOG2E).to(tl.float32))
+        floor = _exp(-(b + M))
         floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
         den = tl.maximum(tl.abs(nu), floor)
         mark = tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
         weight = weight / den
         target -= tl.log2(den.to(tl.float64))
-    _store_pair(here, size, tl.where(inside, target, -1e30))
+    row, row_rest = _pair(tl.where(inside, target, NOTHING))
+    col, col_rest = _pair(tl.where(inside, p * LOG2E, NOTHING))
+    tl.store(here, row)
+    tl.store(here + size, row_rest)
     tl.store(here + 2 * size, tl.where(inside, weight, 0.0))
-    _store_pair(here + FIRST_SOURCE * size, size, tl.where(inside, p * LOG2E, -1e30))
-    tl.store(here + (FIRST_SOURCE + 2) * size, tl.exp2(((p - M_out) * LOG2E).to(tl.float32)))
+    source = here + FIRST_SOURCE * size
+    tl.store(source, col)
+    tl.store(source + size, col_rest)
+    tl.store(source + 2 * size, _exp(p - M_out))
     tl.store(here + MARK * size, mark + tl.where(erased, 4.0, 0.0))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla.kernels.gates import FIRST_SOURCE
+from tfla.kernels.gates import FIRST_SOURCE, power
 from tfla.kernels.layout import first_slot, sequence, unit
 
 
@@ -38,9 +38,10 @@ def _scan_kernel(
     T, H, slots, spans, UNIT, size, stride_e, A, X,
     L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_X: tl.constexpr, SPAN: tl.constexpr, STRIDE_EA: tl.constexpr,
     STRIDE_EX: tl.constexpr, REVERSE: tl.constexpr, CUT: tl.constexpr, KEEP: tl.constexpr, TRANSPOSED: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     PACKED: tl.constexpr = cu_seqlens is not None
+    PRECISE: tl.constexpr = x.dtype.element_ty == tl.float32
     ROW: tl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: tl.constexpr = 0 if REVERSE else FIRST_SOURCE
     tiles = (X + BLOCK_X - 1) // BLOCK_X
@@ -108,7 +109,7 @@ def _scan_kernel(
     remains = 1.0
 
     l = tl.arange(0, L)
-    for step in tl.range(0, high - low, num_stages=STAGES):
+    for step in range(0, high - low):
         c = (high - 1 - step) if REVERSE else (low + step)
         t = c * L
         B = _tile(b_rows, A, stride_bt, t, length, 0, L, BLOCK_A, DESCRIPTOR)
@@ -118,18 +119,18 @@ def _scan_kernel(
         keep = tl.load(decay + slot + c)
         if out is not None:
             AA = _tile(a_rows, A, stride_at, t, length, 0, L, BLOCK_A, DESCRIPTOR)
-            row_hi = tl.load(here + ROW * size)
-            row_lo = tl.load(here + (ROW + 1) * size)
+            row_whole = tl.load(here + ROW * size)
+            row_rest = tl.load(here + (ROW + 1) * size)
             row_edge = tl.load(here + (ROW + 2) * size)
-            col_hi = tl.load(here + COL * size)
-            col_lo = tl.load(here + (COL + 1) * size)
+            col_whole = tl.load(here + COL * size)
+            col_rest = tl.load(here + (COL + 1) * size)
             if TRANSPOSED:
                 P = tl.dot(B, tl.trans(AA), input_precision=PRECISION)
-                D = tl.exp2((row_hi[None, :] + col_hi[:, None]) + (row_lo[None, :] + col_lo[:, None]))
+                D = power(row_whole[None, :] + col_whole[:, None], row_rest[None, :] + col_rest[:, None], PRECISE)
                 causal = (l[None, :] <= l[:, None]) if REVERSE else (l[None, :] >= l[:, None])
             else:
                 P = tl.dot(AA, tl.trans(B), input_precision=PRECISION)
-                D = tl.exp2((row_hi[:, None] + col_hi[None, :]) + (row_lo[:, None] + col_lo[None, :]))
+                D = power(row_whole[:, None] + col_whole[None, :], row_rest[:, None] + col_rest[None, :], PRECISE)
                 causal = (l[:, None] <= l[None, :]) if REVERSE else (l[:, None] >= l[None, :])
             if d is not None:
                 d_here = tl.load(d + (slot + c) * L + l)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tfla.gates import Activations
 from tfla.kernels.gates import _log_sigmoid
-from tfla.kernels.launch import launch
+from tfla.kernels.host import launch
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -110,7 +110,7 @@ def update(
     strides_n = (0, 0, 0) if n is None else n.stride()
     strides_m = (0, 0) if m is None else m.stride()
     launch(
-        _step_kernel, (B * H * triton.cdiv(V, block_v),), 4,
+        _step_kernel, (B * H * triton.cdiv(V, block_v),), (4, 1),
         q, k, v, i, f, C, n, m, slots, h, None if m is None else _arrived(q, B * H), scale,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *i.stride(), *f.stride(), *C.stride(), *strides_n, *strides_m,
         H, K, V, BLOCK_K=block_k, BLOCK_V=block_v, SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,

@@ -51,7 +51,7 @@ def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, .
     units = (p.L, p.span, p.segment or p.span)
     sizes = [T // unit + N for unit in units]
     table = torch.empty(sum(sizes), dtype=torch.int32, device=cu_seqlens.device)
-    launch(_tables_kernel, (triton.cdiv(sum(sizes), 256),), 4, cu_seqlens, table, T, N, *units, *sizes, BLOCK=256)
+    launch(_tables_kernel, (triton.cdiv(sum(sizes), 256),), (4, 1), cu_seqlens, table, T, N, *units, *sizes, BLOCK=256)
     return table.split(sizes)
 
 
@@ -67,12 +67,14 @@ def aligned(x: Tensor) -> bool:
     return steps and x.stride(1) > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * size >= 16
 
 
-def launch(kernel: Any, grid: tuple[int, ...], warps: int, *args: Any, **constants: Any) -> None:
-    """Call ``kernel`` over ``grid``; an empty grid is no call."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], *args: Any, **constants: Any
+) -> None:
+    """Call ``kernel`` over ``grid`` with ``shape`` = (warps, stages); an empty grid is no call."""
     if 0 in grid:
         return
     triton.set_allocator(_allocate)
-    kernel[grid](*args, **constants, num_warps=warps)
+    kernel[grid](*args, **constants, num_warps=shape[0], num_stages=shape[1])
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
