@@ -13,7 +13,7 @@ no norm layer hides a missing term.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import recurrence as oracle
@@ -283,3 +283,32 @@ def poisoned_buffers() -> Iterator[None]:
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = before
         torch.use_deterministic_algorithms(was, warn_only=warn)
+
+
+def sequence(case: Case) -> Callable:
+    cu = None if case.lengths is None else offsets(case.lengths)
+
+    def fn(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        state = tfla.State(leaves["C0"], leaves.get("n0"), leaves.get("m0")) if case.state else None
+        h, end = tfla.mlstm(
+            leaves["q"],
+            leaves["k"],
+            leaves["v"],
+            leaves["i"],
+            leaves["f"],
+            input_gate=case.input_gate,
+            normalize=case.normalize,
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=cu,
+        )
+        return h, end.C
+
+    return fn
+
+
+def results(fn: Callable, leaves: dict[str, Tensor], x: Inputs) -> list[Tensor]:
+    """h, the end of C, and every gradient of a call of fn(leaves)."""
+    h, C = fn(leaves)
+    grads = torch.autograd.grad([h, C], list(leaves.values()), [x.dh, x.G_C.to(C.dtype)])
+    return [h, C, *grads]
