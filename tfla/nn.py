@@ -1,0 +1,268 @@
+"""``MLSTM``: layers of mLSTM as a module, to put where ``torch.nn.LSTM`` is.
+
+Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+import tfla
+
+States = tuple[tfla.State, ...]
+
+
+class MLSTM(nn.Module):
+    r"""One or more layers of mLSTM over sequences, in place of ``torch.nn.LSTM``.
+
+    Each layer computes, from its input x_t and per head,
+
+        q, k, v, o = W x_t + b                    i, f = W' x_t + b'
+        h_t = mlstm(q, k, v, i, f)_t              see ``tfla.mlstm``; its state is (C, n, m)
+        y_t = P (sigmoid(o) * LayerNorm(h_t))     over the V channels of a head; P: see proj_size
+
+    Source: Beck et al., arXiv 2405.04517. Unlike in an LSTM no gate reads the previous output, so
+    all tokens are computed at once; the state is a matrix a head instead of two vectors.
+
+    Args:
+        input_size: features of x.
+        hidden_size: features of the output, H V.
+        num_heads: H; must divide hidden_size and qk_size.
+        num_layers: layers, each reading the output of the one before.
+        bias: give q, k, v and o a bias. The gates always have one.
+        batch_first: x is (B, T, input_size); False: (T, B, input_size). True by default, as
+            everywhere in tfla; ``nn.LSTM`` has False.
+        dropout: in training, set this share of each layer's outputs but the last's to zero.
+        bidirectional: a second set of layers reads each sequence from its end; outputs are
+            concatenated, the forward half first.
+        proj_size: if not 0, features of the output instead of hidden_size (of each direction).
+        qk_size: H K; None: hidden_size.
+        input_gate: "exp" or "sigmoid", see ``tfla.mlstm``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is wanted.
+
+    Example:
+        >>> import torch, tfla.nn
+        >>> layer = tfla.nn.MLSTM(10, 32, num_heads=4, num_layers=2)
+        >>> x = torch.randn(3, 50, 10)
+        >>> y, state = layer(x)                                  # y: (3, 50, 32)
+        >>> more, state = layer(torch.randn(3, 1, 10), state)    # and on from there
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_heads: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        qk_size: int | None = None,
+        input_gate: str = "exp",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        qk_size = hidden_size if qk_size is None else qk_size
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_heads": num_heads}
+        for name, value in {**sizes, "num_layers": num_layers, "qk_size": qk_size}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}.")
+        for name, value in (("hidden_size", hidden_size), ("qk_size", qk_size)):
+            if value % num_heads:
+                raise ValueError(
+                    f"{name} must be a multiple of num_heads = {num_heads}; got {value}."
+                )
+        if not isinstance(proj_size, int) or proj_size < 0:
+            raise ValueError(f"proj_size must be a whole number, 0 for none; got {proj_size!r}.")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be from 0 to 1; got {dropout}.")
+        if input_gate not in ("exp", "sigmoid"):
+            raise ValueError(f"input_gate must be 'exp' or 'sigmoid'; got {input_gate!r}.")
+        self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
+        self.num_layers, self.bias, self.batch_first = num_layers, bias, batch_first
+        self.dropout, self.bidirectional, self.proj_size = dropout, bidirectional, proj_size
+        self.qk_size, self.input_gate = qk_size, input_gate
+        width = (proj_size or hidden_size) * (1 + bidirectional)
+        sources = [input_size] + [width] * (num_layers - 1)
+        self.layers = nn.ModuleList(
+            _Layer(size, self).to(device=device, dtype=dtype)
+            for size in sources
+            for _ in range(1 + bidirectional)
+        )
+
+    def forward(
+        self,
+        x: Tensor | PackedSequence,
+        state: Sequence[tfla.State] | None = None,
+        *,
+        backend: str | None = None,
+    ) -> tuple[Tensor | PackedSequence, States]:
+        """Read sequences.
+
+        Args:
+            x: (B, T, input_size), (T, input_size) for a single one, or a PackedSequence of N, which
+                is computed without padding. T = 1 without gradients takes the decode step.
+            state: one ``tfla.State`` of B (or N) rows for each layer, as this returns it (with
+                ``bidirectional``: layer 0 forward, layer 0 backward, layer 1 forward, ...); None:
+                nothing has been read.
+            backend: None, "reference" or "triton", for ``tfla.mlstm``.
+
+        Returns:
+            y: the last layer's outputs, shaped or packed as x; and the state after each sequence.
+            The backward direction's is that after reading from end to start.
+        """
+        directions = 1 + self.bidirectional
+        states: list[tfla.State | None] = [None] * len(self.layers)
+        if state is not None:
+            states = list(state)
+        if len(states) != len(self.layers):
+            raise ValueError(
+                f"state must be {len(self.layers)} tfla.State, one for each layer and direction; "
+                f"got {len(states)}."
+            )
+        packing = None
+        if isinstance(x, PackedSequence):
+            packing = _packing(x)
+            y = x.data[packing.gather][None]
+            states = [_rows(s, x.sorted_indices) for s in states]
+        else:
+            y = x if x.dim() == 3 else x[None]
+            if x.dim() == 3 and not self.batch_first:
+                y = y.transpose(0, 1)
+        if y.dim() != 3 or y.shape[-1] != self.input_size:
+            raise ValueError(
+                f"x must be {'(B, T, ' if self.batch_first else '(T, B, '}{self.input_size}), "
+                f"(T, {self.input_size}) or a PackedSequence of these; got {tuple(y.shape)}."
+            )
+        ends = None if packing is None else packing.cu_seqlens
+        after: list[tfla.State] = []
+        for first in range(0, len(self.layers), directions):
+            if first:
+                y = F.dropout(y, self.dropout, self.training)
+            outputs = []
+            for n in range(first, first + directions):
+                backward = n > first
+                turned = _turn(y, packing) if backward else y
+                out, new = self.layers[n](turned, states[n], ends, backend)
+                outputs.append(_turn(out, packing) if backward else out)
+                after.append(new)
+            y = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        if isinstance(x, PackedSequence):
+            assert packing is not None
+            data = torch.empty_like(y[0]).index_copy(0, packing.gather, y[0])
+            packed = PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
+            return packed, tuple(_rows(s, x.unsorted_indices) for s in after)  # type: ignore[misc]
+        if x.dim() == 2:
+            return y[0], tuple(after)
+        return (y if self.batch_first else y.transpose(0, 1)), tuple(after)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.input_size}, {self.hidden_size}, num_heads={self.num_heads}, "
+            f"num_layers={self.num_layers}, bias={self.bias}, batch_first={self.batch_first}, "
+            f"dropout={self.dropout}, bidirectional={self.bidirectional}, "
+            f"proj_size={self.proj_size}, qk_size={self.qk_size}, input_gate={self.input_gate!r}"
+        )
+
+
+class _Layer(nn.Module):
+    """One layer in one direction: (B, T, size) -> (B, T, hidden_size or proj_size)."""
+
+    def __init__(self, size: int, of: MLSTM) -> None:
+        super().__init__()
+        self.num_heads, self.input_gate = of.num_heads, of.input_gate
+        self.widths = [of.qk_size, of.qk_size, of.hidden_size, of.hidden_size]
+        self.qkvo = nn.Linear(size, sum(self.widths), bias=of.bias)
+        self.gates = nn.Linear(size, 2 * of.num_heads)  # rows: i, then f
+        self.norm_weight = nn.Parameter(torch.ones(of.hidden_size))
+        self.norm_bias = nn.Parameter(torch.zeros(of.hidden_size))
+        self.proj = nn.Linear(of.hidden_size, of.proj_size, bias=False) if of.proj_size else None
+        with torch.no_grad():
+            # At first the gates ignore x, and the heads remember for 20 to 400 tokens.
+            self.gates.weight.zero_()
+            self.gates.bias[: of.num_heads] = 0.0
+            self.gates.bias[of.num_heads :] = torch.linspace(3.0, 6.0, of.num_heads)
+
+    def forward(
+        self, x: Tensor, state: tfla.State | None, cu_seqlens: Tensor | None, backend: str | None
+    ) -> tuple[Tensor, tfla.State]:
+        q, k, v, o = self.qkvo(x).split(self.widths, -1)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
+        i, f = self._gates(x)
+        h, after = tfla.mlstm(
+            q,
+            k,
+            v,
+            i,
+            f,
+            input_gate=self.input_gate,
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+        )
+        assert after is not None
+        h = F.layer_norm(h, h.shape[-1:], eps=1e-6).flatten(-2)
+        y = torch.sigmoid(o) * (h * self.norm_weight + self.norm_bias)
+        return (y if self.proj is None else self.proj(y)), after
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """i and f (B, T, H) in fp32 (fp64 for fp64 x): an error in f acts on all later tokens."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        device = x.device.type
+        knows_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if knows_autocast else nullcontext():
+            y = F.linear(x.to(dtype), self.gates.weight.to(dtype), self.gates.bias.to(dtype))
+        i, f = y.chunk(2, -1)
+        return i, f
+
+
+class _Packing(NamedTuple):
+    """Where the tokens of a PackedSequence go when each sequence is to lie in one piece."""
+
+    gather: Tensor  # (sum of T,) rows of .data, sequence after sequence
+    mirror: Tensor  # (sum of T,) the same places with each sequence turned round
+    cu_seqlens: Tensor  # (N + 1,)
+
+
+def _packing(x: PackedSequence) -> _Packing:
+    """Token t of the j-th longest sequence is row offset[t] + j of .data.
+
+    batch_sizes is on the CPU, so lengths are known without waiting for a device.
+    """
+    sizes = x.batch_sizes
+    N, T = int(sizes[0]), len(sizes)
+    lengths = T - torch.searchsorted(sizes.flip(0), torch.arange(N), right=True)
+    ends = F.pad(lengths.cumsum(0), (1, 0))
+    sequence = torch.arange(N).repeat_interleave(lengths)
+    t = torch.arange(len(sequence)) - ends[sequence]
+    offset = sizes.cumsum(0) - sizes
+    gather = offset[t] + sequence
+    mirror = ends[sequence] + ends[sequence + 1] - 1 - torch.arange(len(sequence))
+    return _Packing(*(index.to(x.data.device) for index in (gather, mirror, ends)))
+
+
+def _turn(y: Tensor, packing: _Packing | None) -> Tensor:
+    """Each sequence from its end; twice is not at all."""
+    return y.flip(1) if packing is None else y[:, packing.mirror]
+
+
+def _rows(state: tfla.State | None, order: Tensor | None) -> tfla.State | None:
+    """The rows of a state in another order."""
+    if state is None or order is None:
+        return state
+    return tfla.State(*(None if t is None else t[order] for t in state))  # type: ignore[arg-type]
