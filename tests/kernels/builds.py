@@ -49,7 +49,9 @@ class Launch:
 
     def __str__(self) -> str:
         picked = {k: v for k, v in self.constants if k.isupper() and v is not None}
-        return f"{self.kernel.__name__} warps={self.warps} " + " ".join(f"{k}={v}" for k, v in picked.items())
+        return f"{self.kernel.__name__} warps={self.warps} " + " ".join(
+            f"{k}={v}" for k, v in picked.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,19 @@ class Resources:
     register_wgmma: int
 
 
-def record(kernel: Any, shape: tuple[int, int], args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+def record(
+    kernel: Any, shape: tuple[int, int], args: tuple[Any, ...], constants: dict[str, Any]
+) -> Launch:
     named = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, fixed, divisible = [], [], []
     skip = set(kernel.do_not_specialize or ())
     for index, (parameter, name) in enumerate(zip(kernel.params, kernel.arg_names, strict=True)):
         value = named[name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and name not in skip):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (isinstance(value, int) and value == 1 and name not in skip)
+        ):
             signature.append((name, "constexpr"))
             fixed.append((name, value))
         elif isinstance(value, torch.Tensor):
@@ -91,7 +99,9 @@ def launches(
     """What the forward and the backward pass of one problem launch on ``device``. override: Plan -> Plan."""
     seen: list[Launch] = []
 
-    def recorder(kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], *args: Any, **constants: Any) -> None:
+    def recorder(
+        kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], *args: Any, **constants: Any
+    ) -> None:
         if 0 not in grid:
             seen.append(record(kernel, shape, args, constants))
 
@@ -101,14 +111,24 @@ def launches(
     f32 = torch.float32
     N = packed or B
     normalize = INPUT_GATES[gate].normalize
-    start = [new(N, H, K, V, of=f32), new(N, H, K, of=f32), new(N, H, of=f32)] if state else [None] * 3
+    start = (
+        [new(N, H, K, V, of=f32), new(N, H, K, of=f32), new(N, H, of=f32)] if state else [None] * 3
+    )
     if not normalize:
         start[1:] = [None, None]
     cu_seqlens = new(N + 1, of=torch.int32) if packed else None
     x = ops.Inputs(
-        new(B, T, H, K), new(B, T, H, K), new(B, T, H, V), new(B, T, H, of=f32), new(B, T, H, of=f32), *start, cu_seqlens
+        new(B, T, H, K),
+        new(B, T, H, K),
+        new(B, T, H, V),
+        new(B, T, H, of=f32),
+        new(B, T, H, of=f32),
+        *start,
+        cu_seqlens,
     )
-    options = ops.Options(K**-0.5, INPUT_GATES[gate].sigmoid, True, normalize, state, backward, "triton")
+    options = ops.Options(
+        K**-0.5, INPUT_GATES[gate].sigmoid, True, normalize, state, backward, "triton"
+    )
     with contextlib.ExitStack() as stack:
         for module in (kernels, kernels.step):
             stack.enter_context(mock.patch.object(module, "launch", recorder))
@@ -116,7 +136,9 @@ def launches(
         stack.enter_context(mock.patch("tfla.kernels.host.device_of", lambda _: device))
         if override is not None:
             real = kernels.plan_of
-            stack.enter_context(mock.patch.object(kernels, "plan_of", lambda *a: override(real(*a))))
+            stack.enter_context(
+                mock.patch.object(kernels, "plan_of", lambda *a: override(real(*a)))
+            )
         h, *_, saved = ops.forward(x, options)
         if backward:
             dC, dn = (start[0], start[1]) if state else (None, None)
@@ -131,7 +153,9 @@ def build(launch: Launch, backend: str, arch: int | str) -> Any:
         {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
     )  # fmt: skip
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    options = {"num_warps": launch.warps} | ({} if backend == "hip" else {"num_stages": launch.stages})
+    options = {"num_warps": launch.warps} | (
+        {} if backend == "hip" else {"num_stages": launch.stages}
+    )
     return triton.compile(source, target=target, options=options)
 
 
@@ -146,11 +170,19 @@ def resources(compiled: Any, backend: str) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     ptx = compiled.asm["ptx"]
     products = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
-    return Resources(registers, stack, compiled.metadata.shared, len(products), sum("}, {" in p for p in products))
+    return Resources(
+        registers,
+        stack,
+        compiled.metadata.shared,
+        len(products),
+        sum("}, {" in p for p in products),
+    )
 
 
 assert tfla

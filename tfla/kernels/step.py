@@ -12,12 +12,15 @@ from tfla.kernels.gates import _log_sigmoid
 from tfla.kernels.host import launch
 
 
-@triton.jit(do_not_specialize=["H"])
+REGISTERS = 8192  # fp32 entries of the state that one program holds: 64 registers a thread
+
+
+@triton.jit(do_not_specialize=["H", "rows"])
 def _step_kernel(
     q, k, v, i, f, C, n, m, slots, h, arrived, scale,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ib, stride_ih, stride_fb, stride_fh,
     stride_cn, stride_ch, stride_ck, stride_cv, stride_nn, stride_nh, stride_nk, stride_mn, stride_mh,
-    H, K, V,
+    H, K, V, rows,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
 ):  # fmt: skip
     """C' = exp(log_f + m - m') C + exp(log_i - m') k v^T, and h, for BLOCK_V columns of one head.
@@ -31,6 +34,11 @@ def _step_kernel(
     slot = batch
     if slots is not None:
         slot = tl.load(slots + batch).to(tl.int64)
+        if (slot < 0) | (slot >= rows):  # the host cannot look: nothing outside the state is touched, and h says so
+            nothing = tl.full([BLOCK_V], float("nan"), tl.float32).to(h.dtype.element_ty)
+            column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+            tl.store(h + (batch * H + head) * V + column, nothing, mask=column < V)
+            return
     lanes = tl.arange(0, BLOCK_K)
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     log_i = tl.load(i + batch * stride_ib + head * stride_ih).to(tl.float32)
@@ -105,14 +113,13 @@ def update(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     h = v.new_empty(B, H, V)
     block_k = triton.next_power_of_2(K)
-    # Enough programs for the machine, and at most 32 KiB of state in the registers of each.
-    block_v = max(16, min(triton.next_power_of_2(V), 8192 // block_k))
+    block_v = max(16, min(triton.next_power_of_2(V), REGISTERS // block_k))
     strides_n = (0, 0, 0) if n is None else n.stride()
     strides_m = (0, 0) if m is None else m.stride()
     launch(
         _step_kernel, (B * H * triton.cdiv(V, block_v),), (4, 1),
         q, k, v, i, f, C, n, m, slots, h, None if m is None else _arrived(q, B * H), scale,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *i.stride(), *f.stride(), *C.stride(), *strides_n, *strides_m,
-        H, K, V, BLOCK_K=block_k, BLOCK_V=block_v, SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
+        H, K, V, C.shape[0], BLOCK_K=block_k, BLOCK_V=block_v, SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
     )  # fmt: skip
     return h

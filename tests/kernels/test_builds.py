@@ -1,0 +1,74 @@
+"""Machine code for GPUs that are not here: no spills beyond a bound, shared memory that fits, tensor-core products.
+
+``pytest -m aot`` builds the rest: every kernel of more problems, for every target.
+"""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+pytest.importorskip("triton")
+
+from builds import DEVICES, Launch, build, launches, resources
+
+from tfla.kernels.scan import _scan_kernel
+
+# Bytes of stack a thread. Triton says nothing of spills without a GPU; the linker does. What is tolerated was measured
+# to be touched at the ends of spans only, or (compute capability 12.0) is one accumulator of eight.
+STACK = {
+    ("cuda", 80): 32,
+    ("cuda", 90): 64,
+    ("cuda", 100): 32,
+    ("cuda", 120): 128,
+    ("hip", "gfx942"): 0,
+}
+# The scans of the paper's main problem; small kernels once, where the most is at stake.
+MAIN = (4, 16384, 16, 128, 256)
+OTHERS = {
+    "sigmoid": (MAIN, {"gate": "sigmoid"}),
+    "7b layer": ((4, 16384, 8, 256, 512), {}),
+    "one sequence": ((1, 65536, 16, 128, 256), {"state": True}),
+    "packed": ((1, 65536, 4, 64, 64), {"packed": 100}),
+    "odd dims": ((2, 1000, 3, 92, 184), {"dtype": torch.float16}),
+    "fp32": ((2, 4096, 8, 64, 64), {"dtype": torch.float32}),
+}
+
+
+def check(launch: Launch, target: tuple[str, int | str], stack: int) -> None:
+    used = resources(build(launch, *target), target[0])
+    assert used.stack <= stack, f"{launch}: {used}"
+    assert used.shared <= DEVICES[target].shared_memory, f"{launch}: {used}"
+    operands = dict(launch.signature)
+    if target == ("cuda", 90) and launch.kernel is _scan_kernel and operands["x"] != "*fp32":
+        assert used.wgmma > 0, f"{launch}: no warp-group products, {used}"
+
+
+@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
+@pytest.mark.parametrize("target", DEVICES, ids=lambda t: f"{t[0]}{t[1]}")
+def test_the_scans_build(target: tuple[str, int | str]) -> None:
+    scans = [x for x in launches(DEVICES[target], *MAIN) if x.kernel is _scan_kernel]
+    whole = [x for x in scans if dict(x.constants).get("out", 0) == 0]
+    assert len(whole) >= 4
+    for launch in whole if target == ("cuda", 90) else whole[:2]:
+        check(launch, target, STACK[target])
+
+
+@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
+def test_the_small_kernels_build() -> None:
+    target = ("cuda", 90)
+    for launch in launches(DEVICES[target], *MAIN):
+        if launch.kernel is not _scan_kernel:
+            check(launch, target, STACK[target])
+
+
+@pytest.mark.aot
+@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("target", DEVICES, ids=lambda t: f"{t[0]}{t[1]}")
+def test_everything_builds(target: tuple[str, int | str], name: str) -> None:
+    shape, options = OTHERS[name]
+    for launch in launches(DEVICES[target], *shape, **options):
+        check(launch, target, 512)

@@ -1,0 +1,189 @@
+"""The kernels themselves, run by Triton's interpreter on the CPU: every structure that a plan can choose, on small problems.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, so a run without it starts a second pytest on this file.
+"""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not INTERPRETED:
+
+    def test_kernels_in_the_interpreter(interpreter_env: dict[str, str]) -> None:
+        """Run what follows below in an interpreter of its own; its report is this test's."""
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, env=interpreter_env, capture_output=True, text=True)
+        print(done.stdout[-6000:])
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+else:
+    import checks
+    import recurrence as oracle
+    from problems import Case, packed, variants
+
+    import tfla
+    from tfla import kernels
+    from tfla.plan import Plan, Tile
+
+    pytestmark = [
+        pytest.mark.usefixtures("one_thread"),
+        # The triangle that is not selected overflows on its way, as it may.
+        pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+        pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+        # Triton 3.9 warns of a default of its own at the first kernel.
+        pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*"),
+    ]
+    one_thread = checks.one_thread
+
+    @contextlib.contextmanager
+    def planned(tile: dict[str, object] | None = None, **fields: object) -> Iterator[None]:
+        """Pin fields of the plan: short chunks and spans, so that small problems have many of them."""
+        real = kernels.plan_of
+
+        def change(t: Tile) -> Tile:
+            t = dataclasses.replace(t, **tile or {})  # type: ignore[arg-type]
+            return dataclasses.replace(t, splits=-(-t.A // t.block_a))
+
+        def pinned(*args: object) -> Plan:
+            p = real(*args)  # type: ignore[arg-type]
+            changed = {"L": 16, "span": 32, "block_c": 4} | fields
+            return dataclasses.replace(p, h=change(p.h), dq=change(p.dq), **changed)  # type: ignore[arg-type]
+
+        with mock.patch.object(kernels, "plan_of", pinned):
+            yield
+
+    SMALL = {"T": 50, "B": 1, "H": 3, "K": 12, "V": 20, "backend": "triton", "dtype": torch.float32}
+
+    @variants
+    def test_every_variant(input_gate: str, normalize: bool | None) -> None:
+        with planned():
+            checks.check_against_recurrence(
+                Case(
+                    **SMALL | {"T": 37, "B": 2, "H": 2}, input_gate=input_gate, normalize=normalize
+                )
+            )
+
+    STRUCTURES = {
+        "cut": ({}, {"segment": 32}),
+        "transposed": ({"transposed": True}, {}),
+        "transposed and cut": ({"transposed": True}, {"segment": 64}),
+        "split contraction": ({"block_a": 16}, {}),
+        "narrow tiles": ({"block_x": 16}, {}),
+        "descriptors": ({"descriptor": True}, {"segment": 32}),
+    }
+
+    @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+    @pytest.mark.parametrize("structure", STRUCTURES)
+    def test_every_structure(structure: str, gate: str) -> None:
+        tile, fields = STRUCTURES[structure]
+        sizes = {"K": 20} if structure == "split contraction" else {}
+        with planned(tile, **fields):
+            checks.check_against_recurrence(Case(**SMALL | sizes, input_gate=gate))
+
+    @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+    @pytest.mark.parametrize("segment", [0, 32])
+    def test_packed_with_empty_ones(gate: str, segment: int) -> None:
+        sizes = {k: v for k, v in SMALL.items() if k not in ("T", "B")} | {"H": 1}
+        with planned(segment=segment):
+            checks.check_against_recurrence(packed(0, 5, 0, 40, 33, 0, **sizes, input_gate=gate))
+
+    @pytest.mark.parametrize(
+        "gates", ["f=-1e5", "f=-12", "i=-30", "i=+30", "i=+95", "resets 50%", "swings"]
+    )
+    def test_extreme_gates(gates: str) -> None:
+        with planned():
+            checks.check_against_recurrence(Case(**SMALL | {"T": 40}, gates=gates))
+
+    @pytest.mark.parametrize("T", [0, 1, 16, 17])
+    def test_short_sequences(T: int) -> None:
+        with planned():
+            checks.check_against_recurrence(Case(**SMALL | {"T": T}))
+
+    def test_half_precision() -> None:
+        with planned():
+            checks.check_against_recurrence(Case(**SMALL | {"dtype": torch.float16}))
+
+    def test_any_strides() -> None:
+        """Head-first tensors, a stride of 0 and a last axis that is not contiguous, without copies of the first two."""
+        g = torch.Generator().manual_seed(1)
+        q, k, v = (torch.randn(1, 2, 40, 16, generator=g).transpose(1, 2) for _ in range(3))
+        k = k[:, :1].expand(-1, 40, -1, -1)
+        v = torch.randn(1, 40, 16, 2, generator=g).transpose(2, 3)
+        i, f = (
+            torch.randn(1, 2, 40, generator=g).transpose(1, 2),
+            torch.full((1,), 3.0).expand(1, 40, 2),
+        )
+        with planned():
+            ours = tfla.mlstm(q, k, v, i, f, backend="triton")[0]
+        truth = oracle.mlstm(*(x.double() for x in (q, k, v, i, f)), dtype=torch.float64)[0]
+        assert checks.distance(ours.double(), truth) <= 2e-6 * truth.norm()
+
+    @pytest.mark.parametrize("lengths", [(0, -9, 50, 80, 30), (5, 100, 20, 70, 64)])
+    def test_offsets_out_of_range_write_nothing_outside(lengths: tuple[int, ...]) -> None:
+        """The host never reads the offsets on a GPU: wrong ones give wrong numbers, inside the buffers."""
+        q, k, v = (torch.randn(1, 64, 1, 16) for _ in range(3))
+        gate = torch.zeros(1, 64, 1)
+        offsets = torch.tensor(lengths, dtype=torch.int32)
+        with planned(segment=32):
+            inputs = [x.requires_grad_() for x in (q, k, v, gate)]
+            h, _ = tfla.mlstm(*inputs, gate, cu_seqlens=offsets, backend="triton")
+            grads = torch.autograd.grad(h.nan_to_num().sum(), inputs)
+        assert h.shape == v.shape and all(
+            g.shape == x.shape for g, x in zip(grads, inputs, strict=True)
+        )
+
+    @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+    @pytest.mark.parametrize("V", [20, 48])
+    def test_step(gate: str, V: int) -> None:
+        """The decode kernel, in slots of a larger state, against the reference; the other slots stay as they are."""
+        g = torch.Generator().manual_seed(2)
+        q, k = torch.randn(2, 2, 3, 12, generator=g).unbind(0)
+        v, i, f = (
+            torch.randn(2, 3, V, generator=g),
+            torch.randn(2, 3, generator=g),
+            torch.randn(2, 3, generator=g),
+        )
+        normalized = gate == "exp"
+        states = [
+            torch.randn(4, 3, 12, V, generator=g),
+            torch.randn(4, 3, 12, generator=g),
+            torch.randn(4, 3, generator=g),
+        ]
+        slots = torch.tensor([3, 1])
+        results = []
+        for backend in ("triton", "reference"):
+            state = tfla.State(*(x.clone() if normalized or x.dim() == 4 else None for x in states))
+            with mock.patch.object(kernels.step, "REGISTERS", 256):
+                for _ in range(2):  # the counters are left at zero
+                    h, state = tfla.mlstm_step(
+                        q,
+                        k,
+                        v,
+                        i,
+                        f,
+                        state,
+                        input_gate=gate,
+                        inplace=True,
+                        slots=slots,
+                        backend=backend,
+                    )
+            results.append([h, *(x for x in state if x is not None)])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+        assert torch.equal(results[0][1][[0, 2]], states[0][[0, 2]])
+
+    def test_a_second_run_is_the_same_bit_for_bit() -> None:
+        case = Case(**SMALL | {"H": 1})
+        inputs = checks.make_inputs(case)
+        with planned(segment=32):
+            first, second = (checks.run_tfla(case, inputs, torch.zeros(1, 1)) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,65 @@
+"""The plan is a value: integers in, the shape of every kernel out."""
+
+import dataclasses
+
+import pytest
+
+from tfla.plan import Device, Plan, Problem, plan
+
+H200 = Device((9, 0), 132, 232448)
+A100 = Device((8, 0), 108, 166912)
+MI300X = Device((0, 0), 304, 65536)
+DEVICES = [H200, A100, MI300X, Device((12, 0), 170, 101376)]
+PAPER = Problem(B=4, T=16384, H=16, K=128, V=256, N=4, packed=False, bytes=2, precision="ieee")
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("T", [0, 1, 17, 1000, 65536, 1 << 20])
+@pytest.mark.parametrize("dims", [(8, 8), (48, 80), (92, 184), (128, 256), (512, 512), (1000, 24)])
+@pytest.mark.parametrize("bytes", [2, 4])
+def test_a_plan_covers_its_problem(
+    device: Device, T: int, dims: tuple[int, int], bytes: int
+) -> None:
+    K, V = dims
+    p = plan(Problem(2, T, 3, K, V, 2, False, bytes, "ieee"), device)
+    for tile, A, X in ((p.h, K, V), (p.dq, V, K)):
+        assert tile.splits * tile.block_a >= A > (tile.splits - 1) * tile.block_a
+        assert tile.tiles * tile.block_x >= X > (tile.tiles - 1) * tile.block_x
+        # The state of a program is at most half of its registers.
+        assert tile.block_a * tile.block_x <= 128 * 32 * tile.warps
+    assert p.span % p.L == 0 and (p.segment == 0 or p.segment % p.span == 0)
+    # dq and dk start from what h and dv keep, so the kept tiles must hold every entry.
+    assert p.kept[0] >= K and p.kept[1] >= V
+
+
+def test_long_sequences_with_few_heads_are_cut_and_full_batches_are_not() -> None:
+    assert plan(PAPER, H200).segment == 0
+    one = dataclasses.replace(PAPER, B=1, N=1, T=65536)
+    few = plan(one, H200)
+    assert 0 < few.segment < 65536
+    programs = 16 * few.h.tiles * -(-65536 // few.segment)
+    assert programs >= 132
+
+
+def test_short_packed_documents_get_short_chunks() -> None:
+    packed = dataclasses.replace(PAPER, B=1, T=65536, N=4096, packed=True)
+    assert plan(packed, H200).L == 16
+    assert plan(dataclasses.replace(packed, N=2), H200).L == plan(PAPER, H200).L
+
+
+def test_descriptors_need_their_unit_and_rows_of_16_bytes() -> None:
+    assert plan(PAPER, H200).h.descriptor and not plan(PAPER, A100).h.descriptor
+    assert not plan(dataclasses.replace(PAPER, K=92), H200).h.descriptor
+
+
+def test_precision_is_part_of_the_plan() -> None:
+    exact = dataclasses.replace(PAPER, bytes=4)
+    fast = dataclasses.replace(exact, precision="tf32")
+    assert plan(exact, H200).h.block_x < plan(fast, H200).h.block_x
+
+
+def test_a_plan_prints_and_is_cached() -> None:
+    p = plan(PAPER, H200)
+    assert isinstance(p, Plan) and plan(PAPER, H200) is p
+    text = str(p)
+    assert "chunk 32" in text and "h, dv" in text and "dq, dk" in text
