@@ -1,0 +1,315 @@
+"""`tfla bench` and `tfla roofline`: options and what is printed; `register` adds them to an app."""
+
+import importlib
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import tfla
+from tfla.bench import cases, measure, models, plots, report
+from tfla.bench import roofline as r
+from tfla.bench.cases import DTYPES, Shape
+from tfla.bench.runs import Task, work_off
+from tfla.plan import Problem, plan
+from tfla.xlstm.checkpoint import RunError
+
+bench = typer.Typer(
+    help="Measure this implementation beside others on this machine, and compare two runs. Every "
+    "result is held against fp64 before it is timed; what is wrong has no speed.",
+    no_args_is_help=True,
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(bench, name="bench")
+    app.command(short_help="FLOPs, bytes and limits of each kernel of a call.")(roofline)
+
+
+def _option(text: str, *names: str, default: str | bool = True) -> Any:
+    return typer.Option(*names, help=text, show_default=default)
+
+
+Tokens = Annotated[int, _option("In all.", default="65536, on a CPU 4096")]
+Dtype = Annotated[str, _option("bf16, fp16 or fp32.", default="bf16, on a CPU fp32")]
+
+
+def _shared(
+    peers: Annotated[str, _option("Others: all, none, or parts of names, with commas.")] = "all",
+    dtype: Dtype = "",
+    repeats: Annotated[int, _option("Turns that count.", default="30, on a CPU 5")] = 0,
+    seconds: Annotated[float, _option("Begin nothing after.", default="3000, on a CPU 90")] = 0,
+    limit: Annotated[float, _option("Seconds that one step of one of them may take.")] = 400.0,
+    device: Annotated[str, _option("cpu, cuda, or auto: a GPU if there is one.")] = "auto",
+    out: Annotated[Path, _option("Folder for the JSON and the plots.")] = Path("runs/bench"),
+) -> None:
+    """The options of every measuring command."""
+
+
+def _measures(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` takes a _Session, filled from the shared options, and options of its own."""
+    own = list(inspect.signature(command).parameters.values())[1:]
+    shared = list(inspect.signature(_shared).parameters.values())
+
+    def outer(**given: Any) -> None:
+        session = _Session(command.__name__, **{p.name: given.pop(p.name) for p in shared})
+        command(session, **given)
+        session.run()
+
+    outer.__name__, outer.__doc__ = command.__name__, command.__doc__
+    outer.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    outer.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+    bench.command()(outer)
+    return command
+
+
+@_measures
+def kernels(
+    session: "_Session",
+    tokens: Tokens = 0,
+    lengths: Annotated[str, _option("Of a sequence, with commas.", default="512 to 65536")] = "",
+    studies: Annotated[str, _option("length, heads, or both.")] = "length,heads",
+    list_peers: Annotated[bool, _option("Say who is here, no more.", "--list-peers")] = False,
+) -> None:
+    """Forward and forward + backward over the length at a constant number of tokens, in the two
+    set-ups of the paper (16 heads 128/256, 8 heads 256/512; a quarter of the heads on a CPU), and
+    over the head dim at a constant width.
+    """
+    if list_peers:
+        for name, reason in session.missing.items():
+            print(f"{name:28s} {reason or 'here'}")
+        raise typer.Exit()
+    tokens = tokens or (4096 if session.cpu else 65536)
+    powers = range(9, 17, 3 if session.cpu else 1)
+    wanted = _numbers(lengths) or [2**n for n in powers if 2**n <= tokens]
+    share = 4 if session.cpu else 1
+    for H, K, V in ((16 // share, 128, 256), (8 // share, 256, 512)):
+        for T in wanted if "length" in studies else []:
+            session.add("kernels", Shape(max(1, tokens // T), T, H, K, V), study="length")
+    T = max(t for t in wanted if t <= 8192 or t == min(wanted))
+    for V in (64, 128, 256, 512) if "heads" in studies else ():
+        shape = Shape(max(1, tokens // T), T, 4096 // share // V, V // 2, V)
+        session.add("kernels", shape, study="heads")
+
+
+@_measures
+def memory(
+    session: "_Session",
+    tokens: Tokens = 0,
+    chunks: Annotated[str, _option("Tokens a kept state.", default="64 to 4096")] = "",
+) -> None:
+    """Peak memory against runtime over how often a state is kept: the paper's chunk; with us, on
+    a GPU, the span after which the backward pass finds a state, on a CPU the chunk.
+    """
+    tokens = tokens or (4096 if session.cpu else 65536)
+    T = min(tokens, 8192)
+    usual = [32, 64, 128, 256] if session.cpu else [64, 128, 256, 512, 1024, 2048, 4096]
+    sizes = _numbers(chunks) or usual
+    shape = Shape(max(1, tokens // T), T, 2 if session.cpu else 8, 256, 512)
+    known = [x for x in cases.IMPLEMENTATIONS if x.name in session.names]
+    names = [x.name for x in cases.with_chunks(known, sizes)]
+    session.add("kernels", shape, names, study="chunk", chunks=tuple(sizes))
+
+
+@_measures
+def decode(
+    session: "_Session",
+    batches: Annotated[str, _option("Sequences.", default="1,4,16,64,256, on a CPU to 16")] = "",
+    context: Annotated[int, _option("Tokens that attention looks back at.")] = 8192,
+) -> None:
+    """One token of a batch of sequences: 8 heads 256/512, states in fp32, updated in place."""
+    for B in _numbers(batches) or [1, 4, 16, 64, 256][: 3 if session.cpu else 5]:
+        names = models.steps(session.cpu, session.peers)
+        session.add("decode", Shape(B, context, 8, 256, 512), names, study="batch")
+
+
+@_measures
+def model(
+    session: "_Session",
+    size: Annotated[
+        str, _option("tiny, 160m, 400m, 1.3b or 7b.", default="400m, on a CPU tiny")
+    ] = "",
+    batch: Annotated[int, _option("Sequences.", default="8, on a CPU 2")] = 0,
+    context: Annotated[int, _option("Tokens.", default="2048, on a CPU 512")] = 0,
+) -> None:
+    """Prefill, decode and a training step of a model with random weights: tokens a second, and the
+    share of what the device's matrix products reach (MFU).
+    """
+    size = size or ("tiny" if session.cpu else "400m")
+    if size not in models.SIZES:
+        raise RunError(f"--size is {size}, wanted {', '.join(models.SIZES)}")
+    B, T = batch or (2 if session.cpu else 8), context or (512 if session.cpu else 2048)
+    names = [name for name in session.names if name.startswith("tfla")]
+    session.add("model", Shape(B, T, 1, 1, 1), names, size=size)
+
+
+@bench.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="JSON of a run.", show_default=False)],
+    new: Annotated[Path, typer.Argument(help="JSON of a later one.", show_default=False)],
+    threshold: Annotated[float, _option("Slower by more than this share is a regression.")] = 0.05,
+) -> None:
+    """Compare two runs. Exit status 1 if one of our own rows became slower, wrong, or is gone."""
+    before, after = report.load(old), report.load(new)
+    for line in report.same_machine(before, after):
+        print(f"not the same machine: {line}")
+    lines, worse = report.compare(before, after, threshold)
+    report.table("", ["", "old ms", "new ms", "change", ""], lines)
+    for line in worse:
+        print(f"REGRESSION {line}")
+    print(f"{len(worse)} regressions beyond {100 * threshold:g}% in {len(lines)} rows")
+    if worse:
+        raise typer.Exit(1)
+
+
+def roofline(
+    B: Annotated[int, typer.Argument(help="Sequences.", min=1, show_default=False)],
+    T: Annotated[int, typer.Argument(help="Tokens in each.", min=1, show_default=False)],
+    H: Annotated[int, typer.Argument(help="Heads.", min=1, show_default=False)],
+    K: Annotated[int, typer.Argument(help="Head dim of q and k.", min=1, show_default=False)],
+    V: Annotated[int, typer.Argument(help="Head dim of v.", min=1, show_default=False)],
+    device: Annotated[str, _option("h100, h200, a100, mi300x; this: measured limits.")] = "this",
+    gate: Annotated[str, _option("exp (normalised) or sigmoid (not).")] = "exp",
+    dtype: Dtype = "",
+    plot: Annotated[Path | None, _option("Draw PATH.png and PATH.svg.", default=False)] = None,
+) -> None:
+    """FLOPs, bytes, intensity and least time of each kernel that a call takes, here or on a named
+    device, and the best chunk of the paper's scheme beside ours.
+    """
+    if gate not in ("exp", "sigmoid"):
+        raise RunError(f"--gate is {gate}, wanted exp or sigmoid")
+    if device != "this" and device.lower() not in r.MACHINES:
+        raise RunError(f"--device is {device}, wanted this, {', '.join(r.MACHINES)}")
+    machine, kind = _machine(device.lower(), dtype)
+    problem = Problem(B, T, H, K, V, B, False, r.SIZES[kind], "ieee")
+    L: int | None = None
+    if machine.device is None:
+        found, chunk = r.reference_kernels(problem, gate == "exp"), r.reference.L
+        how = f'backend "reference": chunk {chunk}, computed in fp32, bytes estimated'
+    else:
+        planned = plan(problem, machine.device)
+        found, how = r.kernels(problem, planned, gate == "exp"), str(planned)
+        chunk = L = planned.L
+    bandwidth, rate = machine.bytes_per_s, machine.flops_per_s[kind]
+    print(
+        f"{machine.name} ({machine.source}): {bandwidth / 1e12:.3g} TB/s, "
+        f"{rate / 1e12:,.4g} TFLOP/s in {kind}, {rate / bandwidth:,.0f} FLOP/byte\n{how}"
+    )
+    for part in (False, True):
+        title = "backward" if part else "forward (states kept for the backward pass)"
+        rows = [k for k in found if k.backward == part]
+        report.table(title, report.ROOFLINE_COLUMNS, report.roofline_cells(rows, machine, kind))
+        print(f"each kernel at its limit: {r.limit_ms(rows, machine, kind):.3f} ms")
+    once = [
+        f"{r.least_bytes(B * T, H, K, V, r.SIZES[kind], 8, b) / bandwidth * 1e3:.3f} ms"
+        for b in (False, True)
+    ]
+    best = r.paper_best_chunk(machine, kind, K, V)
+    print(
+        f"every input read once, every output written once: forward {once[0]}, with backward "
+        f"{once[1]}\nchunk: ours {chunk}; best of the paper's scheme, a state in memory once a "
+        f"chunk: {best:.0f} (forward of mLSTMsig, times of FLOPs and bytes added)"
+    )
+    if plot is not None:
+
+        print("plots:", *plots.rooflines(found, machine, kind, K, V, L, plot))
+
+
+class _Session:
+    """The tasks of a command, and what is printed and written of them."""
+    def __init__(
+        self, command: str, *, peers: str, dtype: str, repeats: int, seconds: float, limit: float,
+        device: str, out: Path,
+    ) -> None:  # fmt: skip
+
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.split(":")[0] not in ("cpu", "cuda"):
+            raise RunError(f"--device is {device}, wanted auto, cpu or cuda")
+        self.command, self.peers, self.limit, self.out = command, peers, limit, out
+        self.cpu = cpu = device == "cpu"
+        self.seconds = seconds or (90.0 if cpu else 3000.0)
+        self.options: dict[str, Any] = {
+            "device": device,
+            "dtype": _dtype(dtype, cpu),
+            "repeats": repeats or (5 if cpu else 30),
+            "warm": 1 if cpu else 10,
+        }
+        self.missing = {x.name: x.missing(torch.device(device)) for x in cases.chosen(peers)}
+        self.names = [name for name, reason in self.missing.items() if reason is None]
+        self.tasks: list[dict[str, Any]] = []
+
+    def add(self, kind: str, shape: Any, names: list[str] | None = None, **fields: Any) -> None:
+        names = self.names if names is None else names
+        self.tasks.append({"kind": kind, "shape": shape, "names": tuple(names), **fields})
+
+    def run(self) -> None:
+        began = time.time()
+        [first] = work_off([Task("ceiling", **self.options)], self.limit)
+        if first["status"] != "ok":
+            raise RunError(f"the machine's own limits could not be measured: {first['reason']}")
+        rows: list[dict[str, Any]] = []
+        result = {
+            "format": report.FORMAT, "command": self.command, "tfla": tfla.__version__,
+            "commit": measure.commit(), "machine": first["machine"], "ceiling": first["ceiling"],
+            "options": self.options, "missing": {n: why for n, why in self.missing.items() if why},
+            "rows": rows,
+        }  # fmt: skip
+        print(report.head(result), flush=True)
+        for why in dict.fromkeys(result["missing"].values()):
+            names = [name for name, reason in result["missing"].items() if reason == why]
+            print(f"left out ({why}): {', '.join(names)}")
+        seconds, until = self.seconds / max(len(self.tasks), 1) / 3, began + self.seconds
+        common = {**self.options, "seconds": seconds, "until": until}
+        shown: list[dict[str, Any]] = []  # the table that is being filled
+        for row in work_off([Task(**task, **common) for task in self.tasks], self.limit):
+            rows.append(row)
+            if shown and report.title(shown[-1]) != report.title(row):
+                report.show(shown, result["ceiling"])
+                shown = []
+            shown.append(row)
+        report.show(shown, result["ceiling"])
+        path = self.out / f"{self.command}.json"
+        report.save(path, result)
+        files = [file for file in plots.draw(result, self.out) if file.suffix == ".png"]
+        print("results:", path, *files, f"(and SVG); took {time.time() - began:.0f} s")
+        if any(row["status"] == "WRONG" and row.get("ours") for row in rows):
+            raise typer.Exit(1)
+
+
+def _machine(name: str, dtype: str) -> tuple[Any, str]:
+    """A named device, or the one at hand with limits measured; and torch's name of the dtype."""
+
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = DTYPES[_dtype(dtype, name == "this" and device.type == "cpu")]
+    words = str(kind).removeprefix("torch.")
+    if name != "this":
+        return r.MACHINES[name], words
+    found = measure.ceiling(device, kind)
+    planned = None
+    if device.type == "cuda":
+        host: Any = importlib.import_module("tfla.kernels.host")
+        planned = host.device_of(torch.empty(0, device=device))
+    rates = {words: found["flops_per_s"]}
+    described = measure.machine(device)["device"]
+    return r.Machine(described, found["bytes_per_s"], rates, "measured", planned), words
+
+
+def _dtype(name: str, cpu: bool) -> str:
+    name = name or ("fp32" if cpu else "bf16")
+    if name not in DTYPES:
+        raise RunError(f"--dtype is {name}, wanted {', '.join(DTYPES)}")
+    return name
+
+
+def _numbers(text: str) -> list[int]:
+    words = [word for word in text.split(",") if word.strip()]
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise RunError(f"{text!r} must be whole numbers from 1 on, with commas between them")
+    return [int(word) for word in words]

@@ -1,0 +1,254 @@
+"""Results as figures, PNG and SVG: one colour an implementation everywhere, limits dashed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tfla.bench import check, report, roofline
+from tfla.bench.cases import DTYPES, Shape
+from tfla.bench.runs import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours and neighbours of them; ours blue, attention orange, as elsewhere.
+COLOURS = {
+    "tfla exp": "#0072B2", "tfla sigmoid": "#56B4E9",
+    "mlstm_kernels xl exp": "#009E73", "mlstm_kernels xl sigmoid": "#7BC8A4",
+    "mlstm_kernels limit exp": "#00573F", "mlstm_kernels torch exp": "#4D7F3A",
+    "mlstm_kernels step exp": "#009E73",
+    "fla simple_gla": "#CC79A7", "fla gla": "#882255", "fla lightning": "#AA4499",
+    "fla torch simple_gla": "#E5A8CB", "mamba2 ssd": "#555555",
+    "attention": "#D55E00", "attention cudnn": "#D55E00", "attention flash": "#E69F00",
+}  # fmt: skip
+LIMIT = "#222222"
+PASSES = {"forward": "Forward", "forward+backward": "Forward + backward"}
+
+
+def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Every figure that the rows of a result are enough for; the files written."""
+    made = []
+    for study, figure in (
+        ("length", _lengths), ("heads", _heads), ("chunk", _chunks), ("batch", _batches),
+        ("errors", _errors),
+    ):  # fmt: skip
+        rows = [r for r in result["rows"] if r["study"] == study and report.median(r)]
+        if study == "errors":
+            rows = [r for r in result["rows"] if r["kind"] == "kernels" and r.get("errors")]
+        if len(rows) > 1:
+            about = f"{rows[0]['dtype']}, {result['machine']['device']}"
+            drawn = figure(rows, result["ceiling"], about)
+            made += _save(drawn, folder / f"{result['command']}-{study}")
+    return made
+
+
+def _lengths(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Runtime over the length at a constant number of tokens, a panel a set-up and pass."""
+    setups = sorted({_dims(row) for row in rows}, reverse=True)
+    figure, axes = _panels(len(setups), 2)
+    for (H, K, V), line in zip(setups, axes, strict=True):
+        for (part, name), ax in zip(PASSES.items(), line, strict=True):
+            here = [r for r in rows if _dims(r) == (H, K, V) and r["pass"] == part]
+            _curves(ax, here, lambda row: row["shape"]["T"])
+            for row in [r for r in here if r["implementation"] == "tfla sigmoid"][:1]:
+                text = "limit of tfla sigmoid: the larger of bytes and arithmetic"
+                ax.axhline(max(report.limits_ms(row, ceiling)), color=LIMIT, ls="--", label=text)
+            ticks = sorted({row["shape"]["T"] for row in here})
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
+            _plain_log(ax)
+            _name(ax, f"{name}, {H} heads {K}/{V}", "tokens in a sequence", "ms")
+    tokens = max(row["shape"]["B"] * row["shape"]["T"] for row in rows)
+    return _finish(figure, axes, f"{tokens:,} tokens at every length, {about}")
+
+
+def _heads(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Runtime over the head dim at a constant number of channels and tokens."""
+    figure, [axes] = _panels(1, 2)
+    for (part, name), ax in zip(PASSES.items(), axes, strict=True):
+        here = [r for r in rows if r["pass"] == part]
+        _curves(ax, here, lambda row: row["shape"]["V"])
+        dims = sorted({_dims(row)[:0:-1] for row in here})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([V for V, _ in dims], [f"{K}/{V}" for V, K in dims])
+        ax.set_ylim(bottom=0)
+        _name(ax, name, "head dim of q, k / of v", "ms")
+    s = rows[0]["shape"]
+    channels = f"{s['H'] * s['V']:,} channels, {s['B']} x {s['T']:,} tokens"
+    return _finish(figure, [axes], f"{channels}, {about}")
+
+
+def _chunks(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Memory against runtime of forward and backward, a point a chunk."""
+    figure, [[ax]] = _panels(1, 1)
+    for name in dict.fromkeys(_plain(row) for row in rows):
+        here = [row for row in rows if _plain(row) == name and row["pass"] == "forward+backward"]
+        x, y = [report.median(r) or 0 for r in here], [r["peak_bytes"] / 2**20 for r in here]
+        ax.plot(x, y, color=COLOURS[name], marker="o", linewidth=1.8, label=name)
+        for row, a, b in zip(here, x, y, strict=True):
+            ax.annotate(str(row["chunk"]), (a, b), xytext=(5, 5), textcoords="offset points")
+    ax.set_ylim(bottom=0)
+    _name(ax, "", "forward + backward, ms", "peak memory over the inputs, MiB")
+    text = "Memory against runtime over the tokens a kept state"
+    return _finish(figure, [[ax]], f"{text}\n{Shape(**rows[0]['shape'])}, {about}")
+
+
+def _batches(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Bytes a second of a decode step over the batch, beside the copy's."""
+    figure, [[ax]] = _panels(1, 1)
+    rates = [{**r, "samples_ms": [r["bytes"] / (report.median(r) or 1) / 1e6]} for r in rows]
+    _curves(ax, rates, lambda row: row["shape"]["B"])
+    rate = ceiling["bytes_per_s"] / 1e9
+    ax.axhline(rate, color=LIMIT, ls="--", label=f"copy, measured: {rate:,.1f} GB/s")
+    ticks = sorted({row["shape"]["B"] for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(t) for t in ticks])
+    ax.set_ylim(bottom=0)
+    _name(ax, "", "sequences in the batch", "GB/s of states, or of keys and values")
+    return _finish(figure, [[ax]], f"Decode step, {about}")
+
+
+def _errors(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Error of h and of the worst gradient against fp64, the worst of all shapes."""
+    figure, [[ax]] = _panels(1, 1)
+    names = [name for name in reversed(COLOURS) if name in {_plain(row) for row in rows}]
+    for place, name in enumerate(names):
+        found = [row["errors"].items() for row in rows if _plain(row) == name]
+        for marker, fill, label in (("o", COLOURS[name], "h"), ("D", "white", "worst gradient")):
+            worst = max(e for errors in found for n, e in errors if (n == "h") == (label == "h"))
+            ax.plot(
+                worst, place, marker, color=COLOURS[name], markersize=9, markerfacecolor=fill,
+                markeredgewidth=2, label=label if place == len(names) - 1 else None,
+            )  # fmt: skip
+    limit = check.bound("h", DTYPES[rows[0]["dtype"]])
+    ax.axvline(limit, color=LIMIT, ls="--", label=f"bound for ours: {limit:.1e}")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    ax.set_xscale("log")
+    _name(ax, "", "relative error against fp64", "")
+    return _finish(figure, [[ax]], f"Errors, {about}")
+
+
+def rooflines(
+    kernels: Sequence[roofline.Kernel], machine: roofline.Machine, dtype: str, K: int, V: int,
+    L: int | None, path: Path,
+) -> list[Path]:  # fmt: skip
+    """Left: each scan of the plan under the machine's roof. Right: intensity over the chunk of the
+    paper's scheme, with its best chunk, beside ours."""
+    figure, [[left, right]] = _panels(1, 2)
+    flops, bandwidth, size = machine.flops_per_s[dtype], machine.bytes_per_s, roofline.SIZES[dtype]
+    ridge = flops / bandwidth
+    scans = [k for k in kernels if k.name.split(":")[0] in ("nu", "h", "dv", "dq", "dk")]
+    span = sorted([ridge, *(k.intensity for k in scans)])
+    x = [span[0] / 4, ridge, span[-1] * 4]
+    roof = [min(flops, a * bandwidth) / 1e12 for a in x]
+    left.plot(x, roof, color=LIMIT, linewidth=2, label=f"{machine.name}, {machine.source}")
+    for k, marker in zip(sorted(scans, key=lambda k: k.intensity), "osD^vP*X", strict=False):
+        y, text = min(flops, k.intensity * bandwidth) / 1e12, f"{k.name}: {k.intensity:,.0f}"
+        left.plot(k.intensity, y, marker, color=COLOURS["tfla exp"], markersize=9, label=text)
+    left.set_xscale("log", base=2)
+    ticks = [2**n for n in range(12) if x[0] <= 2**n <= x[2]]
+    left.set_xticks(ticks, [str(tick) for tick in ticks])
+    _plain_log(left)
+    _name(left, "The scans of the plan", "FLOP a byte of main memory", "TFLOP/s at most")
+    chunks = [2**power for power in range(4, 13)]
+    cost = [roofline.paper_cost(chunk, K, V, size) for chunk in chunks]
+    green = COLOURS["mlstm_kernels xl sigmoid"]
+    text = "the paper's scheme: a state in memory once a chunk"
+    right.plot(chunks, [a / b for a, b in cost], color=green, linewidth=2.2, label=text)
+    best = roofline.paper_best_chunk(machine, dtype, K, V)
+    a, b = roofline.paper_cost(best, K, V, size)
+    right.plot(best, a / b, "o", color=green, markersize=9, label=f"its best chunk: {best:.0f}")
+    if L is not None:
+        forward = next(k for k in kernels if k.name == "h")
+        text = f"our h: chunk {L}, state on chip"
+        right.plot(
+            L, forward.intensity, "s", color=COLOURS["tfla exp"], markersize=9, label=text
+        )  # fmt: skip
+    right.axhline(ridge, color=LIMIT, ls="--", label=f"the machine: {ridge:,.0f} FLOP/byte")
+    right.set_xscale("log", base=2)
+    right.set_xticks(chunks, [str(chunk) for chunk in chunks])
+    _plain_log(right)
+    _name(right, f"Arithmetic intensity, {K}/{V}", "tokens a chunk", "FLOP a byte, forward")
+    return _save(_finish(figure, [[left, right]], f"Roofline, {dtype}"), path)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _plain(row: Row) -> str:
+    return row["implementation"].split(" @")[0].split(",")[0]
+
+
+def _dims(row: Row) -> tuple[int, int, int]:
+    return row["shape"]["H"], row["shape"]["K"], row["shape"]["V"]
+
+
+def _curves(ax: Axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        points = sorted((x(r), report.median(r) or 0) for r in rows if r["implementation"] == name)
+        ours, style = name.startswith("tfla"), ":" if "graph" in name else "-"
+        ax.plot(
+            *zip(*points, strict=True), color=COLOURS[name.split(",")[0]], linestyle=style,
+            marker="o" if ours else "s", markersize=6, linewidth=2.6 if ours else 1.6, label=name,
+            zorder=3 if ours else 2,
+        )  # fmt: skip
+
+
+def _plain_log(ax: Axes) -> None:
+    """A logarithmic y axis with numbers that one reads without thinking."""
+    from matplotlib.ticker import NullFormatter
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    low, high = low / 1.3, high * 1.3
+    marks = [m * 10.0**p for p in range(-5, 7) for m in (1, 2, 5) if low < m * 10.0**p < high]
+    marks = marks if len(marks) < 10 else [m for m in marks if f"{m:e}"[0] == "1"]
+    ax.set_yticks(marks, [f"{m:,.10g}" for m in marks])
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylim(low, high)
+
+
+def _name(ax: Axes, title: str, x: str, y: str) -> None:
+    ax.set_title(title, loc="left", fontsize=13)
+    ax.set_xlabel(x, fontsize=12)
+    ax.set_ylabel(y, fontsize=12)
+    ax.minorticks_off()
+
+
+def _panels(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+    # Figure by itself, not pyplot: no display, no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = (8.5 if columns == 1 else 12.5, 1.4 + 4.4 * rows)
+    figure = Figure(figsize=size, layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, alpha=0.25)
+        ax.tick_params(labelsize=11)
+    return figure, [list(line) for line in axes]
+
+
+def _finish(figure: Figure, axes: Sequence[Sequence[Axes]], title: str) -> Figure:
+    named: dict[str, Any] = {}
+    for ax in [ax for line in axes for ax in line]:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    where: dict[str, Any] = {"loc": "outside lower left", "ncols": 3, "frameon": False}
+    figure.legend(list(named.values()), list(named), fontsize=11, **where)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
+    for file in files:
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return files

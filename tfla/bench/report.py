@@ -1,0 +1,239 @@
+"""Results: the JSON, the tables, and the comparison of two runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tfla.bench import roofline
+from tfla.bench.cases import Shape
+from tfla.bench.runs import Row
+from tfla.xlstm.checkpoint import RunError
+
+FORMAT = 1
+COLUMNS = {
+    "kernels": [
+        "", "ms", "± %", "TFLOP/s", "GB/s", "% bytes\nlimit", "% arith\nlimit", "peak\nMiB",
+        "host\nµs", "first\ns", "error\nh", "error\ngrads",
+    ],
+    "decode": ["", "ms", "± %", "GB/s", "% bytes\nlimit", "host\nµs", "error\nh"],
+    "model": [
+        "", "ms", "± %", "tokens/s", "TFLOP/s", "% arith\nlimit", "% bytes\nlimit", "peak\nMiB",
+    ],
+}  # fmt: skip
+ROOFLINE_COLUMNS = [
+    "kernel", "launches", "GFLOP", "MB", "MB via\nL2", "FLOP/\nbyte", "ms by\nbytes",
+    "ms by\narith", "bound by",
+]  # fmt: skip
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    os.replace(part, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error}); give a file that tfla bench wrote") from None
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise RunError(f"{path} is not a result of this tfla bench; measure again")
+    return result
+
+
+def median(row: Row) -> float | None:
+    """Milliseconds; None where there is no speed to be had."""
+    samples = row.get("samples_ms")
+    return statistics.median(samples) if samples and row["status"] == "ok" else None
+
+
+def spread(samples: Sequence[float]) -> float:
+    """Half the range that holds the middle half of the samples, over the median."""
+    ordered = sorted(samples)
+    low, high = ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
+    return (high - low) / 2 / statistics.median(ordered)
+
+
+def limits_ms(row: Row, ceiling: dict[str, Any], of: str = "") -> tuple[float, float]:
+    """The least time by bytes and by arithmetic, of the function or (`of` = "plan_") the plan."""
+    moved, flops = row[f"{of}bytes"], row.get(f"{of}flops", 0)
+    return moved / ceiling["bytes_per_s"] * 1e3, flops / ceiling["flops_per_s"] * 1e3
+
+
+# ---------------------------------------------------------------- tables
+
+
+def head(result: dict[str, Any]) -> str:
+    """The machine and its ceilings, before any measurement."""
+    machine, ceiling = result["machine"], result["ceiling"]
+    return (
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"tfla {result['tfla']}\nceiling, measured: {ceiling['bytes_per_s'] / 1e9:,.1f} GB/s, "
+        f"{ceiling['flops_per_s'] / 1e12:,.3g} TFLOP/s in {ceiling['dtype']} ({ceiling['how']})"
+    )
+
+
+def title(row: Row) -> str:
+    """Of the table that a row belongs in."""
+    if row["kind"] != "model":
+        return f"{Shape(**row['shape'])}, {row['dtype']}"
+    B, T = row["shape"]["B"], row["shape"]["T"]
+    return (
+        f"{row['implementation']}, {row['size']}, {row['dtype']}: prefill of {T:,} tokens, decode "
+        f"of {B} sequences, training step of {B} x {T:,} tokens"
+    )
+
+
+def cells(row: Row, ceiling: dict[str, Any]) -> list[str]:
+    """The line of a row that has a speed."""
+    ms = median(row)
+    assert ms is not None
+    by_bytes, by_flops = limits_ms(row, ceiling)
+    errors = row.get("errors", {})
+    worst = max((e for n, e in errors.items() if n not in ("h", "C")), default=None)
+    outside = "!" if any(name != "h" for name in row.get("exceeded", [])) else ""
+    line = {
+        "": row["pass"] if row["kind"] == "model" else label(row),
+        "ms": _three(ms),
+        "± %": f"{100 * spread(row['samples_ms']):.0f}",
+        "GB/s": f"{row['bytes'] / ms / 1e6:,.1f}",
+        "% bytes\nlimit": f"{100 * by_bytes / ms:.0f}",
+        "TFLOP/s": _three(row.get("flops", 0) / ms / 1e9),
+        "% arith\nlimit": f"{100 * by_flops / ms:.0f}",
+        "peak\nMiB": _number(row.get("peak_bytes"), 2**-20, ",.0f"),
+        "host\nµs": _number(row.get("host_us"), 1, ",.0f"),
+        "first\ns": _number(row.get("first_s"), 1, ".1f"),
+        "tokens/s": _number(row.get("tokens"), 1e3 / ms, ",.0f"),
+        "error\nh": _number(errors.get("h"), 1, ".0e"),
+        "error\ngrads": _number(worst, 1, ".0e") + outside if row["pass"] != "forward" else "-",
+    }
+    return [line[column] for column in COLUMNS[row["kind"]]]
+
+
+def label(row: Row) -> str:
+    part = {"forward": "  fwd", "forward+backward": "  fwd+bwd"}.get(row.get("pass", ""), "")
+    return row["implementation"] + part
+
+
+def remarks(rows: Sequence[Row], ceiling: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What stands above a table (the limits of ours) and below it (who has no speed and why, what
+    a reader must know of the others)."""
+    above, below = [], []
+    for row in rows:
+        if median(row) is None:
+            below.append(f"{label(row)}: {row['status']}: {row.get('reason', 'not measured')}")
+            continue
+        if row.get("ours") and "bytes" in row:
+            text = f"limit of {label(row)}: " if row["kind"] != "model" else f"{row['pass']}: "
+            text += "{:.3g} ms by bytes, {:.3g} by arithmetic".format(*limits_ms(row, ceiling))
+            text = text if row.get("flops") else text.split(",")[0]
+            if "plan_bytes" in row:
+                by_plan = limits_ms(row, ceiling, "plan_")
+                text += "; what its plan moves and computes: {:.3g}, {:.3g}".format(*by_plan)
+            above.append(text)
+        note = row.get("note", "")
+        if row.get("against"):
+            worst = max(e for n, e in row["against"].items() if n != "h")
+            note += f"; with a constant normaliser its gradients are within {worst:.0e}"
+        if row.get("exceeded") and not row.get("ours"):
+            note += "; ! is beyond the bound that ours is held to"
+        if note:
+            below.append(f"{row['implementation']}: {note.removeprefix('; ')}")
+    return list(dict.fromkeys(above)), list(dict.fromkeys(below))
+
+
+def show(rows: Sequence[Row], ceiling: dict[str, Any]) -> None:
+    """Print the table of rows that belong together."""
+    if not rows:
+        return
+    above, below = remarks(rows, ceiling)
+    print("", *above, sep="\n")
+    timed = [cells(row, ceiling) for row in rows if median(row) is not None]
+    table(title(rows[0]), COLUMNS[rows[0]["kind"]] if timed else [], timed)
+    print(*below, sep="\n", flush=True)
+
+
+def table(heading: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    found = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", pad_edge=False)
+    for number, column in enumerate(columns):
+        side: Any = "right" if number else "left"
+        found.add_column(column, justify=side, vertical="bottom", no_wrap=True)
+    for line in lines:
+        found.add_row(*line)
+    console = Console()
+    wide = max(console.width, 140) if not console.is_terminal else console.width
+    Console(width=wide).print(found if columns else heading, highlight=False)
+
+
+def roofline_cells(
+    kernels: Sequence[roofline.Kernel], machine: roofline.Machine, dtype: str
+) -> list[list[str]]:
+    lines = []
+    for k in kernels:
+        by_bytes, by_flops = k.ms(machine, dtype)
+        numbers = f"{k.launches}|{k.flops / 1e9:,.1f}|{k.bytes / 1e6:,.0f}|{k.l2_bytes / 1e6:,.0f}|"
+        numbers += f"{k.intensity:,.1f}|{by_bytes:.3f}|{by_flops:.3f}"
+        bound = "bytes" if by_bytes > by_flops else "arithmetic"
+        lines.append([k.name, *numbers.split("|"), bound])
+    return lines
+
+
+def _three(x: float) -> str:
+    """Three digits that count."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"
+
+
+def _number(x: float | None, factor: float, form: str) -> str:
+    return "-" if x is None else format(x * factor, form)
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def compare(
+    old: dict[str, Any], new: dict[str, Any], threshold: float
+) -> tuple[list[list[str]], list[str]]:
+    """(lines of a table, regressions). A regression: a median of ours that is larger by more than
+    `threshold` (0.05: by 5%), or one of our rows that had a speed and has none any more."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        names = ("kind", "study", "implementation", "pass", "dtype", "chunk", "size")
+        return (*(row.get(name) for name in names), *(row.get("shape") or {}).values())
+
+    after = {key(row): row for row in new["rows"]}
+    lines, worse = [], []
+    for row in old["rows"]:
+        was, other = median(row), after.get(key(row))
+        now = None if other is None else median(other)
+        if was is None and now is None:
+            continue
+        what = f"{row['implementation']} {row.get('pass', '')}, {Shape(**row['shape'])}"
+        verdict, change = "", "-"
+        if now is None:
+            verdict = "gone" if other is None else other["status"]
+        elif was is not None:
+            change = f"{100 * (now / was - 1):+.1f}%"
+            verdict = "slower" if now > was * (1 + threshold) else ""
+            verdict = "faster" if now * (1 + threshold) < was else verdict
+        if row.get("ours") and verdict not in ("", "faster"):
+            worse.append(f"{what}: {verdict}")
+        pair = ["-" if ms is None else _three(ms) for ms in (was, now)]
+        lines.append([what, *pair, change, verdict])
+    return lines, worse
+
+
+def same_machine(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between the machines of two results."""
+    a, b = old["machine"], new["machine"]
+    return [f"{n}: {a.get(n)} and {b.get(n)}" for n in sorted({*a, *b}) if a.get(n) != b.get(n)]
