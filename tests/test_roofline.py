@@ -1,0 +1,153 @@
+"""What calls cost: held against counts by hand, the paper's figures and measured limits."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from tfla.bench import roofline as r
+from tfla.plan import Device, Plan, Problem, Tile, plan
+
+H200 = r.MACHINES["h200"]
+
+
+def tile(A: int, X: int, block_a: int, block_x: int) -> Tile:
+    return Tile(A, X, block_a, block_x, -(-A // block_a), 4, 2, False, False)
+
+
+def plan_of(L: int, h: Tile, dq: Tile) -> Plan:
+    """A plan with these tiles; what else a plan has does not matter here."""
+    real = plan(Problem(1, 64, 1, 64, 64, 1, False, 2, "ieee"), Device((9, 0), 132, 232448))
+    return dataclasses.replace(real, L=L, span=2048, segment=0, h=h, dq=dq)
+
+
+def by_name(kernels: list[r.Kernel]) -> dict[str, r.Kernel]:
+    return {kernel.name: kernel for kernel in kernels}
+
+
+def test_the_least_time_is_the_one_known_by_hand() -> None:
+    """65,536 tokens, 16 heads 128/256, bf16 at 4.28 TB/s: 0.378 and 1.009 ms."""
+    times = [
+        r.least_bytes(65536, 16, 128, 256, 2, 8, backward) / 4.28e12 * 1e3
+        for backward in (False, True)
+    ]
+    assert times == pytest.approx([0.378, 1.009], abs=5e-4)
+
+
+@pytest.mark.parametrize(("block_x", "count"), [(64, 884736), (128, 753664)])
+def test_four_scans_have_the_arithmetic_counted_by_hand(block_x: int, count: int) -> None:
+    """At chunks of 64: h and dv have 256 / block_x tiles, each with 2 64 128 for its scores, and
+    256 (2 64 + 4 128) for the rest; dq and dk 128 / block_x, 2 64 256 and 128 (2 64 + 4 256).
+    """
+    planned = plan_of(64, tile(128, 256, 128, block_x), tile(256, 128, 256, block_x))
+    problem = Problem(4, 16384, 16, 128, 256, 4, False, 2, "ieee")
+    found = by_name(r.kernels(problem, planned, normalize=False))
+    flops = sum(found[name].flops for name in ("h", "dv", "dq", "dk"))
+    assert flops == 65536 * 16 * count
+
+
+def test_a_tile_is_counted_as_its_program_runs() -> None:
+    """One head of 100 tokens: products of whole blocks, scores again in every tile."""
+    planned = plan_of(16, tile(40, 24, 64, 16), tile(24, 40, 32, 16))
+    problem = Problem(1, 100, 1, 40, 24, 1, False, 2, "ieee")
+    found = by_name(r.kernels(problem, planned, normalize=False, train=False))
+    per_tile = 2 * 16 * 64 + 2 * 16 * 16 + 4 * 64 * 16  # scores, times values, state twice
+    assert found["h"].flops == 100 * 2 * per_tile
+    assert set(found) == {"weights", "h"}
+
+
+def test_splits_repeat_the_values_and_carry_partial_sums() -> None:
+    problem = Problem(1, 128, 1, 128, 64, 1, False, 2, "ieee")
+
+    def scan(block_a: int) -> r.Kernel:
+        planned = plan_of(64, tile(128, 64, block_a, 64), tile(64, 128, 64, 64))
+        return by_name(r.kernels(problem, planned, normalize=False, train=False))["h"]
+
+    whole, split = scan(128), scan(64)
+    assert (whole.launches, split.launches) == (1, 2)
+    assert split.flops - whole.flops == 128 * 2 * 64 * 64  # the second product with the values
+    weights_and_values = 6 * 4 + 64 * 2
+    assert split.bytes - whole.bytes == 128 * (weights_and_values + 2 * 64 * 4)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("K", [64, 128, 256])
+def test_a_plan_never_undercuts_the_function(K: int, normalize: bool) -> None:
+    """Real plans move no fewer bytes and compute no less than the function itself."""
+    for name, machine in r.MACHINES.items():
+        for T in (100, 4096, 65536):
+            problem = Problem(2, T, 4, K, 2 * K, 2, False, 2, "ieee")
+            assert machine.device is not None
+            planned = plan(problem, machine.device)
+            for train in (False, True):
+                found = r.kernels(problem, planned, normalize, train)
+                least = r.least_bytes(2 * T, 4, K, 2 * K, 2, 8, train)
+                assert sum(kernel.bytes for kernel in found) >= least, (name, T)
+                state = 2 * T * 4 * 4 * K * 2 * K * (4 if train else 1)
+                assert sum(kernel.flops for kernel in found) >= state, (name, T)
+                assert all(kernel.l2_bytes >= kernel.bytes for kernel in found)
+
+
+def test_cutting_a_sequence_costs_launches_and_bytes() -> None:
+    problem = Problem(1, 65536, 1, 64, 64, 1, False, 2, "ieee")
+    found = plan(problem, Device((9, 0), 132, 232448))
+    assert found.segment
+    cut = by_name(r.kernels(problem, found, normalize=True))
+    assert cut["h: cut"].launches == 2 * found.h.splits
+    assert 0 < cut["h: cut"].flops < cut["h"].flops
+
+
+def test_kernels_of_both_variants_are_those_that_are_launched() -> None:
+    problem = Problem(4, 4096, 16, 128, 256, 4, False, 2, "ieee")
+    found = plan(problem, Device((9, 0), 132, 232448))
+    sigmoid, exp = (set(by_name(r.kernels(problem, found, n))) for n in (False, True))
+    assert sigmoid == {"weights", "h", "dv", "dq", "dk", "gate gradients"}
+    assert exp - sigmoid == {"sums", "gauge", "column", "column states"}
+
+
+def test_arithmetic_of_the_reference_grows_with_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(1, 1024, 1, 64, 64, 1, False, 4, "ieee")
+    before = by_name(r.reference_kernels(problem, normalize=True))
+    monkeypatch.setattr(r.reference, "L", 2 * r.reference.L)
+    after = by_name(r.reference_kernels(problem, normalize=True))
+    L = r.reference.L // 2
+    assert after["h"].flops - before["h"].flops == 1024 * 2 * L * (64 + 64)
+    assert "nu" in after and "nu" not in by_name(r.reference_kernels(problem, normalize=False))
+
+
+@pytest.mark.parametrize("name", sorted(r.MACHINES))
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 256), (256, 512)])
+def test_the_best_chunk_is_the_least_of_the_papers_cost(name: str, K: int, V: int) -> None:
+    machine = r.MACHINES[name]
+
+    def seconds(L: float) -> float:
+        flops, moved = r.paper_cost(L, K, V, 2)
+        return flops / machine.flops_per_s["bfloat16"] + moved / machine.bytes_per_s
+
+    best = r.paper_best_chunk(machine, "bfloat16", K, V)
+    assert seconds(best) < min(seconds(best * 1.02), seconds(best / 1.02))
+    # A state in memory once a chunk is what makes the best chunk large: without it, no more FLOPs.
+    assert best > 5 * math.sqrt(2 * K * V / (K + V))
+
+
+def test_attention_is_counted_as_causal() -> None:
+    """Both products over the lower triangle, backward two and a half times as much."""
+    T, H, D = 64, 3, 16
+    exact = H * 2 * 2 * D * T * (T + 1) // 2
+    assert r.attention_flops(T, T, H, D, False) == pytest.approx(exact, rel=1 / T)
+    assert r.attention_flops(T, T, H, D, True) == pytest.approx(3.5 * exact, rel=1 / T)
+
+
+def test_limits_of_a_kernel_are_its_work_over_the_rates() -> None:
+    kernel = r.Kernel("h", False, 1, flops=2 * 10**12, bytes=10**9, l2_bytes=10**9)
+    machine = r.Machine("m", 1e12, {"bfloat16": 1e15}, "made up")
+    assert kernel.ms(machine, "bfloat16") == pytest.approx((1.0, 2.0))
+    assert r.limit_ms([kernel, kernel], machine, "bfloat16") == pytest.approx(4.0)
+    assert kernel.intensity == 2000.0
+
+
+def test_named_machines_name_every_dtype() -> None:
+    for machine in r.MACHINES.values():
+        assert set(machine.flops_per_s) == set(r.SIZES)
+        assert all(getattr(torch, name).itemsize == size for name, size in r.SIZES.items())
