@@ -18,6 +18,7 @@ except ModuleNotFoundError:
     raise SystemExit(2) from None
 
 import tfla
+from tfla.bench.cli import register
 from tfla.xlstm.checkpoint import RunError
 
 if TYPE_CHECKING:
@@ -239,6 +240,9 @@ def demo(
     from tfla.demo import run_demo
 
     run_demo(out, seconds, _device(device), seed, Console())
+
+
+register(app)  # tfla bench, tfla roofline
 
 
 def main() -> None:
