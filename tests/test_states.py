@@ -7,7 +7,7 @@ from checks import (
     one_thread,  # noqa: F401
     true_size,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import EXTREME, RESETS, Case, Inputs, make_inputs, variants
 from torch import Tensor
@@ -72,6 +72,7 @@ def test_joined_calls_under_extreme_gates(gates: str, variant: tuple[str, bool |
             assert_close(parts[name], t, 1e-11, name)
 
 
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 90), max_size=4).map(sorted), st.integers(0, 2**31))
 def test_cuts_anywhere_change_nothing(cuts: list[int], seed: int) -> None:
     x = make_inputs(Case(T=90, B=1, K=5, V=6, seed=seed))
