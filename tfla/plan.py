@@ -1,4 +1,5 @@
-"""From the integers of a problem to the shape of its kernels: pure, cached, printable, no run-time search.
+"""From the integers of a problem to the shape of its kernels: pure, cached, printable, no run-time
+search.
 
 A number below that is not arithmetic was measured; ``docs/performance.md`` keeps the measurements.
 """
@@ -11,7 +12,8 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan must know of the machine. ``capability`` is (major, minor) for NVIDIA, (0, 0) for AMD and the interpreter."""
+    """What a plan must know of the machine. ``capability`` is (major, minor) for NVIDIA, (0, 0)
+    for AMD and the interpreter."""
 
     capability: tuple[int, int]
     multiprocessors: int
@@ -35,7 +37,9 @@ class Problem:
     N: int  # sequences: B, or as many as are packed
     packed: bool
     bytes: int  # of an element of q, k, v
-    precision: str  # of fp32 products: "ieee" or "tf32"; "ieee" for 16-bit operands, where it says nothing
+    precision: (
+        str  # of fp32 products: "ieee" or "tf32"; "ieee" for 16-bit operands, where it says nothing
+    )
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class Tile:
     X: int
     block_a: int
     block_x: int
-    splits: int  # the contraction is done in so many launches of block_a each, each adding to the last
+    splits: (
+        int  # the contraction is done in so many launches of block_a each, each adding to the last
+    )
     warps: int
     stages: int
     transposed: bool
@@ -62,7 +68,7 @@ class Plan:
     """Everything that is decided before a launch."""
 
     L: int  # tokens a chunk
-    span: int  # tokens after which states are kept: there dq and dk start, and the gradient of the forget gate restarts
+    span: int  # tokens between kept states: dq and dk start there, and the sum of df restarts
     segment: int  # tokens a piece where h and dv are cut to fill the machine, 0 where they are not
     h: Tile  # h and dv: K -> V
     dq: Tile  # dq and dk: V -> K
@@ -91,7 +97,8 @@ def power_of_two(n: int, low: int = 16) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a program can hold: its state, block_a x block_x in fp32, may take half of the registers and no more."""
+    """What a program can hold: its state, block_a x block_x in fp32, may take half of the
+    registers and no more."""
 
     L: int
     block_a: int  # at most
@@ -101,11 +108,14 @@ class Shape:
     transposed: bool = False
 
 
-# Chosen from ahead-of-time builds: the widest that leave (next to) nothing on the stack and two programs a multiprocessor.
+# Chosen from ahead-of-time builds: the widest that leave (next to) nothing on the stack and two
+# programs a multiprocessor.
 SHAPES = {
     "ieee": Shape(16, 64, 16, 4, 2),  # products on the plain units; anything wider spills kilobytes
     "wgmma narrow": Shape(64, 128, 64, 4, 2),  # both head dims up to 128
-    "wgmma wide": Shape(32, 256, 64, 4, 3, True),  # at L = 64 a contraction of 256 spills 256 to 1,264 bytes
+    "wgmma wide": Shape(
+        32, 256, 64, 4, 3, True
+    ),  # at L = 64 a contraction of 256 spills 256 to 1,264 bytes
     "wgmma tf32": Shape(32, 128, 64, 4, 2, True),
     "mma": Shape(32, 128, 64, 8, 2),
     "mma 4 warps": Shape(32, 128, 64, 4, 2),
@@ -116,7 +126,9 @@ SHAPES = {
 def _shape(p: Problem, device: Device) -> Shape:
     major = device.capability[0]
     if p.bytes == 4:
-        return SHAPES["ieee" if p.precision == "ieee" else "wgmma tf32" if major == 9 else "mma tf32"]
+        return SHAPES[
+            "ieee" if p.precision == "ieee" else "wgmma tf32" if major == 9 else "mma tf32"
+        ]
     if major == 9:
         return SHAPES["wgmma narrow" if max(p.K, p.V) <= 128 else "wgmma wide"]
     return SHAPES["mma 4 warps" if major in (0, 10) else "mma"]

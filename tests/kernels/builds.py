@@ -1,6 +1,7 @@
 """Ahead-of-time builds of the kernels that a call would launch, for a GPU that need not be there.
 
-``launches`` runs a call on tensors without memory and records what it would launch; ``build`` compiles one launch to machine code.
+``launches`` runs a call on tensors without memory and records what it would launch; ``build``
+compiles one launch to machine code.
 """
 
 from __future__ import annotations
@@ -93,10 +94,12 @@ def record(
 
 
 def launches(
-    device: plan.Device, B: int, T: int, H: int, K: int, V: int, *, gate: str = "exp", dtype: torch.dtype = torch.bfloat16,
-    backward: bool = True, state: bool = False, packed: int = 0, override: Any = None,
+    device: plan.Device, B: int, T: int, H: int, K: int, V: int, *, gate: str = "exp",
+    dtype: torch.dtype = torch.bfloat16, backward: bool = True, state: bool = False,
+    packed: int = 0, override: Any = None,
 ) -> list[Launch]:  # fmt: skip
-    """What the forward and the backward pass of one problem launch on ``device``. override: Plan -> Plan."""
+    """What the forward and the backward pass of one problem launch on ``device``. override: Plan
+    -> Plan."""
     seen: list[Launch] = []
 
     def recorder(
@@ -149,7 +152,8 @@ def launches(
 def build(launch: Launch, backend: str, arch: int | str) -> Any:
     """The compiled kernel."""
     source = ASTSource(
-        launch.kernel, dict(launch.signature), {(launch.kernel.arg_names.index(k),): v for k, v in launch.constants},
+        launch.kernel, dict(launch.signature), {(launch.kernel.arg_names.index(k),): v for k,
+        v in launch.constants},
         {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
     )  # fmt: skip
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)

@@ -1,4 +1,5 @@
-"""Machine code for GPUs that are not here: no spills beyond a bound, shared memory that fits, tensor-core products.
+"""Machine code for GPUs that are not here: no spills beyond a bound, shared memory that fits,
+tensor-core products.
 
 ``pytest -m aot`` builds the rest: every kernel of more problems, for every target.
 """
@@ -16,8 +17,9 @@ from builds import DEVICES, Launch, build, launches, resources
 
 from tfla.kernels.scan import _scan_kernel
 
-# Bytes of stack a thread. Triton says nothing of spills without a GPU; the linker does. What is tolerated was measured
-# to be touched at the ends of spans only, or (compute capability 12.0) is one accumulator of eight.
+# Bytes of stack a thread. Triton says nothing of spills without a GPU; the linker does. What is
+# tolerated was measured to be touched at the ends of spans only, or (compute capability 12.0) is
+# one accumulator of eight.
 STACK = {
     ("cuda", 80): 32,
     ("cuda", 90): 64,

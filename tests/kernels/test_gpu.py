@@ -1,6 +1,7 @@
 """The kernels on a GPU: ``pytest -m gpu``. Every tile that the plan can choose, against fp64.
 
-The rule is that of the whole suite: at most twice the error of the plain recurrence in the same dtype.
+The rule is that of the whole suite: at most twice the error of the plain recurrence in the same
+dtype.
 """
 
 import checks
@@ -31,7 +32,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @pytest.fixture(autouse=True)
 def poison() -> None:
-    """What a kernel forgets to write is NaN: the allocator hands out memory that was filled with it."""
+    """What a kernel forgets to write is NaN: the allocator hands out memory that was filled with
+    it."""
     torch.full((1 << 26,), float("nan"), device="cuda")
 
 
@@ -100,7 +102,8 @@ def gradients(
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("T", [8192, 65536])
 def test_long_sequences_with_few_heads(T: int, gate: str) -> None:
-    """Cut into segments: against the chunked reference in fp64 (the recurrence would take T launches)."""
+    """Cut into segments: against the chunked reference in fp64 (the recurrence would take T
+    launches)."""
     inputs = problem(1, T, 2, 64, 128, torch.bfloat16)
     dh = torch.randn_like(inputs[2])
     truth = gradients([x.double() for x in inputs], dh, input_gate=gate, backend="reference")
@@ -116,7 +119,8 @@ def test_long_sequences_with_few_heads(T: int, gate: str) -> None:
 
 @pytest.mark.parametrize("gate", GATES)
 def test_ten_thousand_random_problems(gate: str) -> None:
-    """Lengths, batches and gates drawn by seed over one specialisation a dtype: h and all gradients."""
+    """Lengths, batches and gates drawn by seed over one specialisation a dtype: h and all
+    gradients."""
     draw = torch.Generator().manual_seed(7)
     for seed in range(5000):
         dtype = DTYPES[seed % 3]

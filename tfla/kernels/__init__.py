@@ -1,26 +1,37 @@
-"""The backend "triton": launches of the kernels in this folder, with the functions that every backend has.
+"""The backend "triton": launches of the kernels in this folder, with the functions that every
+backend has.
 
-One call allocates everything it needs and never asks the device for a value. Files: layout.py (where things lie), gates.py
-(exponents, normaliser, gate gradients), scan.py (the scan), step.py (decode), host.py (the plan of a call, descriptors).
+One call allocates everything it needs and never asks the device for a value. Files: layout.py
+(where things lie), gates.py (exponents, gate gradients), normalizer.py, scan.py (the scan),
+step.py (decode), host.py (the plan of a call, descriptors).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from tfla.gates import Activations
-from tfla.kernels import gates as g
+from tfla.kernels import gates, normalizer
 from tfla.kernels.host import aligned, launch, plan_of, precision, rows_of, tables
 from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
 from tfla.plan import Plan, Tile
 
-__all__ = ["exponents", "gate_gradients", "initial_gradients", "normalizer_backward", "saved", "saved_like", "scan", "update"]
+__all__ = [
+    "exponents",
+    "gate_gradients",
+    "initial_gradients",
+    "normalizer_backward",
+    "saved",
+    "saved_like",
+    "scan",
+    "update",
+]
 
 VECTORS = 7  # of one number a token, see gates.py
 
@@ -40,7 +51,9 @@ class Grid:
     buffer: Tensor  # everything the backward pass needs, in one piece
     weights: Tensor  # (VECTORS, rows, slots, L)
     decay: Tensor  # (rows, slots)
-    C_ends: Tensor | None  # (rows, spans, *plan.kept) C at the ends of spans, where the backward pass starts from
+    C_ends: (
+        Tensor | None
+    )  # (rows, spans, *plan.kept) C at the ends of spans, where the backward pass starts from
     dC_ends: Tensor | None  # the same of dC
     n_chunk: Tensor | None  # (rows, slots, K) n entering each chunk
     n_final: Tensor | None  # (N, H, K)
@@ -63,7 +76,8 @@ class Grid:
 def _geometry(
     q: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: Plan, normalize: bool, keep: bool
 ) -> tuple[int, int, int, int, list[int]]:
-    """(N, rows, slots, spans, sizes): sizes of the parts of the buffer that the forward pass hands to the backward pass."""
+    """(N, rows, slots, spans, sizes): sizes of the parts of the buffer that the forward pass hands
+    to the backward pass."""
     B, T, H, K = q.shape
     packed = cu_seqlens is not None
     N = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else B
@@ -76,8 +90,11 @@ def _geometry(
     return N, rows, slots, spans, sizes
 
 
-def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool) -> Tensor:
-    """An empty tensor of the shape that ``saved`` will have: known from shapes alone, for compiled graphs."""
+def saved_like(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool
+) -> Tensor:
+    """An empty tensor of the shape that ``saved`` will have: known from shapes alone, for compiled
+    graphs."""
     sizes = _geometry(q, v, cu_seqlens, plan_of(q, v, cu_seqlens), normalize, keep)[-1]
     return q.new_empty(sum(sizes), dtype=torch.float32)
 
@@ -102,18 +119,21 @@ def exponents(
     keep: bool,
     saved: Tensor | None = None,
 ) -> Grid:
-    """The weights of every chunk, the denominator folded into the target side; see ``tfla.reference.exponents``."""
+    """The weights of every chunk, the denominator folded into the target side; see
+    ``tfla.reference.exponents``."""
     B, T, H, K = q.shape
     plan = plan_of(q, v, cu_seqlens)
     N, rows, slots, spans, sizes = _geometry(q, v, cu_seqlens, plan, normalize, keep)
     buffer = q.new_empty(sum(sizes), dtype=torch.float32) if saved is None else saved
     weights, decay, C_ends, *rest = buffer.split(sizes)
-    n_chunk, n_final, m_final = (rest[0], rest[1].view(N, H, K), rest[2].view(N, H)) if normalize else (None, None, None)
+    n_chunk, n_final, m_final = (
+        (rest[0], rest[1].view(N, H, K), rest[2].view(N, H)) if normalize else (None, None, None)
+    )
     ends = C_ends.view(rows, spans, *plan.kept) if keep else None
     dC_ends = None if saved is None or ends is None else torch.empty_like(ends)
     grid = Grid(
-        plan, (B, T, H, K, v.shape[-1]), N, cu_seqlens, tables(cu_seqlens, T, plan), rows, slots, spans, buffer, weights,
-        decay, ends, dC_ends, n_chunk, n_final, m_final, scale, normalize,
+        plan, (B, T, H, K, v.shape[-1]), N, cu_seqlens, tables(cu_seqlens, T, plan), rows, slots,
+        spans, buffer, weights, decay, ends, dC_ends, n_chunk, n_final, m_final, scale, normalize,
     )  # fmt: skip
     if saved is not None:
         return grid
@@ -125,23 +145,26 @@ def exponents(
         gauge = q.new_empty(rows * slots, dtype=torch.float32)
         block_k = min(64, plan.block_k)
         launch(
-            g._sums_kernel, (grid.chunks(),), (plan.small_warps, 2),
-            k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, *k.stride()[:3], *i.stride(), *f.stride(),
-            *grid.common(), K, L=plan.L, BLOCK_K=plan.block_k, SIGMOID_I=activations.sigmoid_i,
-            SIGMOID_F=activations.sigmoid_f, PACKED=cu_seqlens is not None,
+            normalizer._sums_kernel, (grid.chunks(),), (plan.small_warps, 2),
+            k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, *k.stride()[:3],
+            *i.stride(), *f.stride(), *grid.common(), K, L=plan.L, BLOCK_K=plan.block_k,
+            SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
+            PACKED=cu_seqlens is not None,
         )  # fmt: skip
         launch(
-            g._gauge_kernel, (N * H, triton.cdiv(K, block_k)), (4, 2),
-            cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, grid.decay, grid.n_chunk, grid.n_final, grid.m_final,
-            *grid.common(), K, L=plan.L, BLOCK=plan.block_c, BLOCK_K=block_k, HAS_N=n is not None, HAS_M=m is not None,
+            normalizer._gauge_kernel, (N * H, triton.cdiv(K, block_k)), (4, 2),
+            cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, grid.decay, grid.n_chunk,
+            grid.n_final, grid.m_final, *grid.common(), K, L=plan.L, BLOCK=plan.block_c,
+            BLOCK_K=block_k, HAS_N=n is not None, HAS_M=m is not None,
             PACKED=cu_seqlens is not None,
         )  # fmt: skip
     launch(
-        g._weights_kernel, (grid.chunks(),), (plan.small_warps, 2),
-        q, k, i, f, cu_seqlens, chunk_table, gauge, grid.m_final, grid.n_chunk, grid.weights, grid.decay,
-        *q.stride()[:3], *k.stride()[:3], *i.stride(), *f.stride(), *grid.common(), grid.size, K, scale,
-        L=plan.L, BLOCK_K=plan.block_k, SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
-        NORMALIZE=normalize, PACKED=cu_seqlens is not None, PRECISION=precision(q),
+        gates._weights_kernel, (grid.chunks(),), (plan.small_warps, 2),
+        q, k, i, f, cu_seqlens, chunk_table, gauge, grid.m_final, grid.n_chunk, grid.weights,
+        grid.decay, *q.stride()[:3], *k.stride()[:3], *i.stride(), *f.stride(), *grid.common(),
+        grid.size, K, scale, L=plan.L, BLOCK_K=plan.block_k, SIGMOID_I=activations.sigmoid_i,
+        SIGMOID_F=activations.sigmoid_f, NORMALIZE=normalize, PACKED=cu_seqlens is not None,
+        PRECISION=precision(q),
     )  # fmt: skip
     return grid
 
@@ -158,7 +181,8 @@ class Column(NamedTuple):
 def normalizer_backward(
     dh: Tensor, h: Tensor, q: Tensor, n: Tensor | None, dn: Tensor | None, grid: Grid
 ) -> Column:
-    """The column that makes the gradient of the division exact; see ``tfla.reference.normalizer_backward``."""
+    """The column that makes the gradient of the division exact; see
+    ``tfla.reference.normalizer_backward``."""
     B, T, H, K, V = grid.shape
     d, q_dq = q.new_empty(2, grid.size, dtype=torch.float32).unbind(0)
     sums, dn_chunk = q.new_empty(2, grid.chunks() * K, dtype=torch.float32).unbind(0)
@@ -166,17 +190,22 @@ def normalizer_backward(
     packed = grid.cu_seqlens is not None
     block_k = min(64, grid.plan.block_k)
     launch(
-        g._column_kernel, (grid.chunks(),), (grid.plan.small_warps, 2),
+        normalizer._column_kernel, (grid.chunks(),), (grid.plan.small_warps, 2),
         dh, h, q, grid.cu_seqlens, grid.tables[0], grid.weights, d, q_dq, sums,
         *dh.stride()[:3], *h.stride()[:3], *q.stride()[:3], *grid.common(), grid.size, K, V,
         L=grid.plan.L, BLOCK_K=grid.plan.block_k, BLOCK_V=grid.plan.block_v, PACKED=packed,
     )  # fmt: skip
     launch(
-        g._column_state_kernel, (grid.N * H, triton.cdiv(K, block_k)), (4, 2),
+        normalizer._column_state_kernel, (grid.N * H, triton.cdiv(K, block_k)), (4, 2),
         grid.cu_seqlens, sums, grid.decay, dn, dn_chunk, dn_first, *grid.common(), K,
-        L=grid.plan.L, BLOCK=grid.plan.block_c, BLOCK_K=block_k, HAS_DN=dn is not None, PACKED=packed,
+        L=grid.plan.L, BLOCK=grid.plan.block_c, BLOCK_K=block_k, HAS_DN=dn is not None,
+        PACKED=packed,
     )  # fmt: skip
     return Column(d, q_dq, dn_chunk, dn_first)
+
+
+def _new(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 class Scan(NamedTuple):
@@ -200,37 +229,47 @@ def scan(
     dot: Tensor | None = None,
     against: Scan | None = None,
 ) -> Scan:
-    """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans, dq and dk start from them.
+    """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans,
+    dq and dk start from them.
 
     A wide contraction is done in pieces, each adding to the last one's output in fp32.
     """
     B, T, H, _, _ = grid.shape
     A, X = a.shape[-1], x.shape[-1]
     tile = grid.plan.tile(name)
-    walks = name in ("h", "dv")  # from one end of a sequence to the other, for dq and dk to follow span by span
+    walks = name in (
+        "h",
+        "dv",
+    )  # from one end of a sequence to the other, for dq and dk to follow span by span
     reverse = name in ("dk", "dv")
     a, b, x = rows_of(a), rows_of(b), rows_of(x)
     if column is not None and name == "dq":
         dot = None  # the column knows q . dq already
     y = None if dot is None else rows_of(dot)
     out = x.new_empty(B, T, H, X)
-    f32 = {"dtype": torch.float32, "device": x.device}
-    final = torch.empty(grid.N, H, A, X, **f32) if walks else None
-    dots = None if y is None else torch.empty(tile.tiles * grid.size, **f32)
+    final = _new(x, grid.N, H, A, X) if walks else None
+    dots = None if y is None else _new(x, tile.tiles * grid.size)
     ends = grid.dC_ends if reverse else grid.C_ends
     keep = walks and ends is not None
     if ends is None and grid.plan.segment:
-        ends = torch.empty(grid.rows, grid.spans, *grid.plan.kept, **f32)
+        ends = _new(x, grid.rows, grid.spans, *grid.plan.kept)
     previous = None
     for start in range(0, A, tile.block_a):
         piece = slice(start, min(start + tile.block_a, A))
         last = piece.stop == A
-        target = out if last else torch.empty(B, T, H, X, **f32)
-        ends_here = None if ends is None else ends[:, :, piece.start :] if walks else ends[..., piece.start :]
+        target = out if last else _new(x, B, T, H, X)
+        ends_here = (
+            None
+            if ends is None
+            else ends[:, :, piece.start :]
+            if walks
+            else ends[..., piece.start :]
+        )
         _scan_piece(
-            tile, a[..., piece], b[..., piece], x, target, previous, y if last else None, dots, grid,
-            None if state is None else state[:, :, piece], None if final is None else final[:, :, piece],
-            ends_here, reverse, walks, keep, column if last else None,
+            tile, a[..., piece], b[..., piece], x, target, previous, y if last else None, dots,
+            grid, None if state is None else state[:, :, piece],
+            None if final is None else final[:, :, piece], ends_here, reverse, walks, keep,
+            column if last else None,
         )  # fmt: skip
         previous = target
     share = column.q_dq if column is not None and name == "dq" else dots
@@ -238,11 +277,12 @@ def scan(
 
 
 def _scan_piece(
-    tile: Tile, a: Tensor, b: Tensor, x: Tensor, out: Tensor, partial: Tensor | None, y: Tensor | None, dots: Tensor | None,
-    grid: Grid, state: Tensor | None, final: Tensor | None, ends: Tensor | None, reverse: bool, walks: bool, keep: bool,
-    column: Column | None,
+    tile: Tile, a: Tensor, b: Tensor, x: Tensor, out: Tensor, partial: Tensor | None,
+    y: Tensor | None, dots: Tensor | None, grid: Grid, state: Tensor | None, final: Tensor | None,
+    ends: Tensor | None, reverse: bool, walks: bool, keep: bool, column: Column | None,
 ) -> None:  # fmt: skip
-    """One launch of the scan; where h or dv is cut, two before it make the states that its pieces start from."""
+    """One launch of the scan; where h or dv is cut, two before it make the states that its pieces
+    start from."""
     _, T, H, _, _ = grid.shape
     A, X = a.shape[-1], x.shape[-1]
     plan = grid.plan
@@ -263,14 +303,16 @@ def _scan_piece(
     def run(whole: bool, left: Tensor | None) -> None:
         launch(
             _scan_kernel, (tile.tiles * H * pieces,), (tile.warps, tile.stages),
-            a, b, x, out if whole else None, partial if whole else None, y if whole else None, dots if whole else None,
-            grid.weights, grid.decay, column.d if column is not None and whole else None, vector if whole else None,
-            state if whole else None, final if whole else None, ends, left, grid.cu_seqlens, grid.tables[2 if walks else 1],
-            *a.stride()[:3], *b.stride()[:3], *x.stride()[:3], *(x if y is None else y).stride()[:3], *strides_s, *strides_f,
-            *grid.common(), grid.spans, unit, grid.size, stride_e, A, X,
-            L=plan.L, BLOCK_A=tile.block_a, BLOCK_X=tile.block_x, SPAN=plan.span, STRIDE_EA=stride_ea, STRIDE_EX=stride_ex,
-            REVERSE=reverse, CUT=cut, KEEP=keep and whole, TRANSPOSED=tile.transposed, DESCRIPTOR=descriptor,
-            PRECISION=precision(x),
+            a, b, x, out if whole else None, partial if whole else None, y if whole else None,
+            dots if whole else None, grid.weights, grid.decay,
+            column.d if column is not None and whole else None, vector if whole else None,
+            state if whole else None, final if whole else None, ends, left, grid.cu_seqlens,
+            grid.tables[2 if walks else 1], *a.stride()[:3], *b.stride()[:3], *x.stride()[:3],
+            *(x if y is None else y).stride()[:3], *strides_s, *strides_f, *grid.common(),
+            grid.spans, unit, grid.size, stride_e, A, X, L=plan.L, BLOCK_A=tile.block_a,
+            BLOCK_X=tile.block_x, SPAN=plan.span, STRIDE_EA=stride_ea, STRIDE_EX=stride_ex,
+            REVERSE=reverse, CUT=cut, KEEP=keep and whole, TRANSPOSED=tile.transposed,
+            DESCRIPTOR=descriptor, PRECISION=precision(x),
         )  # fmt: skip
 
     if cut and walks:
@@ -294,12 +336,13 @@ def gate_gradients(
     size = max(grid.size, 1)
     assert dq.dot is not None and dk.dot is not None
     launch(
-        g._gradients_kernel, (grid.rows * grid.spans,), (4, 2),
-        i, f, grid.cu_seqlens, grid.tables[1], grid.weights, dq.dot, dk.dot, grid.C_ends, grid.dC_ends, grid.n_chunk,
-        grid.n_final, None if column is None else column.dn_chunk, di, df, *i.stride(), *f.stride(),
-        T, H, grid.slots, grid.spans, grid.size, K, grid.plan.kept[0] * grid.plan.kept[1],
-        L=grid.plan.L, SPAN=grid.plan.span, BLOCK_K=grid.plan.block_k, Q_PARTS=dq.dot.numel() // size,
-        K_PARTS=dk.dot.numel() // size, SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
+        gates._gradients_kernel, (grid.rows * grid.spans,), (4, 2),
+        i, f, grid.cu_seqlens, grid.tables[1], grid.weights, dq.dot, dk.dot, grid.C_ends,
+        grid.dC_ends, grid.n_chunk, grid.n_final, None if column is None else column.dn_chunk, di,
+        df, *i.stride(), *f.stride(), T, H, grid.slots, grid.spans, grid.size, K,
+        grid.plan.kept[0] * grid.plan.kept[1], L=grid.plan.L, SPAN=grid.plan.span,
+        BLOCK_K=grid.plan.block_k, Q_PARTS=dq.dot.numel() // size, K_PARTS=dk.dot.numel() // size,
+        SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
         NORMALIZE=grid.normalize, PACKED=grid.cu_seqlens is not None,
     )  # fmt: skip
     return di, df

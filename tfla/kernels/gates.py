@@ -1,10 +1,13 @@
-"""Exponents, chunk by chunk, and the gradients of the gates: the Triton counterpart of ``tfla.gates``.
+"""Exponents, chunk by chunk, and the gradients of the gates: ``tfla.gates`` in Triton.
 
-Weights of a token, in log2 units as pairs, seven vectors of (row, slot, L) in one buffer:
+Weights of a token, in log2 units, seven vectors of (row, slot, L) in one buffer:
 
-    0, 1, 2   target     -M - ln den + ln scale as (whole, rest), and exp of it + m_in: what the incoming state weighs here
-    3, 4, 5   source     p as (whole, rest), and exp(p - M_out): what the token weighs at the end of the chunk
-    6         mark       sign(nu) where the normaliser is active, else 0; plus 4 where the token erases what came before it
+    0, 1   target   -M - ln den + ln scale as (whole, rest)
+    2               exp of it + m_in: what the incoming state weighs here
+    3, 4   source   p as (whole, rest)
+    5               exp(p - M_out): what the token weighs at the end of the chunk
+    6      mark     sign(nu) where the normaliser is active, else 0; plus 4 where the token erases
+                    what came before it
 
 Three launches when normalised (sums of the chunks, scan over chunks, weights), one when not.
 """
@@ -25,19 +28,23 @@ MARK = tl.constexpr(6)
 
 @triton.jit
 def _log_sigmoid(x):
-    """log(sigmoid(x)), good to fp32: log(1 + y) is off by 1e-6 of itself at x = 3, where open gates lie."""
+    """log(sigmoid(x)), good to fp32: log(1 + y) is off by 1e-6 of itself at x = 3, where open
+    gates lie."""
     y = tl.exp(-tl.abs(x))
     u = 1.0 + y
     rounded = u - 1.0
-    return tl.minimum(x, 0.0) - tl.where(rounded == 0.0, y, tl.log(u) * (y / tl.where(rounded == 0.0, 1.0, rounded)))
+    return tl.minimum(x, 0.0) - tl.where(
+        rounded == 0.0, y, tl.log(u) * (y / tl.where(rounded == 0.0, 1.0, rounded))
+    )
 
 
 @triton.jit
 def _log_gates(i, f, inside, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr):
     """(log_i, log_f) in fp64; a token past the end weighs nothing and forgets nothing.
 
-    What is below -1e5 erases everything and what is below -1e6 weighs nothing, -inf among them; kept there, a chunk of 64 resets
-    sums to less than 2^24, so that whole exponents are exact in fp32.
+    What is below -1e5 erases everything and what is below -1e6 weighs nothing, -inf among them;
+    kept there, a chunk of 64 resets sums to less than 2^24, so that whole exponents are exact in
+    fp32.
     """
     i = i.to(tl.float32)
     f = f.to(tl.float32)
@@ -58,7 +65,8 @@ def _running_max(top_1, before_1, top_2, before_2):
 
 @triton.jit
 def _pair(x):
-    """x (fp64) as (whole, rest), fp32: sums of the first are exact, the second stays below one half."""
+    """x (fp64) as (whole, rest), fp32: sums of the first are exact, the second stays below one
+    half."""
     whole = tl.floor(x + 0.5).to(tl.float32)
     return whole, (x - whole.to(tl.float64)).to(tl.float32)
 
@@ -72,122 +80,17 @@ def _exp(x):
 
 @triton.jit
 def power(whole, rest, PRECISE: tl.constexpr):
-    """2^(whole + rest). For 16-bit operands the sum may be rounded at its own size (1e-6 of the result at 2^30)."""
+    """2^(whole + rest). For 16-bit operands the sum may be rounded at its own size (1e-6 of the
+    result at 2^30)."""
     if PRECISE:
         return tl.exp2(whole) * tl.exp2(rest)
     else:
         return tl.exp2(whole + rest)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots"])
-def _sums_kernel(
-    k, i, f, cu_seqlens, table, sums, chunk_f, chunk_p,
-    stride_kb, stride_kt, stride_kh, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
-    T, H, slots, K,
-    L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Of each chunk: b_L, max p, and sum_s exp(p_s - max p) k_s, in the chunk's own gauge."""
-    w = tl.program_id(0) // H
-    head = tl.program_id(0) % H
-    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    if j * L >= length:
-        return
-    row = head if PACKED else batch * H + head
-    slot = (row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)) + j
-    t = j * L + tl.arange(0, L)
-    inside = t < length
-    t = start + t
-    log_i, log_f = _log_gates(
-        tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
-        tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
-        inside, SIGMOID_I, SIGMOID_F,
-    )  # fmt: skip
-    p = log_i - tl.cumsum(log_f, 0)
-    p_max = tl.max(p, 0)
-    tl.store(chunk_f + slot, tl.sum(log_f, 0))
-    tl.store(chunk_p + slot, p_max)
-    weight = _exp(p - p_max)
-    rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
-    for block in range(0, K, BLOCK_K):
-        column = block + tl.arange(0, BLOCK_K)
-        tile = tl.load(rows[:, None] + column[None, :], mask=inside[:, None] & (column < K)[None, :], other=0.0)
-        total = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
-        tl.store(sums + slot * K + column, total, mask=column < K)
-
-
-@triton.jit
-def _max_plus(decay_1, top_1, decay_2, top_2):
-    return decay_1 + decay_2, tl.maximum(top_1 + decay_2, top_2)
-
-
 @triton.jit
 def _affine(factor_1, value_1, factor_2, value_2):
     return factor_1 * factor_2, value_1 * factor_2 + value_2
-
-
-@triton.jit
-def _at(x, position, BLOCK: tl.constexpr):
-    """The entry of x at ``position`` along axis 0."""
-    chosen = tl.arange(0, BLOCK) == position
-    if len(x.shape) == 2:
-        return tl.sum(tl.where(chosen[:, None], x, 0.0), 0)
-    else:
-        return tl.sum(tl.where(chosen, x, 0.0), 0)
-
-
-@triton.jit(do_not_specialize=["T", "H", "slots"])
-def _gauge_kernel(
-    cu_seqlens, sums, chunk_f, chunk_p, n_first, m_first, gauge, decay, n_chunk, n_last, m_last,
-    T, H, slots, K,
-    L: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_N: tl.constexpr, HAS_M: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    """Over the chunks of each sequence: the gauge m_in (a max-plus scan, fp64) and the normaliser n that enter each of them."""
-    n = tl.program_id(0) // H
-    head = tl.program_id(0) % H
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
-    first = row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)
-    chunks = ((length + L - 1) // L).to(tl.int32)
-    state = n.to(tl.int64) * H + head
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    m = tl.full([], -1e30, tl.float32)
-    if HAS_M:
-        m = tl.maximum(tl.load(m_first + state), m)
-    normalizer = tl.zeros([BLOCK_K], tl.float32)
-    if HAS_N:
-        normalizer = tl.load(n_first + state * K + column, mask=column < K, other=0.0)
-    if chunks > 0:
-        tl.store(gauge + first, m)
-        tl.store(n_chunk + first * K + column, normalizer, mask=column < K)
-    for block in range(0, chunks, BLOCK):
-        c = block + tl.arange(0, BLOCK)
-        inside = c < chunks
-        more = c + 1 < chunks
-        last = tl.minimum(chunks - block, BLOCK) - 1
-        slot = first + c
-        log_f = tl.load(chunk_f + slot, mask=inside, other=0.0)
-        p_max = tl.load(chunk_p + slot, mask=inside, other=-1e30)
-        total, top = tl.associative_scan((log_f, p_max + log_f), 0, _max_plus)
-        m_out = tl.maximum(m.to(tl.float64) + total, top).to(tl.float32)
-        tl.store(gauge + slot + 1, m_out, mask=more)
-        tl.debug_barrier()  # the gauge before a chunk is the one after the last, bit for bit
-        m_in = tl.load(gauge + slot, mask=inside, other=0.0)
-        M_out = m_out.to(tl.float64) - log_f
-        keep = _exp(m_in.to(tl.float64) - M_out)
-        take = _exp(p_max - M_out)
-        tl.store(decay + slot, keep, mask=inside)
-        seen = inside[:, None] & (column < K)[None, :]
-        tile = tl.load(sums + slot[:, None] * K + column[None, :], mask=seen, other=0.0)
-        factor = tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K])
-        factor, value = tl.associative_scan((factor, take[:, None] * tile), 0, _affine)
-        value += factor * normalizer[None, :]
-        tl.store(n_chunk + (slot + 1)[:, None] * K + column[None, :], value, mask=seen & more[:, None])
-        m = _at(m_out, last, BLOCK)
-        normalizer = _at(value, last, BLOCK)
-    tl.store(n_last + state * K + column, normalizer, mask=column < K)
-    tl.store(m_last + state, tl.where(m <= -1e30, 0.0, m))  # the gauge of zeros may as well be 0
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
@@ -196,10 +99,11 @@ def _weights_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
     T, H, slots, size, K, scale,
-    L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, NORMALIZE: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
+    NORMALIZE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The seven vectors of a chunk and what it leaves of the state; when normalised also nu, and den goes into the exponents."""
+    """The seven vectors of a chunk and what it leaves of the state; when normalised also nu, and
+    den goes into the exponents."""
     w = tl.program_id(0) // H
     head = tl.program_id(0) % H
     n, j = unit(w, cu_seqlens, table, T, L, PACKED)
@@ -242,7 +146,11 @@ def _weights_kernel(
     if NORMALIZE:
         row, row_rest = _pair(-M * LOG2E)
         col, col_rest = _pair(p * LOG2E)
-        D = power(row[:, None] + col[None, :], row_rest[:, None] + col_rest[None, :], q.dtype.element_ty == tl.float32)
+        D = power(
+            row[:, None] + col[None, :],
+            row_rest[:, None] + col_rest[None, :],
+            q.dtype.element_ty == tl.float32,
+        )
         scores = tl.zeros([L, L], tl.float32)
         nu = tl.zeros([L], tl.float32)
         q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
@@ -274,90 +182,18 @@ def _weights_kernel(
     tl.store(here + MARK * size, mark + tl.where(erased, 4.0, 0.0))
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots"])
-def _column_kernel(
-    dh, h, q, cu_seqlens, table, weights, d, q_dq, sums,
-    stride_db, stride_dt, stride_dh, stride_hb, stride_ht, stride_hh, stride_qb, stride_qt, stride_qh,
-    T, H, slots, size, K, V,
-    L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, q_t . dq_t = dh_t . h_t where it is not, and the chunk's sum
-    of exp(m_in - M_t) d_t scale q_t / den_t, its share of dn."""
-    w = tl.program_id(0) // H
-    head = tl.program_id(0) % H
-    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    if j * L >= length:
-        return
-    row = head if PACKED else batch * H + head
-    slot = (row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)) + j
-    l = tl.arange(0, L)
-    inside = j * L + l < length
-    t = start + j * L + l
-    here = slot * L + l
-    dot = tl.zeros([L], tl.float32)
-    dh_rows = dh + batch * stride_db + t * stride_dt + head * stride_dh
-    h_rows = h + batch * stride_hb + t * stride_ht + head * stride_hh
-    for block in range(0, V, BLOCK_V):
-        column = block + tl.arange(0, BLOCK_V)
-        seen = inside[:, None] & (column < V)[None, :]
-        dh_tile = tl.load(dh_rows[:, None] + column[None, :], mask=seen, other=0.0)
-        h_tile = tl.load(h_rows[:, None] + column[None, :], mask=seen, other=0.0)
-        dot += tl.sum(dh_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
-    mark = tl.load(weights + MARK * size + here)
-    sign = tl.where(mark > 2.0, mark - 4.0, mark)
-    tl.store(d + here, -sign * dot)
-    tl.store(q_dq + here, tl.where(sign == 0.0, dot, 0.0))
-    weight = tl.load(weights + 2 * size + here) * -sign * dot
-    q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
-    for block in range(0, K, BLOCK_K):
-        column = block + tl.arange(0, BLOCK_K)
-        tile = tl.load(q_rows[:, None] + column[None, :], mask=inside[:, None] & (column < K)[None, :], other=0.0)
-        tl.store(sums + slot * K + column, tl.sum(tile.to(tl.float32) * weight[:, None], 0), mask=column < K)
-
-
-@triton.jit(do_not_specialize=["T", "H", "slots"])
-def _column_state_kernel(
-    cu_seqlens, sums, decay, dn_last, dn_chunk, dn_first, T, H, slots, K,
-    L: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_DN: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """dn at the end of every chunk, from the last one back: dn <- decay dn + sums."""
-    n = tl.program_id(0) // H
-    head = tl.program_id(0) % H
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
-    first = row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)
-    chunks = ((length + L - 1) // L).to(tl.int32)
-    state = n.to(tl.int64) * H + head
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    dn = tl.zeros([BLOCK_K], tl.float32)
-    if HAS_DN:
-        dn = tl.load(dn_last + state * K + column, mask=column < K, other=0.0)
-    if chunks > 0:
-        tl.store(dn_chunk + (first + chunks - 1) * K + column, dn, mask=column < K)
-    for block in range(0, chunks, BLOCK):
-        c = chunks - 1 - block - tl.arange(0, BLOCK)
-        slot = first + c
-        keep = tl.load(decay + slot, mask=c >= 0, other=0.0)
-        seen = (c >= 0)[:, None] & (column < K)[None, :]
-        tile = tl.load(sums + slot[:, None] * K + column[None, :], mask=seen, other=0.0)
-        factor, value = tl.associative_scan((tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K]), tile), 0, _affine)
-        value += factor * dn[None, :]
-        tl.store(dn_chunk + (slot - 1)[:, None] * K + column[None, :], value, mask=seen & (c >= 1)[:, None])
-        dn = _at(value, tl.minimum(chunks - block, BLOCK) - 1, BLOCK)
-    tl.store(dn_first + state * K + column, dn, mask=column < K)
-
-
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans"])
 def _gradients_kernel(
-    i, f, cu_seqlens, table, weights, q_dq, k_dk, C_ends, dC_ends, n_chunk, n_last, dn_chunk, di, df,
-    stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
+    i, f, cu_seqlens, table, weights, q_dq, k_dk, C_ends, dC_ends, n_chunk, n_last, dn_chunk, di,
+    df, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
     T, H, slots, spans, size, K, state,
-    L: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr,
-    SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr,
+    L: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, Q_PARTS: tl.constexpr,
+    K_PARTS: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
+    NORMALIZE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the end of its span of SPAN tokens, and of the
-    states that meet there; it restarts at tokens that erase what came before."""
+    """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the end of its span
+    of SPAN tokens, and of the states that meet there; it restarts at tokens that erase what came
+    before."""
     w = tl.program_id(0) // H
     head = tl.program_id(0) % H
     n, j = unit(w, cu_seqlens, table, T, SPAN, PACKED)
@@ -368,7 +204,11 @@ def _gradients_kernel(
     span = row * spans + first_slot(n, start, SPAN, PACKED) + j
     first = row * slots + first_slot(n, start, L, PACKED)
     # Tokens from the last to the first: the scan runs forward.
-    position = tl.minimum((j + 1) * SPAN, ((length + L - 1) // L * L).to(tl.int32)) - 1 - tl.arange(0, SPAN)
+    position = (
+        tl.minimum((j + 1) * SPAN, ((length + L - 1) // L * L).to(tl.int32))
+        - 1
+        - tl.arange(0, SPAN)
+    )
     inside = (position >= j * SPAN) & (position < length)
     here = first * L + position
     dlog_i = tl.zeros([SPAN], tl.float32)
@@ -389,7 +229,9 @@ def _gradients_kernel(
         for block in range(0, K, BLOCK_K):
             column = block + tl.arange(0, BLOCK_K)
             if end == length:
-                n_end = tl.load(n_last + (n.to(tl.int64) * H + head) * K + column, mask=column < K, other=0.0)
+                n_end = tl.load(
+                    n_last + (n.to(tl.int64) * H + head) * K + column, mask=column < K, other=0.0
+                )
             else:
                 n_end = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
             dn_end = tl.load(dn_chunk + (slot - 1) * K + column, mask=column < K, other=0.0)
@@ -400,10 +242,14 @@ def _gradients_kernel(
     dlog_f = (factor * total + value).to(tl.float32)
     t = start + position
     if SIGMOID_I:
-        x = tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(
+            i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0
+        ).to(tl.float32)
         dlog_i = dlog_i / (1.0 + tl.exp(x))
     if SIGMOID_F:
-        x = tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(
+            f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0
+        ).to(tl.float32)
         dlog_f = dlog_f / (1.0 + tl.exp(x))
     out = (batch * T + t) * H + head
     tl.store(di + out, dlog_i, mask=inside)

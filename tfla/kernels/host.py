@@ -1,4 +1,5 @@
-"""From tensors to launches: the plan of a call, the tables of packed sequences, and the call of a kernel."""
+"""From tensors to launches: the plan of a call, the tables of packed sequences, and the call of a
+kernel."""
 
 from __future__ import annotations
 
@@ -39,19 +40,33 @@ def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     """The plan that serves tensors of these shapes."""
     B, T, H, K = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    problem = Problem(B, T, H, K, v.shape[-1], N, cu_seqlens is not None, q.element_size(), precision(q))
+    problem = Problem(
+        B, T, H, K, v.shape[-1], N, cu_seqlens is not None, q.element_size(), precision(q)
+    )
     return plan(problem, device_of(q))
 
 
 def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, ...]:
-    """Of packed sequences: which one each slot of chunks, spans and segments belongs to, in one launch."""
+    """Of packed sequences: which one each slot of chunks, spans and segments belongs to, in one
+    launch."""
     if cu_seqlens is None:
         return None, None, None
     N = cu_seqlens.shape[0] - 1
     units = (p.L, p.span, p.segment or p.span)
     sizes = [T // unit + N for unit in units]
     table = torch.empty(sum(sizes), dtype=torch.int32, device=cu_seqlens.device)
-    launch(_tables_kernel, (triton.cdiv(sum(sizes), 256),), (4, 1), cu_seqlens, table, T, N, *units, *sizes, BLOCK=256)
+    launch(
+        _tables_kernel,
+        (triton.cdiv(sum(sizes), 256),),
+        (4, 1),
+        cu_seqlens,
+        table,
+        T,
+        N,
+        *units,
+        *sizes,
+        BLOCK=256,
+    )
     return table.split(sizes)
 
 
@@ -61,7 +76,8 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor) -> bool:
-    """Can a tensor descriptor walk over the rows of x (B, T, H, D)? They must start at multiples of 16 bytes."""
+    """Can a tensor descriptor walk over the rows of x (B, T, H, D)? They must start at multiples
+    of 16 bytes."""
     size = x.element_size()
     steps = all(s * size % 16 == 0 for s in x.stride()[:3])
     return steps and x.stride(1) > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * size >= 16
@@ -78,5 +94,10 @@ def launch(
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Scratch memory for descriptors; the caching allocator keeps it until the stream is done with it."""
-    return torch.empty(size, dtype=torch.int8, device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+    """Scratch memory for descriptors; the caching allocator keeps it until the stream is done with
+    it."""
+    return torch.empty(
+        size,
+        dtype=torch.int8,
+        device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda",
+    )

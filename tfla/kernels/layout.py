@@ -1,8 +1,10 @@
-"""Where things lie: sequences, chunks and larger units of tokens, for every kernel, without the host knowing any length.
+"""Where things lie: sequences, chunks and larger units of tokens, for every kernel, without the
+host knowing any length.
 
-A sequence of packed tokens [c_n, c_{n+1}) gets the slots from c_n // U + n on when it is cut into units of U tokens: never fewer than it
-needs, never more than T // U + N in all, and no prefix sum to wait for. Vectors of one number a token lie as (row, slot, L), rows
-being (batch, head), or heads alone when sequences are packed.
+A sequence of packed tokens [c_n, c_{n+1}) gets the slots from c_n // U + n on when it is cut into
+units of U tokens: never fewer than it needs, never more than T // U + N in all, and no prefix sum
+to wait for. Vectors of one number a token lie as (row, slot, L), rows being (batch, head), or
+heads alone when sequences are packed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import triton.language as tl
 
 @triton.jit
 def sequence(n, cu_seqlens, T, PACKED: tl.constexpr):
-    """(batch, first token, length) of sequence n; offsets out of range are clamped into the buffers."""
+    """(batch, first token, length) of sequence n; offsets out of range are clamped into the
+    buffers."""
     if PACKED:
         start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
         end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), start), T)
@@ -27,7 +30,8 @@ def sequence(n, cu_seqlens, T, PACKED: tl.constexpr):
 
 @triton.jit
 def unit(w, cu_seqlens, table, T, U, PACKED: tl.constexpr):
-    """(sequence, index within it) of the w-th slot of units of U tokens; the index is past the end in a slot that is not used."""
+    """(sequence, index within it) of the w-th slot of units of U tokens; the index is past the end
+    in a slot that is not used."""
     if PACKED:
         n = tl.load(table + w)
         start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
@@ -48,9 +52,14 @@ def first_slot(n, start, U, PACKED: tl.constexpr):
         return tl.zeros_like(start)
 
 
-@triton.jit(do_not_specialize=["T", "N", "unit_0", "unit_1", "unit_2", "size_0", "size_1", "size_2"])
-def _tables_kernel(cu_seqlens, table, T, N, unit_0, unit_1, unit_2, size_0, size_1, size_2, BLOCK: tl.constexpr):
-    """The sequence of every slot, for three units at once: the last n with c_n // U + n <= slot, found by bisection."""
+@triton.jit(
+    do_not_specialize=["T", "N", "unit_0", "unit_1", "unit_2", "size_0", "size_1", "size_2"]
+)
+def _tables_kernel(
+    cu_seqlens, table, T, N, unit_0, unit_1, unit_2, size_0, size_1, size_2, BLOCK: tl.constexpr
+):
+    """The sequence of every slot, for three units at once: the last n with c_n // U + n <= slot,
+    found by bisection."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which = (slot >= size_0).to(tl.int32) + (slot >= size_0 + size_1).to(tl.int32)
     U = tl.where(which == 0, unit_0, tl.where(which == 1, unit_1, unit_2)).to(tl.int64)

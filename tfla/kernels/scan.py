@@ -1,12 +1,14 @@
 """The scan: one kernel body for h, dq, dk and dv, and for the states where a sequence is cut.
 
-    scores = (A B^T + d) * D                     (L, L)     D = exp2(row + column exponents), causal or anti-causal
-    out    = edge * (A S + column) + scores X    (L, X)
-    S      = decay S + (edge B)^T X              (A, X)     on chip from the first chunk of a segment to its last
+    scores = (A B^T + d) * D                     (L, L)     D = exp2(row + column exponents),
+    causal or anti-causal out    = edge * (A S + column) + scores X    (L, X)
+    S      = decay S + (edge B)^T X              (A, X)     on chip from the first chunk of a
+    segment to its last
 
-A program owns BLOCK_X columns of one head of one segment and walks over its chunks, forward or in reverse. Which vector is the row
-and which the column exponent is all that the direction changes (``math.md``). TRANSPOSED keeps S as (X, A), the register operand
-of the next product, where it would otherwise pass through shared memory.
+A program owns BLOCK_X columns of one head of one segment and walks over its chunks, forward or in
+reverse. Which vector is the row and which the column exponent is all that the direction changes
+(``math.md``). TRANSPOSED keeps S as (X, A), the register operand of the next product, where it
+would otherwise pass through shared memory.
 """
 
 from __future__ import annotations
@@ -19,8 +21,19 @@ from tfla.kernels.layout import first_slot, sequence, unit
 
 
 @triton.jit
-def _tile(x, width, stride, t, length, start, L: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTOR: tl.constexpr):
-    """(L, BLOCK) of x from token t, column ``start``; zeros past the end of the sequence and past ``width``."""
+def _tile(
+    x,
+    width,
+    stride,
+    t,
+    length,
+    start,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """(L, BLOCK) of x from token t, column ``start``; zeros past the end of the sequence and past
+    ``width``."""
     if DESCRIPTOR:
         return x.load([t, start])
     else:
@@ -32,13 +45,14 @@ def _tile(x, width, stride, t, length, start, L: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _scan_kernel(
-    a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, left, cu_seqlens, table,
-    stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh, stride_xb, stride_xt, stride_xh,
-    stride_yb, stride_yt, stride_yh, stride_sn, stride_sh, stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx,
-    T, H, slots, spans, UNIT, size, stride_e, A, X,
-    L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_X: tl.constexpr, SPAN: tl.constexpr, STRIDE_EA: tl.constexpr,
-    STRIDE_EX: tl.constexpr, REVERSE: tl.constexpr, CUT: tl.constexpr, KEEP: tl.constexpr, TRANSPOSED: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, left,
+    cu_seqlens, table, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
+    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_sn, stride_sh,
+    stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, T, H, slots, spans, UNIT,
+    size, stride_e, A, X, L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_X: tl.constexpr,
+    SPAN: tl.constexpr, STRIDE_EA: tl.constexpr, STRIDE_EX: tl.constexpr, REVERSE: tl.constexpr,
+    CUT: tl.constexpr, KEEP: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     PACKED: tl.constexpr = cu_seqlens is not None
     PRECISE: tl.constexpr = x.dtype.element_ty == tl.float32
@@ -80,10 +94,12 @@ def _scan_kernel(
         x_rows = tl.make_tensor_descriptor(x_rows, [n_rows, X], [stride_xt, 1], [L, BLOCK_X])
         if out is not None:
             a_rows = tl.make_tensor_descriptor(a_rows, [n_rows, A], [stride_at, 1], [L, BLOCK_A])
-            out_rows = tl.make_tensor_descriptor(out_rows, [n_rows, X], [H.to(tl.int64) * X, 1], [L, BLOCK_X])
+            out_rows = tl.make_tensor_descriptor(
+                out_rows, [n_rows, X], [H.to(tl.int64) * X, 1], [L, BLOCK_X]
+            )
 
-    # The state, in the orientation that it has on chip. It lies in ``ends`` in tiles whose strides are constants, so that the
-    # addresses of kept states take no registers; only the base moves.
+    # The state, in the orientation that it has on chip. It lies in ``ends`` in tiles whose strides
+    # are constants, so that the addresses of kept states take no registers; only the base moves.
     if TRANSPOSED:
         S = tl.zeros([BLOCK_X, BLOCK_A], tl.float32)
         entry = tl.arange(0, BLOCK_X)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
@@ -102,10 +118,18 @@ def _scan_kernel(
                     at = columns[:, None] * stride_sx + lanes[None, :] * stride_sa
                 else:
                     at = lanes[:, None] * stride_sa + columns[None, :] * stride_sx
-                S = tl.load(state + n.to(tl.int64) * stride_sn + head * stride_sh + at, mask=inside, other=0.0)
+                S = tl.load(
+                    state + n.to(tl.int64) * stride_sn + head * stride_sh + at,
+                    mask=inside,
+                    other=0.0,
+                )
         else:
             before = (high if REVERSE else low) * L // SPAN - 1
-            S = tl.load(ends + (span + before) * stride_e + first_x * STRIDE_EX + entry, mask=inside, other=0.0)
+            S = tl.load(
+                ends + (span + before) * stride_e + first_x * STRIDE_EX + entry,
+                mask=inside,
+                other=0.0,
+            )
     remains = 1.0
 
     l = tl.arange(0, L)
@@ -126,11 +150,19 @@ def _scan_kernel(
             col_rest = tl.load(here + (COL + 1) * size)
             if TRANSPOSED:
                 P = tl.dot(B, tl.trans(AA), input_precision=PRECISION)
-                D = power(row_whole[None, :] + col_whole[:, None], row_rest[None, :] + col_rest[:, None], PRECISE)
+                D = power(
+                    row_whole[None, :] + col_whole[:, None],
+                    row_rest[None, :] + col_rest[:, None],
+                    PRECISE,
+                )
                 causal = (l[None, :] <= l[:, None]) if REVERSE else (l[None, :] >= l[:, None])
             else:
                 P = tl.dot(AA, tl.trans(B), input_precision=PRECISION)
-                D = power(row_whole[:, None] + col_whole[None, :], row_rest[:, None] + col_rest[None, :], PRECISE)
+                D = power(
+                    row_whole[:, None] + col_whole[None, :],
+                    row_rest[:, None] + col_rest[None, :],
+                    PRECISE,
+                )
                 causal = (l[:, None] <= l[None, :]) if REVERSE else (l[:, None] >= l[None, :])
             if d is not None:
                 d_here = tl.load(d + (slot + c) * L + l)
@@ -140,12 +172,17 @@ def _scan_kernel(
                     P += d_here[None, :]
             P = tl.where(causal, P * D, 0.0).to(XX.dtype)
             if TRANSPOSED:
-                O = tl.dot(S.to(B.dtype), tl.trans(AA), input_precision=PRECISION) * row_edge[None, :]
+                O = (
+                    tl.dot(S.to(B.dtype), tl.trans(AA), input_precision=PRECISION)
+                    * row_edge[None, :]
+                )
                 O = tl.trans(tl.dot(tl.trans(XX), P, O, input_precision=PRECISION))
             else:
                 O = tl.dot(AA, S.to(B.dtype), input_precision=PRECISION) * row_edge[:, None]
                 O = tl.dot(P, XX, O, input_precision=PRECISION)
-            if d is not None:  # last, when the low-precision copy of the state has left the registers
+            if (
+                d is not None
+            ):  # last, when the low-precision copy of the state has left the registers
                 row_vector = tl.load(vector + (slot + c) * X + columns, mask=columns < X, other=0.0)
                 O += (row_edge if REVERSE else row_edge * d_here)[:, None] * row_vector[None, :]
             seen = (t + l < length)[:, None] & (columns < X)[None, :]
@@ -160,7 +197,8 @@ def _scan_kernel(
                 Y = _tile(y_rows, X, stride_yt, t, length, first_x, L, BLOCK_X, False)
                 tl.store(dot + tile * size + (slot + c) * L + l, tl.sum(O * Y.to(tl.float32), 1))
         if KEEP:
-            # The state at the end of the chunk, unless it is where another piece of the sequence starts from.
+            # The state at the end of the chunk, unless it is where another piece of the sequence
+            # starts from.
             edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high) | (c + 1 == chunks)
             kept = ends + (span + c * L // SPAN) * stride_e + first_x * STRIDE_EX + entry
         if KEEP and REVERSE:
@@ -195,10 +233,12 @@ def _scan_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _join_kernel(
-    ends, left, state, cu_seqlens, stride_sn, stride_sh, stride_sa, stride_sx, T, H, spans, UNIT, stride_e, A, X,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr, STRIDE_EA: tl.constexpr, REVERSE: tl.constexpr,
+    ends, left, state, cu_seqlens, stride_sn, stride_sh, stride_sa, stride_sx, T, H, spans, UNIT,
+    stride_e, A, X, SPAN: tl.constexpr, BLOCK: tl.constexpr, STRIDE_EA: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """From what each piece of a sequence makes of an empty state to the state at its end (its start in reverse), in place."""
+    """From what each piece of a sequence makes of an empty state to the state at its end (its
+    start in reverse), in place."""
     PACKED: tl.constexpr = cu_seqlens is not None
     n = tl.program_id(0) // H
     head = tl.program_id(0) % H
@@ -206,7 +246,11 @@ def _join_kernel(
     row = (head if PACKED else batch * H + head).to(tl.int64)
     span = row * spans + first_slot(n, start, SPAN, PACKED)
     pieces = ((length + UNIT - 1) // UNIT).to(tl.int32)
-    first = first_slot(n, start, UNIT, PACKED) if PACKED else n.to(tl.int64) * tl.maximum((T + UNIT - 1) // UNIT, 1)
+    first = (
+        first_slot(n, start, UNIT, PACKED)
+        if PACKED
+        else n.to(tl.int64) * tl.maximum((T + UNIT - 1) // UNIT, 1)
+    )
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     lane, column = entry // X, entry % X
     inside = entry < A * X

@@ -1,4 +1,5 @@
-"""Decode: one token of every sequence of a batch, its state updated where it lies, in one launch."""
+"""Decode: one token of every sequence of a batch, its state updated where it lies, in one
+launch."""
 
 from __future__ import annotations
 
@@ -11,16 +12,15 @@ from tfla.gates import Activations
 from tfla.kernels.gates import _log_sigmoid
 from tfla.kernels.host import launch
 
-
 REGISTERS = 8192  # fp32 entries of the state that one program holds: 64 registers a thread
 
 
 @triton.jit(do_not_specialize=["H", "rows"])
 def _step_kernel(
     q, k, v, i, f, C, n, m, slots, h, arrived, scale,
-    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ib, stride_ih, stride_fb, stride_fh,
-    stride_cn, stride_ch, stride_ck, stride_cv, stride_nn, stride_nh, stride_nk, stride_mn, stride_mh,
-    H, K, V, rows,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ib, stride_ih,
+    stride_fb, stride_fh, stride_cn, stride_ch, stride_ck, stride_cv, stride_nn, stride_nh,
+    stride_nk, stride_mn, stride_mh, H, K, V, rows,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
 ):  # fmt: skip
     """C' = exp(log_f + m - m') C + exp(log_i - m') k v^T, and h, for BLOCK_V columns of one head.
@@ -34,7 +34,9 @@ def _step_kernel(
     slot = batch
     if slots is not None:
         slot = tl.load(slots + batch).to(tl.int64)
-        if (slot < 0) | (slot >= rows):  # the host cannot look: nothing outside the state is touched, and h says so
+        if (slot < 0) | (
+            slot >= rows
+        ):  # the host cannot look: nothing outside the state is touched, and h says so
             nothing = tl.full([BLOCK_V], float("nan"), tl.float32).to(h.dtype.element_ty)
             column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
             tl.store(h + (batch * H + head) * V + column, nothing, mask=column < V)
@@ -49,9 +51,18 @@ def _step_kernel(
         log_f = _log_sigmoid(log_f)
     log_i = tl.maximum(log_i, -1e30)
     log_f = tl.maximum(log_f, -1e8)
-    q_row = tl.load(q + batch * stride_qb + head * stride_qh + lanes, mask=lanes < K, other=0.0).to(tl.float32) * scale
-    k_row = tl.load(k + batch * stride_kb + head * stride_kh + lanes, mask=lanes < K, other=0.0).to(tl.float32)
-    v_row = tl.load(v + batch * stride_vb + head * stride_vh + columns, mask=columns < V, other=0.0).to(tl.float32)
+    q_row = (
+        tl.load(q + batch * stride_qb + head * stride_qh + lanes, mask=lanes < K, other=0.0).to(
+            tl.float32
+        )
+        * scale
+    )
+    k_row = tl.load(k + batch * stride_kb + head * stride_kh + lanes, mask=lanes < K, other=0.0).to(
+        tl.float32
+    )
+    v_row = tl.load(
+        v + batch * stride_vb + head * stride_vh + columns, mask=columns < V, other=0.0
+    ).to(tl.float32)
     if m is not None:
         m_at = m + slot * stride_mn + head * stride_mh
         m_old = tl.maximum(tl.load(m_at), -1e30)
@@ -63,9 +74,18 @@ def _step_kernel(
     else:
         decay = tl.exp(log_f)
         weight = tl.exp(log_i)
-    C_at = C + slot * stride_cn + head * stride_ch + lanes[:, None] * stride_ck + columns[None, :] * stride_cv
+    C_at = (
+        C
+        + slot * stride_cn
+        + head * stride_ch
+        + lanes[:, None] * stride_ck
+        + columns[None, :] * stride_cv
+    )
     inside = (lanes < K)[:, None] & (columns < V)[None, :]
-    C_new = decay * tl.load(C_at, mask=inside, other=0.0).to(tl.float32) + (weight * k_row)[:, None] * v_row[None, :]
+    C_new = (
+        decay * tl.load(C_at, mask=inside, other=0.0).to(tl.float32)
+        + (weight * k_row)[:, None] * v_row[None, :]
+    )
     tl.store(C_at, C_new.to(C.dtype.element_ty), mask=inside)
     h_row = tl.sum(C_new * q_row[:, None], 0)
     if m is not None:
@@ -107,7 +127,8 @@ def update(
     scale: float,
     activations: Activations,
 ) -> Tensor:
-    """One token: writes the new state over the old (in the rows ``slots``, or all) and returns h (B, H, V) in v's dtype."""
+    """One token: writes the new state over the old (in the rows ``slots``, or all) and returns h
+    (B, H, V) in v's dtype."""
     B, H, K = q.shape
     V = v.shape[-1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -119,7 +140,8 @@ def update(
     launch(
         _step_kernel, (B * H * triton.cdiv(V, block_v),), (4, 1),
         q, k, v, i, f, C, n, m, slots, h, None if m is None else _arrived(q, B * H), scale,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *i.stride(), *f.stride(), *C.stride(), *strides_n, *strides_m,
-        H, K, V, C.shape[0], BLOCK_K=block_k, BLOCK_V=block_v, SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *i.stride(), *f.stride(), *C.stride(),
+        *strides_n, *strides_m, H, K, V, C.shape[0], BLOCK_K=block_k, BLOCK_V=block_v,
+        SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
     )  # fmt: skip
     return h

@@ -1,0 +1,216 @@
+"""The normaliser, small and chunk-parallel: n where each chunk starts, and its share of the
+backward pass.
+
+nu = n . scale q is one more column of values, but inside the scan it would spill; here it is a sum
+a chunk, a scan over the chunks and (in gates.py) one product a chunk. The denominator then goes
+into the exponents, and one scan serves all.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tfla.kernels.gates import MARK, _affine, _exp, _log_gates
+from tfla.kernels.layout import first_slot, sequence, unit
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots"])
+def _sums_kernel(
+    k, i, f, cu_seqlens, table, sums, chunk_f, chunk_p,
+    stride_kb, stride_kt, stride_kh, stride_ib, stride_it, stride_ih, stride_fb, stride_ft,
+    stride_fh, T, H, slots, K,
+    L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Of each chunk: b_L, max p, and sum_s exp(p_s - max p) k_s, in the chunk's own gauge."""
+    w = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    if j * L >= length:
+        return
+    row = head if PACKED else batch * H + head
+    slot = (row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)) + j
+    t = j * L + tl.arange(0, L)
+    inside = t < length
+    t = start + t
+    log_i, log_f = _log_gates(
+        tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
+        tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
+        inside, SIGMOID_I, SIGMOID_F,
+    )  # fmt: skip
+    p = log_i - tl.cumsum(log_f, 0)
+    p_max = tl.max(p, 0)
+    tl.store(chunk_f + slot, tl.sum(log_f, 0))
+    tl.store(chunk_p + slot, p_max)
+    weight = _exp(p - p_max)
+    rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
+    for block in range(0, K, BLOCK_K):
+        column = block + tl.arange(0, BLOCK_K)
+        tile = tl.load(
+            rows[:, None] + column[None, :], mask=inside[:, None] & (column < K)[None, :], other=0.0
+        )
+        total = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
+        tl.store(sums + slot * K + column, total, mask=column < K)
+
+
+@triton.jit
+def _max_plus(decay_1, top_1, decay_2, top_2):
+    return decay_1 + decay_2, tl.maximum(top_1 + decay_2, top_2)
+
+
+@triton.jit
+def _at(x, position, BLOCK: tl.constexpr):
+    """The entry of x at ``position`` along axis 0."""
+    chosen = tl.arange(0, BLOCK) == position
+    if len(x.shape) == 2:
+        return tl.sum(tl.where(chosen[:, None], x, 0.0), 0)
+    else:
+        return tl.sum(tl.where(chosen, x, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots"])
+def _gauge_kernel(
+    cu_seqlens, sums, chunk_f, chunk_p, n_first, m_first, gauge, decay, n_chunk, n_last, m_last,
+    T, H, slots, K,
+    L: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_N: tl.constexpr,
+    HAS_M: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Over the chunks of each sequence: the gauge m_in (a max-plus scan, fp64) and the normaliser
+    n that enter each of them."""
+    n = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    row = head if PACKED else batch * H + head
+    first = row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)
+    chunks = ((length + L - 1) // L).to(tl.int32)
+    state = n.to(tl.int64) * H + head
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m = tl.full([], -1e30, tl.float32)
+    if HAS_M:
+        m = tl.maximum(tl.load(m_first + state), m)
+    normalizer = tl.zeros([BLOCK_K], tl.float32)
+    if HAS_N:
+        normalizer = tl.load(n_first + state * K + column, mask=column < K, other=0.0)
+    if chunks > 0:
+        tl.store(gauge + first, m)
+        tl.store(n_chunk + first * K + column, normalizer, mask=column < K)
+    for block in range(0, chunks, BLOCK):
+        c = block + tl.arange(0, BLOCK)
+        inside = c < chunks
+        more = c + 1 < chunks
+        last = tl.minimum(chunks - block, BLOCK) - 1
+        slot = first + c
+        log_f = tl.load(chunk_f + slot, mask=inside, other=0.0)
+        p_max = tl.load(chunk_p + slot, mask=inside, other=-1e30)
+        total, top = tl.associative_scan((log_f, p_max + log_f), 0, _max_plus)
+        m_out = tl.maximum(m.to(tl.float64) + total, top).to(tl.float32)
+        tl.store(gauge + slot + 1, m_out, mask=more)
+        tl.debug_barrier()  # the gauge before a chunk is the one after the last, bit for bit
+        m_in = tl.load(gauge + slot, mask=inside, other=0.0)
+        M_out = m_out.to(tl.float64) - log_f
+        keep = _exp(m_in.to(tl.float64) - M_out)
+        take = _exp(p_max - M_out)
+        tl.store(decay + slot, keep, mask=inside)
+        seen = inside[:, None] & (column < K)[None, :]
+        tile = tl.load(sums + slot[:, None] * K + column[None, :], mask=seen, other=0.0)
+        factor = tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K])
+        factor, value = tl.associative_scan((factor, take[:, None] * tile), 0, _affine)
+        value += factor * normalizer[None, :]
+        tl.store(
+            n_chunk + (slot + 1)[:, None] * K + column[None, :], value, mask=seen & more[:, None]
+        )
+        m = _at(m_out, last, BLOCK)
+        normalizer = _at(value, last, BLOCK)
+    tl.store(n_last + state * K + column, normalizer, mask=column < K)
+    tl.store(m_last + state, tl.where(m <= -1e30, 0.0, m))  # the gauge of zeros may as well be 0
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots"])
+def _column_kernel(
+    dh, h, q, cu_seqlens, table, weights, d, q_dq, sums,
+    stride_db, stride_dt, stride_dh, stride_hb, stride_ht, stride_hh, stride_qb, stride_qt,
+    stride_qh, T, H, slots, size, K, V,
+    L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, q_t . dq_t = dh_t . h_t where
+    it is not, and the chunk's sum of exp(m_in - M_t) d_t scale q_t / den_t, its share of dn."""
+    w = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    if j * L >= length:
+        return
+    row = head if PACKED else batch * H + head
+    slot = (row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)) + j
+    l = tl.arange(0, L)
+    inside = j * L + l < length
+    t = start + j * L + l
+    here = slot * L + l
+    dot = tl.zeros([L], tl.float32)
+    dh_rows = dh + batch * stride_db + t * stride_dt + head * stride_dh
+    h_rows = h + batch * stride_hb + t * stride_ht + head * stride_hh
+    for block in range(0, V, BLOCK_V):
+        column = block + tl.arange(0, BLOCK_V)
+        seen = inside[:, None] & (column < V)[None, :]
+        dh_tile = tl.load(dh_rows[:, None] + column[None, :], mask=seen, other=0.0)
+        h_tile = tl.load(h_rows[:, None] + column[None, :], mask=seen, other=0.0)
+        dot += tl.sum(dh_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
+    mark = tl.load(weights + MARK * size + here)
+    sign = tl.where(mark > 2.0, mark - 4.0, mark)
+    tl.store(d + here, -sign * dot)
+    tl.store(q_dq + here, tl.where(sign == 0.0, dot, 0.0))
+    weight = tl.load(weights + 2 * size + here) * -sign * dot
+    q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
+    for block in range(0, K, BLOCK_K):
+        column = block + tl.arange(0, BLOCK_K)
+        tile = tl.load(
+            q_rows[:, None] + column[None, :],
+            mask=inside[:, None] & (column < K)[None, :],
+            other=0.0,
+        )
+        tl.store(
+            sums + slot * K + column,
+            tl.sum(tile.to(tl.float32) * weight[:, None], 0),
+            mask=column < K,
+        )
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots"])
+def _column_state_kernel(
+    cu_seqlens, sums, decay, dn_last, dn_chunk, dn_first, T, H, slots, K,
+    L: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_DN: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """dn at the end of every chunk, from the last one back: dn <- decay dn + sums."""
+    n = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    row = head if PACKED else batch * H + head
+    first = row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)
+    chunks = ((length + L - 1) // L).to(tl.int32)
+    state = n.to(tl.int64) * H + head
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    dn = tl.zeros([BLOCK_K], tl.float32)
+    if HAS_DN:
+        dn = tl.load(dn_last + state * K + column, mask=column < K, other=0.0)
+    if chunks > 0:
+        tl.store(dn_chunk + (first + chunks - 1) * K + column, dn, mask=column < K)
+    for block in range(0, chunks, BLOCK):
+        c = chunks - 1 - block - tl.arange(0, BLOCK)
+        slot = first + c
+        keep = tl.load(decay + slot, mask=c >= 0, other=0.0)
+        seen = (c >= 0)[:, None] & (column < K)[None, :]
+        tile = tl.load(sums + slot[:, None] * K + column[None, :], mask=seen, other=0.0)
+        factor, value = tl.associative_scan(
+            (tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K]), tile), 0, _affine
+        )
+        value += factor * dn[None, :]
+        tl.store(
+            dn_chunk + (slot - 1)[:, None] * K + column[None, :],
+            value,
+            mask=seen & (c >= 1)[:, None],
+        )
+        dn = _at(value, tl.minimum(chunks - block, BLOCK) - 1, BLOCK)
+    tl.store(dn_first + state * K + column, dn, mask=column < K)
