@@ -28,6 +28,7 @@ bench = typer.Typer(
 def register(app: typer.Typer) -> None:
     app.add_typer(bench, name="bench")
     app.command(short_help="FLOPs, bytes and limits of each kernel of a call.")(roofline)
+    app.command("plan", short_help="The kernels that a call takes on a GPU.")(show_plan)
 
 
 def _option(text: str, *names: str, default: str | bool = True) -> Any:
@@ -217,6 +218,38 @@ def roofline(
     if plot is not None:
 
         print("plots:", *plots.rooflines(found, machine, kind, K, V, L, plot))
+
+
+def show_plan(
+    B: Annotated[int, typer.Argument(help="Sequences.", min=0, show_default=False)],
+    T: Annotated[int, typer.Argument(help="Tokens in each.", min=0, show_default=False)],
+    H: Annotated[int, typer.Argument(help="Heads.", min=1, show_default=False)],
+    K: Annotated[int, typer.Argument(help="Head dim of q and k.", min=1, show_default=False)],
+    V: Annotated[int, typer.Argument(help="Head dim of v.", min=1, show_default=False)],
+    device: Annotated[str, _option(f"this or a named one: {', '.join(r.MACHINES)}.")] = "this",
+    dtype: Annotated[str, _option("bf16, fp16 or fp32.")] = "bf16",
+    tf32: Annotated[bool, _option("fp32 products in TF32, if torch is set to it.")] = False,
+    packed: Annotated[int, _option("Sequences packed along T; B is then 1.")] = 0,
+) -> None:
+    """Chunk, spans, segments and tiles of the kernels that serve a call: chosen from these integers
+    and the device's alone, never by trial.
+    """
+    if packed and B != 1:
+        raise RunError(f"B is {B}, wanted 1 with --packed {packed}: the sequences lie along T")
+    if device != "this" and device.lower() not in r.MACHINES:
+        raise RunError(f"--device is {device}, wanted this, {', '.join(r.MACHINES)}")
+    if device != "this":
+        known = r.MACHINES[device.lower()].device
+        assert known is not None
+    elif torch.cuda.is_available():
+        from tfla.kernels.host import device_of
+
+        known = device_of(torch.empty(0, device="cuda"))
+    else:
+        raise RunError("there is no GPU here; name one: --device h200")
+    size = DTYPES[_dtype(dtype, False)].itemsize
+    precision = "tf32" if tf32 and size == 4 else "ieee"
+    print(plan(Problem(B, T, H, K, V, packed or B, bool(packed), size, precision), known))
 
 
 class _Session:

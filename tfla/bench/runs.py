@@ -26,6 +26,7 @@ from tfla.plan import Problem
 Row = dict[str, Any]
 Tell = Callable[..., None]
 
+STARTING = 120.0  # more seconds for a process to begin: imports, on a busy machine
 TASKS = {
     "ceiling": "tfla.bench.runs:ceiling",
     "kernels": "tfla.bench.runs:kernels",
@@ -76,7 +77,7 @@ def work_off(tasks: Sequence[Task], limit: float) -> Iterator[Row]:
         rows: list[Row] = []  # of the task at hand: only whole tasks count
         try:
             while done < len(waiting):
-                if not receive.poll(limit):
+                if not receive.poll(limit + (STARTING if what == "starting" else 0)):
                     reason = f"{what} took longer than {limit:.0f} s"
                     break
                 kind, *message = receive.recv()

@@ -1,0 +1,434 @@
+"""The benchmarks: the gate lets nothing wrong through, a failing peer is a line, numbers add up."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recurrence as oracle
+import torch
+from checks import one_thread  # noqa: F401
+from torch import Tensor
+
+import tfla
+from tfla.bench import cases, check, measure, models, plots, report, runs
+from tfla.bench.cases import Implementation, Leaves, Shape
+from tfla.bench.runs import Row, Task
+from tfla.cli import run_command
+
+CPU = torch.device("cpu")
+SHAPE = Shape(B=2, T=70, H=2, K=8, V=12)
+OURS = {x.function: x for x in cases.IMPLEMENTATIONS if x.ours}
+ATTENTION = next(x for x in cases.IMPLEMENTATIONS if x.name == "attention")
+
+
+# ------------------------------------------------------------------------------- the gate
+
+
+def row_of_leaves(x: Implementation, shape: Shape = SHAPE) -> tuple[Leaves, Tensor]:
+    """One sequence and head of leaves, and dh, in fp64."""
+    leaves = x.leaves(replace(shape, B=1, H=1), torch.float64, CPU, seed=3)
+    rows = {name: check._row(x.canonical(t.detach()), 0, 0) for name, t in leaves.items()}
+    return rows, torch.randn(rows["v"].shape, dtype=torch.float64)
+
+
+def by_autograd(h: Callable[[Leaves], Tensor], rows: Leaves, dh: Tensor) -> dict[str, Tensor]:
+    x = {name: t.clone().requires_grad_() for name, t in rows.items()}
+    out = h(x)
+    grads = torch.autograd.grad(out, list(x.values()), dh)
+    return {"h": out.detach()} | {f"d{n}": t for n, t in zip(x, grads, strict=True)}
+
+
+@pytest.mark.parametrize("function", ["exp", "sigmoid", "simple"])
+def test_closed_form_is_the_recurrence(function: str) -> None:
+    """Two programs that share no line: values and all gradients."""
+
+    def h(x: Leaves) -> Tensor:
+        q, k, v = (x[name][None, :, None] for name in "qkv")
+        gates = {name: x[name][None, :, None] for name in x.keys() - {"q", "k", "v"}}
+        if function == "simple":
+            return oracle.linear_attention(q, k, v, gates["log_f"])[0][0, :, 0]
+        return oracle.mlstm(q, k, v, gates["i"], gates["f"], input_gate=function)[0][0, :, 0]
+
+    x = next(x for x in cases.IMPLEMENTATIONS if x.function == function)
+    rows, dh = row_of_leaves(x)
+    truth = by_autograd(h, rows, dh)
+    found = check.closed_form(function, rows, dh)
+    assert found.keys() == truth.keys()
+    for name, value in truth.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_closed_form_of_attention_is_attention() -> None:
+    def h(x: Leaves) -> Tensor:
+        q, k, v = (x[name][None, None] for name in "qkv")
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[0, 0]
+
+    rows, dh = row_of_leaves(ATTENTION)
+    truth, found = by_autograd(h, rows, dh), check.closed_form("attention", rows, dh)
+    for name, value in truth.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_a_decay_a_channel_with_equal_channels_is_one_decay() -> None:
+    vector = next(x for x in cases.IMPLEMENTATIONS if x.function == "vector")
+    rows, dh = row_of_leaves(vector)
+    one = rows["log_f"][:, 0]
+    wide = check.closed_form("vector", rows | {"log_f": one[:, None].expand(-1, SHAPE.K)}, dh)
+    narrow = check.closed_form("simple", rows | {"log_f": one}, dh)
+    torch.testing.assert_close(wide["h"], narrow["h"])
+    torch.testing.assert_close(wide["dlog_f"].sum(-1), narrow["dlog_f"])
+
+
+def test_ssd_is_the_family_with_its_gates() -> None:
+    """C, B, x, dt, A of state-space duality, through the public function."""
+    ssd = next(x for x in cases.IMPLEMENTATIONS if x.function == "ssd")
+    rows, dh = row_of_leaves(ssd, replace(SHAPE, V=64))
+    q, k, v = (rows[name][None, :, None] for name in "qkv")
+    dt = rows["dt"][None, :, None]
+    h, _ = tfla.linear_attention(q, k, v, rows["A"] * dt, dt.log(), scale=1.0)
+    torch.testing.assert_close(check.closed_form("ssd", rows, dh)["h"], h[0, :, 0])
+
+
+@pytest.mark.parametrize("function", ["exp", "sigmoid"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_right_passes(function: str, dtype: str) -> None:
+    verdict = check.judge(OURS[function], SHAPE, cases.DTYPES[dtype], CPU)
+    assert verdict.errors.keys() == {"h", "dq", "dk", "dv", "di", "df"}
+    assert not verdict.exceeded and verdict.tokens == SHAPE.T and verdict.first_s > 0
+
+
+def spoiled(change: Callable[[Leaves, Tensor], Tensor]) -> Implementation:
+    """Ours with a fault in it."""
+    return replace(OURS["exp"], call=lambda x: change(x, OURS["exp"].call(x)))
+
+
+FAULTS = {
+    "one value": lambda x, h: h * (1 + 0.5 * (torch.arange(h.shape[1]) == 69)[:, None, None]),
+    "a gradient": lambda x, h: h + 0.01 * (x["f"] - x["f"].detach())[..., None],
+    "not finite": lambda x, h: h / torch.where(h == h.max(), 0.0, 1.0),
+    "a constant input": lambda x, h: OURS["exp"].call(x | {"i": x["i"].detach()}) + 0 * h,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_is_seen(fault: str) -> None:
+    x = spoiled(FAULTS[fault])  # type: ignore[arg-type]
+    assert check.judge(x, replace(SHAPE, B=1, H=1), torch.float32, CPU).exceeded
+
+
+def test_a_constant_normaliser_is_recognised() -> None:
+    """The official exp kernels: wrong as a gradient of the function, right as what they are."""
+
+    def call(x: Leaves) -> Tensor:
+        ones = torch.ones_like(x["v"][..., :1])
+        sums, _ = tfla.linear_attention(
+            x["q"], x["k"], torch.cat([x["v"], ones], -1),
+            torch.nn.functional.logsigmoid(x["f"]), x["i"],
+        )  # fmt: skip
+        return sums[..., :-1] / sums[..., -1:].abs().clamp_min(1.0).detach()
+
+    verdict = check.judge(replace(OURS["exp"], call=call, detached=True), SHAPE, torch.float32, CPU)
+    assert {"dq", "dk", "di", "df"} <= set(verdict.exceeded)
+    assert max(verdict.errors.values()) > 0.1 > 1e-4 > max(verdict.against.values())
+
+
+@pytest.mark.parametrize("function", ["exp", "sigmoid"])
+def test_the_truth_of_a_step_is_a_step(function: str) -> None:
+    x, state = models._step_inputs(replace(SHAPE, T=1), torch.float32, CPU, function)
+    h, C = check.step_truth(function, x, state)
+    full = {name: t.double() for name, t in x.items()}
+    wide = tfla.State(*(None if t is None else t.double() for t in state))
+    expected, after = tfla.mlstm_step(**full, state=wide, input_gate=function)  # type: ignore[arg-type]
+    torch.testing.assert_close(h, expected)
+    gauge = 1.0 if after.m is None else after.m.exp()[..., None, None]
+    torch.testing.assert_close(C, after.C * gauge)
+
+
+# ------------------------------------------------------------------------------- measuring
+
+
+def test_runs_are_timed_in_turns() -> None:
+    calls: list[tuple[str, int]] = []
+    found = measure.in_turns(
+        {name: lambda turn, name=name: calls.append((name, turn)) for name in "ab"},
+        CPU, repeats=4, seconds=60, warm=1,
+    )  # fmt: skip
+    assert calls == [(name, turn) for turn in range(5) for name in "ab"]
+    assert all(isinstance(times, list) and len(times) == 4 for times in found.values())
+
+
+def test_a_time_is_that_of_the_call_in_milliseconds() -> None:
+    found = measure.in_turns({"nap": lambda _: time.sleep(0.02)}, CPU, 3, 60, 0)["nap"]
+    assert isinstance(found, list) and 20 <= min(found) < 60
+
+
+def test_the_clock_ends_a_measurement_but_not_before_three_turns() -> None:
+    found = measure.in_turns({"nap": lambda _: time.sleep(0.01)}, CPU, 100, 0.0, 0)["nap"]
+    assert isinstance(found, list) and len(found) == 3
+
+
+def test_a_run_that_fails_fails_alone() -> None:
+    def fail(turn: int) -> None:
+        if turn == 1:
+            raise RuntimeError("out of luck")
+
+    found = measure.in_turns({"bad": fail, "good": lambda _: None}, CPU, 3, 60, 0)
+    assert isinstance(found["bad"], RuntimeError)
+    assert isinstance(found["good"], list) and len(found["good"]) == 3
+
+
+def test_peak_memory_is_the_largest_sum_at_a_time() -> None:
+    def run(_: int) -> Tensor:
+        first = torch.empty(1000, 1000)
+        second = torch.empty(500, 1000)
+        del first
+        return torch.cat([second, torch.empty(300, 1000)])
+
+    assert measure.peak_bytes(run, CPU) == pytest.approx(6.4e6, rel=0.01)
+
+
+def test_inputs_are_fresh_by_seed_and_laid_out_as_wanted() -> None:
+    for x in (*OURS.values(), ATTENTION):
+        a, b, again = (x.leaves(SHAPE, torch.float32, CPU, seed) for seed in (1, 2, 1))
+        assert all(not torch.equal(a[name], b[name]) for name in a)
+        assert all(torch.equal(a[name], again[name]) for name in a)
+        assert all(t.is_contiguous() and t.requires_grad for t in a.values())
+        assert x.canonical(a["q"]).shape[:2] == (SHAPE.B, SHAPE.T)
+
+
+def test_a_pinned_chunk_is_taken_and_given_back() -> None:
+    before = tfla.reference.L  # type: ignore[attr-defined]
+    [x] = cases.with_chunks([OURS["exp"]], [16])
+    leaves = x.leaves(SHAPE, torch.float32, CPU, 0)
+    with x.pinned():
+        assert tfla.reference.L == 16  # type: ignore[attr-defined]
+    assert tfla.reference.L == before  # type: ignore[attr-defined]
+    torch.testing.assert_close(x.run(leaves), OURS["exp"].run(leaves), rtol=1e-4, atol=1e-5)
+
+
+def test_peers_are_chosen_by_parts_of_their_names() -> None:
+    assert [x.name for x in cases.chosen("none")] == ["tfla exp", "tfla sigmoid"]
+    assert cases.chosen("all") == cases.IMPLEMENTATIONS
+    names = {x.name for x in cases.chosen("mamba, attention")}
+    assert {"mamba2 ssd", "attention", "attention cudnn"} <= names and "fla gla" not in names
+    assert {x.name for x in cases.IMPLEMENTATIONS} <= plots.COLOURS.keys()
+
+
+# ------------------------------------------------------------------------------- tasks
+
+
+def rows_of(task: Task, function: Callable[..., None]) -> list[Row]:
+    told: list[tuple[Any, ...]] = []
+    function(task, CPU, lambda *message: told.append(message))
+    return [message[1] for message in told if message[0] == "row"]
+
+
+def small(kind: str, *names: str, **fields: Any) -> Task:
+    common = {"shape": SHAPE, "repeats": 3, "warm": 1, "seconds": 5.0}
+    return Task(kind, "cpu", "fp32", names, **(common | fields))
+
+
+def test_wrong_results_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = spoiled(lambda x, h: 1.01 * h)
+
+    def fail(x: Leaves) -> Tensor:
+        raise RuntimeError("no kernel image")
+
+    peer = replace(wrong, name="attention", call=lambda x: 1.01 * OURS["exp"].call(x))
+    bad = replace(peer, name="mamba2 ssd", call=fail)
+    picky = replace(peer, name="fla gla", multiple=64)
+    monkeypatch.setattr(cases, "IMPLEMENTATIONS", [wrong, OURS["sigmoid"], peer, bad, picky])
+    names = [x.name for x in cases.IMPLEMENTATIONS]
+    rows = rows_of(small("kernels", *names), runs.kernels)
+    by = {(row["implementation"], row["pass"]): row for row in rows}
+    ours = by["tfla exp", "forward"]
+    assert ours["status"] == "WRONG" and "samples_ms" not in ours and "h 1.0e-02" in ours["reason"]
+    assert report.median(by["tfla sigmoid", "forward+backward"]) is not None
+    # A peer that is off keeps its speed, and its error stands beside it.
+    other = by["attention", "forward+backward"]
+    assert other["status"] == "ok" and "h" in other["exceeded"] and len(other["samples_ms"]) == 3
+    assert by["mamba2 ssd", "forward"]["reason"] == "RuntimeError: no kernel image"
+    assert by["fla gla", "forward"]["status"] == "skipped"
+    above, below = report.remarks(rows, {"bytes_per_s": 1e9, "flops_per_s": 1e9})
+    assert not any(line.startswith("limit of tfla exp") for line in above)
+    assert "tfla exp  fwd: WRONG: off by h 1.0e-02" in below[0]
+
+
+def test_decode_holds_every_step_against_fp64() -> None:
+    names = ("tfla exp", "tfla sigmoid", "attention")
+    rows = rows_of(small("decode", *names), models.decode)
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert all(set(row["errors"]) == {"h", "C"} for row in rows[:2])
+    assert max(max(row["errors"].values()) for row in rows[:2]) < 1e-5
+    state = 4 * SHAPE.B * SHAPE.H * SHAPE.K * SHAPE.V
+    assert rows[1]["bytes"] > 2 * state and rows[0]["bytes"] > rows[1]["bytes"]
+
+
+def test_a_model_is_timed_in_three_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = {"vocab_size": 32, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
+    monkeypatch.setitem(models.SIZES, "tiny", size)
+    rows = rows_of(small("model", "tfla exp", size="tiny"), models.model)
+    assert [row["pass"] for row in rows] == ["prefill", "decode", "train step"]
+    assert all(row["status"] == "ok" and len(row["samples_ms"]) == 3 for row in rows)
+    assert [row["tokens"] for row in rows] == [70, 2, 140]
+    assert rows[2]["flops"] > 3 * 2 * rows[0]["flops"]
+
+
+class Odd(Task):
+    """A task whose child imports this module, and so knows the kinds below."""
+
+
+def _raises(task: Task, device: torch.device, tell: runs.Tell) -> None:
+    for name in task.names:
+        tell("begin", name, "working")
+        if name == "crash":
+            os._exit(7)
+        if name == "hang":
+            time.sleep(600)
+        if name == "raise":
+            raise RuntimeError("a fault of the benchmark itself")
+    for name in task.names:
+        tell("row", task.row(name))
+
+
+runs.TASKS["odd"] = f"{__name__}:_raises"
+
+
+def test_whatever_a_peer_does_is_a_line() -> None:
+    """It exits, it never returns: the others are measured, and so is what comes after."""
+    tasks = [
+        Odd("odd", "cpu", "fp32", ("a", "crash", "hang", "b"), study="first"),
+        Odd("odd", "cpu", "fp32", ("c", "raise"), study="second"),
+    ]
+    rows = list(runs.work_off(tasks, limit=3.0))
+    found = {row["implementation"]: row for row in rows}
+    assert {n for n, row in found.items() if row["status"] == "ok"} == {"a", "b", "c"}
+    assert found["crash"]["reason"] == "the process ended while working (exit status 7)"
+    assert found["hang"]["reason"] == "working took longer than 3 s"
+    assert found["raise"]["reason"] == "RuntimeError: a fault of the benchmark itself"
+    assert [row["study"] for row in rows] == ["first"] * 4 + ["second"] * 2
+
+
+def test_late_tasks_are_left_out_and_said() -> None:
+    rows = list(runs.work_off([Odd("odd", "cpu", "fp32", ("a",), until=time.time())], 60.0))
+    assert [row["status"] for row in rows] == ["skipped"] and "--seconds" in rows[0]["reason"]
+
+
+# ------------------------------------------------------------------------------- results
+
+
+def result(**ms: list[float]) -> dict[str, Any]:
+    rows = [
+        {
+            "kind": "kernels", "study": "length", "implementation": name.replace("_", " "),
+            "pass": "forward", "dtype": "fp32", "shape": dict(B=1, T=64, H=1, K=8, V=8),
+            "status": "ok", "samples_ms": samples, "ours": name.startswith("tfla"),
+        }
+        for name, samples in ms.items()
+    ]  # fmt: skip
+    return {"format": report.FORMAT, "machine": {"device": "d"}, "rows": rows}
+
+
+def test_compare_sees_what_became_worse() -> None:
+    old = result(tfla_exp=[1.0, 1.0, 9.0], tfla_sigmoid=[2.0], attention=[1.0])
+    same = result(tfla_exp=[1.04], tfla_sigmoid=[1.5], attention=[9.0])
+    lines, worse = report.compare(old, same, 0.05)
+    assert worse == [] and [line[-1] for line in lines] == ["", "faster", "slower"]
+    slower = result(tfla_exp=[1.06], attention=[1.0])
+    lines, worse = report.compare(old, slower, 0.05)
+    assert [line.split(": ")[1] for line in worse] == ["slower", "gone"]
+    wrong = result(tfla_exp=[1.0], tfla_sigmoid=[2.0])
+    wrong["rows"][0] |= {"status": "WRONG"}
+    assert report.compare(old, wrong, 0.05)[1][0].endswith("WRONG")
+
+
+def test_spread_is_half_of_the_middle_half() -> None:
+    assert report.spread([10.0] * 8) == 0.0
+    assert report.spread([8.0, 8.0, 9.0, 10.0, 10.0, 11.0, 12.0, 50.0]) == pytest.approx(0.1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of the command, as small as it gets."""
+    out = tmp_path_factory.mktemp("bench")
+    words = "--tokens 128 --lengths 128 --studies length --repeats 3 --peers attention"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # on tensors this small more only wait for each other
+        words += " --device cpu --seconds 600 --out"
+        assert run_command(["bench", "kernels", *words.split(), str(out)]) == 0
+    return out
+
+
+def test_a_run_leaves_results_and_plots(run: Path) -> None:
+    found = report.load(run / "kernels.json")
+    assert {"device", "threads", "torch", "python"} <= found["machine"].keys()
+    assert found["ceiling"]["bytes_per_s"] > 1e8 and found["ceiling"]["flops_per_s"] > 1e8
+    assert len(found["rows"]) == 3 * 2 * 2  # implementations, passes, set-ups
+    for row in found["rows"]:
+        assert row["status"] == "ok" and len(row["samples_ms"]) == 3 and row["peak_bytes"] > 0
+        assert len(report.cells(row, found["ceiling"])) == len(report.COLUMNS["kernels"])
+    for name in ("length", "errors"):
+        assert (run / f"kernels-{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "</svg>" in (run / f"kernels-{name}.svg").read_text()
+    text = (run / "kernels.json").read_text()
+    assert os.uname().nodename not in text or len(os.uname().nodename) < 4
+
+
+def test_compare_by_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "kernels.json"
+    assert run_command(["bench", "compare", str(path), str(path)]) == 0
+    slower = json.loads(path.read_text())
+    row = next(row for row in slower["rows"] if row["ours"] and row["status"] == "ok")
+    row["samples_ms"] = [2 * ms for ms in row["samples_ms"]]
+    report.save(tmp_path / "new.json", slower)
+    assert run_command(["bench", "compare", str(path), str(tmp_path / "new.json")]) == 1
+    assert "+100.0%" in capsys.readouterr().out
+    threshold = ["--threshold", "1.5"]
+    assert run_command(["bench", "compare", str(path), str(tmp_path / "new.json"), *threshold]) == 0
+    (tmp_path / "bad.json").write_text("{")
+    assert run_command(["bench", "compare", str(path), str(tmp_path / "bad.json")]) == 2
+    assert "bad.json is not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["h100", "h200", "a100", "mi300x"])
+def test_roofline_by_command(
+    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["roofline", "4", "16384", "16", "128", "256", "--device", device]
+    assert run_command([*words, "--plot", str(tmp_path / "roof")]) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^ ?{name} ", out, re.MULTILINE) for name in ("h", "dv", "dq", "dk"))
+    assert "best of the paper's scheme" in out and (tmp_path / "roof.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("bench kernels --dtype int8", "--dtype is int8, wanted bf16, fp16, fp32"),
+        ("bench kernels --lengths 1,x", "whole numbers from 1 on"),
+        ("bench kernels --device tpu", "--device is tpu"),
+        ("bench model --size 9b", "--size is 9b, wanted tiny"),
+        ("bench compare none.json none.json", "none.json"),
+        ("roofline 1 1 1 8 8 --device b1000", "wanted this, h100"),
+        ("roofline 1 1 1 8 0 --device h100", "'V'"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(
+    words: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(words.split()) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_peers_are_listed_with_what_brings_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["bench", "kernels", "--list-peers", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(cases.IMPLEMENTATIONS)
+    assert any(line.split()[-1] == "here" for line in lines)
