@@ -63,3 +63,13 @@ def test_a_plan_prints_and_is_cached() -> None:
     assert isinstance(p, Plan) and plan(PAPER, H200) is p
     text = str(p)
     assert "chunk 32" in text and "h, dv" in text and "dq, dk" in text
+
+
+def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("typer")
+    from tfla.cli import run_command
+
+    assert run_command(["plan", "4", "16384", "16", "128", "256", "--device", "h200"]) == 0
+    assert capsys.readouterr().out.strip() == str(plan(PAPER, H200))
+    assert run_command(["plan", "4", "16384", "16", "128", "256", "--device", "abacus"]) == 2
+    assert "wanted this, h100" in capsys.readouterr().err
