@@ -62,7 +62,7 @@ def judge(
     began = time.perf_counter()
     h = x.run(leaves)
     with x.pinned():
-        grads = torch.autograd.grad(h, list(leaves.values()), dh)
+        grads = torch.autograd.grad(h, list(leaves.values()), dh.to(h.dtype))
     synchronize(device)
     first_s = time.perf_counter() - began
     results = {"h": h.detach()} | {f"d{n}": t for n, t in zip(leaves, grads, strict=True)}

@@ -177,28 +177,24 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the sources, with "+" where files of the package differ from it; None outside
-    of a clone."""
-    folder = Path(tfla.__file__).parent
+    """The commit of the sources, with "+" where they differ from it; None outside of a clone."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(Path(tfla.__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.parent.resolve():
-            return None
+        if not git("ls-files", "__init__.py"):
+            return None  # installed somewhere below a clone of something else
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except OSError:
         return None
 
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        names = []
+        text = ""
+    names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
     return names[0] if names else platform.processor() or platform.machine()

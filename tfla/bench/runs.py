@@ -111,6 +111,8 @@ def _work(send: Any, tasks: list[Task]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # peers and the profiler write there
     for task in tasks:
         device = torch.device(task.device)
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)
 
         def tell(kind: str, *message: Any, device: torch.device = device) -> None:
             if kind == "row":
@@ -231,7 +233,8 @@ def _run(
     def both(turn: int) -> object:
         leaves, dh = inputs[turn % len(inputs)]
         with x.pinned():  # the backward pass has the same plan
-            return torch.autograd.grad(x.call(leaves), list(leaves.values()), dh)
+            h = x.call(leaves)
+            return torch.autograd.grad(h, list(leaves.values()), dh.to(h.dtype))
 
     return both if backward else forward
 
