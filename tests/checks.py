@@ -289,10 +289,11 @@ def poisoned_buffers() -> Iterator[None]:
         torch.use_deterministic_algorithms(was, warn_only=warn)
 
 
-def sequence(case: Case) -> Callable:
+def sequence(case: Case) -> Callable[[dict[str, Tensor]], list[Tensor]]:
+    """The call of the case as a function from its leaves to [h], or [h, C] where the end is wanted."""
     cu = None if case.lengths is None else offsets(case.lengths)
 
-    def fn(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def fn(leaves: dict[str, Tensor]) -> list[Tensor]:
         state = tfla.State(leaves["C0"], leaves.get("n0"), leaves.get("m0")) if case.state else None
         h, end = tfla.mlstm(
             leaves["q"],
@@ -303,16 +304,16 @@ def sequence(case: Case) -> Callable:
             input_gate=case.input_gate,
             normalize=case.normalize,
             initial_state=state,
-            output_final_state=True,
+            output_final_state=case.final,
             cu_seqlens=cu,
         )
-        return h, end.C
+        return [h] if end is None else [h, end.C]
 
     return fn
 
 
 def results(fn: Callable, leaves: dict[str, Tensor], x: Inputs) -> list[Tensor]:
-    """h, the end of C, and every gradient of a call of fn(leaves)."""
-    h, C = fn(leaves)
-    grads = torch.autograd.grad([h, C], list(leaves.values()), [x.dh, x.G_C.to(C.dtype)])
-    return [h, C, *grads]
+    """What fn(leaves) gives, and every gradient of it."""
+    out = fn(leaves)
+    cotangents = [g.to(y.dtype) for y, g in zip(out, (x.dh, x.G_C), strict=False)]
+    return [*out, *torch.autograd.grad(out, list(leaves.values()), cotangents)]

@@ -31,6 +31,8 @@ def compiled_equals_eager(case: Case, backend: str) -> None:
     "case",
     [
         Case(T=70),
+        Case(T=70, state=False, final=False),
+        Case(T=70, state=False, final=False, input_gate="sigmoid"),
         Case(T=70, state=False, input_gate="sigmoid"),
         Case(T=70, input_gate="sigmoid", normalize=True, dtype=torch.float32),
         packed(0, 40, 30),
