@@ -290,7 +290,7 @@ def poisoned_buffers() -> Iterator[None]:
 
 
 def sequence(case: Case) -> Callable[[dict[str, Tensor]], list[Tensor]]:
-    """The call of the case as a function from its leaves to [h], or [h, C] where the end is wanted."""
+    """The call of the case as a function of its leaves: [h], or [h, C] where the end is wanted."""
     cu = None if case.lengths is None else offsets(case.lengths)
 
     def fn(leaves: dict[str, Tensor]) -> list[Tensor]:
