@@ -3,6 +3,7 @@ kernel."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -90,7 +91,11 @@ def launch(
     if 0 in grid:
         return
     triton.set_allocator(_allocate)
-    kernel[grid](*args, **constants, num_warps=shape[0], num_stages=shape[1])
+    # Triton launches on the current device, which need not be that of the tensors.
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](*args, **constants, num_warps=shape[0], num_stages=shape[1])
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
