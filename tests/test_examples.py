@@ -32,3 +32,10 @@ def test_quickstart_shows_that_the_parts_equal_the_whole() -> None:
     assert max(differences) < 1e-5
     assert re.search(r"norms of the gradients: q \S+, k \S+, v \S+, i \S+, f \S+", out)
     assert "nan" not in out
+
+
+def test_digits_are_learned() -> None:
+    out = run(next(path for path in EXAMPLES if path.stem == "digits"))
+    accuracies = [float(x) for x in re.findall(r"(\S+)%", out)]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 85
