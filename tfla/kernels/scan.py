@@ -89,7 +89,7 @@ def _scan_kernel(
     if y is not None:
         y_rows = y + batch * stride_yb + start * stride_yt + head * stride_yh
     if DESCRIPTOR:
-        n_rows = tl.maximum(length, 1).to(tl.int32)  # an empty sequence reads nothing, but 0 is no size
+        n_rows = tl.maximum(length, 1).to(tl.int32)  # 0 is no size, though nothing is read
         b_rows = tl.make_tensor_descriptor(b_rows, [n_rows, A], [stride_bt, 1], [L, BLOCK_A])
         x_rows = tl.make_tensor_descriptor(x_rows, [n_rows, X], [stride_xt, 1], [L, BLOCK_X])
         if out is not None:
