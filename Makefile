@@ -21,7 +21,7 @@ demo: $(VENV)/.installed-train
 	$(BIN)/tfla demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
