@@ -105,15 +105,15 @@ def train(
     held_out: Annotated[float, _data(
         "Share of the bytes that is never trained on: whole files, picked by name.")] = 0.05,
     hidden_size: Annotated[int, _model("Width; half of it must divide by --num-heads.")] = 128,
-    num_layers: Annotated[int, _model("Number of blocks.")] = 3,
-    num_heads: Annotated[int, _model("mLSTM heads in a block.")] = 2,
+    num_layers: Annotated[int, _model("Number of blocks.")] = 2,
+    num_heads: Annotated[int, _model("mLSTM heads in a block.")] = 1,
     input_gate: Annotated[str, _model(
         "exp (the paper's mLSTMexp) or sigmoid (its mLSTMsig).")] = "exp",
     context: Annotated[int, _training("Tokens in a training window.")] = 512,
     batch: Annotated[int, _training("Windows in a forward pass.")] = 4,
     accumulate: Annotated[int, _training(
         "Forward passes in a step: a batch this many times larger in the same memory.")] = 1,
-    lr: Annotated[float, _training("AdamW's learning rate at its peak.")] = 5e-3,
+    lr: Annotated[float, _training("AdamW's learning rate at its peak.")] = 2.5e-3,
     warmup: Annotated[float, _training(
         "Share of the run in which the learning rate rises.")] = 0.05,
     final_lr: Annotated[float, _training("Share of the peak that the cosine ends at.")] = 0.1,

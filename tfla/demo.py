@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Probe = Callable[[int, torch.device], Callable[[], None]]
 
-MODEL = {"hidden_size": 128, "num_layers": 3, "num_heads": 2}
-TRAINING = {"context": 512, "batch": 4, "lr": 5e-3}
+MODEL = {"hidden_size": 128, "num_layers": 2, "num_heads": 1}
+TRAINING = {"context": 512, "batch": 4, "lr": 2.5e-3}
 PROMPT = "import os\nimport sys\n\n\nclass "
 # The comparison is of one sequence, as wide as a model of 256.
 HEADS, WIDTH = 4, 64

@@ -27,7 +27,7 @@ class TrainOptions:
     accumulate: int = 1  # forward passes a step
     steps: int | None = None
     seconds: float | None = None
-    lr: float = 5e-3  # at its peak
+    lr: float = 2.5e-3  # at its peak
     warmup: float = 0.05  # share of the run
     final_lr: float = 0.1  # share of the peak that is left at the end
     weight_decay: float = 0.1
