@@ -1,0 +1,317 @@
+"""tfla.integrations.transformers.patch, on the real package, with and without xlstm installed."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peers import VOCAB, make, relative, tokens, transformers
+from torch import Tensor, nn
+
+from tfla.integrations import head_first, load_xlstm
+from tfla.integrations.transformers import patch
+
+pytestmark = pytest.mark.peers
+EXTERNAL = transformers.models.xlstm.modeling_xlstm.external_xlstm
+
+
+def exact(**fields: Any) -> nn.Module:
+    """In fp64 throughout and without eps, so that nothing but rounding separates the two."""
+    fields = {"eps": 0.0, "norm_reduction_force_float32": False, **fields}
+    model = make(torch.float64, **fields)
+    for module in model.modules():
+        if hasattr(module, "force_float32_reductions"):
+            module.force_float32_reductions = False
+        if hasattr(module, "_inference_fn"):  # in which states are fp32 whatever the model is
+            functions = [module._inference_fn]
+            functions += [f for f in functions[0].keywords.values() if isinstance(f, partial)]
+            for function in functions:
+                if "dtype_state" in function.keywords:
+                    function.keywords["dtype_state"] = torch.float64
+    return model
+
+
+def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return model, patch(copy.deepcopy(model))
+
+
+def hidden(model: nn.Module, *args: Any, **options: Any) -> Tensor:
+    """In the dtype of the model; its logits are always fp32."""
+    return model.backbone(*args, **options).last_hidden_state
+
+
+def left_padded(lengths: list[int]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Texts; the batch of them, padded with a token that occurs in them too; its mask."""
+    texts = [tokens(1, 40)[:, :n] for n in lengths]
+    T = max(lengths)
+    batch = torch.cat([nn.functional.pad(x, (T - x.shape[1], 0), value=11) for x in texts])
+    mask = torch.stack([torch.arange(T) >= T - n for n in lengths]).long()
+    return texts, batch, mask
+
+
+def test_the_rest_of_this_file_holds_without_xlstm(root: Path) -> None:
+    """Then transformers computes with code of its own, which the patch enters by other names."""
+    if not EXTERNAL:
+        pytest.skip("this is the run without xlstm")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=root,
+        env={**os.environ, "TFLA_TEST_WITHOUT_XLSTM": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout and "this is the run without xlstm" in done.stdout
+
+
+# ------------------------------------------------------------------------------- the same function
+
+
+@pytest.mark.parametrize("T", [1, 13, 64, 131])
+@pytest.mark.parametrize("mode", ["single", "fused"])
+def test_outputs_are_those_of_transformers_to_the_last_digits(T: int, mode: str) -> None:
+    theirs, ours = pair(exact(weight_mode=mode))
+    x = tokens(2, T)
+    with torch.no_grad():
+        assert relative(hidden(ours, x), hidden(theirs, x)) < 1e-12
+
+
+def test_it_is_tfla_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patch that does nothing would pass most other tests."""
+    seen = []
+    for name in ("sequence", "step"):
+        function = getattr(head_first, name)
+        monkeypatch.setattr(
+            head_first,
+            name,
+            lambda *a, function=function, name=name, **k: seen.append(name) or function(*a, **k),
+        )
+    theirs, ours = pair(make())
+    theirs.generate(tokens(1, 70), max_new_tokens=3, do_sample=False)
+    assert seen == []
+    ours.generate(tokens(1, 70), max_new_tokens=3, do_sample=False)
+    assert seen == ["sequence"] * 2 + ["step"] * 4
+
+
+def test_greedy_generation_is_token_for_token_the_same() -> None:
+    theirs, ours = pair(make())
+    x = tokens(3, 70)
+    wanted = theirs.generate(x, max_new_tokens=40, do_sample=False)
+    assert wanted[:, 70:].unique().numel() > 10
+    assert torch.equal(ours.generate(x, max_new_tokens=40, do_sample=False), wanted)
+
+
+def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once() -> None:
+    """Beyond max_inference_chunksize transformers cuts it; the mask is cut with it."""
+    texts, batch, mask = left_padded([40, 9, 30])
+    whole, cut = patch(exact()), patch(exact(max_inference_chunksize=16))
+    with torch.no_grad():
+        for use_cache in (True, False):
+            a = hidden(whole, batch, attention_mask=mask)
+            b = hidden(cut, batch, attention_mask=mask, use_cache=use_cache)
+            assert relative(b, a) < 1e-12
+            alone = hidden(cut, texts[1], use_cache=use_cache)
+            assert relative(b[1:2, -9:], alone) < 1e-12
+
+
+# ------------------------------------------------------------------------------- the cache
+
+
+def read(model: nn.Module, x: Tensor, piece: int) -> tuple[Tensor, Any]:
+    """Hidden states when x is read `piece` tokens at a time, and the cache."""
+    cache, out = None, []
+    with torch.no_grad():
+        for part in x.split(piece, 1):
+            result = model.backbone(part, cache_params=cache, use_cache=True)
+            cache = result.cache_params
+            out.append(result.last_hidden_state)
+    return torch.cat(out, 1), cache
+
+
+def test_tokens_one_by_one_are_the_prompt() -> None:
+    model, x = patch(exact()), tokens(2, 50)
+    whole, _ = read(model, x, 50)
+    for piece in (1, 7):
+        assert relative(read(model, x, piece)[0], whole) < 1e-11
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_of_a_bf16_model_keeps_m_in_fp32(state_dtype: torch.dtype) -> None:
+    model = patch(make(torch.bfloat16), state_dtype=state_dtype)
+    given = transformers.models.xlstm.modeling_xlstm.xLSTMCache(
+        model.config, 1, dtype=torch.bfloat16
+    )
+    for cache in (None, given):
+        with torch.no_grad():
+            cache = model(tokens(1, 20), cache_params=cache, use_cache=True).cache_params
+            cache = model(tokens(1, 1), cache_params=cache, use_cache=True).cache_params
+        for c, n, m in cache.rnn_state.values():
+            assert (c.dtype, n.dtype, m.dtype) == (state_dtype, state_dtype, torch.float32)
+            assert m.any()
+
+
+def test_a_bf16_model_does_not_drift() -> None:
+    """256 tokens one by one are what they are at once. m falls by less than bf16 can tell."""
+    model = make(torch.bfloat16, num_hidden_layers=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate_preact.bias" in name:
+                parameter.fill_(5.0 if "fgate" in name else 8.0)
+    off = []
+    for stack in pair(model):
+        whole, steps = (read(stack, tokens(1, 256), n)[0][:, 128:].float() for n in (256, 1))
+        off.append(((steps - whole).norm() / whole.norm()).item())
+    theirs, ours = off
+    assert ours < 1e-3
+    assert theirs > 30 * ours  # what is avoided
+
+
+# ------------------------------------------------------------------------------- the mask
+
+
+def test_left_padding_leaves_no_trace() -> None:
+    texts, batch, mask = left_padded([40, 9, 1, 30])
+    theirs, ours = pair(exact())
+    with torch.no_grad():
+        y = hidden(ours, batch, attention_mask=mask)
+        padded = hidden(theirs, batch, attention_mask=mask)
+        for n, text in enumerate(texts):
+            T = text.shape[1]
+            assert relative(y[n : n + 1, -T:], hidden(ours, text)) < 1e-12
+            if T < 40:  # what is avoided
+                assert relative(padded[n : n + 1, -T:], hidden(ours, text)) > 1e-3
+
+
+def test_right_padding_leaves_the_state_alone() -> None:
+    text = tokens(1, 20)
+    model = patch(exact())
+    batch = nn.functional.pad(text, (0, 9), value=11)
+    mask = (torch.arange(29) < 20).long()[None]
+    with torch.no_grad():
+        a = model.backbone(text, use_cache=True).cache_params
+        b = model.backbone(batch, attention_mask=mask, use_cache=True).cache_params
+    for x, y in zip(a.rnn_state.values(), b.rnn_state.values(), strict=True):
+        assert relative(y[0] * y[2][..., None].exp(), x[0] * x[2][..., None].exp()) < 1e-12
+
+
+def test_a_left_padded_batch_generates_what_each_text_does_alone() -> None:
+    texts, batch, mask = left_padded([40, 9, 30])
+    model = patch(make(pad_token_id=11))
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=25, do_sample=False)
+    for n, text in enumerate(texts):
+        alone = model.generate(text, max_new_tokens=25, do_sample=False)
+        assert torch.equal(together[n, 40:], alone[0, text.shape[1] :])
+
+
+@pytest.mark.parametrize("shape", [(2, 10), (3, 9), (3, 1, 10, 10)])
+def test_a_mask_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
+    model = patch(make())
+    with pytest.raises(ValueError, match=r"attention_mask must be \(3, 10\)"):
+        model(tokens(3, 10), attention_mask=torch.ones(shape))
+    x = tokens(3, 10)
+    with torch.no_grad():  # and nothing of it is left behind
+        assert torch.equal(model(x).logits, patch(make())(x).logits)
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def gradients(model: nn.Module, x: Tensor, **options: Any) -> list[Tensor]:
+    y = hidden(model, x, **options)
+    keep = options.get("attention_mask", torch.ones(x.shape))[..., None].bool()
+    return list(
+        torch.autograd.grad(y.masked_fill(~keep, 0).pow(3).sum(), list(model.backbone.parameters()))
+    )
+
+
+def same(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-9) -> None:
+    assert max(relative(x, y) for x, y in zip(a, b, strict=True)) < tolerance
+
+
+def test_gradients_are_those_of_the_function(tmp_path: Path) -> None:
+    """Theirs by autograd through plain operations, which is exact, where the package does that."""
+    theirs, ours = pair(exact().train())
+    x = tokens(2, 64)
+    same(gradients(ours, x, use_cache=False), gradients(theirs, x, use_cache=False), 1e-8)
+    same(gradients(ours, x), gradients(ours, x, use_cache=False))
+
+
+def test_training_with_the_cache_on_and_over_segments() -> None:
+    """As from_pretrained leaves it; with xlstm installed transformers itself cannot."""
+    model, x = patch(exact().train()), tokens(2, 30)
+    parameters = list(model.parameters())
+    whole = torch.autograd.grad(hidden(model, x).pow(3).sum(), parameters, allow_unused=True)
+    first = model.backbone(x[:, :12])
+    second = model.backbone(x[:, 12:], cache_params=first.cache_params)
+    loss = first.last_hidden_state.pow(3).sum() + second.last_hidden_state.pow(3).sum()
+    parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+    same([g for g in parts if g is not None], [g for g in whole if g is not None])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_sees_the_mask(reentrant: bool) -> None:
+    _, batch, mask = left_padded([40, 9, 30])
+    model = patch(exact().train())
+    plain = gradients(model, batch, attention_mask=mask)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    y = hidden(model, batch, attention_mask=mask)
+    hidden(model, tokens(2, 5))  # another batch before the gradients of the first
+    loss = y.masked_fill(~mask[..., None].bool(), 0).pow(3).sum()
+    model.zero_grad()
+    loss.backward()
+    same([p.grad for p in model.backbone.parameters()], plain)
+
+
+# ------------------------------------------------------------------------------- as a model
+
+
+def test_a_patched_model_is_copied_saved_and_patched_again(tmp_path: Path) -> None:
+    theirs, ours = pair(make())
+    x = tokens(2, 20)
+    with torch.no_grad():
+        wanted = ours(x).logits
+        stream = io.BytesIO()
+        torch.save(ours, stream)
+        stream.seek(0)
+        for again in (copy.deepcopy(ours), torch.load(stream, weights_only=False), patch(ours)):
+            assert torch.equal(again(x).logits, wanted)
+    assert len(ours.backbone._forward_pre_hooks) == len(theirs.backbone._forward_pre_hooks) + 1
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    ours.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert relative(load_xlstm(tmp_path)(x)[0], wanted) < 1e-4
+
+
+def test_embeddings_instead_of_tokens() -> None:
+    model, x = patch(exact()), tokens(2, 20)
+    with torch.no_grad():
+        e = model.backbone.embeddings(x)
+        assert torch.equal(hidden(model, inputs_embeds=e), hidden(model, x))
+    with pytest.raises(ValueError, match="exactly one"):
+        model.backbone()
+
+
+@pytest.mark.skipif(not EXTERNAL, reason="transformers' own code has no sigmoid gate")
+def test_the_sigmoid_gate_of_xlstm() -> None:
+    """Its Triton kernel is the only one they have, and it has no step."""
+    model = patch(exact(chunkwise_kernel="chunkwise--triton_xl_chunk_siging"))
+    x = tokens(2, 30)
+    assert relative(read(model, x, 1)[0], read(model, x, 30)[0]) < 1e-11
+    assert relative(read(model, x, 30)[0], read(patch(exact()), x, 30)[0]) > 1e-3
+
+
+def test_what_is_no_xlstm_is_refused() -> None:
+    with pytest.raises(TypeError, match="xLSTMModel.*Linear"):
+        patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="state_dtype"):
+        patch(make(), state_dtype=torch.float16)
+    assert VOCAB == make().config.vocab_size

@@ -1,0 +1,219 @@
+"""A transformers xLSTM computes with tfla."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfla.integrations import head_first
+
+
+def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Let an xLSTM of transformers compute with tfla, with or without the package xlstm installed.
+
+    From then on, in training and generation:
+
+    * prompts pass through ``tfla.mlstm`` whatever their length, new tokens through its decode step;
+    * gradients are those of the function (those of xlstm's Triton kernels treat the normaliser as a
+      constant), and training works without use_cache=False;
+    * the cache keeps m in fp32 and C and n in `state_dtype`; transformers keeps all three in the
+      model's dtype, and a bf16 model drifts off within hundreds of tokens;
+    * ``attention_mask`` is followed: tokens that are masked leave no trace, so a left-padded batch
+      gives each text the logits it has alone. transformers ignores the mask.
+
+    ``config.eps``, which transformers adds to the denominator of h, is left alone, as are
+    ``chunk_size`` and the names of kernels but for "siging" in ``chunkwise_kernel``: a sigmoid
+    input gate.
+
+    Args:
+        model: an xLSTMForCausalLM or xLSTMModel, or a module that contains one. It is changed in
+            place; its weights, its configuration and what ``save_pretrained`` writes are not. A
+            second call changes only `state_dtype`.
+        state_dtype: torch.float32 or torch.bfloat16, of C and n in the cache (fp64 in an fp64
+            model).
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: there is no xLSTM in it. ValueError: another state_dtype.
+
+    Example:
+        >>> from tfla.integrations.transformers import patch
+        >>> model = patch(xLSTMForCausalLM.from_pretrained("NX-AI/xLSTM-7b"))  # doctest: +SKIP
+    """
+    if state_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16; got {state_dtype}.")
+    stacks = [module for module in model.modules() if type(module).__name__ == "xLSTMModel"]
+    if not stacks:
+        raise TypeError(
+            "model must be or contain an xLSTMModel of transformers; got "
+            + type(model).__name__
+            + "."
+        )
+    for stack in stacks:
+        before = [hook for hook in stack._forward_pre_hooks.values() if _owner(hook)]
+        if before:
+            _owner(before[0]).state_dtype = state_dtype
+            continue
+        patched = _Patch(state_dtype)
+        stack.register_forward_pre_hook(patched.enter, with_kwargs=True)
+        stack.register_forward_hook(patched.leave, always_call=True)
+        for module in stack.modules():
+            if type(module).__name__ in ("xLSTMBackend", "mLSTMBackend"):
+                patched.serve(module)
+    return model
+
+
+class _Patch:
+    """What a patched stack knows while it computes: the mask, and how far a layer has read it."""
+
+    def __init__(self, state_dtype: torch.dtype) -> None:
+        self.state_dtype = state_dtype
+        self.mask: Tensor | None = None
+        self.read: dict[int, int] = {}
+        self.layers = 0
+
+    # -- around the stack
+
+    def enter(self, stack: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """Before the stack's forward: take the mask, and see to it that the cache is exact."""
+        given = dict(zip(_POSITIONAL, args, strict=False)) | given
+        ids, embedded = given.get("input_ids"), given.get("inputs_embeds")
+        x = ids if ids is not None else embedded
+        if x is None:
+            return (), given  # the stack says what is missing
+        self.read = {}
+        self.mask = _mask(given.get("attention_mask"), *x.shape[:2])
+        config = stack.config
+        use_cache = given.get("use_cache")
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if stack.training and getattr(stack, "gradient_checkpointing", False):
+            # What a block is computed from again must not be overwritten in between.
+            use_cache = given["use_cache"] = given.get("cache_params") is not None
+            for block in stack.blocks:
+                func = getattr(block, "_gradient_checkpointing_func", None)
+                if func is not None and not isinstance(func, _Again):
+                    block._gradient_checkpointing_func = _Again(func, self)
+        cut = not stack.training and x.shape[1] > config.max_inference_chunksize
+        weight = stack.get_input_embeddings().weight
+        dtype = weight.dtype if embedded is None else embedded.dtype
+        if given.get("cache_params") is None and (use_cache or cut):
+            given["cache_params"] = _new_cache(config, x.shape[0], x.device, dtype)
+        if given.get("cache_params") is not None:
+            self.widen(given["cache_params"], dtype)
+        return (), given
+
+    def leave(self, stack: nn.Module, args: Any, output: Any) -> None:
+        self.mask = None
+
+    def widen(self, cache: Any, dtype: torch.dtype) -> None:
+        """Give a cache that transformers made in the model's dtype ours."""
+        full = torch.promote_types(dtype, torch.float32)
+        low = full if full == torch.float64 else self.state_dtype
+        for layer, (c, n, m) in cache.rnn_state.items():
+            if (c.dtype, n.dtype, m.dtype) != (low, low, full):
+                cache.rnn_state[layer] = (c.to(low), n.to(low), m.to(full))
+
+    # -- in the layers
+
+    def serve(self, backend: Any) -> None:
+        """Put tfla behind the functions that a backend calls, in training and in inference."""
+        config = backend.config
+        sigmoid = "siging" in config.chunkwise_kernel
+        options: dict[str, Any] = {
+            "layer": self.layers,
+            "input_gate": "sigmoid" if sigmoid else "exp",
+            "normalize": not sigmoid or getattr(config, "normalize_siging", True),
+        }
+        self.layers += 1
+        run = partial(self.run, **options)
+        backend._train_fn = run
+        backend._inference_fn = partial(run, return_last_states=True)
+
+    def run(
+        self,
+        *,
+        layer: int,
+        input_gate: str,
+        normalize: bool,
+        return_last_states: bool,
+        c_initial: Tensor | None = None,
+        n_initial: Tensor | None = None,
+        m_initial: Tensor | None = None,
+        **given: Any,
+    ) -> Any:
+        """One layer. transformers names its tensors query, igate, ...; mlstm_kernels q, i, ..."""
+        q, k, v, i, f = (given[a] if a in given else given[b] for a, b in _NAMES)
+        T = q.shape[2]
+        keep = self.kept(layer, T)
+        if keep is not None:
+            i, f = head_first.close(i, f, keep)
+        gate: dict[str, Any] = {"input_gate": input_gate, "normalize": normalize}
+        states: Any = (c_initial, n_initial, m_initial)
+        if T == 1 and c_initial is not None and not torch.is_grad_enabled():
+            # The cache is updated where it lies; transformers' copying it into itself does nothing.
+            token = (q[:, :, 0], k[:, :, 0], v[:, :, 0], i, f)
+            h, states = head_first.step(*token, *states, inplace=True, **gate)
+            return h[:, :, None], states
+        h, after = head_first.sequence(q, k, v, i, f, *states, states=return_last_states, **gate)
+        return (h, after) if return_last_states else h
+
+    def kept(self, layer: int, T: int) -> Tensor | None:
+        """The mask of the T tokens that a layer reads now; long prompts come to it in pieces."""
+        if self.mask is None or self.mask.shape[1] == T:
+            return self.mask
+        start = self.read.get(layer, 0)
+        self.read[layer] = start + T
+        return self.mask[:, start : start + T]
+
+
+class _Again:
+    """A checkpointing function whose second computation sees the mask of the first."""
+
+    def __init__(self, func: Callable[..., Any], patch: _Patch) -> None:
+        self.func, self.patch = func, patch
+
+    def __call__(self, block: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        mask = self.patch.mask
+
+        def with_mask(*x: Any, **y: Any) -> Any:
+            before, self.patch.mask = self.patch.mask, mask
+            try:
+                return block(*x, **y)
+            finally:
+                self.patch.mask = before
+
+        return self.func(with_mask, *args, **options)
+
+
+_POSITIONAL = ("input_ids", "inputs_embeds", "cache_params", "use_cache")
+_NAMES = (("query", "q"), ("key", "k"), ("value", "v"), ("igate", "i"), ("fgate", "f"))
+
+
+def _owner(hook: Any) -> Any:
+    """The patch that a hook belongs to, or None."""
+    owner = getattr(hook, "__self__", None)
+    return owner if isinstance(owner, _Patch) else None
+
+
+def _mask(mask: Tensor | None, B: int, T: int) -> Tensor | None:
+    """(B, T) True for tokens that count. A longer mask ends with that of these tokens."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] < T:
+        raise ValueError(
+            f"attention_mask must be ({B}, {T}), 1 for tokens and 0 for padding, or longer when "
+            f"its first part has been read before; got {tuple(mask.shape)}."
+        )
+    return mask[:, mask.shape[1] - T :].to(torch.bool)
+
+
+def _new_cache(config: Any, B: int, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers.models.xlstm.modeling_xlstm import xLSTMCache
+
+    return xLSTMCache(config, B, dtype=dtype, device=device)
