@@ -27,7 +27,7 @@ BOUNDS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-16}
 TF32 = 2**-9
 SUMS = {"df": 4.0, "dlog_f": 4.0, "ddt": 4.0}  # times the bound
 NOT_THE_FUNCTION = 0.1  # a peer whose h is further away computes something else: no speed
-CPU_TOKENS, VECTOR_TOKENS = 1024, 256
+CPU_TOKENS, VECTOR_TOKENS = 512, 256
 
 
 @dataclass

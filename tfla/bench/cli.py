@@ -35,7 +35,7 @@ def _option(text: str, *names: str, default: str | bool = True) -> Any:
     return typer.Option(*names, help=text, show_default=default)
 
 
-Tokens = Annotated[int, _option("In all.", default="65536, on a CPU 4096")]
+Tokens = Annotated[int, _option("In all.", default="65536, on a CPU 2048")]
 Dtype = Annotated[str, _option("bf16, fp16 or fp32.", default="bf16, on a CPU fp32")]
 
 
@@ -72,7 +72,9 @@ def _measures(command: Callable[..., None]) -> Callable[..., None]:
 def kernels(
     session: "_Session",
     tokens: Tokens = 0,
-    lengths: Annotated[str, _option("Of a sequence, with commas.", default="512 to 65536")] = "",
+    lengths: Annotated[
+        str, _option("Of a sequence, with commas.", default="512 to 65536, on a CPU 128 to 2048")
+    ] = "",
     studies: Annotated[str, _option("length, heads, or both.")] = "length,heads",
     list_peers: Annotated[bool, _option("Say who is here, no more.", "--list-peers")] = False,
 ) -> None:
@@ -84,8 +86,8 @@ def kernels(
         for name, reason in session.missing.items():
             print(f"{name:28s} {reason or 'here'}")
         raise typer.Exit()
-    tokens = tokens or (4096 if session.cpu else 65536)
-    powers = range(9, 17, 3 if session.cpu else 1)
+    tokens = tokens or (2048 if session.cpu else 65536)
+    powers = range(7, 17, 2) if session.cpu else range(9, 17)
     wanted = _numbers(lengths) or [2**n for n in powers if 2**n <= tokens]
     share = 4 if session.cpu else 1
     for H, K, V in ((16 // share, 128, 256), (8 // share, 256, 512)):
@@ -106,7 +108,7 @@ def memory(
     """Peak memory against runtime over how often a state is kept: the paper's chunk; with us, on
     a GPU, the span after which the backward pass finds a state, on a CPU the chunk.
     """
-    tokens = tokens or (4096 if session.cpu else 65536)
+    tokens = tokens or (2048 if session.cpu else 65536)
     T = min(tokens, 8192)
     usual = [32, 64, 128, 256] if session.cpu else [64, 128, 256, 512, 1024, 2048, 4096]
     sizes = _numbers(chunks) or usual

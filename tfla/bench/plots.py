@@ -89,7 +89,8 @@ def _chunks(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
         x, y = [report.median(r) or 0 for r in here], [r["peak_bytes"] / 2**20 for r in here]
         ax.plot(x, y, color=COLOURS[name], marker="o", linewidth=1.8, label=name)
         for row, a, b in zip(here, x, y, strict=True):
-            ax.annotate(str(row["chunk"]), (a, b), xytext=(5, 5), textcoords="offset points")
+            where: dict[str, Any] = {"xytext": (5, 5), "textcoords": "offset points"}
+            ax.annotate(str(row["chunk"]), (a, b), color=COLOURS[name], **where)
     ax.set_ylim(bottom=0)
     _name(ax, "", "forward + backward, ms", "peak memory over the inputs, MiB")
     text = "Memory against runtime over the tokens a kept state"

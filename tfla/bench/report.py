@@ -125,19 +125,17 @@ def label(row: Row) -> str:
 def remarks(rows: Sequence[Row], ceiling: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What stands above a table (the limits of ours) and below it (who has no speed and why, what
     a reader must know of the others)."""
-    above, below = [], []
+    limits: dict[str, list[str]] = {}
+    below = []
     for row in rows:
         if median(row) is None:
             below.append(f"{label(row)}: {row['status']}: {row.get('reason', 'not measured')}")
             continue
-        if row.get("ours") and "bytes" in row:
-            text = f"limit of {label(row)}: " if row["kind"] != "model" else f"{row['pass']}: "
-            text += "{:.3g} ms by bytes, {:.3g} by arithmetic".format(*limits_ms(row, ceiling))
-            text = text if row.get("flops") else text.split(",")[0]
+        if row.get("ours"):
+            text = f"{row['pass']}: " + _limit(limits_ms(row, ceiling))
             if "plan_bytes" in row:
-                by_plan = limits_ms(row, ceiling, "plan_")
-                text += "; what its plan moves and computes: {:.3g}, {:.3g}".format(*by_plan)
-            above.append(text)
+                text += f"; by its plan {_limit(limits_ms(row, ceiling, 'plan_'))}"
+            limits.setdefault(text, []).append(row["implementation"].split(" @")[0])
         note = row.get("note", "")
         if row.get("against"):
             worst = max(e for n, e in row["against"].items() if n != "h")
@@ -146,7 +144,12 @@ def remarks(rows: Sequence[Row], ceiling: dict[str, Any]) -> tuple[list[str], li
             note += "; ! is beyond the bound that ours is held to"
         if note:
             below.append(f"{row['implementation']}: {note.removeprefix('; ')}")
-    return list(dict.fromkeys(above)), list(dict.fromkeys(below))
+    above = {f"limit of {', '.join(dict.fromkeys(n))}, {text}" for text, n in limits.items()}
+    return sorted(above), list(dict.fromkeys(below))
+
+
+def _limit(ms: tuple[float, float]) -> str:
+    return f"{ms[0]:.3g} ms by bytes" + (f", {ms[1]:.3g} by arithmetic" if ms[1] else "")
 
 
 def show(rows: Sequence[Row], ceiling: dict[str, Any]) -> None:
