@@ -1,0 +1,45 @@
+"""docs/integrations.md is true: its programs run where the packages are that they import."""
+
+import importlib
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/integrations.md"
+PROGRAMS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def peers(program: str) -> set[str]:
+    return set(re.findall(r"^from (transformers|xlstm)\b", program, re.MULTILINE))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.splitlines()[-1][:30])
+def test_program_runs(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what others warn about when they are imported
+        for name in peers(program):
+            try:
+                importlib.import_module(name)
+                importlib.import_module("mlstm_kernels.torch.backend_module")
+                importlib.import_module("mlstm_kernels.torch.chunkwise")
+            except ImportError:
+                pytest.skip(f"needs {name} and mlstm_kernels, of the extra peers")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, str(PAGE), "exec"), {"__name__": "__main__"})
+
+
+def test_each_bridge_has_its_program() -> None:
+    assert [peers(program) for program in PROGRAMS] == [
+        {"transformers"},
+        {"transformers"},
+        {"xlstm"},
+        set(),
+    ]
+
+
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text()) if "://" not in link]
+    assert links and all((PAGE.parent / link).is_file() for link in links)

@@ -1,0 +1,341 @@
+"""tfla.integrations.mlstm_kernels in the real packages mlstm_kernels and xlstm."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tfla
+from tfla.integrations import mlstm_kernels as ours
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what others warn about when they are imported is their affair
+    why = "needs mlstm_kernels and xlstm, of the extra peers"
+    pytest.importorskip("mlstm_kernels", reason=why, exc_type=ImportError)
+    pytest.importorskip("xlstm.xlstm_large.model", reason=why, exc_type=ImportError)
+    from mlstm_kernels.torch import (
+        backend_module,
+        get_mlstm_kernel,
+        get_mlstm_sequence_kernel,
+        get_mlstm_step_kernel,
+    )
+    from mlstm_kernels.torch.chunkwise import registry
+    from mlstm_kernels.torch.recurrent import registry_sequence, registry_step
+    from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
+
+pytestmark = pytest.mark.peers
+NAMES = ("triton_xl_chunk", "triton_limit_chunk", "triton_xl_chunk_siging")
+B, H, T, K, V = 2, 3, 64, 8, 12
+
+
+@pytest.fixture(autouse=True)
+def _installed() -> Iterator[None]:
+    ours.install()
+    yield
+    ours.uninstall()
+
+
+def draw(gate: str = "exp", T: int = T, grad: bool = False) -> list[Tensor]:
+    """q, k, v, i, f and a state c, n, m in fp64."""
+    shapes = [(T, K), (T, K), (T, V), (T,), (T,), (K, V), (K,), (1,)]
+    x = [torch.randn(B, H, *shape, dtype=torch.float64) for shape in shapes]
+    x[4] += 2
+    if gate == "sigmoid":
+        x.pop()
+    return [y.requires_grad_(grad) for y in x]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def same(a: Any, b: Any, tolerance: float = 1e-10) -> None:
+    assert max(relative(x, y) for x, y in zip(a, b, strict=True)) < tolerance
+
+
+# ------------------------------------------------------------------------------- the registries
+
+
+def test_install_and_uninstall_leave_nothing_behind() -> None:
+    ours.uninstall()
+    tables = [registry, registry_sequence, registry_step, vars(backend_module)]
+    before = [dict(table) for table in tables]
+    ours.uninstall()
+    assert [dict(table) for table in tables] == before
+    ours.install()
+    ours.install()
+    assert {registry[name] for name in NAMES} == {ours.chunkwise_exp, ours.chunkwise_siging}
+    assert registry_step["triton"] is ours.step
+    ours.uninstall()
+    assert [dict(table) for table in tables] == before
+
+
+def test_names_that_are_missing_without_triton_are_there_while_installed() -> None:
+    ours.uninstall()
+    kept = registry.pop("triton_xl_chunk", None)
+    try:
+        ours.install()
+        assert get_mlstm_kernel("chunkwise--triton_xl_chunk") is ours.chunkwise_exp
+        ours.uninstall()
+        assert "triton_xl_chunk" not in registry
+    finally:
+        if kept is not None:
+            registry["triton_xl_chunk"] = kept
+
+
+# ------------------------------------------------------------------------------- the functions
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("start", [False, True])
+def test_exp_is_their_native_function_and_its_exact_gradients(name: str, start: bool) -> None:
+    """native_autograd is theirs by autograd; without eps, the same function in plain operations."""
+    x = draw(grad=True)
+    state = dict(zip(("c_initial", "n_initial", "m_initial"), x[5:], strict=True)) if start else {}
+    options = {"return_last_states": True, "eps": 0.0, "chunk_size": 16, **state}
+    out = []
+    for function in (get_mlstm_kernel(f"chunkwise--{name}"), registry["native_autograd"]):
+        h, (c, n, m) = function(*x[:5], **options)
+        c, n = c * m[..., None].exp(), n * m.exp()  # the same state in the gauge 0
+        loss = h.pow(3).sum() + c.square().sum() + n.square().sum()
+        tensors = x[:7] if start else x[:5]
+        out.append([h, c, n, *torch.autograd.grad(loss, tensors)])
+    same(*out, tolerance=1e-8)
+    assert torch.equal(get_mlstm_kernel(f"chunkwise--{name}")(*x[:5]), ours.chunkwise_exp(*x[:5]))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_siging_is_their_native_function_and_its_exact_gradients(normalize: bool) -> None:
+    x = draw(grad=True)[:5]
+    out = []
+    for name in ("chunkwise--triton_xl_chunk_siging", "parallel--native_siging_autograd"):
+        h = get_mlstm_kernel(name)(*x, normalize=normalize, eps=0.0)
+        out.append([h, *torch.autograd.grad(h.pow(3).sum(), x)])
+    same(*out, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_siging_states_join_two_parts_into_one(normalize: bool) -> None:
+    x = draw()[:5]
+    options = {"normalize": normalize, "return_last_states": True}
+    whole, (c, n) = ours.chunkwise_siging(*x, **options)
+    first, states = ours.chunkwise_siging(*(y[:, :, :20] for y in x), **options)
+    second, (d, o) = ours.chunkwise_siging(*(y[:, :, 20:] for y in x), *states, **options)
+    same((torch.cat([first, second], 2), d), (whole, c))
+    if normalize:
+        f = torch.sigmoid(x[4])
+        weight = torch.sigmoid(x[3]) * f.flip(2).cumprod(2).flip(2) / f  # of each token at the end
+        want = torch.einsum("bhtk,bht->bhk", x[1], weight)
+        same((n, o), (want, want))
+
+
+def test_sequence_and_step_are_their_native_ones() -> None:
+    q, k, v, i, f, c, n, m = draw(T=9)
+    options = {"eps": 0.0, "dtype_state": torch.float64}
+    state = {"c_initial": c, "n_initial": n, "m_initial": m}
+    mine, theirs = (
+        get_mlstm_sequence_kernel(f"native_sequence__{name}")(
+            q, k, v, i, f, **state, **options, return_last_states=True
+        )
+        for name in ("triton", "native")
+    )
+    same((mine[0], *mine[1]), (theirs[0], *theirs[1]))
+    token = [x[:, :, 0] for x in (q, k, v)] + [i[:, :, :1], f[:, :, :1], c, n, m]
+    before = [x.clone() for x in token]
+    mine, theirs = (get_mlstm_step_kernel(name)(*token, **options) for name in ("triton", "native"))
+    same((mine[0], *mine[1]), (theirs[0], *theirs[1]))
+    assert all(torch.equal(a, b) for a, b in zip(token, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_step_gives_states_in_the_dtype_asked_for_but_m_in_fp32(dtype: torch.dtype) -> None:
+    q, k, v, i, f, c, n, m = (x.to(torch.bfloat16) for x in draw(T=1))
+    token = [x[:, :, 0] for x in (q, k, v)] + [i, f]
+    state = [c.to(dtype), n.to(dtype), m.float()]
+    h, after = ours.step(*token, *state, dtype_state=dtype)
+    assert [x.dtype for x in (h, *after)] == [torch.bfloat16, dtype, dtype, torch.float32]
+    want, exact = ours.step(*(x.double() for x in (*token, *state)))
+    assert relative(h.double(), want) < 0.05
+    assert relative(after[0].double(), exact[0]) < 0.01
+
+
+def test_tensors_come_in_and_go_out_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of laying out head-first tensors: as such, and as views of token-first ones."""
+    seen: list[Tensor] = []
+    real = tfla.mlstm
+
+    def watch(*tensors: Tensor, **options: Any) -> Any:
+        seen.extend(tensors)
+        out = real(*tensors, **options)
+        seen.append(out[0])
+        return out
+
+    monkeypatch.setattr(tfla, "mlstm", watch)
+    for turn in (False, True):
+        x = [y.transpose(1, 2).contiguous().transpose(1, 2) if turn else y for y in draw()[:5]]
+        h = registry["triton_xl_chunk"](*x)
+        *inner, inner_h = seen
+        assert [a.data_ptr() for a in inner] == [a.data_ptr() for a in x]
+        assert h.data_ptr() == inner_h.data_ptr()
+        seen.clear()
+
+
+def test_autocast_computes_in_the_dtype_that_they_name() -> None:
+    x = [y.float() for y in draw()[:5]]
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            assert ours.chunkwise_exp(*x, autocast_kernel_dtype=dtype).dtype == dtype
+    assert ours.chunkwise_exp(*x, autocast_kernel_dtype=torch.bfloat16).dtype == torch.float32
+
+
+def test_states_must_come_together() -> None:
+    x = draw()
+    with pytest.raises(ValueError, match="c_initial, n_initial and m_initial"):
+        ours.chunkwise_exp(*x[:6])
+
+
+# ------------------------------------------------------------------------------- the differences
+
+
+def test_difference_they_hold_the_normaliser_constant_in_gradients() -> None:
+    """For a plain loss dq is then far off; behind a norm that undoes the scale of h it is not."""
+    x = draw(grad=True)[:5]
+
+    def dq(function: Any, normed: bool) -> Tensor:
+        h = function(*x, eps=0.0, chunk_size=16)
+        h = nn.functional.normalize(h, dim=-1) if normed else h
+        return torch.autograd.grad((h * torch.arange(V)).pow(3).sum(), x[0])[0]
+
+    exact, constant = registry["native_autograd"], registry["native_custbw"]
+    assert relative(dq(ours.chunkwise_exp, False), dq(exact, False)) < 1e-9
+    assert relative(dq(constant, False), dq(exact, False)) > 0.1
+    assert relative(dq(constant, True), dq(exact, True)) < 1e-9
+
+
+def test_difference_they_add_eps_to_the_denominator() -> None:
+    """Two tokens that hardly match, input gates of 12: the denominator is exp(-12) = 6e-6, and an
+    eps of 1e-6 takes a seventh of h away."""
+    q, k, v, i, f = (x[:, :, :2] for x in draw()[:5])
+    q, i, f = q * 1e-9, torch.full_like(i, 12), torch.full_like(f, 30)
+    native = registry["native_autograd"]
+    plain, with_eps = (native(q, k, v, i, f, chunk_size=2, eps=eps) for eps in (0.0, 1e-6))
+    floor = torch.tensor(-12.0, dtype=torch.float64).exp()
+    same([with_eps], [plain * floor / (floor + 1e-6)], 1e-6)
+    for eps in (0.0, 1e-6):
+        same([ours.chunkwise_exp(q, k, v, i, f, eps=eps)], [plain], 1e-6)
+
+
+# ------------------------------------------------------------------------------- xLSTMLarge
+
+
+def large(gate: str = "exp", native: bool = False, **fields: Any) -> nn.Module:
+    """xlstm's model as its users make it, with the names of Triton kernels or of plain ones."""
+    kernel = {"exp": "triton_xl_chunk", "sigmoid": "triton_xl_chunk_siging"}[gate]
+    kernels = {
+        "chunkwise_kernel": f"chunkwise--{'native_autograd' if native else kernel}",
+        "sequence_kernel": "native_sequence__native" if native else "native_sequence__triton",
+        "step_kernel": "native" if native else "triton",
+    }
+    size = {"embedding_dim": 64, "num_heads": 2, "num_blocks": 2, "vocab_size": 31}
+    torch.manual_seed(0)
+    model = xLSTMLarge(xLSTMLargeConfig(**{**size, **kernels, "chunk_size": 16, **fields}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate_preact" in name and "ogate" not in name:
+                parameter.normal_(std=0.3 if "weight" in name else 1.0)
+    return model
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(31, shape, generator=torch.Generator().manual_seed(2))
+
+
+def test_the_defaults_of_its_configuration_are_served() -> None:
+    """No kernel is named: those are what a model of theirs computes with."""
+    config = xLSTMLargeConfig(embedding_dim=64, num_heads=2, num_blocks=1, vocab_size=31)
+    backend = xLSTMLarge(config).backbone.blocks[0].mlstm_layer.mlstm_backend
+    assert backend.chunkwise_kernel_fn is ours.chunkwise_exp
+    assert backend.sequence_kernel_fn is ours.sequence
+    assert backend.step_kernel_fn is ours.step
+
+
+def test_it_generates_the_same_tokens() -> None:
+    mine, theirs = (
+        large(native=native, mode="inference", return_last_states=True) for native in (False, True)
+    )
+    x = tokens(8, 45)  # no multiple of the chunk size
+    a, _ = mine.generate(x, max_length=30)
+    b, _ = theirs.generate(x, max_length=30)
+    assert b.unique().numel() > 5
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+def test_tokens_one_by_one_are_the_prompt(gate: str) -> None:
+    """With the sigmoid gate, too, for which they have no step."""
+    model = large(gate, mode="inference", return_last_states=True)
+    x = tokens(2, 25)
+    with torch.no_grad():
+        whole, _ = model(x)
+        state, out = None, []
+        for t in range(25):
+            logits, state = model(x[:, t : t + 1], state)
+            out.append(logits)
+    assert relative(torch.cat(out, 1), whole) < 1e-4
+
+
+@pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+def test_it_trains_unchanged(gate: str) -> None:
+    """Until it knows a text by heart; its native kernel takes the same way."""
+    x = tokens(2, 33)
+
+    def losses(model: nn.Module) -> list[float]:
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        out = []
+        for _ in range(50):
+            logits = model(x[:, :-1])
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            out.append(loss.item())
+        return out
+
+    mine = losses(large(gate, mode="train", return_last_states=True))
+    assert mine[-1] < 0.1 < 3 < mine[0]
+    if gate == "exp":
+        theirs = losses(large(native=True, mode="train", return_last_states=True))
+        torch.testing.assert_close(mine[:10], theirs[:10], rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_flow_through_its_states() -> None:
+    """It writes the new state over the one that was used; that must not reach the graph."""
+    model = large(mode="train", return_last_states=True).double()
+    x, parameters = tokens(2, 32), list(model.parameters())
+    whole = torch.autograd.grad(model(x)[0].pow(3).sum(), parameters)
+    first, state = model(x[:, :16])
+    second, _ = model(x[:, 16:], {n: tuple(s.clone() for s in layer) for n, layer in state.items()})
+    parts = torch.autograd.grad(first.pow(3).sum() + second.pow(3).sum(), parameters)
+    same(parts, whole, 1e-8)
+
+
+def test_a_native_model_goes_its_own_way_while_installed() -> None:
+    mine = large(native=True, mode="inference", return_last_states=True)
+    ours.uninstall()
+    theirs = large(native=True, mode="inference", return_last_states=True)
+    x = tokens(2, 21)
+    with torch.no_grad():
+        assert torch.equal(mine(x)[0], theirs(x)[0])
+
+
+def test_a_model_keeps_what_it_was_built_with_and_is_copied() -> None:
+    model = large(mode="inference", return_last_states=True)
+    ours.uninstall()
+    x = tokens(2, 21)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(x)[0], model(x)[0])
