@@ -227,16 +227,10 @@ def _step(
     B, H, K = q.shape
     V = v.shape[-1]
     i, f = (checks.gate_tensor(name, x, q) for name, x in gates.items())
-    if slots is not None:
-        if not inplace:
-            raise ValueError("slots says which rows of an in-place state the batch uses; pass inplace=True with it.")
-        if slots.shape != (B,) or slots.dtype not in (torch.int32, torch.int64) or slots.device != q.device:
-            raise ValueError(
-                f"slots must be ({B},) int32 or int64 on {q.device}, one row of the state for each of the {B} in the batch; "
-                f"got {checks.what(slots)}."
-            )
     rows = None if slots is not None else B
     state = checks.check_state(state, normalize, q, (rows, H, K, V), "state", low=True)
+    if slots is not None:
+        checks.check_slots(slots, B, state.C.shape[0], q, inplace)
     name = checks.pick_backend(backend, q)
     scale = checks.scale_of(scale, K)
     needs_grad = checks.requires_grad(q, k, v, i, f, state)

@@ -38,7 +38,7 @@ class State(NamedTuple):
 
 
 def gate_of(name: str) -> Any:
-    if name not in INPUT_GATES:
+    if not isinstance(name, str) or name not in INPUT_GATES:
         raise ValueError(f"input_gate must be one of {', '.join(map(repr, INPUT_GATES))}; got {name!r}.")
     return INPUT_GATES[name]
 
@@ -140,6 +140,28 @@ def check_state(
         if t.device != q.device:
             raise ValueError(f"{argument}.{name} must be on the device of q, {q.device}; got {what(t)}.")
     return state
+
+
+def check_slots(slots: Any, B: int, rows: int, q: Tensor, inplace: bool) -> None:
+    """Rows of a state for a batch. Values are read where the host has them; on a GPU the kernel keeps
+    to the state and answers NaN."""
+    kinds = (torch.int32, torch.int64)
+    if not isinstance(slots, Tensor) or slots.shape != (B,) or slots.dtype not in kinds:
+        raise TypeError(
+            f"slots must be ({B},) int32 or int64, a row of the state for each of the {B} in the batch; "
+            f"got {what(slots)}."
+        )
+    if slots.device != q.device:
+        raise ValueError(f"slots must be on the device of q, {q.device}; got {what(slots)}.")
+    if not inplace:
+        raise ValueError(
+            "slots says which rows of an in-place state the batch uses; pass inplace=True with it."
+        )
+    if slots.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = slots.tolist()
+    if any(not 0 <= value < rows for value in values) or len(set(values)) < len(values):
+        raise ValueError(f"slots must be distinct and in the state's {rows} rows; got {values}.")
 
 
 def scale_of(scale: float | None, K: int) -> float:

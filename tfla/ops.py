@@ -74,7 +74,7 @@ def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not there."""
     with _no_autocast(x.q.device.type):
         grid = o.leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, o.keep)
-        result = o.leaf.scan("h", x.q, x.k, x.v, grid, x.C)
+        result = o.leaf.scan("h", x.q, x.k, x.v, grid, x.C, final=o.final)
         C, n, m = (result.out.new_empty(0, dtype=o.full(x.q)) for _ in range(3))  # an operator's outputs are distinct
         if o.final:
             C = result.final
@@ -90,10 +90,13 @@ def backward(
     leaf = o.leaf
     with _no_autocast(x.q.device.type):
         dh = torch.zeros_like(h) if dh is None else dh
+        # An output that was not wanted is empty, and so is its cotangent.
+        dC = dC if o.final else None
+        dn = dn if o.final and o.normalize else None
         grid = leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, True, saved)
         column = leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
         C_T, dC_T = None if x.C is None else x.C.mT, None if dC is None else dC.mT
-        dv = leaf.scan("dv", x.k, x.q, dh, grid, dC)
+        dv = leaf.scan("dv", x.k, x.q, dh, grid, dC, final=x.C is not None)
         dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q)
         dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, column=column, dot=x.k, against=dq)
         di, df = leaf.gate_gradients(x.i, x.f, dq, dk, grid, o.activations)
@@ -101,8 +104,9 @@ def backward(
         if x.C is not None:
             dC_0, dn = leaf.initial_gradients(dv, dk)
             if x.n is not None and dn is not None:
-                dn_0, dm_0 = dn, (dC_0 * x.C).sum((-2, -1)) + (dn * x.n).sum(-1)
-        return dq.out, dk.out, dv.out, di.to(x.i.dtype), df.to(x.f.dtype), dC_0, dn_0, dm_0
+                dn_0, dm_0 = dn.contiguous(), (dC_0 * x.C).sum((-2, -1)) + (dn * x.n).sum(-1)
+        di, df = di.to(x.i.dtype).contiguous(), df.to(x.f.dtype).contiguous()
+        return dq.out, dk.out, dv.out, di, df, dC_0, dn_0, dm_0
 
 
 def run(x: Inputs, o: Options) -> tuple[Tensor, ...]:

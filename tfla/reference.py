@@ -1,31 +1,37 @@
-"""The truth and the CPU backend: the recurrence token by token, and the scan chunk by chunk, in plain PyTorch.
+"""The truth and the CPU backend: the recurrence token by token, and the scan chunk by chunk.
 
-``recurrence`` is the specification (run it in fp64). Everything else is the backend "reference": the same five functions that
-any backend has (``exponents``, ``normalizer_backward``, ``scan``, ``gate_gradients``, ``update``), on any device, time and memory
-linear in T. It works in fp32 (fp64 for fp64 inputs) on chunks of L tokens that never cross a sequence.
+``recurrence`` is the specification (run it in fp64). The rest is the backend "reference" in plain
+PyTorch, with the functions that any backend has (see ``tfla.ops``). It runs on any device, in time
+and memory linear in T, in fp32 (fp64 for fp64 inputs), on chunks that never cross a sequence.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tfla import gates
 from tfla.gates import Activations
 
-L = 64  # chunk length: the two quadratic products of a chunk cost about as much as the two with the state
+# Tokens a chunk. On a CPU (AVX2, heads of 64) chunks of 32 and 128 take 1.5 and 1.4 times as long.
+L = 64
+# Numbers in each matrix of the chunks that are worked on at once: enough to fill the threads, few
+# enough to stay in the cache. At 65,536 tokens a third faster than all chunks at once.
+BLOCK = 2**18
 
 
 # ---------------------------------------------------------------- the specification
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, C: Tensor, n: Tensor | None, m: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One token of the recurrence, in the dtype of the operands; n and m are None when not normalised.
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
+    C: Tensor, n: Tensor | None, m: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """One token of the recurrence, in the dtype of the operands; n, m are None when not normalised.
 
         m' = max(log_f + m, log_i)
         C' = exp(log_f + m - m') C + exp(log_i - m') k v^T        n' likewise with k
@@ -35,330 +41,335 @@ def step(
     Without the normaliser m = 0 and h = C'^T (scale q). Source: arXiv 2503.14376, equations 3 to 9.
     """
     q = q * scale
-    if n is None or m is None:
-        C = log_f.exp()[..., None, None] * C + log_i.exp()[..., None, None] * k[..., :, None] * v[..., None, :]
-        return (q[..., None, :] @ C).squeeze(-2), C, None, None
-    m_next = torch.maximum(log_f + m, log_i)
-    decay = (log_f + m - m_next).exp()[..., None]
-    weight = (log_i - m_next).exp()[..., None]
-    C = decay[..., None] * C + (weight * k)[..., :, None] * v[..., None, :]
-    n = decay * n + weight * k
+    m_next = None if m is None else torch.maximum(log_f + m, log_i)
+    if m is not None and m_next is not None:
+        log_f, log_i = log_f + m - m_next, log_i - m_next
+    decay, k = log_f.exp()[..., None], log_i.exp()[..., None] * k
+    C = decay[..., None] * C + k[..., :, None] * v[..., None, :]
+    h = (q[..., None, :] @ C).squeeze(-2)
+    if n is None or m_next is None:
+        return h, C, None, None
+    n = decay * n + k
     floor = (-m_next).exp().clamp(min=torch.finfo(q.dtype).tiny)
-    den = torch.maximum((q * n).sum(-1).abs(), floor)
-    return (q[..., None, :] @ C).squeeze(-2) / den[..., None], C, n, m_next
+    return h / torch.maximum((q * n).sum(-1).abs(), floor)[..., None], C, n, m_next
 
 
 def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, C: Tensor, n: Tensor | None, m: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``step`` over the T axis of (B, T, H, ...): the specification that everything here is held against, in fp64."""
-    h = []
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
+    C: Tensor, n: Tensor | None, m: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """``step`` over the T axis of (B, T, H, ...): the specification that all is held against."""
+    h = torch.empty_like(v)
     for t in range(q.shape[1]):
-        h_t, C, n, m = step(q[:, t], k[:, t], v[:, t], log_i[:, t], log_f[:, t], C, n, m, scale)
-        h.append(h_t)
-    return torch.stack(h, 1) if h else torch.zeros_like(v), C, n, m
+        i, f = log_i[:, t], log_f[:, t]
+        h[:, t], C, n, m = step(q[:, t], k[:, t], v[:, t], i, f, C, n, m, scale)
+    return h, C, n, m
 
 
 # ---------------------------------------------------------------- chunks
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the chunks lie. Sequences are ranked by falling length; chunk c is the j-th of its sequence for c in steps[j], so
-    that step j serves the first ``len`` ranks and a state is carried by slicing alone."""
+class Block(NamedTuple):
+    """Chunks that are worked on at once."""
 
-    shape: tuple[int, int]  # (B, T)
-    index: Tensor  # (C, L) row of B*T; B*T where the chunk is past the end of its sequence
-    steps: list[slice]
+    chunks: slice
+    steps: list[slice]  # the ranks of their sequences, run by run
+
+
+class Layout(NamedTuple):
+    """Where the chunks lie: first the first one of every sequence, then all second ones and so on,
+    each time in the same order, that of falling length (its *rank*). So a run of chunks continues a
+    slice of the states of all sequences."""
+
+    tokens: Tensor  # (C, L) row of B * T; B * T past the end of a sequence
+    ragged: bool  # is there anything past an end?
     rank: Tensor  # (N,) sequence of each rank
-    n: int
+    rank_of: Tensor  # (N,) rank of each sequence
+    blocks: list[Block]
+    whole: Block
 
     @staticmethod
-    def make(B: int, T: int, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
+    def make(
+        B: int, T: int, cu_seqlens: Tensor | None, numbers: int, device: torch.device
+    ) -> Layout:
+        """numbers: those in the largest matrix of a chunk, all heads."""
         if cu_seqlens is None:
             start, length = torch.arange(B) * T, torch.full((B,), T)
         else:
             offsets = cu_seqlens.to("cpu", torch.int64)
             start, length = offsets[:-1], offsets.diff()
             if int(offsets[0]) != 0 or int(offsets[-1]) != T or bool((length < 0).any()):
+                got = ", ".join(map(str, offsets.tolist()[:8])) + ", ..." * (len(offsets) > 8)
                 raise ValueError(
-                    f"cu_seqlens must ascend from 0 to T = {T}; got {_brief(offsets)}. "
-                    "Give the token offsets at which the packed sequences start, followed by T."
+                    f"cu_seqlens must ascend from 0 to T = {T}; got [{got}]. "
+                    "Give the offsets at which the packed sequences start, followed by T."
                 )
         length, rank = length.sort(descending=True, stable=True)
-        start = start[rank]
-        chunks = (length + L - 1) // L
-        most = int(chunks[0]) if len(chunks) else 0
-        # How many sequences have a j-th chunk, for every j.
-        counts = torch.bincount(chunks, minlength=most + 1).flip(0).cumsum(0).flip(0)[1:].tolist()
-        steps, c = [], 0
-        for count in counts:
-            steps.append(slice(c, c + count))
-            c += count
-        sequence = torch.cat([torch.arange(count) for count in counts]) if counts else torch.zeros(0, dtype=torch.int64)
-        order = torch.repeat_interleave(torch.arange(most), torch.tensor(counts, dtype=torch.int64))
-        position = order[:, None] * L + torch.arange(L)
-        inside = position < length[sequence][:, None]
-        index = torch.where(inside, start[sequence][:, None] + position, B * T)
-        return Layout((B, T), index.to(device), steps, rank.to(device), len(rank))
+        longest = int(length[0]) if len(length) else 0
+        size = min(L, max(longest, 1))
+        first = torch.arange(0, longest, size)
+        counts = torch.searchsorted(-length, -first)  # how many sequences are longer than that
+        ranks = torch.cat([torch.arange(n) for n in [0, *counts.tolist()]])
+        position = first.repeat_interleave(counts)[:, None] + torch.arange(size)
+        past = position >= length[ranks, None]
+        index = torch.where(past, B * T, start[rank[ranks], None] + position)
 
-    def cut(self, x: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
-        """(B, T, H, ...) -> (C, H, L, ...), contiguous, in ``dtype``; places past the end of a sequence hold ``fill``."""
-        rows = torch.nn.functional.pad(x.flatten(0, 1).to(dtype), (0, 0) * (x.dim() - 2) + (0, 1), value=fill)
-        return rows[self.index].transpose(1, 2).contiguous()
+        room, C = max(BLOCK // numbers, 1), len(ranks)
+        blocks = [Block(slice(c, min(c + room, C)), []) for c in range(0, C, room)]
+        starts = ((ranks == 0) | (torch.arange(C) % room == 0)).nonzero()[:, 0]
+        ends = [*starts[1:].tolist(), C]
+        for c, end, r in zip(starts.tolist(), ends, ranks[starts].tolist(), strict=False):
+            blocks[c // room].steps.append(slice(r, r + end - c))
+        whole = Block(slice(0, C), [step for block in blocks for step in block.steps])
+        index, rank, rank_of = (x.to(device) for x in (index, rank, rank.argsort()))
+        return Layout(index, bool(past.any()), rank, rank_of, blocks, whole)
 
-    def join(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(C, H, L, ...) -> (B, T, H, ...), the inverse of ``cut``."""
-        B, T = self.shape
-        out = x.new_zeros(B * T + 1, x.shape[1], *x.shape[3:], dtype=dtype)
-        out[self.index] = x.transpose(1, 2).to(dtype)
-        return out[:-1].unflatten(0, (B, T))
+    def cut(self, x: Tensor, dtype: torch.dtype, block: Block, fill: float = 0.0) -> Tensor:
+        """(B, T, H, ...) -> (C, H, L, ...), contiguous, in ``dtype``; ``fill`` past the end."""
+        rows, index = x.flatten(0, 1), self.tokens[block.chunks].to(x.device)
+        past = index == len(rows)
+        if self.ragged:
+            index = index.masked_fill(past, 0)
+        rows = rows.index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
+        if self.ragged:
+            rows.masked_fill_(past.view(*past.shape, *[1] * (x.dim() - 2)), fill)
+        return rows.transpose(1, 2).to(dtype).contiguous()
 
-
-def _brief(x: Tensor) -> str:
-    values = x.tolist()
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"
+    def join(self, x: Tensor, out: Tensor, block: Block) -> None:
+        """(C, H, L, ...) into the rows of out (B * T + 1, H, ...): the inverse of ``cut``."""
+        rows = x.transpose(1, 2).flatten(0, 1).to(out.dtype)
+        out.index_copy_(0, self.tokens[block.chunks].flatten(), rows)
 
 
 class Side(NamedTuple):
-    """One side of the weights exp(p_s - M_t): exponents as a pair, and what a token of this side weighs at its chunk's edge."""
+    """One side of the weights D_ts = 2^(whole_s - whole_t) factor_s factor_t; all (C, H, L). The
+    edge is what a source weighs in the state after its chunk, or the one before it for a target."""
 
-    hi: Tensor  # (C, H, L)
-    lo: Tensor
+    whole: Tensor
+    factor: Tensor
     edge: Tensor
-    factor: Tensor | None  # a plain factor of the weights: scale / den on the target side
 
 
-@dataclass(frozen=True)
+@dataclass
 class Grid:
-    """The weights of a problem, chunk by chunk: what ``scan`` needs to know of the gates."""
+    """The weights of a problem, chunk by chunk: what ``scan`` needs to know of the gates.
+
+    Those of the target side are multiplied with scale / den, once den is known: the scan of h finds
+    nu and n_final on its way.
+    """
 
     layout: Layout
     dtype: torch.dtype
     source: Side
     target: Side
-    decay: Tensor  # (C, H) what is left of the state that entered the chunk at its end
-    reset: Tensor  # (C, H, L) tokens that leave nothing of the state before them
+    decay: Tensor  # (C, H) weight of the state that enters the chunk for the one that leaves it
     floor: Tensor  # (C, H, L) exp(-m_t), the least denominator
+    normalize: bool
+    n: Tensor | None  # (N, H, K)
+    nu: Tensor | None  # (B, T, H) n_t . scale q_t
     m_final: Tensor  # (N, H)
-    n_final: Tensor | None  # (N, H, K)
-    nu: Tensor | None  # (C, H, L) n_t . scale q_t
+    n_final: Tensor | None = None  # (N, H, K)
+
+    def weights(self, c: slice) -> Tensor:
+        """D_ts of some chunks, (., H, L, L). Powers of whole numbers are exact, and so are their
+        differences. Select s <= t after exp2: beyond the diagonal it overflows."""
+        source, target = self.source, self.target
+        D = (source.whole[c][..., None, :] - target.whole[c][..., None]).exp2_().tril_()
+        return D.mul_(source.factor[c][..., None, :]).mul_(target.factor[c][..., None])
 
 
 def exponents(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    activations: Activations,
-    normalize: bool,
-    keep: bool,
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, n: Tensor | None, m: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, activations: Activations, normalize: bool, keep: bool,
     saved: Tensor | None = None,
-) -> Grid:
-    """The weights of every chunk, the denominator folded into the target side.
+) -> Grid:  # fmt: skip
+    """The weights of every chunk.
 
-    q, k: (B, T, H, K). v: (B, T, H, V), for its shape. i, f: (B, T, H). n: (N, H, K), m: (N, H) or None.
-    keep: will there be a backward pass? saved: nu (B, T, H) of an earlier call, or None to compute it.
+    q, k: (B, T, H, K). v: (B, T, H, V), for its shape. i, f: (B, T, H). n: (N, H, K), m: (N, H) or
+    None. keep: will there be a backward pass? saved: nu (B, T, H) of an earlier call, or None.
     """
     B, T, H, K = q.shape
-    layout = Layout.make(B, T, cu_seqlens, q.device)
+    layout = Layout.make(B, T, cu_seqlens, H * max(L, K) * max(L, v.shape[-1]), q.device)
+    whole = layout.whole
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     host = q.device if q.device.type != "mps" else torch.device("cpu")  # MPS has no fp64
     log_i, log_f = gates.log_gates(i.to(host, dtype), f.to(host, dtype), activations)
-    cut = replace(layout, index=layout.index.to(host)).cut
     e = gates.exponents(
-        cut(log_i, torch.float64, gates.GAUGE_MIN),
-        log_f := cut(log_f, torch.float64),
-        None if m is None else m.to(host)[layout.rank.to(host)],
-        layout.steps,
-        layout.n,
+        layout.cut(log_i, torch.float64, whole, gates.LOG_I_MIN),
+        layout.cut(log_f, torch.float64, whole),
+        None if m is None else m[layout.rank].to(host),
+        whole.steps,
+        len(layout.rank),
         normalize,
         dtype,
     )
-    m_before = torch.cat([e.m_in[..., None], e.m[..., :-1]], -1)
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
     def put(x: Tensor) -> Tensor:
         return x.to(q.device, dtype)
 
-    source = Side(*map(put, gates.split(e.source, dtype)), put((e.source - e.M_out[..., None]).exp()), None)
-    target = Side(
-        *map(put, gates.split(-e.target, dtype)),
-        put((e.m_in[..., None] - e.target).exp()),
-        put(torch.full_like(e.m, scale)),
-    )
     info = torch.finfo(dtype)
-    grid = Grid(
-        layout,
-        dtype,
-        source,
-        target,
-        decay=put((e.m_in - e.M_out).exp()),
-        reset=((log_f + m_before - e.m).exp() < smallest).to(q.device),
-        floor=put((-e.m).exp().clamp(info.tiny, info.max)),
-        m_final=put(e.m_final[_inverse(layout.rank.to(host))]),
-        n_final=None,
-        nu=None,
-    )
-    if not normalize:
-        return grid
-    if saved is None:
-        ones = grid.source.edge.new_ones(*k.shape[:3], 1)
-        scanned = scan("nu", q, k, ones, grid, None if n is None else n[..., None])
-        nu, n_final = layout.cut(scanned.out, dtype)[..., 0], scanned.final[..., 0]
-    else:
-        nu, n_final = layout.cut(saved, dtype), None
-    den = torch.maximum(nu.abs(), grid.floor)
-    return replace(grid, target=target._replace(factor=scale / den), nu=nu, n_final=n_final)
+    floor = put(gates.exp(-e.m).clamp(info.tiny, info.max))
+    factor = put((-e.target[1]).exp2() * scale)
+    edge = put(gates.exp(e.m_in[..., None] - e.target) * scale)
+    if saved is not None and normalize:
+        den = torch.maximum(layout.cut(saved, dtype, whole).abs(), floor)
+        factor, edge = factor / den, edge / den
+    reach = gates.exp(e.source - e.M_out[..., None])
+    source = Side(put(e.source[0]), put(e.source[1].exp2()), put(reach))
+    target = Side(put(e.target[0]), factor, edge)
+    decay, m_final = put(gates.exp(e.m_in - e.M_out)), put(e.m_final)[layout.rank_of]
+    nu = saved if normalize else None
+    return Grid(layout, dtype, source, target, decay, floor, normalize, n, nu, m_final)
 
 
 def saved(grid: Grid) -> Tensor:
     """What the backward pass needs of the forward's grid beyond its inputs: nu, (B, T, H)."""
-    if grid.nu is None:
-        return grid.decay.new_empty(0)
-    return grid.layout.join(grid.nu, grid.dtype)
+    return grid.decay.new_empty(0) if grid.nu is None else grid.nu
+
+
+def saved_like(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool
+) -> Tensor:
+    """An empty tensor of the shape that ``saved`` will have, known from shapes alone."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape[:3] if normalize else (0,), dtype=dtype)
 
 
 # ---------------------------------------------------------------- the scan
 
 
 class Scan(NamedTuple):
-    """What a scan leaves behind; tensors of tokens are (B, T, H, ...), those of chunks (C, H, ...)."""
+    """What a scan leaves behind; tensors of chunks are (C, H, ...)."""
 
-    out: Tensor
-    dot: Tensor | None  # (B, T, H) x-space row dot products out . dot
+    out: Tensor  # (B, T, H, X)
     final: Tensor  # (N, H, A, X) the state after the last chunk
     column: Tensor | None  # (N, H, X) its row that belongs to the appended column
-    ends: Tensor | None  # (C, H, A, X) the state at the end of each chunk
-    meets: Tensor | None  # (C, H) <state of ``against``, this state> at the end of each chunk (reverse)
+    states: Tensor | None  # (C, H, A, X) entering the chunks, of dq
+    dot: Tensor | None  # (C, H, L) out . dot: the share of the state (dq), or all of it (dk)
+    across: Tensor | None  # (C, H, L) what flows across each token's border, but for dq.dot (dk)
 
 
 class Column(NamedTuple):
-    """The normaliser's share of the backward pass: one more column in the contraction, [dh | d] . [v | 1]."""
+    """The normaliser's share of the backward pass: one more column in the contraction,
+    [dh | d] . [v | 1], whose rows of the states are n and dn."""
 
-    d: Tensor  # (B, T, H) -sign(nu) (dh . h) where the normaliser is active, else 0
-    n: Tensor | None  # (N, H, K) its row of the state that enters the forward scan
-    dn: Tensor | None  # (N, H, K) and of the gradient that enters the reverse one
+    d: Tensor  # (C, H, L) -sign(nu) (dh . h) where the normaliser is active, else 0
+    n: Tensor | None  # (N, H, K) entering the forward scan
+    dn: Tensor | None  # (N, H, K) entering the reverse scan
 
 
 def normalizer_backward(
     dh: Tensor, h: Tensor, q: Tensor, n: Tensor | None, dn: Tensor | None, grid: Grid
 ) -> Column:
-    """The column that makes the gradient of the division exact. dh, h: (B, T, H, V). n, dn: (N, H, K) or None."""
+    """The gradient of the division. dh, h: (B, T, H, V). n, dn: (N, H, K) or None."""
     assert grid.nu is not None
     dot = (dh.to(grid.dtype) * h.to(grid.dtype)).sum(-1)
-    sign = torch.where(grid.nu.abs() > grid.floor, grid.nu.sign(), 0.0)
-    return Column(-grid.layout.join(sign, grid.dtype) * dot, n, dn)
+    nu, dot = (grid.layout.cut(x, grid.dtype, grid.layout.whole) for x in (grid.nu, dot))
+    return Column(torch.where(nu.abs() > grid.floor, -nu.sign() * dot, 0.0), n, dn)
 
 
 def scan(
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    x: Tensor,
-    grid: Grid,
-    state: Tensor | None = None,
-    *,
-    column: Column | None = None,
-    dot: Tensor | None = None,
-    against: Scan | None = None,
-) -> Scan:
+    name: str, a: Tensor, b: Tensor, x: Tensor, grid: Grid, state: Tensor | None = None, *,
+    column: Column | None = None, dot: Tensor | None = None, against: Scan | None = None,
+    final: bool = True,
+) -> Scan:  # fmt: skip
     """The primitive: every output and every gradient of every variant is one call.
 
-        out_t = sum_{s<=t} D_ts (a_t . b_s) x_s + w_t a_t^T S_0             D_ts = exp(p_s - M_t) scale / den_t
-        out_s = sum_{t>=s} D_ts (a_s . b_t) x_t + w_s a_s^T S_T             reverse: the same D along its other index
+        out_t = sum_{s<=t} D_ts (a_t . b_s) x_s + w_t a_t^T S_0  D_ts = exp(p_s - M_t) scale / den_t
+        out_s = sum_{t>=s} D_ts (a_s . b_t) x_t + w_s a_s^T S_T  reverse: the same D, other index
 
-    name: which of the calls this is; "dk" and "dv" run in reverse.
-    a, b: (B, T, H, A). x: (B, T, H, X). state: (N, H, A, X) or None (zeros). dot: (B, T, H, X), whose row dot products with out
-    are wanted. column: appended to the contraction. against: the scan of dq, whose states those of dk are multiplied with.
-    out has the dtype of x.
+    name: which of the calls this is: "h", "dv", "dq" or "dk"; dv and dk run in reverse.
+    a, b: (B, T, H, A). x: (B, T, H, X). state: (N, H, A, X) or None (zeros). column: appended to
+    the contraction. dot: (B, T, H, X), for the gate gradients. against: the scan of dq, for dk.
+    final: is the state after the last chunk wanted? out has the dtype of x.
     """
     layout, dtype = grid.layout, grid.dtype
-    reverse = name in ("dk", "dv")
-    if column is not None:
-        ones = torch.ones_like(column.d)
-        left, right, row = (ones, column.d, column.dn) if reverse else (column.d, ones, column.n)
-        a = torch.cat([a.to(dtype), left[..., None]], -1)
-        b = torch.cat([b.to(dtype), right[..., None]], -1)
-        if state is not None or row is not None:
-            N, H, A, X = layout.n, a.shape[2], a.shape[3], x.shape[3]
-            state = a.new_zeros(N, H, A - 1, X) if state is None else state
-            row = a.new_zeros(N, H, X) if row is None else row
-            state = torch.cat([state.to(dtype), row.to(dtype)[..., None, :]], -2)
-    A, B, X = layout.cut(a, dtype), layout.cut(b, dtype), layout.cut(x, dtype)
-    rows, cols = (grid.source, grid.target) if reverse else (grid.target, grid.source)
+    (B, T, H, A), X, N = a.shape, x.shape[-1], len(layout.rank)
+    reverse, divide = name in ("dv", "dk"), name == "h" and grid.normalize
+    # The normaliser is one column more: of the values for h, of the contraction for dq and dk.
+    current = grid.decay.new_zeros(N, H, A + (column is not None), X + divide)
+    row = None if column is None else column.dn if reverse else column.n
+    if state is not None:
+        current[:, :, :A, :X] = state[layout.rank]
+    if divide and grid.n is not None:
+        current[..., -1] = grid.n[layout.rank]
+    if row is not None:
+        current[:, :, -1] = row[layout.rank]
+    source, target = grid.source.edge, grid.target.edge
+    reads, writes = (source, target) if reverse else (target, source)
 
-    # Within a chunk. Select after exp: beyond the diagonal it overflows.
-    weights = (rows.hi[..., :, None] + cols.hi[..., None, :]) + (rows.lo[..., :, None] + cols.lo[..., None, :])
-    causal = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
-    weights = weights.exp_().masked_fill_(~(causal.T if reverse else causal), 0.0)
-    if cols.factor is not None:
-        B = B * cols.factor[..., None]
-    out = (A @ B.mT).mul_(weights) @ X
+    out, nu = x.new_empty(B * T + 1, H, X), grid.floor.new_empty(B * T + 1, H)
+    states = current.new_empty(len(grid.decay), *current.shape[1:]) if name == "dq" else None
+    dots, across = grid.floor.new_empty(2, *grid.floor.shape).unbind(0)
+    for block in reversed(layout.blocks) if reverse else layout.blocks:
+        c = block.chunks
+        a_, b_, x_ = (layout.cut(y, dtype, block) for y in (a, b, x))
+        if divide:
+            x_ = pad(x_, (0, 1), value=1.0)
+        if column is not None:
+            d = column.d[c][..., None]
+            left, right = (torch.ones_like(d), d) if reverse else (d, torch.ones_like(d))
+            a_, b_ = torch.cat([a_, left], -1), torch.cat([b_, right], -1)
 
-    # From chunk to chunk.
-    update = (B * cols.edge[..., None]).mT @ X
-    incoming, final = _carry(update, grid.decay, state, layout, reverse)
-    out += (A @ incoming).mul_(rows.edge[..., None])
-    if rows.factor is not None:
-        out *= rows.factor[..., None]
+        # Within the chunks, and from chunk to chunk.
+        scores = (b_ @ a_.mT if reverse else a_ @ b_.mT).mul_(grid.weights(c))
+        update = (b_ * writes[c][..., None]).mT @ x_
+        entering = torch.empty_like(update) if states is None else states[c]
+        _carry(current, entering, update, grid.decay[c], block.steps, reverse)
+        from_state = (a_ @ entering).mul_(reads[c][..., None])
+        y = ((scores.mT if reverse else scores) @ x_).add_(from_state)
 
-    return Scan(
-        layout.join(out, x.dtype),
-        None if dot is None else layout.join((out * layout.cut(dot, dtype)).sum(-1), dtype),
-        final if column is None else final[..., :-1, :],
-        None if column is None else final[..., -1, :],
-        update if name == "dq" else None,
-        None if against is None or against.ends is None else (against.ends * incoming).sum((-2, -1)),
-    )
+        if divide:
+            layout.join(y[..., -1], nu, block)
+            y = y[..., :-1] / torch.maximum(y[..., -1].abs(), grid.floor[c])[..., None]
+        layout.join(y, out, block)
+        if dot is not None:
+            z = layout.cut(dot, dtype, block)
+            dots[c] = (from_state * z).sum(-1)
+            if against is not None and against.states is not None:
+                flow = (x_ @ z.mT).mul_(scores)  # from s (column) to r; dots: on to the next chunk
+                after = flow.cumsum(-1).tril_(-1).sum(-2) + dots[c].cumsum(-1)
+                past = (against.states[c] * entering).sum((-2, -1)) * grid.decay[c]
+                across[c] = pad(after[..., :-1], (1, 0)) + past[..., None]
+                dots[c] += flow.sum(-2)
+
+    last = current[layout.rank_of]
+    if divide:
+        grid.nu, grid.n_final = nu[:-1].view(B, T, H), last[:, :, :, -1].contiguous()
+    row = None if column is None else last[:, :, -1].contiguous()
+    end = last[:, :, :A, :X].contiguous()
+    return Scan(out[:-1].view(B, T, H, X), end, row, states, dots, across)
 
 
 def _carry(
-    update: Tensor, decay: Tensor, state: Tensor | None, layout: Layout, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """S <- decay S + update over the chunks of each sequence: the state that enters each chunk, and (N, ...) the last one.
-    ``update`` (C, H, A, X) is overwritten by the state that leaves each chunk."""
-    incoming = torch.empty_like(update)
-    current = update.new_zeros(layout.n, *update.shape[1:]) if state is None else state[layout.rank].to(update.dtype)
-    decay = decay[..., None, None]
-    for chunk in reversed(layout.steps) if reverse else layout.steps:
-        rows = current[: chunk.stop - chunk.start]
-        incoming[chunk] = rows
-        rows.copy_(torch.addcmul(update[chunk], rows, decay[chunk], out=update[chunk]))
-    return incoming, current[_inverse(layout.rank)]
-
-
-def _inverse(permutation: Tensor) -> Tensor:
-    return permutation.argsort()
+    S: Tensor, entering: Tensor, update: Tensor, decay: Tensor, steps: list[slice], reverse: bool
+) -> None:
+    """S <- decay S + update along some chunks. S (N, H, A, X): of all sequences, by rank; what it
+    is before each of the chunks is written to ``entering`` (., H, A, X)."""
+    counts = [step.stop - step.start for step in steps]
+    parts = (y.split(counts) for y in (entering, update, decay[..., None, None]))
+    run = list(zip(steps, *parts, strict=True))
+    for ranks, enters, new, kept in reversed(run) if reverse else run:
+        enters.copy_(S[ranks])
+        torch.addcmul(new, S[ranks], kept, out=S[ranks])
 
 
 def gate_gradients(
     i: Tensor, f: Tensor, dq: Scan, dk: Scan, grid: Grid, activations: Activations
 ) -> tuple[Tensor, Tensor]:
-    """(di, df) from row dot products; the running sum of df restarts at every chunk, from the states that meet there.
+    """(di, df) of (B, T, H), fp32 (fp64).
 
-    dlog_i_s = k_s . dk_s,  dlog_f_t = sum_{r>=t} (q_r . dq_r - k_r . dk_r) + <C_T, dC_T> + <n_T, dn_T>.
-    i, f: (B, T, H). dq, dk: their scans, with row dot products.
+    With G_rs = D_rs (q_r . k_s) (dh_r . v_s + d_r), what flows from token s to token r,
+    dlog_i_s = sum_{r>=s} G_rs = k_s . dk_s and dlog_f_t = sum_{r>=t>s} G_rs. It is summed as it
+    stands: as a difference of sums, q . dq - k . dk, it is lost where the gates forget.
     """
-    layout = grid.layout
-    assert dq.dot is not None and dk.dot is not None and dk.meets is not None
-    high = torch.float64 if i.device.type != "mps" else torch.float32
-    db_q, db_k = layout.cut(dq.dot, high), layout.cut(dk.dot, high)
-    if grid.nu is not None:  # h does not depend on the length of q where the normaliser is active
-        db_q = db_q.masked_fill(grid.nu.abs() > grid.floor, 0.0)
-    dlog_f = layout.join(gates.log_forget_gradient(db_q - db_k, dk.meets.to(high), grid.reset), grid.dtype)
-    return gates.gate_gradients(dk.dot, dlog_f, i.to(grid.dtype), f.to(grid.dtype), activations)
-
-
-def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool) -> Tensor:
-    """An empty tensor of the shape that ``saved`` will have: known from shapes alone, for compiled graphs."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[:3] if normalize else (0,), dtype=dtype)
+    assert dq.dot is not None and dk.dot is not None and dk.across is not None
+    B, T, H = i.shape
+    dlog_f = dk.across + dq.dot.flip(-1).cumsum(-1).flip(-1)
+    out = grid.floor.new_empty(B * T + 1, H, 2)
+    grid.layout.join(torch.stack([dk.dot, dlog_f], -1), out, grid.layout.whole)
+    dlog_i, dlog_f = out[:-1].view(B, T, H, 2).unbind(-1)
+    return gates.gate_gradients(dlog_i, dlog_f, i.to(out.dtype), f.to(out.dtype), activations)
 
 
 def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
@@ -370,28 +381,18 @@ def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
 
 
 def update(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    slots: Tensor | None,
-    scale: float,
-    activations: Activations,
-) -> Tensor:
-    """One token: writes the new state over the old (in the rows ``slots``, or all) and returns h (B, H, V) in v's dtype."""
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
+    m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations,
+) -> Tensor:  # fmt: skip
+    """One token: writes the new state over the old (in the rows ``slots``, or all) and returns h
+    (B, H, V) in v's dtype."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     log_i, log_f = gates.log_gates(i.to(dtype), f.to(dtype), activations)
-    old = [s if s is None or slots is None else s[slots] for s in (C, n, m)]
-    wide = [None if s is None else s.to(dtype) for s in old]
-    h, *new = step(q.to(dtype), k.to(dtype), v.to(dtype), log_i, log_f, *wide, scale)  # type: ignore[arg-type]
+    rows = slice(None) if slots is None else slots
+    states = [None if s is None else s[rows].to(dtype) for s in (C, n, m)]
+    q, k, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
+    h, *new = step(q, k, v_, log_i, log_f, *states, scale)  # type: ignore
     for state, value in zip((C, n, m), new, strict=True):
         if state is not None and value is not None:
-            if slots is None:
-                state.copy_(value)
-            else:
-                state[slots] = value.to(state.dtype)
+            state[rows] = value.to(state.dtype)
     return h.to(v.dtype)

@@ -66,6 +66,15 @@ def test_the_small_kernels_build() -> None:
             check(launch, target, STACK[target])
 
 
+@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
+@pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+def test_a_forward_without_a_backward_builds(gate: str) -> None:
+    target = ("cuda", 90)
+    for launch in launches(DEVICES[target], 16, 512, 16, 64, 64, gate=gate, backward=False):
+        if launch.kernel is _scan_kernel:
+            check(launch, target, STACK[target])
+
+
 @pytest.mark.aot
 @pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 @pytest.mark.parametrize("name", OTHERS)

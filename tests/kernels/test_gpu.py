@@ -34,7 +34,10 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def poison() -> None:
     """What a kernel forgets to write is NaN: the allocator hands out memory that was filled with
     it."""
-    torch.full((1 << 26,), float("nan"), device="cuda")
+    torch.full((1 << 26,), float("nan"), device="cuda")  # the pool of large blocks
+    del [torch.full((1 << 17,), float("nan"), device="cuda") for _ in range(512)][
+        :
+    ]  # of small ones
 
 
 def on_gpu(**fields: object) -> Case:
@@ -160,6 +163,7 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
         return [h, *torch.autograd.grad(h, leaves, dh)]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)

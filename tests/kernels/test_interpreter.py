@@ -29,7 +29,6 @@ if not INTERPRETED:
 
 else:
     import checks
-    import recurrence as oracle
     from problems import Case, packed, variants
 
     import tfla
@@ -142,23 +141,43 @@ else:
         with planned():
             checks.check_against_recurrence(Case(**SMALL | {"dtype": torch.float16}))
 
-    def test_any_strides() -> None:
-        """Head-first tensors, a stride of 0 and a last axis that is not contiguous, without copies
-        of the first two."""
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        """The same numbers with a gap after each: the last axis is not contiguous."""
+        return x.repeat_interleave(2, -1)[..., ::2]
+
+    @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+    def test_any_strides(gate: str) -> None:
+        """Head-first tensors, strides of 0 (h.sum() makes such a dh), last axes with gaps."""
         g = torch.Generator().manual_seed(1)
         q, k, v = (torch.randn(1, 2, 40, 16, generator=g).transpose(1, 2) for _ in range(3))
         k = k[:, :1].expand(-1, 40, -1, -1)
-        v = torch.randn(1, 40, 16, 2, generator=g).transpose(2, 3)
-        i, f = (
-            torch.randn(1, 2, 40, generator=g).transpose(1, 2),
-            torch.full((1,), 3.0).expand(1, 40, 2),
-        )
-        with planned():
-            ours = tfla.mlstm(q, k, v, i, f, backend="triton")[0]
-        truth = oracle.mlstm(*(x.double() for x in (q, k, v, i, f)), dtype=torch.float64)[0]
-        assert checks.distance(ours.double(), truth) <= 2e-6 * truth.norm()
+        i = torch.randn(1, 2, 40, generator=g).transpose(1, 2)
+        f = torch.full((1,), 3.0).expand(1, 40, 2)
+        C, n = torch.randn(1, 2, 16, 16, generator=g).mT, spread(torch.randn(1, 2, 16, generator=g))
+        state = tfla.State(C, n, torch.ones(1).expand(1, 2))
+        if gate == "sigmoid":
+            state = tfla.State(C, None, None)
+        runs = {}
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+            leaves = [spread(x).to(dtype).detach().requires_grad_() for x in (q, k, v)]
+            leaves += [x.to(dtype).detach().requires_grad_() for x in (i, f)]
+            start = [x if x is None else x.to(dtype).detach().requires_grad_() for x in state]
+            leaves += [x for x in start if x is not None]
+            with planned():
+                h, end = tfla.mlstm(
+                    *(spread(x) for x in leaves[:3]),
+                    *leaves[3:5],
+                    input_gate=gate,
+                    initial_state=tfla.State(*start),
+                    output_final_state=True,
+                    backend=backend,
+                )
+                loss = h.sum() if end.n is None else h.sum() + (end.n.sum(-1) * end.m.exp()).sum()
+                runs[backend] = [h, *torch.autograd.grad(loss, leaves)]
+        for ours, truth in zip(runs["triton"], runs["reference"], strict=True):
+            assert checks.distance(ours.double(), truth) <= 1e-5 * truth.norm()
 
-    @pytest.mark.parametrize("lengths", [(0, -9, 50, 80, 30), (5, 100, 20, 70, 64)])
+    @pytest.mark.parametrize("lengths", [(0, -9, 50, 80, 30), (5, 100, 20, 70, 64), (40, 64)])
     def test_offsets_out_of_range_write_nothing_outside(lengths: tuple[int, ...]) -> None:
         """The host never reads the offsets on a GPU: wrong ones give wrong numbers, inside the
         buffers."""

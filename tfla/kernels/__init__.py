@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tfla.gates import Activations
 from tfla.kernels import gates, normalizer
-from tfla.kernels.host import aligned, launch, plan_of, precision, rows_of, tables
+from tfla.kernels.host import aligned, launch, padded, plan_of, precision, rows_of, tables
 from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
 from tfla.plan import Plan, Tile
@@ -90,13 +90,19 @@ def _geometry(
     return N, rows, slots, spans, sizes
 
 
+def _split(buffer: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Parts of a buffer, each of its size, at aligned places."""
+    parts = buffer.split([padded(size) for size in sizes])
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
 def saved_like(
     q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool
 ) -> Tensor:
     """An empty tensor of the shape that ``saved`` will have: known from shapes alone, for compiled
     graphs."""
     sizes = _geometry(q, v, cu_seqlens, plan_of(q, v, cu_seqlens), normalize, keep)[-1]
-    return q.new_empty(sum(sizes), dtype=torch.float32)
+    return q.new_empty(sum(map(padded, sizes)), dtype=torch.float32)
 
 
 def saved(grid: Grid) -> Tensor:
@@ -122,10 +128,12 @@ def exponents(
     """The weights of every chunk, the denominator folded into the target side; see
     ``tfla.reference.exponents``."""
     B, T, H, K = q.shape
+    q, k = rows_of(q), rows_of(k)
+    n, m = (None if t is None else t.contiguous() for t in (n, m))
     plan = plan_of(q, v, cu_seqlens)
     N, rows, slots, spans, sizes = _geometry(q, v, cu_seqlens, plan, normalize, keep)
-    buffer = q.new_empty(sum(sizes), dtype=torch.float32) if saved is None else saved
-    weights, decay, C_ends, *rest = buffer.split(sizes)
+    buffer = q.new_empty(sum(map(padded, sizes)), dtype=torch.float32) if saved is None else saved
+    weights, decay, C_ends, *rest = _split(buffer, sizes)
     n_chunk, n_final, m_final = (
         (rest[0], rest[1].view(N, H, K), rest[2].view(N, H)) if normalize else (None, None, None)
     )
@@ -141,7 +149,7 @@ def exponents(
     chunk_table = grid.tables[0]
     if normalize:
         sums = q.new_empty(rows * slots * K, dtype=torch.float32)
-        chunk_f, chunk_p = q.new_empty(2, rows * slots, dtype=torch.float64).unbind(0)
+        chunk_f, chunk_p = (q.new_empty(rows * slots, dtype=torch.float64) for _ in range(2))
         gauge = q.new_empty(rows * slots, dtype=torch.float32)
         block_k = min(64, plan.block_k)
         launch(
@@ -184,8 +192,10 @@ def normalizer_backward(
     """The column that makes the gradient of the division exact; see
     ``tfla.reference.normalizer_backward``."""
     B, T, H, K, V = grid.shape
-    d, q_dq = q.new_empty(2, grid.size, dtype=torch.float32).unbind(0)
-    sums, dn_chunk = q.new_empty(2, grid.chunks() * K, dtype=torch.float32).unbind(0)
+    dh, h, q = rows_of(dh), rows_of(h), rows_of(q)
+    dn = None if dn is None else dn.contiguous()
+    d, q_dq = _new(q, grid.size), _new(q, grid.size)
+    sums, dn_chunk = _new(q, grid.chunks() * K), _new(q, grid.chunks() * K)
     dn_first = q.new_empty(grid.N, H, K, dtype=torch.float32)
     packed = grid.cu_seqlens is not None
     block_k = min(64, grid.plan.block_k)
@@ -228,6 +238,7 @@ def scan(
     column: Column | None = None,
     dot: Tensor | None = None,
     against: Scan | None = None,
+    final: bool = True,
 ) -> Scan:
     """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans,
     dq and dk start from them.
@@ -247,7 +258,7 @@ def scan(
         dot = None  # the column knows q . dq already
     y = None if dot is None else rows_of(dot)
     out = x.new_empty(B, T, H, X)
-    final = _new(x, grid.N, H, A, X) if walks else None
+    end = _new(x, grid.N, H, A, X) if walks and final else None
     dots = None if y is None else _new(x, tile.tiles * grid.size)
     ends = grid.dC_ends if reverse else grid.C_ends
     keep = walks and ends is not None
@@ -268,12 +279,12 @@ def scan(
         _scan_piece(
             tile, a[..., piece], b[..., piece], x, target, previous, y if last else None, dots,
             grid, None if state is None else state[:, :, piece],
-            None if final is None else final[:, :, piece], ends_here, reverse, walks, keep,
+            None if end is None else end[:, :, piece], ends_here, reverse, walks, keep,
             column if last else None,
         )  # fmt: skip
         previous = target
     share = column.q_dq if column is not None and name == "dq" else dots
-    return Scan(out, share, final, column)
+    return Scan(out, share, end, column)
 
 
 def _scan_piece(
@@ -331,7 +342,7 @@ def gate_gradients(
 ) -> tuple[Tensor, Tensor]:
     """(di, df), fp32; see ``tfla.reference.gate_gradients``."""
     B, T, H, K, _ = grid.shape
-    di, df = grid.weights.new_empty(2, B, T, H).unbind(0)
+    di, df = _new(grid.weights, B, T, H), _new(grid.weights, B, T, H)
     column = dk.column
     size = max(grid.size, 1)
     assert dq.dot is not None and dk.dot is not None

@@ -24,6 +24,8 @@ NOTHING = tl.constexpr(-(2.0**100))  # an exponent whose power is 0, exact in fp
 SMALLEST = tl.constexpr(-104.0)  # exp of less than this is 0 in fp32
 FIRST_SOURCE = tl.constexpr(3)
 MARK = tl.constexpr(6)
+# Whether these are multiples of 16 may change with T, and would compile anew for nothing.
+GATE_STRIDES = ("stride_ib", "stride_it", "stride_ih", "stride_fb", "stride_ft", "stride_fh")
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def _affine(factor_1, value_1, factor_2, value_2):
     return factor_1 * factor_2, value_1 * factor_2 + value_2
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots"])
+@triton.jit(do_not_specialize=["T", "H", "slots", *GATE_STRIDES])
 def _weights_kernel(
     q, k, i, f, cu_seqlens, table, gauge, m_last, n_chunk, weights, decay,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
@@ -105,13 +107,14 @@ def _weights_kernel(
     """The seven vectors of a chunk and what it leaves of the state; when normalised also nu, and
     den goes into the exponents."""
     w = tl.program_id(0) // H
-    head = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
+    size = size.to(tl.int64)
     n, j = unit(w, cu_seqlens, table, T, L, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     if j * L >= length:
         return
     row = head if PACKED else batch * H + head
-    slot = (row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)) + j
+    slot = (row * slots + first_slot(n, start, L, PACKED)) + j
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l
@@ -143,6 +146,7 @@ def _weights_kernel(
         tl.store(decay + slot, _exp(b_last))
     weight = _exp(m_in - M) * scale
     target = -M * LOG2E + tl.log2(tl.maximum(scale, 1e-30).to(tl.float64))
+    used = inside & (scale > 0.0)
     if NORMALIZE:
         row, row_rest = _pair(-M * LOG2E)
         col, col_rest = _pair(p * LOG2E)
@@ -170,7 +174,7 @@ def _weights_kernel(
         mark = tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
         weight = weight / den
         target -= tl.log2(den.to(tl.float64))
-    row, row_rest = _pair(tl.where(inside, target, NOTHING))
+    row, row_rest = _pair(tl.where(used, target, NOTHING))
     col, col_rest = _pair(tl.where(inside, p * LOG2E, NOTHING))
     tl.store(here, row)
     tl.store(here + size, row_rest)
@@ -182,7 +186,7 @@ def _weights_kernel(
     tl.store(here + MARK * size, mark + tl.where(erased, 4.0, 0.0))
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "spans"])
+@triton.jit(do_not_specialize=["T", "H", "slots", "spans", *GATE_STRIDES])
 def _gradients_kernel(
     i, f, cu_seqlens, table, weights, q_dq, k_dk, C_ends, dC_ends, n_chunk, n_last, dn_chunk, di,
     df, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
@@ -195,12 +199,13 @@ def _gradients_kernel(
     of SPAN tokens, and of the states that meet there; it restarts at tokens that erase what came
     before."""
     w = tl.program_id(0) // H
-    head = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
+    size = size.to(tl.int64)
     n, j = unit(w, cu_seqlens, table, T, SPAN, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     if j * SPAN >= length:
         return
-    row = (head if PACKED else batch * H + head).to(tl.int64)
+    row = (head if PACKED else batch * H + head)
     span = row * spans + first_slot(n, start, SPAN, PACKED) + j
     first = row * slots + first_slot(n, start, L, PACKED)
     # Tokens from the last to the first: the scan runs forward.

@@ -34,16 +34,16 @@ def precision(x: Tensor) -> str:
     """How fp32 products are done: as torch's own matrix products on this device are set to be."""
     if x.dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul: Any = torch.backends.cuda.matmul  # allow_tf32 raises where the newer name was used
+    return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
 
 
 def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     """The plan that serves tensors of these shapes."""
-    B, T, H, K = q.shape
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    problem = Problem(
-        B, T, H, K, v.shape[-1], N, cu_seqlens is not None, q.element_size(), precision(q)
-    )
+    # A compiled graph is made for its sizes: int() turns symbols into guards.
+    B, T, H, K, V = (int(size) for size in (*q.shape, v.shape[-1]))
+    N = B if cu_seqlens is None else int(cu_seqlens.shape[0]) - 1
+    problem = Problem(B, T, H, K, V, N, cu_seqlens is not None, q.element_size(), precision(q))
     return plan(problem, device_of(q))
 
 
@@ -54,7 +54,7 @@ def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, .
         return None, None, None
     N = cu_seqlens.shape[0] - 1
     units = (p.L, p.span, p.segment or p.span)
-    sizes = [T // unit + N for unit in units]
+    sizes = [padded(T // unit + N) for unit in units]
     table = torch.empty(sum(sizes), dtype=torch.int32, device=cu_seqlens.device)
     launch(
         _tables_kernel,
@@ -69,6 +69,12 @@ def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, .
         BLOCK=256,
     )
     return table.split(sizes)
+
+
+def padded(size: int) -> int:
+    """The least multiple of 32 that is at least ``size``: what follows in a buffer is then aligned
+    for every length, and no kernel is compiled anew, or slower, for want of it."""
+    return -(-size // 32) * 32
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -32,10 +32,11 @@ def sequence(n, cu_seqlens, T, PACKED: tl.constexpr):
 def unit(w, cu_seqlens, table, T, U, PACKED: tl.constexpr):
     """(sequence, index within it) of the w-th slot of units of U tokens; the index is past the end
     in a slot that is not used."""
+    w = w.to(tl.int64)
     if PACKED:
         n = tl.load(table + w)
         start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
-        j = w - (start // U).to(tl.int32) - n
+        j = w - start // U - n
     else:
         each = tl.maximum((T + U - 1) // U, 1)
         n = w // each

@@ -11,11 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla.kernels.gates import MARK, _affine, _exp, _log_gates
+from tfla.kernels.gates import GATE_STRIDES, MARK, _affine, _exp, _log_gates
 from tfla.kernels.layout import first_slot, sequence, unit
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots"])
+@triton.jit(do_not_specialize=["T", "H", "slots", *GATE_STRIDES])
 def _sums_kernel(
     k, i, f, cu_seqlens, table, sums, chunk_f, chunk_p,
     stride_kb, stride_kt, stride_kh, stride_ib, stride_it, stride_ih, stride_fb, stride_ft,
@@ -25,13 +25,13 @@ def _sums_kernel(
 ):  # fmt: skip
     """Of each chunk: b_L, max p, and sum_s exp(p_s - max p) k_s, in the chunk's own gauge."""
     w = tl.program_id(0) // H
-    head = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
     n, j = unit(w, cu_seqlens, table, T, L, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     if j * L >= length:
         return
     row = head if PACKED else batch * H + head
-    slot = (row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)) + j
+    slot = (row * slots + first_slot(n, start, L, PACKED)) + j
     t = j * L + tl.arange(0, L)
     inside = t < length
     t = start + t
@@ -80,10 +80,10 @@ def _gauge_kernel(
     """Over the chunks of each sequence: the gauge m_in (a max-plus scan, fp64) and the normaliser
     n that enter each of them."""
     n = tl.program_id(0) // H
-    head = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     row = head if PACKED else batch * H + head
-    first = row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)
+    first = row * slots + first_slot(n, start, L, PACKED)
     chunks = ((length + L - 1) // L).to(tl.int32)
     state = n.to(tl.int64) * H + head
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -137,13 +137,14 @@ def _column_kernel(
     """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, q_t . dq_t = dh_t . h_t where
     it is not, and the chunk's sum of exp(m_in - M_t) d_t scale q_t / den_t, its share of dn."""
     w = tl.program_id(0) // H
-    head = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
+    size = size.to(tl.int64)
     n, j = unit(w, cu_seqlens, table, T, L, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     if j * L >= length:
         return
     row = head if PACKED else batch * H + head
-    slot = (row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)) + j
+    slot = (row * slots + first_slot(n, start, L, PACKED)) + j
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l
@@ -185,10 +186,10 @@ def _column_state_kernel(
 ):  # fmt: skip
     """dn at the end of every chunk, from the last one back: dn <- decay dn + sums."""
     n = tl.program_id(0) // H
-    head = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     row = head if PACKED else batch * H + head
-    first = row.to(tl.int64) * slots + first_slot(n, start, L, PACKED)
+    first = row * slots + first_slot(n, start, L, PACKED)
     chunks = ((length + L - 1) // L).to(tl.int32)
     state = n.to(tl.int64) * H + head
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -60,13 +60,14 @@ def _scan_kernel(
     COL: tl.constexpr = 0 if REVERSE else FIRST_SOURCE
     tiles = (X + BLOCK_X - 1) // BLOCK_X
     tile = tl.program_id(0) % tiles
-    head = (tl.program_id(0) // tiles) % H
+    head = ((tl.program_id(0) // tiles) % H).to(tl.int64)
+    size = size.to(tl.int64)
     w = (tl.program_id(0) // tiles // H).to(tl.int64)
     n, j = w, 0
     if CUT:
         n, j = unit(w, cu_seqlens, table, T, UNIT, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = (head if PACKED else batch * H + head).to(tl.int64)
+    row = head if PACKED else batch * H + head
     chunks = ((length + L - 1) // L).to(tl.int32)
     low, high = 0, chunks
     if CUT:
@@ -108,28 +109,21 @@ def _scan_kernel(
         S = tl.zeros([BLOCK_A, BLOCK_X], tl.float32)
         entry = lanes[:, None] * STRIDE_EA + tl.arange(0, BLOCK_X)[None, :] * STRIDE_EX
         inside = (lanes < A)[:, None] & (columns < X)[None, :]
-    first = True
-    if CUT:
-        first = (high == chunks) if REVERSE else (low == 0)
-    if out is not None:
-        if first:
-            if state is not None:
-                if TRANSPOSED:
-                    at = columns[:, None] * stride_sx + lanes[None, :] * stride_sa
-                else:
-                    at = lanes[:, None] * stride_sa + columns[None, :] * stride_sx
-                S = tl.load(
-                    state + n.to(tl.int64) * stride_sn + head * stride_sh + at,
-                    mask=inside,
-                    other=0.0,
-                )
+    if out is not None and state is not None:
+        first = inside
+        if CUT:  # the pieces after the first start from what was kept
+            first = inside & ((high == chunks) if REVERSE else (low == 0))
+        if TRANSPOSED:
+            at = columns[:, None] * stride_sx + lanes[None, :] * stride_sa
         else:
+            at = lanes[:, None] * stride_sa + columns[None, :] * stride_sx
+        at += n.to(tl.int64) * stride_sn + head * stride_sh
+        S = tl.load(state + at, mask=first, other=0.0)
+    if out is not None and CUT:
+        if (high < chunks) if REVERSE else (low > 0):
             before = (high if REVERSE else low) * L // SPAN - 1
-            S = tl.load(
-                ends + (span + before) * stride_e + first_x * STRIDE_EX + entry,
-                mask=inside,
-                other=0.0,
-            )
+            at = (span + before) * stride_e + first_x * STRIDE_EX + entry
+            S = tl.load(ends + at, mask=inside, other=0.0)
     remains = 1.0
 
     l = tl.arange(0, L)
@@ -241,9 +235,9 @@ def _join_kernel(
     start in reverse), in place."""
     PACKED: tl.constexpr = cu_seqlens is not None
     n = tl.program_id(0) // H
-    head = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = (head if PACKED else batch * H + head).to(tl.int64)
+    row = head if PACKED else batch * H + head
     span = row * spans + first_slot(n, start, SPAN, PACKED)
     pieces = ((length + UNIT - 1) // UNIT).to(tl.int32)
     first = (

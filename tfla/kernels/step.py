@@ -9,13 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tfla.gates import Activations
-from tfla.kernels.gates import _log_sigmoid
+from tfla.kernels.gates import GATE_STRIDES, _log_sigmoid
 from tfla.kernels.host import launch
 
 REGISTERS = 8192  # fp32 entries of the state that one program holds: 64 registers a thread
 
 
-@triton.jit(do_not_specialize=["H", "rows"])
+@triton.jit(do_not_specialize=["H", "rows", *GATE_STRIDES])
 def _step_kernel(
     q, k, v, i, f, C, n, m, slots, h, arrived, scale,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ib, stride_ih,
@@ -29,7 +29,7 @@ def _step_kernel(
     """
     tiles = tl.cdiv(V, BLOCK_V)
     tile = tl.program_id(0) % tiles
-    head = (tl.program_id(0) // tiles) % H
+    head = ((tl.program_id(0) // tiles) % H).to(tl.int64)
     batch = (tl.program_id(0) // tiles // H).to(tl.int64)
     slot = batch
     if slots is not None:
@@ -91,14 +91,15 @@ def _step_kernel(
     if m is not None:
         floor = tl.minimum(tl.maximum(tl.exp(-m_new), 2.0**-126), 2.0**126)
         h_row = h_row / tl.maximum(tl.abs(tl.sum(n_new * q_row, 0)), floor)
-        last = True
-        if tiles > 1:
+        last = batch >= 0
+        if arrived is not None:
             tl.debug_barrier()
             last = tl.atomic_add(arrived + batch * H + head, 1) == tiles - 1
         if last:
             tl.store(n_at, n_new.to(n.dtype.element_ty), mask=lanes < K)
             tl.store(m_at, m_new)
-            tl.store(arrived + batch * H + head, 0)
+            if arrived is not None:
+                tl.store(arrived + batch * H + head, 0)
     tl.store(h + (batch * H + head) * V + columns, h_row.to(h.dtype.element_ty), mask=columns < V)
 
 
@@ -106,7 +107,9 @@ _arrivals: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _arrived(q: Tensor, count: int) -> Tensor:
-    """Counters that every launch leaves at zero, one set a stream."""
+    """Counters that every launch leaves at zero, one set a stream; a CUDA graph has its own."""
+    if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=q.device)
     stream = torch.cuda.current_stream(q.device).cuda_stream if q.device.type == "cuda" else 0
     key = (q.device, stream)
     if key not in _arrivals or _arrivals[key].numel() < count:
@@ -135,11 +138,13 @@ def update(
     h = v.new_empty(B, H, V)
     block_k = triton.next_power_of_2(K)
     block_v = max(16, min(triton.next_power_of_2(V), REGISTERS // block_k))
+    tiles = triton.cdiv(V, block_v)
+    arrived = None if m is None or tiles == 1 else _arrived(q, B * H)
     strides_n = (0, 0, 0) if n is None else n.stride()
     strides_m = (0, 0) if m is None else m.stride()
     launch(
-        _step_kernel, (B * H * triton.cdiv(V, block_v),), (4, 1),
-        q, k, v, i, f, C, n, m, slots, h, None if m is None else _arrived(q, B * H), scale,
+        _step_kernel, (B * H * tiles,), (4, 1),
+        q, k, v, i, f, C, n, m, slots, h, arrived, scale,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *i.stride(), *f.stride(), *C.stride(),
         *strides_n, *strides_m, H, K, V, C.shape[0], BLOCK_K=block_k, BLOCK_V=block_v,
         SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
