@@ -1,9 +1,12 @@
 """The public functions: from what a person types to one call of the operators.
 
-Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, L chunk length, N sequences, G segments.
+Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, L chunk length, N sequences,
+G segments.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -37,26 +40,34 @@ def mlstm(
         n_t = exp(log_f_t + m_{t-1} - m_t) n_{t-1} + exp(log_i_t - m_t) k_t
         h_t = C_t^T (scale q_t) / max(|n_t . scale q_t|, exp(-m_t))
 
-    with log_i = i for the exponential input gate. With the sigmoid gate log_i = logsigmoid(i), m = 0, and there is no n and no
-    division unless ``normalize=True``. Source: Beck et al., arXiv 2405.04517 and 2503.14376 (mLSTMexp and mLSTMsig).
+    with log_i = i for the exponential input gate. With the sigmoid gate log_i = logsigmoid(i), m =
+    0, and there is no n and no division unless ``normalize=True``. Source: Beck et al., arXiv
+    2405.04517 and 2503.14376 (mLSTMexp and mLSTMsig).
 
     Args:
-        q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides. Under autocast they are cast first.
-        i, f: (B, T, H) gate pre-activations, any floating dtype; computed in fp32 (fp64 for fp64 q).
+        q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides.
+        Under autocast they are cast first.
+        i, f: (B, T, H) gate pre-activations, any floating dtype; computed in fp32 (fp64 for fp64
+        q).
         input_gate: "exp" or "sigmoid".
-        normalize: divide by the normaliser? None: True for "exp", False for "sigmoid", the paper's two variants.
+        normalize: divide by the normaliser? None: True for "exp", False for "sigmoid", the paper's
+        two variants.
         scale: factor of q; None: K ** -0.5.
-        initial_state: State of N = B sequences (with ``cu_seqlens``: as many as are packed), or None for an empty memory.
+        initial_state: State of N = B sequences (with ``cu_seqlens``: as many as are packed), or
+        None for an empty memory.
         output_final_state: also return the state after the last token.
-        cu_seqlens: (N + 1,) int32 or int64 offsets 0 = c_0 <= ... <= c_N = T of sequences packed along T; B must be 1.
+        cu_seqlens: (N + 1,) int32 or int64 offsets 0 = c_0 <= ... <= c_N = T of sequences packed
+        along T; B must be 1.
         backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
 
     Returns:
-        h: (B, T, H, V) in v's dtype, and the final State or None. Gradients are exact for any loss, through the normaliser and
-        through both states; a second derivative raises RuntimeError.
+        h: (B, T, H, V) in v's dtype, and the final State or None. Gradients are exact for any
+        loss, through the normaliser and through both states; a second derivative raises
+        RuntimeError.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted. RuntimeError: a named backend cannot serve.
+        TypeError, ValueError: naming the argument, what came and what is wanted. RuntimeError: a
+        named backend cannot serve.
 
     Example:
         >>> import torch, tfla
@@ -71,7 +82,17 @@ def mlstm(
     activations = Activations(sigmoid_i=gate.sigmoid, sigmoid_f=True)
     gate_tensors = {"i": checks.tensor("i", i), "f": checks.tensor("f", f)}
     return _sequence(
-        q, k, v, gate_tensors, activations, normalize, scale, initial_state, output_final_state, cu_seqlens, backend
+        q,
+        k,
+        v,
+        gate_tensors,
+        activations,
+        normalize,
+        scale,
+        initial_state,
+        output_final_state,
+        cu_seqlens,
+        backend,
     )
 
 
@@ -93,18 +114,22 @@ def linear_attention(
 
         C_t = exp(log_f_t) C_{t-1} + exp(log_i_t) k_t v_t^T          h_t = C_t^T (scale q_t)
 
-    Linear attention has no gates; retention and Lightning attention a constant log_f per head, (H,); simple GLA log_f (B, T, H);
-    Mamba-2's SSD log_f = A dt and log_i = log dt, with q = C, k = B, v = x. With ``normalize`` h_t is divided by max(|n_t . scale q_t|, 1),
-    n the same recurrence over k, in a gauge m that cannot overflow (see ``mlstm``). Source: arXiv 2006.16236, 2307.08621, 2405.21060.
+    Linear attention has no gates; retention and Lightning attention a constant log_f per head,
+    (H,); simple GLA log_f (B, T, H); Mamba-2's SSD log_f = A dt and log_i = log dt, with q = C, k
+    = B, v = x. With ``normalize`` h_t is divided by max(|n_t . scale q_t|, 1), n the same
+    recurrence over k, in a gauge m that cannot overflow (see ``mlstm``). Source: arXiv 2006.16236,
+    2307.08621, 2405.21060.
 
     Args:
         q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides.
-        log_f, log_i: (B, T, H), (H,) or None (= 0): natural logarithms of the decay and of the weight of each token. Positive ones are
+        log_f, log_i: (B, T, H), (H,) or None (= 0): natural logarithms of the decay and of the
+        weight of each token. Positive ones are
             allowed, and may overflow when not normalised: that is the function asked for.
         normalize, scale, initial_state, output_final_state, cu_seqlens, backend: as in ``mlstm``.
 
     Returns:
-        h: (B, T, H, V) in v's dtype, and the final State or None. One token (T = 1) without gradients takes the decode step.
+        h: (B, T, H, V) in v's dtype, and the final State or None. One token (T = 1) without
+        gradients takes the decode step.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in ``mlstm``.
@@ -118,7 +143,17 @@ def linear_attention(
     gates = {"log_i": log_i, "log_f": log_f}
     activations = Activations(sigmoid_i=False, sigmoid_f=False)
     return _sequence(
-        q, k, v, gates, activations, normalize, scale, initial_state, output_final_state, cu_seqlens, backend
+        q,
+        k,
+        v,
+        gates,
+        activations,
+        normalize,
+        scale,
+        initial_state,
+        output_final_state,
+        cu_seqlens,
+        backend,
     )
 
 
@@ -141,10 +176,12 @@ def mlstm_step(
 
     Args:
         q, k: (B, H, K), v: (B, H, V), i, f: (B, H): as in ``mlstm``, without the T axis.
-        state: State of B rows; C and n in fp32 or bf16 (fp64 for fp64 q), returned in the dtype given; m in fp32 (fp64).
+        state: State of B rows; C and n in fp32 or bf16 (fp64 for fp64 q), returned in the dtype
+        given; m in fp32 (fp64).
         input_gate, normalize, scale, backend: as in ``mlstm``.
         inplace: update ``state`` itself and return it; raises if anything requires grad.
-        slots: (B,) int32 or int64, distinct rows of a larger in-place state that the batch uses; needs ``inplace=True``.
+        slots: (B,) int32 or int64, distinct rows of a larger in-place state that the batch uses;
+        needs ``inplace=True``.
 
     Returns:
         h: (B, H, V) in v's dtype, and the State after the token.
@@ -173,7 +210,7 @@ def _sequence(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gates: dict[str, Tensor | None],
+    gates: Mapping[str, Tensor | None],
     activations: Activations,
     normalize: bool,
     scale: float | None,
@@ -196,9 +233,16 @@ def _sequence(
         # The decode step, from an empty memory if there is no other.
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         if state is None:
-            n, m = (q.new_zeros(B, H, K, dtype=dtype), q.new_zeros(B, H, dtype=dtype)) if normalize else (None, None)
+            n, m = (
+                (q.new_zeros(B, H, K, dtype=dtype), q.new_zeros(B, H, dtype=dtype))
+                if normalize
+                else (None, None)
+            )
             state = State(q.new_zeros(B, H, K, V, dtype=dtype), n, m)
-        h, after = _run_step(*(x[:, 0] for x in (q, k, v, i, f)), state, activations, scale, False, None, name)
+        h, after = _run_step(
+            q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0],
+            state, activations, scale, False, None, name,
+        )  # fmt: skip
         return h[:, None], after if output_final_state else None
     if scale < 0:  # the kernels take the scale into an exponent
         q, scale = -q, -scale
@@ -214,7 +258,7 @@ def _step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gates: dict[str, Tensor | None],
+    gates: Mapping[str, Tensor | None],
     activations: Activations,
     normalize: bool,
     scale: float | None,
@@ -236,20 +280,21 @@ def _step(
     needs_grad = checks.requires_grad(q, k, v, i, f, state)
     if inplace and needs_grad:
         raise ValueError(
-            "inplace=True overwrites the state, which autograd would need: call under torch.no_grad(), detach the inputs, "
-            "or use inplace=False."
+            "inplace=True overwrites the state, which autograd would need: call under "
+            "torch.no_grad(), detach the inputs, or use inplace=False."
         )
     if not needs_grad:
         return _run_step(q, k, v, i, f, state, activations, scale, inplace, slots, name)
-    dtypes = (state.C.dtype, None if state.n is None else state.n.dtype)
     if scale < 0:
         q, scale = -q, -scale
     full = torch.float64 if q.dtype == torch.float64 else torch.float32
-    wide = (None if s is None else s.to(full) for s in state)
+    C, n, m = (None if s is None else s.to(full) for s in state)
+    one = (x[:, None] for x in (q, k, v, i, f))
     options = ops.Options(scale, *activations, normalize, True, True, name)
-    h, C, n, m, _ = ops.run(ops.Inputs(*(x[:, None] for x in (q, k, v, i, f)), *wide, None), options)
-    C, n, m = C.to(dtypes[0]), (n.to(dtypes[1]) if normalize else None), (m if normalize else None)
-    return h[:, 0], State(C, n, m)
+    h, *after = ops.run(ops.Inputs(*one, C, n, m, None), options)  # type: ignore[call-arg]
+    # C and n go back in the dtypes that they came in; what is not there stays None.
+    end = [None if s is None else t.to(s.dtype) for s, t in zip(state, after[:3], strict=True)]
+    return h[:, 0], State(*end)  # type: ignore[arg-type]
 
 
 def _run_step(
@@ -266,4 +311,4 @@ def _run_step(
     backend: str,
 ) -> tuple[Tensor, State]:
     h, *after = ops.step(q, k, v, i, f, *state, slots, scale, activations, inplace, backend)
-    return h, state if inplace else State(*after)
+    return h, state if inplace else State(*after)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""What comes in by the public functions: the state, argument checks, dtypes and the choice of a backend.
+"""What comes in by the public functions: the state, argument checks, dtypes and the choice of a
+backend.
 
 Every error names the argument, what came and what is wanted.
 """
@@ -22,9 +23,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class State(NamedTuple):
     """The state of N sequences: all that a linear recurrent model remembers.
 
-    C: (N, H, K, V) memory. n: (N, H, K) normaliser and m: (N, H) gauge, or None when the layer is not normalised.
-    fp32, or fp64 for fp64 inputs. m is a gauge: (C, n, m) and (e^-c C, e^-c n, m + c) are the same state, so compare C e^m and
-    n e^m, never C and m by themselves; m carries no gradient.
+    C: (N, H, K, V) memory. n: (N, H, K) normaliser and m: (N, H) gauge, or None when the layer is
+    not normalised.
+    fp32, or fp64 for fp64 inputs. m is a gauge: (C, n, m) and (e^-c C, e^-c n, m + c) are the same
+    state, so compare C e^m and n e^m, never C and m by themselves; m carries no gradient.
     """
 
     C: Tensor
@@ -36,17 +38,22 @@ class State(NamedTuple):
         return State(*(None if t is None else t.detach() for t in self))  # type: ignore[arg-type]
 
 
-
 def gate_of(name: str) -> Any:
     if not isinstance(name, str) or name not in INPUT_GATES:
-        raise ValueError(f"input_gate must be one of {', '.join(map(repr, INPUT_GATES))}; got {name!r}.")
+        raise ValueError(
+            f"input_gate must be one of {', '.join(map(repr, INPUT_GATES))}; got {name!r}."
+        )
     return INPUT_GATES[name]
 
 
 def what(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
-    return f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str, bool, type(None))) else type(x).__name__
+    return (
+        f"{type(x).__name__} {x!r}"
+        if isinstance(x, (int, float, str, bool, type(None)))
+        else type(x).__name__
+    )
 
 
 def tensor(name: str, x: Any) -> Tensor:
@@ -59,22 +66,33 @@ def operands(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tens
     for name, x in (("q", q), ("k", k), ("v", v)):
         last = "V" if name == "v" else "K"
         if tensor(name, x).dim() != len(axes) + 1:
-            raise ValueError(f"{name} must have {len(axes) + 1} axes ({', '.join(axes)}, {last}); got {what(x)}.")
+            raise ValueError(
+                f"{name} must have {len(axes) + 1} axes ({', '.join(axes)}, {last}); got {what(x)}."
+            )
     device = q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
-        q, k, v = (x.to(low) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in (q, k, v))
+        q, k, v = (
+            x.to(low) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x
+            for x in (q, k, v)
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64; got {what(x)}.")
         if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share one dtype; got {name} {what(x)} beside q {what(q)}.")
+            raise TypeError(
+                f"q, k and v must share one dtype; got {name} {what(x)} beside q {what(q)}."
+            )
         if x.device != q.device:
-            raise ValueError(f"q, k and v must be on one device; got {name} {what(x)} beside q {what(q)}.")
+            raise ValueError(
+                f"q, k and v must be on one device; got {name} {what(x)} beside q {what(q)}."
+            )
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}; got {what(k)}.")
     if v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"v must be ({', '.join(axes)}, V) with {tuple(q.shape[:-1])} as in q; got {what(v)}.")
+        raise ValueError(
+            f"v must be ({', '.join(axes)}, V) with {tuple(q.shape[:-1])} as in q; got {what(v)}."
+        )
     if q.shape[-1] == 0 or v.shape[-1] == 0 or q.shape[-2] == 0:
         raise ValueError(f"H, K and V must be at least 1; got q {what(q)} and v {what(v)}.")
     return q, k, v
@@ -101,21 +119,35 @@ def gate_tensor(name: str, x: Tensor | None, q: Tensor) -> Tensor:
 
 
 def sequences(cu_seqlens: Tensor | None, q: Tensor) -> int:
-    """N. The values of cu_seqlens are checked where they are read: never by the host when they are on a GPU."""
+    """N. The values of cu_seqlens are checked where they are read: never by the host when they are
+    on a GPU."""
     if cu_seqlens is None:
         return q.shape[0]
     tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be (N + 1,) int32 or int64 offsets; got {what(cu_seqlens)}.")
+    if (
+        cu_seqlens.dim() != 1
+        or cu_seqlens.shape[0] < 2
+        or cu_seqlens.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"cu_seqlens must be (N + 1,) int32 or int64 offsets; got {what(cu_seqlens)}."
+        )
     if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens must be on the device of q, {q.device}; got {what(cu_seqlens)}.")
+        raise ValueError(
+            f"cu_seqlens must be on the device of q, {q.device}; got {what(cu_seqlens)}."
+        )
     if q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs sequences along T, so B must be 1; got q {what(q)}.")
     return cu_seqlens.shape[0] - 1
 
 
 def check_state(
-    state: Any, normalize: bool, q: Tensor, sizes: tuple[int | None, int, int, int], argument: str, low: bool = False
+    state: Any,
+    normalize: bool,
+    q: Tensor,
+    sizes: tuple[int | None, int, int, int],
+    argument: str,
+    low: bool = False,
 ) -> State:
     """The state, or an error that says what it should be. ``low``: C and n may be bf16."""
     if not isinstance(state, (tuple, list)) or len(state) != 3:
@@ -124,11 +156,19 @@ def check_state(
     N, H, K, V = sizes
     N = state.C.shape[0] if N is None and isinstance(state.C, Tensor) and state.C.dim() else N
     if normalize != (state.n is not None) or normalize != (state.m is not None):
-        kind = "(C, n, m): this layer is normalised" if normalize else "(C, None, None): this layer is not normalised"
+        kind = (
+            "(C, n, m): this layer is normalised"
+            if normalize
+            else "(C, None, None): this layer is not normalised"
+        )
         got = ", ".join("None" if t is None else "tensor" for t in state)
         raise ValueError(f"{argument} must be {kind}; got ({got}).")
     full = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for name, t, shape in (("C", state.C, (N, H, K, V)), ("n", state.n, (N, H, K)), ("m", state.m, (N, H))):
+    for name, t, shape in (
+        ("C", state.C, (N, H, K, V)),
+        ("n", state.n, (N, H, K)),
+        ("m", state.m, (N, H)),
+    ):
         if t is None:
             continue
         if tensor(f"{argument}.{name}", t).shape != shape:
@@ -136,19 +176,23 @@ def check_state(
         allowed = (full, torch.bfloat16) if low and name != "m" else (full,)
         if t.dtype not in allowed:
             wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-            raise TypeError(f"{argument}.{name} must be {wanted} beside {q.dtype} q; got {what(t)}.")
+            raise TypeError(
+                f"{argument}.{name} must be {wanted} beside {q.dtype} q; got {what(t)}."
+            )
         if t.device != q.device:
-            raise ValueError(f"{argument}.{name} must be on the device of q, {q.device}; got {what(t)}.")
+            raise ValueError(
+                f"{argument}.{name} must be on the device of q, {q.device}; got {what(t)}."
+            )
     return state
 
 
 def check_slots(slots: Any, B: int, rows: int, q: Tensor, inplace: bool) -> None:
-    """Rows of a state for a batch. Values are read where the host has them; on a GPU the kernel keeps
-    to the state and answers NaN."""
+    """Rows of a state for a batch. Values are read where the host has them; on a GPU the kernel
+    keeps to the state and answers NaN."""
     kinds = (torch.int32, torch.int64)
     if not isinstance(slots, Tensor) or slots.shape != (B,) or slots.dtype not in kinds:
         raise TypeError(
-            f"slots must be ({B},) int32 or int64, a row of the state for each of the {B} in the batch; "
+            f"slots must be ({B},) int32 or int64, a row of the state for each of the {B}; "
             f"got {what(slots)}."
         )
     if slots.device != q.device:
@@ -164,10 +208,10 @@ def check_slots(slots: Any, B: int, rows: int, q: Tensor, inplace: bool) -> None
         raise ValueError(f"slots must be distinct and in the state's {rows} rows; got {values}.")
 
 
-def scale_of(scale: float | None, K: int) -> float:
+def scale_of(scale: Any, K: int) -> float:
     if scale is None:
         return K**-0.5
-    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
+    if not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a Python number or None; got {what(scale)}.")
     return float(scale)
 
@@ -175,7 +219,13 @@ def scale_of(scale: float | None, K: int) -> float:
 def requires_grad(*tensors: Any) -> bool:
     if not torch.is_grad_enabled():
         return False
-    flat = [t for x in tensors if x is not None for t in (x if isinstance(x, tuple) else (x,)) if t is not None]
+    flat = [
+        t
+        for x in tensors
+        if x is not None
+        for t in (x if isinstance(x, tuple) else (x,))
+        if t is not None
+    ]
     return any(t.requires_grad for t in flat)
 
 
@@ -190,10 +240,14 @@ def pick_backend(backend: str | None, q: Tensor) -> str:
         if q.device not in _why_not:
             _why_not[q.device] = why_not_triton(q)
             if _why_not[q.device]:
-                warnings.warn(f'tfla runs on its backend "reference" here: {_why_not[q.device]}', stacklevel=4)
+                warnings.warn(
+                    f'tfla runs on its backend "reference" here: {_why_not[q.device]}', stacklevel=4
+                )
         return "reference" if _why_not[q.device] else "triton"
     if backend not in ops.BACKENDS:
-        raise ValueError(f"backend must be None, {', '.join(map(repr, ops.BACKENDS))}; got {backend!r}.")
+        raise ValueError(
+            f"backend must be None, {', '.join(map(repr, ops.BACKENDS))}; got {backend!r}."
+        )
     if backend == "triton" and (reason := why_not_triton(q)):
         raise RuntimeError(f'backend="triton" cannot serve this call: {reason}')
     return backend
@@ -205,12 +259,16 @@ def why_not_triton(q: Tensor) -> str | None:
         return 'it computes in fp16, bf16 and fp32; for fp64 use backend="reference".'
     if q.device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
-            return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the program starts, or move them to a GPU."
+            return (
+                "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the program "
+                "starts, or move them to a GPU."
+            )
     elif q.device.type != "cuda":
         return f"it needs an NVIDIA or AMD GPU; the tensors are on {q.device}."
     elif torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(q.device)
-        return f"it needs compute capability 8.0 or later; {torch.cuda.get_device_name(q.device)} has {major}.{minor}."
+        name = torch.cuda.get_device_name(q.device)
+        return f"it needs compute capability 8.0 or later; {name} has {major}.{minor}."
     try:
         import triton  # noqa: F401
     except ImportError as error:

@@ -1,15 +1,18 @@
-"""The forward and the backward pass, written once over the primitive ``scan``, and their registration with PyTorch.
+"""The forward and the backward pass, written once over the primitive ``scan``, and their
+registration with PyTorch.
 
-    forward     h  = scan(q, k, v; C_0)                                     D_ts = exp(p_s - M_t) scale / den_t
-    backward    dq = scan([dh | d], [v | 1], k; [C_0 | n_0]^T)
+    forward     h  = scan(q, k, v; C_0)                                     D_ts = exp(p_s - M_t)
+    scale / den_t backward    dq = scan([dh | d], [v | 1], k; [C_0 | n_0]^T)
                 dk = reverse scan([v | 1], [dh | d], q; [dC_T | dn_T]^T)
                 dv = reverse scan(k, q, dh; dC_T)
 
-and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module with the functions ``exponents``,
-``saved``, ``normalizer_backward``, ``scan``, ``gate_gradients`` and ``initial_gradients`` (and ``update``, the decode step); nothing here knows which one it is, nor which gate.
+and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module
+with the functions ``exponents``,
+``saved``, ``normalizer_backward``, ``scan``, ``gate_gradients`` and ``initial_gradients`` (and
+``update``, the decode step); nothing here knows which one it is, nor which gate.
 
-Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to dispatch); both run the same two
-functions below.
+Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to
+dispatch); both run the same two functions below.
 """
 
 from __future__ import annotations
@@ -64,18 +67,35 @@ class Inputs(NamedTuple):
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """The dtypes of a backend are its own; nothing to do where autocast is off, which is the usual case."""
+    """The dtypes of a backend are its own; nothing to do where autocast is off, which is the usual
+    case."""
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
 
 def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
-    """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not there."""
+    """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not
+    there."""
     with _no_autocast(x.q.device.type):
-        grid = o.leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, o.keep)
+        grid = o.leaf.exponents(
+            x.q,
+            x.k,
+            x.v,
+            x.i,
+            x.f,
+            x.n,
+            x.m,
+            x.cu_seqlens,
+            o.scale,
+            o.activations,
+            o.normalize,
+            o.keep,
+        )
         result = o.leaf.scan("h", x.q, x.k, x.v, grid, x.C, final=o.final)
-        C, n, m = (result.out.new_empty(0, dtype=o.full(x.q)) for _ in range(3))  # an operator's outputs are distinct
+        C, n, m = (
+            result.out.new_empty(0, dtype=o.full(x.q)) for _ in range(3)
+        )  # an operator's outputs are distinct
         if o.final:
             C = result.final
             if o.normalize:
@@ -84,16 +104,37 @@ def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
 
 
 def backward(
-    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, x: Inputs, o: Options
+    dh: Tensor | None,
+    dC: Tensor | None,
+    dn: Tensor | None,
+    h: Tensor,
+    saved: Tensor,
+    x: Inputs,
+    o: Options,
 ) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial state."""
+    """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial
+    state."""
     leaf = o.leaf
     with _no_autocast(x.q.device.type):
         dh = torch.zeros_like(h) if dh is None else dh
         # An output that was not wanted is empty, and so is its cotangent.
         dC = dC if o.final else None
         dn = dn if o.final and o.normalize else None
-        grid = leaf.exponents(x.q, x.k, x.v, x.i, x.f, x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, True, saved)
+        grid = leaf.exponents(
+            x.q,
+            x.k,
+            x.v,
+            x.i,
+            x.f,
+            x.n,
+            x.m,
+            x.cu_seqlens,
+            o.scale,
+            o.activations,
+            o.normalize,
+            True,
+            saved,
+        )
         column = leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
         C_T, dC_T = None if x.C is None else x.C.mT, None if dC is None else dC.mT
         dv = leaf.scan("dv", x.k, x.q, dh, grid, dC, final=x.C is not None)
@@ -131,7 +172,8 @@ def step(
     inplace: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One token, no gradient: (h, C, n, m). q, k: (B, H, K). v: (B, H, V). i, f: (B, H). States: (N, H, ...), see ``tfla.State``."""
+    """One token, no gradient: (h, C, n, m). q, k: (B, H, K). v: (B, H, V). i, f: (B, H). States:
+    (N, H, ...), see ``tfla.State``."""
     if not inplace:
         C, n, m = C.clone(), None if n is None else n.clone(), None if m is None else m.clone()
     if torch.compiler.is_compiling():
@@ -156,7 +198,9 @@ class _Forward(torch.autograd.Function):
         return h, C, n, m, saved
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, *_: Tensor | None) -> Any:
+    def backward(
+        ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, *_: Tensor | None
+    ) -> Any:
         h, saved, *tensors = ctx.saved_tensors
         grads = _Backward.apply(ctx.options, dh, dC, dn, h, saved, *tensors)
         return None, *_match(grads, Inputs(*tensors)), None
@@ -164,7 +208,9 @@ class _Forward(torch.autograd.Function):
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, o: Options, dh: Any, dC: Any, dn: Any, h: Tensor, saved: Tensor, *tensors: Any) -> Any:
+    def forward(
+        ctx: Any, o: Options, dh: Any, dC: Any, dn: Any, h: Tensor, saved: Tensor, *tensors: Any
+    ) -> Any:
         return backward(dh, dC, dn, h, saved, Inputs(*tensors), o)
 
     @staticmethod
@@ -173,14 +219,16 @@ class _Backward(torch.autograd.Function):
 
 
 def _match(grads: tuple[Tensor, ...], x: Inputs) -> tuple[Tensor | None, ...]:
-    """The gradients of the eight differentiable inputs, None for the states that were not given, in the dtypes given."""
+    """The gradients of the eight differentiable inputs, None for the states that were not given,
+    in the dtypes given."""
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, x[:8], strict=True))
 
 
 def _refuse_second_derivative() -> None:
     raise RuntimeError(
-        "tfla computes first derivatives only: the gradients of mlstm and linear_attention cannot be differentiated again. "
-        "Call backward without create_graph=True, or detach the gradients before you use them in a loss."
+        "tfla computes first derivatives only: the gradients of mlstm and linear_attention cannot "
+        "be differentiated again. Call backward without create_graph=True, or detach the gradients "
+        "before you use them in a loss."
     )
 
 
@@ -222,7 +270,13 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
     C = new(N, H, K, V) if o.final else new(0)
     n, m = (new(N, H, K), new(N, H)) if o.final and o.normalize else (new(0), new(0))
-    return x.v.new_empty(x.v.shape), C, n, m, o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep)
+    return (
+        x.v.new_empty(x.v.shape),
+        C,
+        n,
+        m,
+        o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep),
+    )
 
 
 @torch.library.custom_op("tfla::backward", mutates_args=())
