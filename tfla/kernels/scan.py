@@ -110,13 +110,15 @@ def _scan_kernel(
         entry = lanes[:, None] * STRIDE_EA + tl.arange(0, BLOCK_X)[None, :] * STRIDE_EX
         inside = (lanes < A)[:, None] & (columns < X)[None, :]
     if out is not None and state is not None:
-        first = inside
+        rows = A
         if CUT:  # the pieces after the first start from what was kept
-            first = inside & ((high == chunks) if REVERSE else (low == 0))
+            rows = tl.where((high == chunks) if REVERSE else (low == 0), A, 0)
         if TRANSPOSED:
             at = columns[:, None] * stride_sx + lanes[None, :] * stride_sa
+            first = (columns < X)[:, None] & (lanes < rows)[None, :]
         else:
             at = lanes[:, None] * stride_sa + columns[None, :] * stride_sx
+            first = (lanes < rows)[:, None] & (columns < X)[None, :]
         at += n.to(tl.int64) * stride_sn + head * stride_sh
         S = tl.load(state + at, mask=first, other=0.0)
     if out is not None and CUT:
