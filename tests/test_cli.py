@@ -139,7 +139,7 @@ def is_one_line(result: tuple[int, str, str], *parts: str) -> None:
         ("train --precision int8", ["--precision is int8, wanted auto, fp32 or bf16"]),
         ("train nowhere", ["nowhere does not exist; name files or folders"]),
         ("train empty", ["the corpus is empty: no bytes in empty"]),
-        ("train tiny", ["one window takes 513", "give more files or a smaller --context"]),
+        ("train tiny", ["one window takes 257", "give more files or a smaller --context"]),
         ("train tiny --tokenizer no.json", ["no.json cannot be read", "give a tokenizer.json"]),
         ("train tiny --tokenizer tiny/text", ["the tokenizer cannot be read"]),
         ("train tiny --out tiny/text/run", ["tiny/text", "check the path"]),

@@ -251,17 +251,20 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(text: Path, tmp_path: Path)
     assert bits == pytest.approx(math.log2(257) * (len(stream) - 1) / len(raw), rel=1e-6)
 
 
-def test_bits_per_byte_are_those_of_the_windows(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("window", [None, 50])
+def test_bits_per_byte_are_those_of_the_windows(
+    text: Path, tmp_path: Path, window: int | None
+) -> None:
     run = start(tmp_path, SMALL | {"paths": [text]})
     model = XLSTM(run.config)
     stream, raw = run.corpus.held_out(1)
-    total = 0.0
-    for begin in range(0, len(stream) - 1, 24):
-        part = stream[begin : begin + 25]
+    total, size = 0.0, window or SMALL["context"]
+    for begin in range(0, len(stream) - 1, size):
+        part = stream[begin : begin + size + 1]
         logits, _ = model(part[None, :-1])
         log_p = logits[0].detach().double().log_softmax(-1)
         total -= float(log_p.gather(1, part[1:, None]).sum()) / math.log(2)
-    bits = evaluate(model, stream, len(raw), run.options, CPU)
+    bits = evaluate(model, stream, len(raw), run.options, CPU, window)
     assert bits == pytest.approx(total / len(raw), rel=1e-5)
 
 

@@ -109,8 +109,8 @@ def train(
     num_heads: Annotated[int, _model("mLSTM heads in a block.")] = 1,
     input_gate: Annotated[str, _model(
         "exp (the paper's mLSTMexp) or sigmoid (its mLSTMsig).")] = "exp",
-    context: Annotated[int, _training("Tokens in a training window.")] = 512,
-    batch: Annotated[int, _training("Windows in a forward pass.")] = 4,
+    context: Annotated[int, _training("Tokens in a training window.")] = 256,
+    batch: Annotated[int, _training("Windows in a forward pass.")] = 8,
     accumulate: Annotated[int, _training(
         "Forward passes in a step: a batch this many times larger in the same memory.")] = 1,
     lr: Annotated[float, _training("AdamW's learning rate at its peak.")] = 2.5e-3,

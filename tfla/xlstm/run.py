@@ -22,8 +22,8 @@ class TrainOptions:
         TrainOptions(seconds=600)                           # as many steps as ten minutes hold
     """
 
-    context: int = 512  # tokens in a window
-    batch: int = 4  # windows in one forward pass
+    context: int = 256  # tokens in a window
+    batch: int = 8  # windows in one forward pass
     accumulate: int = 1  # forward passes a step
     steps: int | None = None
     seconds: float | None = None

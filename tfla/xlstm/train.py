@@ -183,20 +183,26 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
 
 
 def evaluate(
-    model: nn.Module, stream: Tensor, size: int, options: TrainOptions, device: torch.device
+    model: nn.Module,
+    stream: Tensor,
+    size: int,
+    options: TrainOptions,
+    device: torch.device,
+    window: int | None = None,
 ) -> float:
     """Bits a byte that the model needs for `stream` (tokens,), which encodes `size` bytes.
 
-    The stream is read in windows of the training context from an empty state, so a window's first
-    tokens are the dear ones: sum over all tokens but the first of -log2 p(token | its window), over
-    `size`.
+    The stream is read in windows, by default of the training context, from an empty state, so a
+    window's first tokens are the dear ones: sum over all tokens but the first of
+    -log2 p(token | its window), over `size`.
     """
-    rows = torch.split(stream[:-1], options.context), torch.split(stream[1:], options.context)
+    window = window or options.context
+    rows = torch.split(stream[:-1], window), torch.split(stream[1:], window)
     inputs = nn.utils.rnn.pad_sequence(list(rows[0]), batch_first=True)
     targets = nn.utils.rnn.pad_sequence(list(rows[1]), batch_first=True, padding_value=-100)
     nats = 0.0
     with torch.no_grad(), autocast(options.precision, device):
-        for part in torch.arange(len(inputs)).split(max(options.batch, 4096 // options.context)):
+        for part in torch.arange(len(inputs)).split(max(1, 4096 // window)):
             logits, _ = model(inputs[part].to(device))
             nats += _nats(logits, targets[part].to(device), "sum").item()
     return nats / math.log(2) / size
