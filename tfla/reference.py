@@ -19,9 +19,10 @@ from tfla.gates import Activations
 
 # Tokens a chunk. On a CPU (AVX2, heads of 64) chunks of 32 and 128 take 1.5 and 1.4 times as long.
 L = 64
-# Numbers in each matrix of the chunks that are worked on at once: enough to fill the threads, few
-# enough to stay in the cache. At 65,536 tokens a third faster than all chunks at once.
-BLOCK = 2**18
+# Numbers in each matrix of the chunks that are worked on at once: few enough that temporary memory
+# is reused, not asked of the system (1.6 times as fast at 65,536 tokens as all chunks at once), and
+# enough that threads meet rarely, which costs most on a machine that others use as well.
+BLOCK = 2**20
 
 
 # ---------------------------------------------------------------- the specification
@@ -242,7 +243,7 @@ class Scan(NamedTuple):
     """What a scan leaves behind; tensors of chunks are (C, H, ...)."""
 
     out: Tensor  # (B, T, H, X)
-    final: Tensor  # (N, H, A, X) the state after the last chunk
+    final: Tensor | None  # (N, H, A, X) the state after the last chunk
     column: Tensor | None  # (N, H, X) its row that belongs to the appended column
     states: Tensor | None  # (C, H, A, X) entering the chunks, of dq
     dot: Tensor | None  # (C, H, L) out . dot: the share of the state (dq), or all of it (dk)
@@ -337,7 +338,7 @@ def scan(
     if divide:
         grid.nu, grid.n_final = nu[:-1].view(B, T, H), last[:, :, :, -1].contiguous()
     row = None if column is None else last[:, :, -1].contiguous()
-    end = last[:, :, :A, :X].contiguous()
+    end = last[:, :, :A, :X].contiguous() if final else None
     return Scan(out[:-1].view(B, T, H, X), end, row, states, dots, across)
 
 
@@ -374,6 +375,7 @@ def gate_gradients(
 
 def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
     """(dC_0, dn_0): what the reverse scans leave at the start of the sequences."""
+    assert dv.final is not None
     return dv.final, dk.column
 
 
