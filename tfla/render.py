@@ -165,7 +165,7 @@ def loss_curve(
 
 def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
     """Log-log panels side by side, each curve named at its end."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, axes = _figure(len(panels))
     for ax, (heading, unit, lines) in zip(axes, panels, strict=True):
@@ -182,6 +182,7 @@ def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks(ticks, [f"{t / 1024:g}k" if t >= 1024 else f"{t:g}" for t in ticks])
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         values = [y for points in lines.values() for _, y in points]
         if values:
