@@ -113,19 +113,19 @@ def _scan_kernel(
         rows = A
         if CUT:  # the pieces after the first start from what was kept
             rows = tl.where((high == chunks) if REVERSE else (low == 0), A, 0)
+        state += n.to(tl.int64) * stride_sn + head * stride_sh
         if TRANSPOSED:
             at = columns[:, None] * stride_sx + lanes[None, :] * stride_sa
             first = (columns < X)[:, None] & (lanes < rows)[None, :]
         else:
             at = lanes[:, None] * stride_sa + columns[None, :] * stride_sx
             first = (lanes < rows)[:, None] & (columns < X)[None, :]
-        at += n.to(tl.int64) * stride_sn + head * stride_sh
         S = tl.load(state + at, mask=first, other=0.0)
     if out is not None and CUT:
         if (high < chunks) if REVERSE else (low > 0):
             before = (high if REVERSE else low) * L // SPAN - 1
-            at = (span + before) * stride_e + first_x * STRIDE_EX + entry
-            S = tl.load(ends + at, mask=inside, other=0.0)
+            kept = ends + (span + before) * stride_e + first_x * STRIDE_EX + entry
+            S = tl.load(kept, mask=inside, other=0.0)
     remains = 1.0
 
     l = tl.arange(0, L)
@@ -220,11 +220,12 @@ def _scan_kernel(
         tl.store(left + w * H + head, remains)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
+            last = final + n.to(tl.int64) * stride_fn + head * stride_fh
             if TRANSPOSED:
-                at = columns[:, None] * stride_fx + lanes[None, :] * stride_fa
+                last += columns[:, None] * stride_fx + lanes[None, :] * stride_fa
             else:
-                at = lanes[:, None] * stride_fa + columns[None, :] * stride_fx
-            tl.store(final + n.to(tl.int64) * stride_fn + head * stride_fh + at, S, mask=inside)
+                last += lanes[:, None] * stride_fa + columns[None, :] * stride_fx
+            tl.store(last, S, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
