@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import tfla
 from tfla.xlstm import (
@@ -14,8 +16,10 @@ from tfla.xlstm import (
     XLSTMConfig,
     load_state,
     prefill,
+    put,
     sample,
     save_state,
+    take,
 )
 
 VOCAB = 19
@@ -45,10 +49,6 @@ def model(request: pytest.FixtureRequest) -> XLSTM:
 
 def draw(*shape: int) -> Tensor:
     return torch.randint(VOCAB, shape)
-
-
-def clone(state: tuple[tfla.State, ...]) -> tuple[tfla.State, ...]:
-    return tuple(tfla.State(*(None if t is None else t.clone() for t in s)) for s in state)
 
 
 def equal(a: tuple[tfla.State, ...], b: tuple[tfla.State, ...]) -> bool:
@@ -111,7 +111,7 @@ def test_a_saved_state_continues_as_if_unbroken(
 def test_a_prefix_is_read_once_and_continued_many_times(model: XLSTM) -> None:
     prefix, ends = draw(1, 9), [draw(3), draw(1), draw(6)]
     _, state = prefill(model, prefix)
-    kept = clone(state)
+    kept = take(state, [0])
     for prompts in (ends, torch.stack([e[:1] for e in ends])):
         whole = model.generate([torch.cat((prefix[0], p)) for p in prompts], 7, temperature=0)
         branched = model.generate(prompts, 7, temperature=0, state=state)
@@ -124,7 +124,7 @@ def test_a_stream_is_the_same_and_can_be_branched_on_the_way(model: XLSTM) -> No
     whole = model.generate(prompts, 10, temperature=0)
     stream = model.stream(prompts, 10, temperature=0)
     tokens = [next(stream) for _ in range(4)]
-    branch = clone(stream.state)
+    branch = take(stream.state, [0, 1])
     assert torch.equal(stream.last, whole.tokens[:, 3]) and stream.lengths.tolist() == [4, 4]
     tokens += list(stream)
     assert torch.equal(torch.stack(tokens, 1), whole.tokens)
@@ -133,12 +133,119 @@ def test_a_stream_is_the_same_and_can_be_branched_on_the_way(model: XLSTM) -> No
     assert torch.equal(again.tokens, whole.tokens[:, 4:])
 
 
+def test_one_row_of_a_batch_is_branched_saved_and_continued(model: XLSTM, tmp_path: Path) -> None:
+    prompts = [draw(4), draw(9), draw(2)]
+    whole = model.generate(prompts, 12, temperature=0)
+    first = model.generate(prompts, 5, temperature=0)
+    save_state(take(first.state, [1]), tmp_path / "row.safetensors")
+    row = load_state(tmp_path / "row.safetensors")
+    again = model.generate(first.tokens[1:2, -1:], 7, temperature=0, state=row)
+    assert torch.equal(again.tokens[0], whole.tokens[1, 5:])
+
+
+def test_a_server_admits_and_retires_sequences_in_place(model: XLSTM) -> None:
+    """Five rows, up to three at work, each at a place of its own in its text; all get the tokens
+    that they get alone, and no state is ever moved."""
+    texts = [draw(n) for n in (3, 7, 1, 5, 4, 2)]
+    wanted = [model.generate([text], 9, temperature=0).tokens[0].tolist() for text in texts]
+    pool = model.init_state(5)
+    places = [t.data_ptr() for s in pool for t in s if t is not None]
+    waiting, running, done = list(range(len(texts))), {}, {}
+    while waiting or running:
+        free = [row for row in (4, 0, 3, 1, 2) if row not in running][: 3 - len(running)]
+        if arrivals := [waiting.pop(0) for _ in free[: len(waiting)]]:
+            logits, new = prefill(model, [texts[n] for n in arrivals])
+            put(pool, free[: len(arrivals)], new)
+            for row, n, token in zip(free, arrivals, sample(logits, 0), strict=False):
+                running[row] = (n, [int(token)])
+        with torch.no_grad():
+            last = torch.tensor([tokens[-1] for _, tokens in running.values()])
+            logits, _ = model.step(last, pool, inplace=True, slots=torch.tensor(list(running)))
+        for row, token in zip(list(running), sample(logits, 0), strict=True):
+            n, tokens = running[row]
+            tokens.append(int(token))
+            if len(tokens) == 9 - n % 3:  # some retire earlier than others
+                done[n] = running.pop(row)[1]
+    assert [done[n] for n in range(6)] == [wanted[n][: 9 - n % 3] for n in range(6)]
+    assert [t.data_ptr() for s in pool for t in s if t is not None] == places
+
+
+def test_one_prefix_goes_to_several_slots(model: XLSTM) -> None:
+    _, prefix = prefill(model, draw(1, 6))
+    pool = model.init_state(4, dtype=torch.bfloat16)
+    put(pool, torch.tensor([3, 1]), prefix)
+    for layer, one in zip(pool, prefix, strict=True):
+        assert torch.equal(layer.C[[1, 3]], one.C.bfloat16().expand(2, -1, -1, -1))
+        assert not layer.C[[0, 2]].any()
+        assert layer.m is None or torch.equal(layer.m[[1, 3]], one.m.expand(2, -1))
+
+
+def test_a_long_prompt_is_read_in_pieces(model: XLSTM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, prefix = draw(2, 41), prefill(model, draw(2, 3))[1]
+    logits, state = prefill(model, prompts, prefix)
+    monkeypatch.setattr("tfla.xlstm.generate.PIECE", 20)
+    again, after = prefill(model, prompts, prefix)
+    torch.testing.assert_close(again, logits, rtol=1e-10, atol=1e-10)
+    for a, b in zip(state, after, strict=True):
+        torch.testing.assert_close(a.C, b.C, rtol=1e-10, atol=1e-10)
+
+
 def test_generation_leaves_no_graph(model: XLSTM) -> None:
     out = model.generate(draw(1, 3), 2)
     assert not any(t.requires_grad for s in out.state for t in s if t is not None)
     assert torch.is_grad_enabled()
     logits, _ = model(draw(1, 3), out.state)
     logits.sum().backward()
+
+
+# ---------------------------------------------------------------- on the device
+
+SAMPLINGS = [{"temperature": 0}, {"seed": 3}, {"top_k": 5, "seed": 3}, {"top_p": 0.8, "seed": 3}]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("stop", [None, [1, 2]])
+def test_a_step_asks_the_device_for_nothing(model: XLSTM, sampling: dict, stop: object) -> None:
+    """Tensors without values raise when a value is asked for: so a CUDA graph can hold a step."""
+    options = {**sampling, "stop": stop}
+    stream = model.stream(draw(2, 4), 9, **options)
+    where = {name: getattr(stream, name).data_ptr() for name in ("last", "lengths", "finished")}
+    next(stream), next(stream)
+    assert where == {name: getattr(stream, name).data_ptr() for name in where}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        stream.last, stream.lengths = torch.zeros(2, 2, dtype=torch.int64)
+        stream.finished = torch.zeros(2, dtype=torch.bool)
+        stream.state = model.init_state(2)
+        stream._sampling = (*stream._sampling[:3], None)
+        stream._step()
+        with pytest.raises(DataDependentOutputException):
+            stream.last.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, {"top_k": 3}], ids=str)
+def test_a_recorded_step_writes_what_one_by_one_writes(
+    gate: str, sampling: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = XLSTMConfig(500, 64, 2, 2, input_gate=gate)
+    model, prompts = XLSTM(config).to("cuda", torch.bfloat16), [[1, 2, 3], [4]]
+
+    def run(stop: int | None) -> Stream:
+        torch.manual_seed(0)
+        stream = model.stream(prompts, 40, stop=stop, **sampling)
+        stream.tokens = torch.stack(list(stream), 1)
+        return stream
+
+    free = run(None)
+    for stop in (None, int(free.tokens[0, 20])):
+        recorded = run(stop)
+        with monkeypatch.context() as patch:
+            patch.setattr("tfla.xlstm.generate.RECORD", 10**9)
+            plain = run(stop)
+        assert recorded._graph is not None and plain._graph is None
+        assert torch.equal(recorded.tokens, plain.tokens)
+        assert torch.equal(recorded.lengths, plain.lengths) and equal(recorded.state, plain.state)
 
 
 # ---------------------------------------------------------------- stopping

@@ -1,7 +1,16 @@
 """xLSTM language models on the mLSTM: configuration, model, generation."""
 
 from tfla.xlstm.config import XLSTMConfig
-from tfla.xlstm.generate import Generation, Stream, load_state, prefill, sample, save_state
+from tfla.xlstm.generate import (
+    Generation,
+    Stream,
+    load_state,
+    prefill,
+    put,
+    sample,
+    save_state,
+    take,
+)
 from tfla.xlstm.model import XLSTM, Block, MLSTMLayer, SwiGLU
 
 __all__ = [
@@ -14,6 +23,8 @@ __all__ = [
     "XLSTMConfig",
     "load_state",
     "prefill",
+    "put",
     "sample",
     "save_state",
+    "take",
 ]

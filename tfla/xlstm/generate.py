@@ -1,7 +1,8 @@
 """Generation: one call reads the prompts, then one step a token; the state is carried on.
 
-Between two tokens there are only tensors on the model's device: without `stop` the host never
-waits for them.
+A step with its sampling works on tensors that stay where they are and asks the device for nothing:
+on a GPU it is recorded once as a CUDA graph and replayed, on a CPU it is called. Only `stop` makes
+the host wait, for one bit a token.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 Prompts = Tensor | Sequence[Tensor | Sequence[int]]
 States = tuple[tfla.State, ...]
+
+PIECE = 2**17  # tokens read at once: longer prompts go in pieces, in the memory of one
+RECORD = 8  # tokens still to come that make up for recording a CUDA graph
 
 
 class Generation(NamedTuple):
@@ -72,10 +76,10 @@ class Stream:
             and continued B times). It is not changed.
         backend: None, "reference" or "triton".
 
-    Attributes after each token:
+    Attributes after each token, which the next one overwrites:
         last: (B,) the newest tokens. finished: (B,) bool.
         lengths: (B,) tokens so far, those of a finished row up to and with its stop token.
-        state: has read all but `last`; the next step overwrites it, so clone it to keep a branch.
+        state: has read all but `last`; ``take`` from it to keep a branch.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
@@ -122,8 +126,10 @@ class Stream:
         self._logits, self.state = prefill(model, prompts, state, backend)
         B = self._logits.shape[0]
         self.last = torch.zeros(B, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
-        self.finished = torch.zeros(B, dtype=torch.bool, device=device)
+        self.lengths = torch.zeros_like(self.last)
+        self.finished = torch.zeros_like(self.last, dtype=torch.bool)
+        self._stepped = False
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def __iter__(self) -> Stream:
         return self
@@ -132,19 +138,46 @@ class Stream:
     def __next__(self) -> Tensor:
         if self._left == 0 or (self._stop is not None and bool(self.finished.all())):
             raise StopIteration
-        logits, self._logits = self._logits, None
-        if logits is None:
-            active = None if self._stop is None else ~self.finished
-            logits, self.state = self._model.step(
-                self.last, self.state, inplace=True, active=active, backend=self._backend
-            )
-        token = torch.where(self.finished, self.last, sample(logits, *self._sampling))
-        self.lengths = self.lengths + ~self.finished
-        if self._stop is not None:
-            self.finished = self.finished | torch.isin(token, self._stop)
-        self.last = token
+        if self._logits is not None:  # of the prompts
+            self._take(self._logits)
+            self._logits = None
+        elif (graph := self._recorded()) is not None:
+            graph.replay()
+        else:
+            self._step()
+            self._stepped = True
         self._left -= 1
-        return token
+        return self.last.clone()
+
+    def _step(self) -> None:
+        """Read `last` and sample what follows it."""
+        active = None if self._stop is None else ~self.finished
+        logits, self.state = self._model.step(
+            self.last, self.state, inplace=True, active=active, backend=self._backend
+        )
+        self._take(logits)
+
+    def _take(self, logits: Tensor) -> None:
+        """Sample from (B, vocab), into the tensors that the next step starts from."""
+        token = torch.where(self.finished, self.last, sample(logits, *self._sampling))
+        self.lengths.add_(~self.finished)
+        if self._stop is not None:
+            self.finished.logical_or_((token[:, None] == self._stop).any(-1))
+        self.last.copy_(token)
+
+    def _recorded(self) -> torch.cuda.CUDAGraph | None:
+        """The graph of a step, on a GPU: recorded once a step has run, which leaves no kernel to be
+        compiled, if enough tokens are to come."""
+        device = self.last.device
+        if self._graph is None and device.type == "cuda" and self._stepped and self._left >= RECORD:
+            graph = torch.cuda.CUDAGraph()
+            if isinstance(generator := self._sampling[-1], torch.Generator):
+                graph.register_generator_state(generator)
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._step()
+            self._graph = graph
+        return self._graph
 
 
 @torch.no_grad()
@@ -162,15 +195,14 @@ def prefill(
     tokens, lengths = _tokens(prompts, model.config.vocab_size)
     tokens = tokens.to(device, torch.int64)
     B = tokens.shape[0] if lengths is None else len(lengths)
-    if state is not None and B > 1:
-        state = [_spread(s, B) for s in state]
+    after = None if state is None else tuple(_spread(s, B) for s in state)
+    options: dict[str, Any] = {"output_final_state": True, "backend": backend}
     if lengths is None:
-        x, after = model.hidden(tokens, state, output_final_state=True, backend=backend)
-        return model.logits(x[:, -1]), after
+        for piece in tokens.split(max(1, PIECE // B), 1):
+            x, after = model.hidden(piece, after, **options)
+        return model.logits(x[:, -1]), after  # type: ignore[return-value]
     ends = torch.tensor([0, *lengths]).cumsum(0).to(device)
-    x, after = model.hidden(
-        tokens, state, output_final_state=True, cu_seqlens=ends, backend=backend
-    )
+    x, after = model.hidden(tokens, after, cu_seqlens=ends, **options)
     return model.logits(x[0, ends[1:] - 1]), after
 
 
@@ -212,6 +244,25 @@ def sample(
     race = torch.empty_like(p).exponential_(generator=generator)
     choice = (p / race.clamp_min_(torch.finfo(p.dtype).tiny)).argmax(-1, keepdim=True)
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+def take(state: Sequence[tfla.State], rows: Tensor | Sequence[int]) -> States:
+    """A copy of some rows of a state: a branch, which stays as it is while the state goes on."""
+    return tuple(
+        tfla.State(*(None if t is None else t[rows] for t in one))  # type: ignore[arg-type]
+        for one in state
+    )
+
+
+def put(state: Sequence[tfla.State], rows: Tensor | Sequence[int], new: States) -> None:
+    """Write `new`, of as many rows or of one for all, over `rows` of a state, where it lies.
+
+    So a server admits sequences to its slots: what runs in the other rows is not moved.
+    """
+    for one, other in zip(state, new, strict=True):
+        for old, value in zip(one, other, strict=True):
+            if old is not None and value is not None:
+                old[rows] = value.to(old.dtype)
 
 
 def save_state(state: Sequence[tfla.State], path: str | Path) -> None:
@@ -274,6 +325,7 @@ def _tokens(prompts: Prompts, vocab_size: int) -> tuple[Tensor, list[int] | None
         if not rows:
             raise ValueError("prompts must hold at least one prompt; got an empty list.")
         tokens, lengths = torch.cat(rows)[None], [row.numel() for row in rows]
+        lengths = lengths if len(rows) > 1 else None
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise TypeError(f"prompts must be integer token ids; got {tokens.dtype}.")
     if tokens.device.type == "cpu":  # elsewhere the look would cost a synchronisation
