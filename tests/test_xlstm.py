@@ -241,6 +241,19 @@ def test_gates_are_fp32_under_autocast_and_in_a_bf16_model() -> None:
     torch.testing.assert_close(got, 15 * torch.tanh(exact / 15), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 5), (2, 0)])
+def test_gates_are_as_exact_without_gradients_on_a_gpu(shape: tuple[int, ...]) -> None:
+    """A product of 16-bit tensors into fp32 takes the place of copies in fp32."""
+    layer = make(SMALL, torch.bfloat16).blocks[0].mlstm.cuda()
+    x = torch.randn(*shape, SMALL.hidden_size, device="cuda").bfloat16()
+    exact = x.double() @ layer.gates.weight.double().T + layer.gates.bias.double()
+    with torch.no_grad():
+        got = torch.cat(layer.gate_preactivations(x), -1)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), 15 * torch.tanh(exact / 15), rtol=1e-5, atol=1e-5)
+
+
 def rounded_once(x: Tensor, exact: Tensor) -> bool:
     """Whether bf16 x is within half a spacing of exact, plus what fp32 arithmetic adds."""
     half = torch.exp2(exact.abs().log2().floor() - 8)

@@ -72,11 +72,16 @@ class MLSTMLayer(nn.Module):
 
     def gate_preactivations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """i and f (..., H), soft-capped, in fp32 (fp64 for fp64 x), also under autocast."""
+        weight, bias = self.gates.weight, self.gates.bias
         dtype = torch.promote_types(x.dtype, torch.float32)
         device = x.device.type
         knows_autocast = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if knows_autocast else nullcontext():
-            y = F.linear(x.to(dtype), self.gates.weight.to(dtype), self.gates.bias.to(dtype))
+            if _sums_in_fp32(x, weight):  # products of 16 bits are exact in fp32: no copies in fp32
+                y = torch.mm(x.flatten(0, -2), weight.T, out_dtype=dtype).unflatten(0, x.shape[:-1])
+                y = y + bias
+            else:
+                y = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
         i, f = soft_cap(y, self.config.gate_soft_cap).chunk(2, -1)
         return i, f
 
@@ -291,6 +296,13 @@ class XLSTM(nn.Module):
     def stream(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Stream:
         """The same as an iterator of (B,) tokens: a ``tfla.xlstm.Stream``."""
         return Stream(self, prompts, max_new_tokens, **options)
+
+
+def _sums_in_fp32(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of x with weight can be had in fp32, which torch has without gradients."""
+    low = x.dtype == weight.dtype and x.dtype in (torch.float16, torch.bfloat16)
+    compiling = torch.compiler.is_compiling()
+    return low and x.is_cuda and x.numel() > 0 and not (torch.is_grad_enabled() or compiling)
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
