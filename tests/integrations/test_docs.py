@@ -1,4 +1,5 @@
-"""docs/integrations.md is true: its programs run where the packages are that they import."""
+"""docs/integrations.md is true, and so is what the README says of other packages: the programs run
+where the packages are that they import."""
 
 import importlib
 import re
@@ -7,16 +8,26 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/integrations.md"
-PROGRAMS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+import tfla.integrations.mlstm_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/integrations.md"
+
+
+def programs(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def peers(program: str) -> set[str]:
     return set(re.findall(r"^from (transformers|xlstm)\b", program, re.MULTILINE))
 
 
+PROGRAMS = programs(PAGE)
+BRIDGES = [program for program in programs(ROOT / "README.md") if peers(program)]
+
+
 @pytest.mark.peers
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.splitlines()[-1][:30])
+@pytest.mark.parametrize("program", PROGRAMS + BRIDGES, ids=lambda p: p.splitlines()[-1][:30])
 def test_program_runs(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what others warn about when they are imported
@@ -28,7 +39,10 @@ def test_program_runs(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             except ImportError:
                 pytest.skip(f"needs {name} and mlstm_kernels, of the extra peers")
     monkeypatch.chdir(tmp_path)
-    exec(compile(program, str(PAGE), "exec"), {"__name__": "__main__"})
+    try:
+        exec(compile(program, str(PAGE), "exec"), {"__name__": "__main__"})
+    finally:
+        tfla.integrations.mlstm_kernels.uninstall()
 
 
 def test_each_bridge_has_its_program() -> None:
@@ -38,6 +52,7 @@ def test_each_bridge_has_its_program() -> None:
         {"xlstm"},
         set(),
     ]
+    assert [peers(p) for p in BRIDGES] == [{"transformers"}, {"transformers"}, {"xlstm"}]
 
 
 def test_links_lead_somewhere() -> None:

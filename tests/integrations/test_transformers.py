@@ -1,6 +1,7 @@
 """tfla.integrations.transformers.patch, on the real package, with and without xlstm installed."""
 
 import copy
+import importlib.util
 import io
 import os
 import subprocess
@@ -15,7 +16,7 @@ from peers import VOCAB, make, relative, tokens, transformers
 from torch import Tensor, nn
 
 from tfla.integrations import head_first, load_xlstm
-from tfla.integrations.transformers import patch
+from tfla.integrations.transformers import _cache_name, patch
 
 pytestmark = pytest.mark.peers
 EXTERNAL = transformers.models.xlstm.modeling_xlstm.external_xlstm
@@ -35,6 +36,15 @@ def exact(**fields: Any) -> nn.Module:
                 if "dtype_state" in function.keywords:
                     function.keywords["dtype_state"] = torch.float64
     return model
+
+
+CACHE = _cache_name(make().backbone)
+
+
+def go_on(module: nn.Module, *args: Any, cache: Any, **options: Any) -> tuple[Any, Any]:
+    """What a module returns, and the cache in it, which has had two names."""
+    result = module(*args, **{CACHE: cache}, **options)
+    return result, getattr(result, CACHE)
 
 
 def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -128,8 +138,7 @@ def read(model: nn.Module, x: Tensor, piece: int) -> tuple[Tensor, Any]:
     cache, out = None, []
     with torch.no_grad():
         for part in x.split(piece, 1):
-            result = model.backbone(part, cache_params=cache, use_cache=True)
-            cache = result.cache_params
+            result, cache = go_on(model.backbone, part, cache=cache, use_cache=True)
             out.append(result.last_hidden_state)
     return torch.cat(out, 1), cache
 
@@ -149,8 +158,8 @@ def test_the_cache_of_a_bf16_model_keeps_m_in_fp32(state_dtype: torch.dtype) -> 
     )
     for cache in (None, given):
         with torch.no_grad():
-            cache = model(tokens(1, 20), cache_params=cache, use_cache=True).cache_params
-            cache = model(tokens(1, 1), cache_params=cache, use_cache=True).cache_params
+            for T in (20, 1):
+                _, cache = go_on(model, tokens(1, T), cache=cache, use_cache=True)
         for c, n, m in cache.rnn_state.values():
             assert (c.dtype, n.dtype, m.dtype) == (state_dtype, state_dtype, torch.float32)
             assert m.any()
@@ -194,8 +203,8 @@ def test_right_padding_leaves_the_state_alone() -> None:
     batch = nn.functional.pad(text, (0, 9), value=11)
     mask = (torch.arange(29) < 20).long()[None]
     with torch.no_grad():
-        a = model.backbone(text, use_cache=True).cache_params
-        b = model.backbone(batch, attention_mask=mask, use_cache=True).cache_params
+        _, a = go_on(model.backbone, text, cache=None, use_cache=True)
+        _, b = go_on(model.backbone, batch, cache=None, attention_mask=mask, use_cache=True)
     for x, y in zip(a.rnn_state.values(), b.rnn_state.values(), strict=True):
         assert relative(y[0] * y[2][..., None].exp(), x[0] * x[2][..., None].exp()) < 1e-12
 
@@ -247,8 +256,8 @@ def test_training_with_the_cache_on_and_over_segments() -> None:
     model, x = patch(exact().train()), tokens(2, 30)
     parameters = list(model.parameters())
     whole = torch.autograd.grad(hidden(model, x).pow(3).sum(), parameters, allow_unused=True)
-    first = model.backbone(x[:, :12])
-    second = model.backbone(x[:, 12:], cache_params=first.cache_params)
+    first, cache = go_on(model.backbone, x[:, :12], cache=None)
+    second, _ = go_on(model.backbone, x[:, 12:], cache=cache)
     loss = first.last_hidden_state.pow(3).sum() + second.last_hidden_state.pow(3).sum()
     parts = torch.autograd.grad(loss, parameters, allow_unused=True)
     same([g for g in parts if g is not None], [g for g in whole if g is not None])
@@ -301,6 +310,7 @@ def test_embeddings_instead_of_tokens() -> None:
 
 
 @pytest.mark.skipif(not EXTERNAL, reason="transformers' own code has no sigmoid gate")
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="they need Triton for its name")
 def test_the_sigmoid_gate_of_xlstm() -> None:
     """Its Triton kernel is the only one they have, and it has no step."""
     model = patch(exact(chunkwise_kernel="chunkwise--triton_xl_chunk_siging"))

@@ -20,7 +20,7 @@ def same_to_rounding(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
 
 
 def from_pretrained(folder: Path) -> nn.Module:
-    """transformers 5.23 cannot load a fused checkpoint, not even its own: its initialisation of the
+    """transformers 5.24 cannot load a fused checkpoint, not even its own: its initialisation of the
     gates, which runs before, fails. Without that step it can."""
     with pytest.MonkeyPatch.context() as patch:
         if xLSTMConfig.from_pretrained(folder).weight_mode == "fused":

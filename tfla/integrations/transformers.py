@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -82,7 +83,11 @@ class _Patch:
 
     def enter(self, stack: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """Before the stack's forward: take the mask, and see to it that the cache is exact."""
-        given = dict(zip(_POSITIONAL, args, strict=False)) | given
+        cache = _cache_name(stack)
+        names = ("input_ids", "inputs_embeds", cache, "use_cache")
+        given = dict(zip(names, args, strict=False)) | given
+        if "cache_params" in given:
+            given[cache] = given.pop("cache_params")
         ids, embedded = given.get("input_ids"), given.get("inputs_embeds")
         x = ids if ids is not None else embedded
         if x is None:
@@ -94,7 +99,7 @@ class _Patch:
         use_cache = config.use_cache if use_cache is None else use_cache
         if stack.training and getattr(stack, "gradient_checkpointing", False):
             # What a block is computed from again must not be overwritten in between.
-            use_cache = given["use_cache"] = given.get("cache_params") is not None
+            use_cache = given["use_cache"] = given.get(cache) is not None
             for block in stack.blocks:
                 func = getattr(block, "_gradient_checkpointing_func", None)
                 if func is not None and not isinstance(func, _Again):
@@ -102,10 +107,10 @@ class _Patch:
         cut = not stack.training and x.shape[1] > config.max_inference_chunksize
         weight = stack.get_input_embeddings().weight
         dtype = weight.dtype if embedded is None else embedded.dtype
-        if given.get("cache_params") is None and (use_cache or cut):
-            given["cache_params"] = _new_cache(config, x.shape[0], x.device, dtype)
-        if given.get("cache_params") is not None:
-            self.widen(given["cache_params"], dtype)
+        if given.get(cache) is None and (use_cache or cut):
+            given[cache] = _new_cache(config, x.shape[0], x.device, dtype)
+        if given.get(cache) is not None:
+            self.widen(given[cache], dtype)
         return (), given
 
     def leave(self, stack: nn.Module, args: Any, output: Any) -> None:
@@ -191,8 +196,12 @@ class _Again:
         return self.func(with_mask, *args, **options)
 
 
-_POSITIONAL = ("input_ids", "inputs_embeds", "cache_params", "use_cache")
 _NAMES = (("query", "q"), ("key", "k"), ("value", "v"), ("igate", "i"), ("fgate", "f"))
+
+
+def _cache_name(stack: Any) -> str:
+    """What the stack calls its cache: "cache", up to transformers 5.23 "cache_params"."""
+    return "cache" if "cache" in inspect.signature(stack.forward).parameters else "cache_params"
 
 
 def _owner(hook: Any) -> Any:
