@@ -66,11 +66,11 @@ class Implementation:
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None."""
+        lacks = self.package is not None and importlib.util.find_spec(self.package) is None
+        why = [f"not installed; {self.pip}"] if lacks else []
         if device.type not in self.devices:
-            return f"runs on {' and '.join(self.devices)}, not on {device.type}"
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return f"not installed; {self.pip}"
-        return None
+            why = [f"runs on {' and '.join(self.devices)}, not on {device.type}", *why]
+        return "; ".join(why) or None
 
     def shape(self, shape: Shape) -> Shape:
         """What it computes for ours: the same number of channels of v, in heads of its own."""

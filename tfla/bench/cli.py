@@ -218,7 +218,6 @@ def roofline(
         f"chunk: {best:.0f} (forward of mLSTMsig, times of FLOPs and bytes added)"
     )
     if plot is not None:
-
         print("plots:", *plots.rooflines(found, machine, kind, K, V, L, plot))
 
 
@@ -256,11 +255,11 @@ def show_plan(
 
 class _Session:
     """The tasks of a command, and what is printed and written of them."""
+
     def __init__(
         self, command: str, *, peers: str, dtype: str, repeats: int, seconds: float, limit: float,
         device: str, out: Path,
     ) -> None:  # fmt: skip
-
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -319,7 +318,6 @@ class _Session:
 
 def _machine(name: str, dtype: str) -> tuple[Any, str]:
     """A named device, or the one at hand with limits measured; and torch's name of the dtype."""
-
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = DTYPES[_dtype(dtype, name == "this" and device.type == "cpu")]

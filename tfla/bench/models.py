@@ -155,8 +155,8 @@ LOGITS_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 def model(task: Task, device: torch.device, tell: Tell) -> None:
-    """Prefill of T tokens, decode steps of B sequences, and a training step (loss, gradients,
-    AdamW) of B sequences of T tokens, of a model with random weights; by eager PyTorch."""
+    """Prefill of T tokens, decode steps of B sequences (on a GPU replayed from a CUDA graph, as in
+    generation), and a training step (loss, gradients, AdamW) of B sequences of T tokens."""
     assert task.shape is not None
     dtype, (B, T) = DTYPES[task.dtype], (task.shape.B, task.shape.T)
     for name in task.names:
@@ -213,7 +213,7 @@ def _parts(net: XLSTM, tokens: Tensor) -> dict[str, measure.Run]:
         return net.logits(x[:, -1]), after
 
     @torch.no_grad()
-    def decode(_: int) -> object:
+    def step() -> object:
         return net.step(tokens[:, 0], state, inplace=True)[0]
 
     def train(_: int) -> object:
@@ -224,4 +224,4 @@ def _parts(net: XLSTM, tokens: Tensor) -> dict[str, measure.Run]:
         optimizer.zero_grad()
         return loss.detach()
 
-    return {"prefill": prefill, "decode": decode, "train step": train}
+    return {"prefill": prefill, "decode": _repeated(step, tokens.is_cuda), "train step": train}
