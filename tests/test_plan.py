@@ -38,7 +38,7 @@ def test_long_sequences_with_few_heads_are_cut_and_full_batches_are_not() -> Non
     few = plan(one, H200)
     assert 0 < few.segment < 65536
     programs = 16 * few.h.tiles * -(-65536 // few.segment)
-    assert programs >= 132
+    assert programs >= 0.9 * H200.multiprocessors
 
 
 def test_short_packed_documents_get_short_chunks() -> None:
@@ -62,7 +62,7 @@ def test_a_plan_prints_and_is_cached() -> None:
     p = plan(PAPER, H200)
     assert isinstance(p, Plan) and plan(PAPER, H200) is p
     text = str(p)
-    assert "chunk 32" in text and "h, dv" in text and "dq, dk" in text
+    assert "chunk 64" in text and "h, dv" in text and "dq, dk" in text
 
 
 def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,7 @@ class Tile:
     stages: int
     transposed: bool
     descriptor: bool
+    hopper: bool = False  # by hand, hopper.py
 
     @property
     def tiles(self) -> int:
@@ -106,13 +107,15 @@ class Shape:
     warps: int
     stages: int
     transposed: bool = False
+    hopper: bool = False
 
 
 # Chosen from ahead-of-time builds: the widest that leave (next to) nothing on the stack and two
 # programs a multiprocessor.
 SHAPES = {
     "ieee": Shape(16, 64, 16, 4, 2),  # products on the plain units; anything wider spills kilobytes
-    "wgmma narrow": Shape(64, 128, 64, 4, 2),  # both head dims up to 128
+    "hopper": Shape(64, 256, 128, 8, 2, True, True),  # hopper.py
+    "wgmma narrow": Shape(64, 128, 64, 4, 2),  # what cannot use it: short sequences, odd head dims
     "wgmma wide": Shape(
         32, 256, 64, 4, 3, True
     ),  # at L = 64 a contraction of 256 spills 256 to 1,264 bytes
@@ -123,12 +126,14 @@ SHAPES = {
 }
 
 
-def _shape(p: Problem, device: Device) -> Shape:
+def _shape(p: Problem, device: Device, mean: int) -> Shape:
     major = device.capability[0]
     if p.bytes == 4:
         return SHAPES[
             "ieee" if p.precision == "ieee" else "wgmma tf32" if major == 9 else "mma tf32"
         ]
+    if major == 9 and _descriptors(p, device) and mean > 32:
+        return SHAPES["hopper"]
     if major == 9:
         return SHAPES["wgmma narrow" if max(p.K, p.V) <= 128 else "wgmma wide"]
     return SHAPES["mma 4 warps" if major in (0, 10) else "mma"]
@@ -139,10 +144,11 @@ def plan(problem: Problem, device: Device) -> Plan:
     """The kernels that serve ``problem`` on ``device``."""
     p = problem
     mean = p.T // max(p.N, 1) if p.packed else p.T  # of packed sequences the host knows no more
-    shape = _shape(p, device)
+    shape = _shape(p, device, mean)
     L = min(shape.L, power_of_two(max(mean, 1)))
     h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
-    wanted = 2 * device.multiprocessors
+    # Programs that a multiprocessor holds: registers for two of four warps, or one of eight.
+    wanted = device.multiprocessors * (1 if shape.hopper and max(h.warps, dq.warps) == 8 else 2)
     # Kept states: as few as leave enough pieces for dq and dk to fill the machine.
     span = 2048
     while span > 256 and -(-mean // span) * p.N * p.H * dq.tiles < wanted:
@@ -152,22 +158,28 @@ def plan(problem: Problem, device: Device) -> Plan:
     segment = 0
     if 3 * programs < 2 * wanted and mean >= 8 * span:
         segment = max(4 * span, power_of_two(-(-mean * programs // wanted)))
-    small = min(128, power_of_two(max(p.K, p.V)))
+    small = min(64, power_of_two(max(p.K, p.V)))
     return Plan(L, span, segment, h, dq, small, small, block_c=64, small_warps=4)
+
+
+def _descriptors(p: Problem, device: Device) -> bool:
+    """Can the copy engine read the rows? They must be multiples of 16 bytes."""
+    return device.descriptors and p.K * p.bytes % 16 == 0 and p.V * p.bytes % 16 == 0
 
 
 def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
     block_a = min(shape.block_a, power_of_two(A))
-    block_x = min(shape.block_x, power_of_two(X))
+    block_x = min(shape.block_x, power_of_two(X, 64 if shape.hopper else 16))
     return Tile(
         A,
         X,
         block_a,
         block_x,
         splits=-(-A // block_a),
-        warps=shape.warps,
+        warps=block_x // 16 if shape.hopper else shape.warps,
         stages=shape.stages,
         # The transposed form has block_x rows, of which a warp-group product needs 64.
         transposed=shape.transposed and block_x >= 64,
-        descriptor=device.descriptors and p.K * p.bytes % 16 == 0 and p.V * p.bytes % 16 == 0,
+        descriptor=_descriptors(p, device),
+        hopper=shape.hopper,
     )

@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 import tfla
 from tfla import kernels, ops, plan
@@ -103,10 +104,11 @@ def launches(
     seen: list[Launch] = []
 
     def recorder(
-        kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], *args: Any, **constants: Any
-    ) -> None:
+        kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], tensors: tuple[Any, ...],
+        *numbers: float, **constants: Any,
+    ) -> None:  # fmt: skip
         if 0 not in grid:
-            seen.append(record(kernel, shape, args, constants))
+            seen.append(record(kernel, shape, (*tensors, *numbers), constants))
 
     def new(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -151,7 +153,8 @@ def launches(
 
 def build(launch: Launch, backend: str, arch: int | str) -> Any:
     """The compiled kernel."""
-    source = ASTSource(
+    make = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = make(
         launch.kernel, dict(launch.signature), {(launch.kernel.arg_names.index(k),): v for k,
         v in launch.constants},
         {(index,): [["tt.divisibility", 16]] for index in launch.divisible},

@@ -44,12 +44,20 @@ def on_gpu(**fields: object) -> Case:
     return Case(**{"device": "cuda", "backend": "triton"} | fields)  # type: ignore[arg-type]
 
 
+def check(case: Case) -> None:
+    """At most twice the error of the plain recurrence. df and dm0 are differences of terms that are
+    rounded themselves: where they cancel, and in fp32, where the recurrence never forms the terms,
+    they have an absolute floor, one unit of the last place of the terms."""
+    floors = case.dtype == torch.float32 or case.gates in checks.CANCELLING
+    checks.check_against_recurrence(case, floor_eps=torch.finfo(case.dtype).eps if floors else None)
+
+
 @pytest.mark.parametrize("dims", DIMS, ids=lambda d: f"{d[0]}-{d[1]}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate", GATES)
 def test_every_head_dim(gate: str, dtype: torch.dtype, dims: tuple[int, int]) -> None:
     K, V = dims
-    checks.check_against_recurrence(on_gpu(T=200, B=2, H=2, K=K, V=V, dtype=dtype, input_gate=gate))
+    check(on_gpu(T=200, B=4, H=4, K=K, V=V, dtype=dtype, input_gate=gate))
 
 
 @pytest.mark.parametrize("T", [0, 1, 31, 32, 33, 64, 65, 257, 1000])
@@ -79,7 +87,9 @@ def test_packed(gate: str, lengths: tuple[int, ...]) -> None:
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_gates(dtype: torch.dtype, gates: str) -> None:
-    checks.check_against_recurrence(on_gpu(T=150, K=64, V=64, dtype=dtype, gates=gates))
+    if dtype == torch.float16 and gates.startswith("i="):
+        pytest.skip("the true gradients, 1e6 and more where n . q is next to 0, are beyond fp16")
+    check(on_gpu(T=150, K=64, V=64, dtype=dtype, gates=gates))
 
 
 def problem(
@@ -102,47 +112,58 @@ def gradients(
     return [h, *torch.autograd.grad(h, leaves, dh.to(h.dtype))]
 
 
+NAMES = ("h", "dq", "dk", "dv", "di", "df")
+
+
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("T", [8192, 65536])
-def test_long_sequences_with_few_heads(T: int, gate: str) -> None:
-    """Cut into segments: against the chunked reference in fp64 (the recurrence would take T
-    launches)."""
-    inputs = problem(1, T, 2, 64, 128, torch.bfloat16)
+def test_long_sequences_with_few_heads(gate: str) -> None:
+    """Cut into segments, against the recurrence."""
+    case = on_gpu(T=8192, H=1, K=64, V=64, dtype=torch.bfloat16, input_gate=gate)
+    checks.check_against_recurrence(case)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_longest_sequence(gate: str) -> None:
+    """65,536 tokens, against the chunked reference in fp64: the recurrence would take minutes.
+
+    The bounds are three units of bf16's last place for a rounded result, and ten for df, a sum over
+    what may be thousands of tokens of differences of rounded terms (docs/math.md).
+    """
+    inputs = problem(1, 65536, 2, 64, 128, torch.bfloat16)
     dh = torch.randn_like(inputs[2])
     truth = gradients([x.double() for x in inputs], dh, input_gate=gate, backend="reference")
-    plain = gradients(inputs, dh, input_gate=gate, backend="reference")
     ours = gradients(inputs, dh, input_gate=gate, backend="triton")
-    for name, x, y, z in zip(("h", "dq", "dk", "dv", "di", "df"), ours, truth, plain, strict=True):
-        error, yardstick = ((a.double() - y).norm() / y.norm() for a in (x, z))
-        # df is a sum over 65,536 tokens of differences of rounded terms; math.md allows it 1e-2.
-        assert error <= (1e-2 if name == "df" else 2 * yardstick), (
-            f"{name}: {error:.1e}, {yardstick:.1e}"
-        )
+    for name, x, y in zip(NAMES, ours, truth, strict=True):
+        error = (x.double() - y).norm() / y.norm()
+        assert error <= (10 if name == "df" else 3) * 2**-9, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("gate", GATES)
-def test_ten_thousand_random_problems(gate: str) -> None:
+def test_ten_thousand_random_problems(gate: str, part: int) -> None:
     """Lengths, batches and gates drawn by seed over one specialisation a dtype: h and all
-    gradients."""
-    draw = torch.Generator().manual_seed(7)
-    for seed in range(5000):
+    gradients.
+
+    Each within one unit of the dtype's last place and four times what the chunked reference is off
+    by in the same dtype (its products are in fp32: it shows how ill-conditioned a problem is).
+    """
+    draw = torch.Generator().manual_seed(7 + part)
+    for seed in range(1250 * part, 1250 * (part + 1)):
         dtype = DTYPES[seed % 3]
         B, T, H = (int(torch.randint(1, n, (1,), generator=draw)) for n in (4, 300, 4))
         inputs = problem(B, T, H, 32, 32, dtype, seed)
         inputs[4] -= 8 * torch.rand(1, generator=draw).item()
         dh = torch.randn_like(inputs[2])
         truth = gradients([x.double() for x in inputs], dh, input_gate=gate, backend="reference")
+        plain = gradients(inputs, dh, input_gate=gate, backend="reference")
         ours = gradients(inputs, dh, input_gate=gate, backend="triton")
-        eps = torch.finfo(dtype).eps
-        for name, x, y in zip(("h", "dq", "dk", "dv", "di", "df"), ours, truth, strict=True):
+        eps = max(torch.finfo(dtype).eps, 1e-6)
+        for name, x, y, z in zip(NAMES, ours, truth, plain, strict=True):
             scale = y.norm() if name != "df" else y.norm() + (truth[1] * inputs[0]).abs().sum()
-            assert (x.double() - y).norm() <= 4 * eps * scale + 1e-6 * scale, (
-                seed,
-                name,
-                B,
-                T,
-                H,
-                dtype,
+            error, yardstick = ((r.double() - y).norm() for r in (x, z))
+            assert error <= eps * scale + 4 * yardstick, (
+                f"{name}, seed {seed}, B {B}, T {T}, H {H}, {dtype}: {error / scale:.1e}, "
+                f"the reference {yardstick / scale:.1e}"
             )
 
 
@@ -153,6 +174,7 @@ def test_a_second_run_is_the_same_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 def test_a_cuda_graph_replays_forward_and_backward() -> None:
     inputs = problem(2, 500, 2, 64, 64, torch.bfloat16)
     dh = torch.randn_like(inputs[2])
@@ -178,6 +200,7 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
         assert torch.equal(ours, again)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_compiles_as_one_graph() -> None:
     inputs = [x.requires_grad_() for x in problem(2, 300, 2, 64, 64, torch.bfloat16)]
     run = torch.compile(lambda *x: tfla.mlstm(*x)[0], fullgraph=True)
@@ -189,14 +212,19 @@ def test_compiles_as_one_graph() -> None:
 
 
 def test_another_length_compiles_nothing() -> None:
-    from tfla.kernels.scan import _scan_kernel
+    from tfla.kernels import gates, hopper, normalizer, scan
+
+    def compiled() -> int:
+        kernels = [k for m in (gates, normalizer, scan, hopper) for k in vars(m).values()]
+        kernels = [k for k in kernels if hasattr(k, "device_caches")]
+        return sum(len(k.device_caches[torch.cuda.current_device()][0]) for k in kernels)
 
     for T in (300, 301, 1000):
         gradients(problem(2, T, 2, 64, 64, torch.bfloat16), torch.ones(2, T, 2, 64, device="cuda"))
-    before = len(_scan_kernel.device_caches[torch.cuda.current_device()][0])
+    before = compiled()
     for B, T in ((3, 333), (5, 512), (1, 999)):
         gradients(problem(B, T, 2, 64, 64, torch.bfloat16), torch.ones(B, T, 2, 64, device="cuda"))
-    assert len(_scan_kernel.device_caches[torch.cuda.current_device()][0]) == before
+    assert compiled() == before > 0
 
 
 @pytest.mark.parametrize("B", [1, 100_000])

@@ -8,7 +8,6 @@ step.py (decode), host.py (the plan of a call, descriptors).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tfla.gates import Activations
 from tfla.kernels import gates, normalizer
-from tfla.kernels.host import aligned, launch, padded, plan_of, precision, rows_of, tables
+from tfla.kernels.host import launch, padded, plan_of, precision, rows_of, tables
 from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
 from tfla.plan import Plan, Tile
@@ -33,11 +32,8 @@ __all__ = [
     "update",
 ]
 
-VECTORS = 7  # of one number a token, see gates.py
 
-
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """The weights of a problem on the device, and where they lie."""
 
     plan: Plan
@@ -49,7 +45,7 @@ class Grid:
     slots: int  # chunks a row
     spans: int  # spans a row
     buffer: Tensor  # everything the backward pass needs, in one piece
-    weights: Tensor  # (VECTORS, rows, slots, L)
+    weights: Tensor  # (rows, slots, VECTORS, L)
     decay: Tensor  # (rows, slots)
     C_ends: (
         Tensor | None
@@ -84,7 +80,7 @@ def _geometry(
     rows = H if packed else B * H
     slots, spans = (T // unit + N if packed else -(-T // unit) for unit in (plan.L, plan.span))
     kept = rows * spans * plan.kept[0] * plan.kept[1]
-    sizes = [VECTORS * rows * slots * plan.L, rows * slots, kept if keep else 0]
+    sizes = [gates.VECTORS.value * rows * slots * plan.L, rows * slots, kept if keep else 0]
     if normalize:
         sizes += [rows * slots * K, N * H * K, N * H]
     return N, rows, slots, spans, sizes
@@ -154,23 +150,23 @@ def exponents(
         block_k = min(64, plan.block_k)
         launch(
             normalizer._sums_kernel, (grid.chunks(),), (plan.small_warps, 2),
-            k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, *k.stride()[:3],
+            (k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p), *k.stride()[:3],
             *i.stride(), *f.stride(), *grid.common(), K, L=plan.L, BLOCK_K=plan.block_k,
             SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
             PACKED=cu_seqlens is not None,
         )  # fmt: skip
         launch(
             normalizer._gauge_kernel, (N * H, triton.cdiv(K, block_k)), (4, 2),
-            cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, grid.decay, grid.n_chunk,
-            grid.n_final, grid.m_final, *grid.common(), K, L=plan.L, BLOCK=plan.block_c,
+            (cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, grid.decay, grid.n_chunk,
+             grid.n_final, grid.m_final), *grid.common(), K, L=plan.L, BLOCK=plan.block_c,
             BLOCK_K=block_k, HAS_N=n is not None, HAS_M=m is not None,
             PACKED=cu_seqlens is not None,
         )  # fmt: skip
     launch(
         gates._weights_kernel, (grid.chunks(),), (plan.small_warps, 2),
-        q, k, i, f, cu_seqlens, chunk_table, gauge, grid.m_final, grid.n_chunk, grid.weights,
-        grid.decay, *q.stride()[:3], *k.stride()[:3], *i.stride(), *f.stride(), *grid.common(),
-        grid.size, K, scale, L=plan.L, BLOCK_K=plan.block_k, SIGMOID_I=activations.sigmoid_i,
+        (q, k, i, f, cu_seqlens, chunk_table, gauge, grid.m_final, grid.n_chunk, grid.weights,
+         grid.decay), *q.stride()[:3], *k.stride()[:3], *i.stride(), *f.stride(), *grid.common(),
+        K, scale, L=plan.L, BLOCK_K=plan.block_k, SIGMOID_I=activations.sigmoid_i,
         SIGMOID_F=activations.sigmoid_f, NORMALIZE=normalize, PACKED=cu_seqlens is not None,
         PRECISION=precision(q),
     )  # fmt: skip
@@ -201,13 +197,13 @@ def normalizer_backward(
     block_k = min(64, grid.plan.block_k)
     launch(
         normalizer._column_kernel, (grid.chunks(),), (grid.plan.small_warps, 2),
-        dh, h, q, grid.cu_seqlens, grid.tables[0], grid.weights, d, q_dq, sums,
-        *dh.stride()[:3], *h.stride()[:3], *q.stride()[:3], *grid.common(), grid.size, K, V,
+        (dh, h, q, grid.cu_seqlens, grid.tables[0], grid.weights, d, q_dq, sums),
+        *dh.stride()[:3], *h.stride()[:3], *q.stride()[:3], *grid.common(), K, V,
         L=grid.plan.L, BLOCK_K=grid.plan.block_k, BLOCK_V=grid.plan.block_v, PACKED=packed,
     )  # fmt: skip
     launch(
         normalizer._column_state_kernel, (grid.N * H, triton.cdiv(K, block_k)), (4, 2),
-        grid.cu_seqlens, sums, grid.decay, dn, dn_chunk, dn_first, *grid.common(), K,
+        (grid.cu_seqlens, sums, grid.decay, dn, dn_chunk, dn_first), *grid.common(), K,
         L=grid.plan.L, BLOCK=grid.plan.block_c, BLOCK_K=block_k, HAS_DN=dn is not None,
         PACKED=packed,
     )  # fmt: skip
@@ -253,10 +249,10 @@ def scan(
         "dv",
     )  # from one end of a sequence to the other, for dq and dk to follow span by span
     reverse = name in ("dk", "dv")
-    a, b, x = rows_of(a), rows_of(b), rows_of(x)
+    a, b, x = (rows_of(t, tile.descriptor) for t in (a, b, x))
     if column is not None and name == "dq":
         dot = None  # the column knows q . dq already
-    y = None if dot is None else rows_of(dot)
+    y = None if dot is None else rows_of(dot, tile.hopper)
     out = x.new_empty(B, T, H, X)
     end = _new(x, grid.N, H, A, X) if walks and final else None
     dots = None if y is None else _new(x, tile.tiles * grid.size)
@@ -303,7 +299,6 @@ def _scan_piece(
     pieces = grid.N
     if cut:
         pieces = T // unit + grid.N if packed else grid.N * max(triton.cdiv(T, unit), 1)
-    descriptor = tile.descriptor and all(t is None or aligned(t) for t in (a, b, x, out))
     vector = None
     if column is not None:
         vector = column.dn_chunk if reverse else grid.n_chunk
@@ -311,19 +306,26 @@ def _scan_piece(
     stride_ea, stride_ex = (plan.kept[1], 1) if walks else (1, plan.kept[1])
     strides_s, strides_f = ((0, 0, 0, 0) if t is None else t.stride() for t in (state, final))
 
+    kernel, forms = _scan_kernel, {
+        "TRANSPOSED": tile.transposed, "DESCRIPTOR": tile.descriptor, "PRECISION": precision(x)
+    }  # fmt: skip
+    if tile.hopper:
+        from tfla.kernels.hopper import _scan_hopper_kernel
+
+        kernel, forms = _scan_hopper_kernel, {}
+
     def run(whole: bool, left: Tensor | None) -> None:
         launch(
-            _scan_kernel, (tile.tiles * H * pieces,), (tile.warps, tile.stages),
-            a, b, x, out if whole else None, partial if whole else None, y if whole else None,
+            kernel, (tile.tiles * H * pieces,), (tile.warps, tile.stages),
+            (a, b, x, out if whole else None, partial if whole else None, y if whole else None,
             dots if whole else None, grid.weights, grid.decay,
             column.d if column is not None and whole else None, vector if whole else None,
             state if whole else None, final if whole else None, ends, left, grid.cu_seqlens,
-            grid.tables[2 if walks else 1], *a.stride()[:3], *b.stride()[:3], *x.stride()[:3],
+            grid.tables[2 if walks else 1]), *a.stride()[:3], *b.stride()[:3], *x.stride()[:3],
             *(x if y is None else y).stride()[:3], *strides_s, *strides_f, *grid.common(),
             grid.spans, unit, grid.size, stride_e, A, X, L=plan.L, BLOCK_A=tile.block_a,
             BLOCK_X=tile.block_x, SPAN=plan.span, STRIDE_EA=stride_ea, STRIDE_EX=stride_ex,
-            REVERSE=reverse, CUT=cut, KEEP=keep and whole, TRANSPOSED=tile.transposed,
-            DESCRIPTOR=descriptor, PRECISION=precision(x),
+            REVERSE=reverse, CUT=cut, KEEP=keep and whole, **forms,
         )  # fmt: skip
 
     if cut and walks:
@@ -331,8 +333,8 @@ def _scan_piece(
         run(False, left)
         launch(
             _join_kernel, (grid.N * H, triton.cdiv(A * X, 1024)), (4, 2),
-            ends, left, state, grid.cu_seqlens, *strides_s, T, H, grid.spans, unit, stride_e, A, X,
-            SPAN=plan.span, BLOCK=1024, STRIDE_EA=stride_ea, REVERSE=reverse,
+            (ends, left, state, grid.cu_seqlens), *strides_s, T, H, grid.spans, unit, stride_e, A,
+            X, SPAN=plan.span, BLOCK=1024, STRIDE_EA=stride_ea, REVERSE=reverse,
         )  # fmt: skip
     run(True, None)
 
@@ -348,9 +350,9 @@ def gate_gradients(
     assert dq.dot is not None and dk.dot is not None
     launch(
         gates._gradients_kernel, (grid.rows * grid.spans,), (4, 2),
-        i, f, grid.cu_seqlens, grid.tables[1], grid.weights, dq.dot, dk.dot, grid.C_ends,
-        grid.dC_ends, grid.n_chunk, grid.n_final, None if column is None else column.dn_chunk, di,
-        df, *i.stride(), *f.stride(), T, H, grid.slots, grid.spans, grid.size, K,
+        (i, f, grid.cu_seqlens, grid.tables[1], grid.weights, dq.dot, dk.dot, grid.C_ends,
+         grid.dC_ends, grid.n_chunk, grid.n_final, None if column is None else column.dn_chunk, di,
+         df), *i.stride(), *f.stride(), T, H, grid.slots, grid.spans, grid.size, K,
         grid.plan.kept[0] * grid.plan.kept[1], L=grid.plan.L, SPAN=grid.plan.span,
         BLOCK_K=grid.plan.block_k, Q_PARTS=dq.dot.numel() // size, K_PARTS=dk.dot.numel() // size,
         SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,

@@ -1,6 +1,6 @@
 """Exponents, chunk by chunk, and the gradients of the gates: ``tfla.gates`` in Triton.
 
-Weights of a token, in log2 units, seven vectors of (row, slot, L) in one buffer:
+Weights of a token, in log2 units, seven vectors of L numbers a chunk, (row, slot, 8, L) in all:
 
     0, 1   target   -M - ln den + ln scale as (whole, rest)
     2               exp of it + m_in: what the incoming state weighs here
@@ -24,20 +24,16 @@ NOTHING = tl.constexpr(-(2.0**100))  # an exponent whose power is 0, exact in fp
 SMALLEST = tl.constexpr(-104.0)  # exp of less than this is 0 in fp32
 FIRST_SOURCE = tl.constexpr(3)
 MARK = tl.constexpr(6)
+VECTORS = tl.constexpr(8)  # with room for an eighth: a chunk's start is aligned
 # Whether these are multiples of 16 may change with T, and would compile anew for nothing.
 GATE_STRIDES = ("stride_ib", "stride_it", "stride_ih", "stride_fb", "stride_ft", "stride_fh")
 
 
 @triton.jit
 def _log_sigmoid(x):
-    """log(sigmoid(x)), good to fp32: log(1 + y) is off by 1e-6 of itself at x = 3, where open
-    gates lie."""
-    y = tl.exp(-tl.abs(x))
-    u = 1.0 + y
-    rounded = u - 1.0
-    return tl.minimum(x, 0.0) - tl.where(
-        rounded == 0.0, y, tl.log(u) * (y / tl.where(rounded == 0.0, 1.0, rounded))
-    )
+    """log(sigmoid(x)) in fp64: what fp32 loses at an open gate, 1e-8 a token, adds up over a
+    sequence."""
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -48,15 +44,15 @@ def _log_gates(i, f, inside, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr):
     kept there, a chunk of 64 resets sums to less than 2^24, so that whole exponents are exact in
     fp32.
     """
-    i = i.to(tl.float32)
-    f = f.to(tl.float32)
+    i = i.to(tl.float32).to(tl.float64)
+    f = f.to(tl.float32).to(tl.float64)
     if SIGMOID_I:
         i = _log_sigmoid(i)
     if SIGMOID_F:
         f = _log_sigmoid(f)
     i = tl.where(inside, tl.maximum(i, -1e6), -1e30)
     f = tl.where(inside, tl.maximum(f, -1e5), 0.0)
-    return i.to(tl.float64), f.to(tl.float64)
+    return i, f
 
 
 @triton.jit
@@ -100,7 +96,7 @@ def _weights_kernel(
     q, k, i, f, cu_seqlens, table, gauge, m_last, n_chunk, weights, decay,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
-    T, H, slots, size, K, scale,
+    T, H, slots, K, scale,
     L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
     NORMALIZE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +104,6 @@ def _weights_kernel(
     den goes into the exponents."""
     w = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
-    size = size.to(tl.int64)
     n, j = unit(w, cu_seqlens, table, T, L, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     if j * L >= length:
@@ -118,6 +113,19 @@ def _weights_kernel(
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l
+    if NORMALIZE:  # the products first: what follows is long and in fp64
+        scores = tl.zeros([L, L], tl.float32)
+        nu = tl.zeros([L], tl.float32)
+        q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
+        k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
+        for block in range(0, K, BLOCK_K):
+            column = block + tl.arange(0, BLOCK_K)
+            seen = inside[:, None] & (column < K)[None, :]
+            q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
+            k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
+            n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
+            scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
+            nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
     log_i, log_f = _log_gates(
         tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
         tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
@@ -126,7 +134,7 @@ def _weights_kernel(
     b = tl.cumsum(log_f, 0)
     p = log_i - b
     b_last = tl.sum(log_f, 0)
-    here = weights + slot * L + l
+    here = weights + slot * VECTORS * L + l
     mark = tl.zeros([L], tl.float32)
     if NORMALIZE:
         m_in = tl.load(gauge + slot).to(tl.float64)
@@ -155,18 +163,6 @@ def _weights_kernel(
             row_rest[:, None] + col_rest[None, :],
             q.dtype.element_ty == tl.float32,
         )
-        scores = tl.zeros([L, L], tl.float32)
-        nu = tl.zeros([L], tl.float32)
-        q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
-        k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
-        for block in range(0, K, BLOCK_K):
-            column = block + tl.arange(0, BLOCK_K)
-            seen = inside[:, None] & (column < K)[None, :]
-            q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
-            k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
-            n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
-            scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
-            nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
         nu = nu * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1) * scale
         floor = _exp(-(b + M))
         floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
@@ -177,13 +173,13 @@ def _weights_kernel(
     row, row_rest = _pair(tl.where(used, target, NOTHING))
     col, col_rest = _pair(tl.where(inside, p * LOG2E, NOTHING))
     tl.store(here, row)
-    tl.store(here + size, row_rest)
-    tl.store(here + 2 * size, tl.where(inside, weight, 0.0))
-    source = here + FIRST_SOURCE * size
+    tl.store(here + L, row_rest)
+    tl.store(here + 2 * L, tl.where(inside, weight, 0.0))
+    source = here + FIRST_SOURCE * L
     tl.store(source, col)
-    tl.store(source + size, col_rest)
-    tl.store(source + 2 * size, _exp(p - M_out))
-    tl.store(here + MARK * size, mark + tl.where(erased, 4.0, 0.0))
+    tl.store(source + L, col_rest)
+    tl.store(source + 2 * L, _exp(p - M_out))
+    tl.store(here + MARK * L, mark + tl.where(erased, 4.0, 0.0))
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", *GATE_STRIDES])
@@ -205,7 +201,7 @@ def _gradients_kernel(
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     if j * SPAN >= length:
         return
-    row = (head if PACKED else batch * H + head)
+    row = head if PACKED else batch * H + head
     span = row * spans + first_slot(n, start, SPAN, PACKED) + j
     first = row * slots + first_slot(n, start, L, PACKED)
     # Tokens from the last to the first: the scan runs forward.
@@ -241,7 +237,8 @@ def _gradients_kernel(
                 n_end = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
             dn_end = tl.load(dn_chunk + (slot - 1) * K + column, mask=column < K, other=0.0)
             total += tl.sum(n_end * dn_end, 0).to(tl.float64)
-    erased = tl.load(weights + MARK * size + here, mask=inside, other=0.0) > 2.0
+    mark = weights + (first + position // L) * (VECTORS * L) + MARK * L + position % L
+    erased = tl.load(mark, mask=inside, other=0.0) > 2.0
     keep = tl.where(erased, 0.0, 1.0).to(tl.float64)
     factor, value = tl.associative_scan((keep, keep * (dot - dlog_i).to(tl.float64)), 0, _affine)
     dlog_f = (factor * total + value).to(tl.float32)

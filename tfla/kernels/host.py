@@ -38,13 +38,22 @@ def precision(x: Tensor) -> str:
     return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
 
 
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
 def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     """The plan that serves tensors of these shapes."""
     # A compiled graph is made for its sizes: int() turns symbols into guards.
     B, T, H, K, V = (int(size) for size in (*q.shape, v.shape[-1]))
     N = B if cu_seqlens is None else int(cu_seqlens.shape[0]) - 1
-    problem = Problem(B, T, H, K, V, N, cu_seqlens is not None, q.element_size(), precision(q))
-    return plan(problem, device_of(q))
+    numbers = (B, T, H, K, V, N, cu_seqlens is not None, q.element_size(), precision(q))
+    found = _plans.get((q.device, *numbers))
+    if found is None:
+        found = plan(Problem(*numbers), device_of(q))
+        if len(_plans) >= 10_000:
+            _plans.clear()
+        _plans[q.device, *numbers] = found
+    return found
 
 
 def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, ...]:
@@ -60,8 +69,7 @@ def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, .
         _tables_kernel,
         (triton.cdiv(sum(sizes), 256),),
         (4, 1),
-        cu_seqlens,
-        table,
+        (cu_seqlens, table),
         T,
         N,
         *units,
@@ -77,31 +85,69 @@ def padded(size: int) -> int:
     return -(-size // 32) * 32
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x with a contiguous last axis."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def rows_of(x: Tensor, descriptor: bool = False) -> Tensor:
+    """x with a contiguous last axis; where a ``descriptor`` shall walk over it, with rows that
+    start at multiples of 16 bytes. Copied if it must be."""
+    dense = x.stride(-1) == 1 or x.shape[-1] == 1
+    if dense and (not descriptor or _aligned(x)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-def aligned(x: Tensor) -> bool:
-    """Can a tensor descriptor walk over the rows of x (B, T, H, D)? They must start at multiples
-    of 16 bytes."""
+def _aligned(x: Tensor) -> bool:
     size = x.element_size()
-    steps = all(s * size % 16 == 0 for s in x.stride()[:3])
-    return steps and x.stride(1) > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * size >= 16
+    return (
+        x.stride(1) > 0
+        and x.data_ptr() % 16 == 0
+        and all(step * size % 16 == 0 for step in x.stride()[:3])
+    )
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, bool]] = {}  # and: does it want scratch memory?
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], *args: Any, **constants: Any
-) -> None:
-    """Call ``kernel`` over ``grid`` with ``shape`` = (warps, stages); an empty grid is no call."""
+    kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], tensors: tuple[Tensor | None, ...],
+    *numbers: float, **constants: Any,
+) -> None:  # fmt: skip
+    """Call ``kernel(*tensors, *numbers, **constants)`` over ``grid`` with ``shape`` = (warps,
+    stages); an empty grid is no call.
+
+    A call that was seen before goes straight to the compiled kernel: looking up what it was
+    compiled for takes the compiler's own launcher 100 to 200 us.
+    """
     if 0 in grid:
         return
-    triton.set_allocator(_allocate)
+    pointers = [0 if x is None else x.data_ptr() for x in tensors]
+    device = next(x.device for x in tensors if x is not None)
+    key = (
+        kernel, shape, device, numbers, tuple(constants.values()),
+        tuple([None if x is None else x.dtype for x in tensors]), *[p & 15 for p in pointers],
+    )  # fmt: skip
+    known = _compiled.get(key)
     # Triton launches on the current device, which need not be that of the tensors.
-    device = next(x.device for x in args if isinstance(x, Tensor))
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](*args, **constants, num_warps=shape[0], num_stages=shape[1])
+        if known is None:
+            triton.set_allocator(_allocate)
+            options = {"num_warps": shape[0], "num_stages": shape[1]}
+            compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+            if compiled is not None:  # not in the interpreter
+                if len(_compiled) >= 10_000:  # lengths without end
+                    _compiled.clear()
+                _compiled[key] = compiled, getattr(compiled.metadata, "global_scratch_size", 0) > 0
+            return
+        compiled, scratch = known
+        if scratch:
+            triton.set_allocator(_allocate)
+        compiled.run(
+            *grid, *(1,) * (3 - len(grid)), _stream(device.index), compiled.function,
+            compiled.packed_metadata, None, None, None, *pointers, *numbers, *constants.values(),
+        )  # fmt: skip
+
+
+def _stream(index: int) -> int:
+    return triton.runtime.driver.active.get_current_stream(index)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -20,10 +20,10 @@ def sequence(n, cu_seqlens, T, PACKED: tl.constexpr):
     if PACKED:
         start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
         end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), start), T)
-        batch = tl.zeros_like(start)
+        batch = start * 0
     else:
         batch = n.to(tl.int64)
-        start = tl.zeros_like(batch)
+        start = batch * 0
         end = start + T
     return batch, start, end - start
 
@@ -50,7 +50,7 @@ def first_slot(n, start, U, PACKED: tl.constexpr):
     if PACKED:
         return start // U + n
     else:
-        return tl.zeros_like(start)
+        return start * 0
 
 
 @triton.jit(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla.kernels.gates import GATE_STRIDES, MARK, _affine, _exp, _log_gates
+from tfla.kernels.gates import GATE_STRIDES, MARK, VECTORS, _affine, _exp, _log_gates
 from tfla.kernels.layout import first_slot, sequence, unit
 
 
@@ -35,6 +35,11 @@ def _sums_kernel(
     t = j * L + tl.arange(0, L)
     inside = t < length
     t = start + t
+    # The first tile is on its way while the gates are worked on.
+    rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
+    column = tl.arange(0, BLOCK_K)
+    seen = inside[:, None] & (column < K)[None, :]
+    tile = tl.load(rows[:, None] + column[None, :], mask=seen, other=0.0)
     log_i, log_f = _log_gates(
         tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
         tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
@@ -45,14 +50,11 @@ def _sums_kernel(
     tl.store(chunk_f + slot, tl.sum(log_f, 0))
     tl.store(chunk_p + slot, p_max)
     weight = _exp(p - p_max)
-    rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
     for block in range(0, K, BLOCK_K):
-        column = block + tl.arange(0, BLOCK_K)
-        tile = tl.load(
-            rows[:, None] + column[None, :], mask=inside[:, None] & (column < K)[None, :], other=0.0
-        )
         total = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
-        tl.store(sums + slot * K + column, total, mask=column < K)
+        tl.store(sums + slot * K + block + column, total, mask=block + column < K)
+        seen = inside[:, None] & (block + BLOCK_K + column < K)[None, :]
+        tile = tl.load(rows[:, None] + block + BLOCK_K + column[None, :], mask=seen, other=0.0)
 
 
 @triton.jit
@@ -131,14 +133,13 @@ def _gauge_kernel(
 def _column_kernel(
     dh, h, q, cu_seqlens, table, weights, d, q_dq, sums,
     stride_db, stride_dt, stride_dh, stride_hb, stride_ht, stride_hh, stride_qb, stride_qt,
-    stride_qh, T, H, slots, size, K, V,
+    stride_qh, T, H, slots, K, V,
     L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, q_t . dq_t = dh_t . h_t where
     it is not, and the chunk's sum of exp(m_in - M_t) d_t scale q_t / den_t, its share of dn."""
     w = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
-    size = size.to(tl.int64)
     n, j = unit(w, cu_seqlens, table, T, L, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     if j * L >= length:
@@ -158,11 +159,12 @@ def _column_kernel(
         dh_tile = tl.load(dh_rows[:, None] + column[None, :], mask=seen, other=0.0)
         h_tile = tl.load(h_rows[:, None] + column[None, :], mask=seen, other=0.0)
         dot += tl.sum(dh_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
-    mark = tl.load(weights + MARK * size + here)
+    own = weights + slot * VECTORS * L + l
+    mark = tl.load(own + MARK * L)
     sign = tl.where(mark > 2.0, mark - 4.0, mark)
     tl.store(d + here, -sign * dot)
     tl.store(q_dq + here, tl.where(sign == 0.0, dot, 0.0))
-    weight = tl.load(weights + 2 * size + here) * -sign * dot
+    weight = tl.load(own + 2 * L) * -sign * dot
     q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
     for block in range(0, K, BLOCK_K):
         column = block + tl.arange(0, BLOCK_K)

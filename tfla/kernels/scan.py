@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla.kernels.gates import FIRST_SOURCE, power
+from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power
 from tfla.kernels.layout import first_slot, sequence, unit
 
 
@@ -134,16 +134,16 @@ def _scan_kernel(
         t = c * L
         B = _tile(b_rows, A, stride_bt, t, length, 0, L, BLOCK_A, DESCRIPTOR)
         XX = _tile(x_rows, X, stride_xt, t, length, first_x, L, BLOCK_X, DESCRIPTOR)
-        here = weights + (slot + c) * L + l
-        col_edge = tl.load(here + (COL + 2) * size)
+        here = weights + (slot + c) * (VECTORS * L) + l
+        col_edge = tl.load(here + (COL + 2) * L)
         keep = tl.load(decay + slot + c)
         if out is not None:
             AA = _tile(a_rows, A, stride_at, t, length, 0, L, BLOCK_A, DESCRIPTOR)
-            row_whole = tl.load(here + ROW * size)
-            row_rest = tl.load(here + (ROW + 1) * size)
-            row_edge = tl.load(here + (ROW + 2) * size)
-            col_whole = tl.load(here + COL * size)
-            col_rest = tl.load(here + (COL + 1) * size)
+            row_whole = tl.load(here + ROW * L)
+            row_rest = tl.load(here + (ROW + 1) * L)
+            row_edge = tl.load(here + (ROW + 2) * L)
+            col_whole = tl.load(here + COL * L)
+            col_rest = tl.load(here + (COL + 1) * L)
             if TRANSPOSED:
                 P = tl.dot(B, tl.trans(AA), input_precision=PRECISION)
                 D = power(
@@ -253,8 +253,9 @@ def _join_kernel(
     inside = entry < A * X
     S = tl.zeros([BLOCK], tl.float32)
     if state is not None:
-        at = n.to(tl.int64) * stride_sn + head * stride_sh + lane * stride_sa + column * stride_sx
-        S = tl.load(state + at, mask=inside, other=0.0)
+        first_at = n.to(tl.int64) * stride_sn + head * stride_sh
+        first_at += lane * stride_sa + column * stride_sx
+        S = tl.load(state + first_at, mask=inside, other=0.0)
     for step in range(0, pieces - 1):
         piece = (pieces - 1 - step) if REVERSE else step
         end = (piece if REVERSE else piece + 1) * (UNIT // SPAN) - 1

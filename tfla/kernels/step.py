@@ -144,9 +144,9 @@ def update(
     strides_m = (0, 0) if m is None else m.stride()
     launch(
         _step_kernel, (B * H * tiles,), (4, 1),
-        q, k, v, i, f, C, n, m, slots, h, arrived, scale,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *i.stride(), *f.stride(), *C.stride(),
-        *strides_n, *strides_m, H, K, V, C.shape[0], BLOCK_K=block_k, BLOCK_V=block_v,
+        (q, k, v, i, f, C, n, m, slots, h, arrived), scale, *q.stride()[:2], *k.stride()[:2],
+        *v.stride()[:2], *i.stride(), *f.stride(), *C.stride(), *strides_n, *strides_m, H, K, V,
+        C.shape[0], BLOCK_K=block_k, BLOCK_V=block_v,
         SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
     )  # fmt: skip
     return h

@@ -1,0 +1,303 @@
+"""The scan on Hopper's own instructions, for 16-bit operands: the body of scan.py with every step
+placed by hand.
+
+    copies     the next chunk's tiles and vectors are on their way while this one is worked on
+    products   asynchronous: the scores beside the state's share of the output, the update of the
+               state beside the output's way out
+    the state  as (X, A), in the registers that the next product takes it from
+
+The compiler's own pipeline sends for copies at the end of an iteration and waits for each product
+where it stands; the tensor cores then rest two thirds of the time.
+"""
+
+# mypy: disable-error-code="union-attr"
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from tfla.kernels.gates import FIRST_SOURCE, VECTORS
+from tfla.kernels.layout import first_slot, sequence, unit
+
+STAGES = gl.constexpr(2)
+
+# The same functions under the names of Triton 3.6 and of later ones.
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def _fetch(
+    a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s, c, chunk, first_x,
+    wanted, BYTES: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Send for the tiles and the vectors of chunk c, the ``chunk``-th of this program."""
+    stage = chunk % STAGES
+    bar = ready.index(stage)
+    mbarrier.expect(bar, BYTES, pred=wanted)
+    _load(b_rows, [c * L, 0], bar, b_s.index(stage), pred=wanted)
+    _load(x_rows, [c * L, first_x], bar, x_s.index(stage), pred=wanted)
+    if a_rows is not None:
+        _load(a_rows, [c * L, 0], bar, a_s.index(stage), pred=wanted)
+    if y_rows is not None:
+        _load(y_rows, [c * L, first_x], bar, y_s.index(stage), pred=wanted)
+    if wanted:
+        FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+        at = gl.arange(0, VECTORS * L, layout=FLAT)
+        _copy(v_s.index(stage), here + c * (VECTORS * L) + at)
+        if d is not None:
+            at = gl.arange(0, L, layout=FLAT)
+            _copy(d_s.index(stage), d + c * L + at)
+    async_copy.commit_group()
+
+
+@gluon.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
+def _scan_hopper_kernel(
+    a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, left,
+    cu_seqlens, table, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
+    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_sn, stride_sh,
+    stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, T, H, slots, spans, UNIT,
+    size, stride_e, A, X, L: gl.constexpr, BLOCK_A: gl.constexpr, BLOCK_X: gl.constexpr,
+    SPAN: gl.constexpr, STRIDE_EA: gl.constexpr, STRIDE_EX: gl.constexpr, REVERSE: gl.constexpr,
+    CUT: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout."""
+    PACKED: gl.constexpr = cu_seqlens is not None
+    WHOLE: gl.constexpr = out is not None
+    ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
+    COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
+    WARPS: gl.constexpr = BLOCK_X // 16
+    dtype: gl.constexpr = x.dtype.element_ty
+
+    # Products: scores (source, target), output (X, target), state (X, A).
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, WARPS // 4], [16, L * 4 // WARPS, 16]
+    )
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, L, 16])
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_A, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    SOURCE: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    A_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_A], dtype)
+    X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], dtype)
+    P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, L], dtype)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+
+    tiles = (X + BLOCK_X - 1) // BLOCK_X
+    tile = gl.program_id(0) % tiles
+    head = ((gl.program_id(0) // tiles) % H).to(gl.int64)
+    size = size.to(gl.int64)
+    w = (gl.program_id(0) // tiles // H).to(gl.int64)
+    n, j = w, 0
+    if CUT:
+        n, j = unit(w, cu_seqlens, table, T, UNIT, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    row = head if PACKED else batch * H + head
+    chunks = ((length + L - 1) // L).to(gl.int32)
+    low, high = 0, chunks
+    if CUT:
+        if (j > 0) & (j >= (chunks * L + UNIT - 1) // UNIT):
+            return
+        low = (j * (UNIT // L)).to(gl.int32)
+        high = gl.minimum(chunks, (low + UNIT // L).to(gl.int32))
+    slot = row * slots + first_slot(n, start, L, PACKED)
+    span = row * spans + first_slot(n, start, SPAN, PACKED)
+    first_x = tile * BLOCK_X
+    n_rows = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
+
+    b += batch * stride_bb + start * stride_bt + head * stride_bh
+    x += batch * stride_xb + start * stride_xt + head * stride_xh
+    b_rows = tma.make_tensor_descriptor(b, [n_rows, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
+    x_rows = tma.make_tensor_descriptor(x, [n_rows, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
+    b_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_A], A_TILE)
+    x_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_X], X_TILE)
+    v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    a_rows, a_s, y_rows, y_s, d_s = None, None, None, None, None
+    WIDTH: gl.constexpr = BLOCK_A * (2 if WHOLE else 1) + BLOCK_X * (1 if y is None else 2)
+    BYTES: gl.constexpr = 2 * L * WIDTH
+    if WHOLE:
+        a += batch * stride_ab + start * stride_at + head * stride_ah
+        a_rows = tma.make_tensor_descriptor(a, [n_rows, A], [stride_at, 1], [L, BLOCK_A], A_TILE)
+        a_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_A], A_TILE)
+        out_at = ((batch * T + start) * H + head) * X
+        p_s = gl.allocate_shared_memory(dtype, [L, L], P_TILE)
+        if out.dtype.element_ty == dtype:
+            out_rows = tma.make_tensor_descriptor(
+                out + out_at, [n_rows, X], [H.to(gl.int64) * X, 1], [L, BLOCK_X], X_TILE
+            )
+            out_s = gl.allocate_shared_memory(dtype, [L, BLOCK_X], X_TILE)
+        if y is not None:
+            y += batch * stride_yb + start * stride_yt + head * stride_yh
+            y_rows = tma.make_tensor_descriptor(
+                y, [n_rows, X], [stride_yt, 1], [L, BLOCK_X], X_TILE
+            )
+            y_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_X], X_TILE)
+        if d is not None:
+            d_s = gl.allocate_shared_memory(gl.float32, [STAGES, L], FLAT)
+            d += slot * L
+    for bar in gl.static_range(STAGES):
+        mbarrier.init(ready.index(bar), count=1)
+    fence_async_shared()
+    _barrier()
+    here = weights + slot * VECTORS * L
+    for chunk in gl.static_range(STAGES):
+        _fetch(
+            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s,
+            (high - 1 - chunk) if REVERSE else (low + chunk), chunk, first_x, low + chunk < high,
+            BYTES, L, WARPS,
+        )  # fmt: skip
+
+    # The state, (X, A). Entries of kept states lie at constant strides.
+    columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
+    lanes = gl.arange(0, BLOCK_A, layout=gl.SliceLayout(0, STATE))
+    entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
+    if ends is not None:
+        ends += span * stride_e + first_x * STRIDE_EX
+    inside = (columns < X)[:, None] & (lanes < A)[None, :]
+    S = gl.zeros([BLOCK_X, BLOCK_A], gl.float32, layout=STATE)
+    if WHOLE and state is not None:
+        rows = A
+        if CUT:  # the pieces after the first start from what was kept
+            rows = gl.where((high == chunks) if REVERSE else (low == 0), A, 0)
+        state += n.to(gl.int64) * stride_sn + head * stride_sh
+        at = columns[:, None] * stride_sx + lanes[None, :] * stride_sa
+        S = gl.load(state + at, mask=(columns < X)[:, None] & (lanes < rows)[None, :], other=0.0)
+    if WHOLE and CUT:
+        if (high < chunks) if REVERSE else (low > 0):
+            before = (high if REVERSE else low) * L // SPAN - 1
+            S = gl.load(ends + before * stride_e + entry, mask=inside, other=0.0)
+    remains = 1.0
+
+    first = gl.maximum(high - 1, low) if REVERSE else low
+    keep_next = gl.load(decay + slot + first)
+    source = gl.arange(0, L, layout=gl.SliceLayout(1, SCORES))
+    target = gl.arange(0, L, layout=gl.SliceLayout(0, SCORES))
+    if REVERSE:
+        causal = target[None, :] <= source[:, None]
+    else:
+        causal = target[None, :] >= source[:, None]
+    for step in range(0, high - low):
+        c = (high - 1 - step) if REVERSE else (low + step)
+        stage = step % STAGES
+        keep = keep_next
+        following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
+        keep_next = gl.load(decay + slot + following)
+        B, XX, vectors = b_s.index(stage), x_s.index(stage), v_s.index(stage)
+        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+        async_copy.wait_group(STAGES - 1)
+        _barrier()
+        if WHOLE:
+            AA = a_s.index(stage).permute((1, 0))
+            P = gl.zeros([L, L], gl.float32, layout=SCORES)
+            P = warpgroup_mma(B, AA, P, use_acc=False, is_async=True)
+            O = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
+            S_low = gl.convert_layout(S.to(dtype), OPERAND)
+            O = warpgroup_mma(S_low, AA, O, use_acc=False, is_async=True)
+            if vector is not None:
+                v_at = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
+                row_vector = gl.load(vector + (slot + c) * X + v_at, mask=v_at < X, other=0.0)
+            row_whole = vectors.slice(ROW * L, L).load(gl.SliceLayout(0, SCORES))
+            row_rest = vectors.slice((ROW + 1) * L, L).load(gl.SliceLayout(0, SCORES))
+            col_whole = vectors.slice(COL * L, L).load(gl.SliceLayout(1, SCORES))
+            col_rest = vectors.slice((COL + 1) * L, L).load(gl.SliceLayout(1, SCORES))
+            D = gl.exp2(
+                (row_whole[None, :] + col_whole[:, None]) + (row_rest[None, :] + col_rest[:, None])
+            )
+            D = gl.where(causal, D, 0.0)
+            # Two programs a multiprocessor overlap by themselves, and the assembler of CUDA 12.8
+            # crashes on one of their variants if more is asked for.
+            if WARPS == 4:
+                P, O = warpgroup_mma_wait(0, [P, O])
+            else:
+                P = warpgroup_mma_wait(1, [P])
+            if d is not None:
+                if REVERSE:
+                    P += d_s.index(stage).load(gl.SliceLayout(1, SCORES))[:, None]
+                else:
+                    P += d_s.index(stage).load(gl.SliceLayout(0, SCORES))[None, :]
+            p_s.store(gl.where(causal, P * D, 0.0).to(dtype))
+            row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
+            fence_async_shared()
+            if WARPS > 4:
+                O = warpgroup_mma_wait(0, [O])
+            O *= row_edge[None, :]
+            _barrier()
+            O = warpgroup_mma(XX.permute((1, 0)), p_s, O, is_async=True)
+        col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, SOURCE))
+        X_low = XX.permute((1, 0)).load(SOURCE)
+        X_low = (X_low.to(gl.float32) * col_edge[None, :]).to(dtype)
+        if KEEP:
+            # The state at the end of the chunk, unless it is where another piece starts from.
+            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high) | (c + 1 == chunks)
+            if REVERSE:
+                if edge:
+                    gl.store(ends + (c * L // SPAN) * stride_e + entry, S)
+        S *= keep
+        S = warpgroup_mma(X_low, B, S, is_async=True)
+        if WHOLE:
+            O = warpgroup_mma_wait(1, [O])
+            if vector is not None:
+                if REVERSE:
+                    share = row_edge
+                else:
+                    share = row_edge * d_s.index(stage).load(gl.SliceLayout(0, OUTPUT))
+                O += row_vector[:, None] * share[None, :]
+            if (partial is not None) or (out.dtype.element_ty != dtype):
+                o_x = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
+                o_t = c * L + gl.arange(0, L, layout=gl.SliceLayout(0, OUTPUT))
+                token = out_at + o_x[:, None] + o_t.to(gl.int64)[None, :] * (H * X)
+                seen = (o_x < X)[:, None] & (o_t < length)[None, :]
+                if partial is not None:
+                    O += gl.load(partial + token, mask=seen, other=0.0)
+            if out.dtype.element_ty == dtype:
+                tma.store_wait(0)
+                _barrier()
+                out_s.permute((1, 0)).store(O.to(dtype))
+                fence_async_shared()
+                _barrier()
+                _store(out_rows, [c * L, first_x], out_s)
+            else:
+                gl.store(out + token, O, mask=seen)
+            if y is not None:
+                Y = y_s.index(stage).permute((1, 0)).load(OUTPUT)
+                share = gl.sum(O * Y.to(gl.float32), 0)
+                o_l = gl.arange(0, L, layout=gl.SliceLayout(0, OUTPUT))
+                gl.store(dot + tile * size + (slot + c) * L + o_l, share)
+        S = warpgroup_mma_wait(0, [S])
+        _barrier()
+        ahead = step + STAGES
+        _fetch(
+            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s,
+            (c - STAGES) if REVERSE else (c + STAGES), ahead, first_x, low + ahead < high, BYTES, L,
+            WARPS,
+        )  # fmt: skip
+        if KEEP and not REVERSE:
+            if edge:
+                gl.store(ends + (c * L // SPAN) * stride_e + entry, S)
+        if left is not None:
+            remains *= keep
+
+    async_copy.wait_group(0)
+    if WHOLE:
+        tma.store_wait(0)
+    else:
+        # What this piece makes of an empty state, to where the next one starts from.
+        behind = (low if REVERSE else high) * L // SPAN - 1
+        if (low > 0) if REVERSE else (high < chunks):
+            gl.store(ends + behind * stride_e + entry, S)
+        gl.store(left + w * H + head, remains)
+    if final is not None:
+        if (low == 0) if REVERSE else (high == chunks):
+            last = final + n.to(gl.int64) * stride_fn + head * stride_fh
+            last += columns[:, None] * stride_fx + lanes[None, :] * stride_fa
+            gl.store(last, S, mask=inside)
