@@ -265,6 +265,8 @@ class _Session:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.split(":")[0] not in ("cpu", "cuda"):
             raise RunError(f"--device is {device}, wanted auto, cpu or cuda")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise RunError(f"--device is {device}, torch sees no GPU here; take --device auto")
         self.command, self.peers, self.limit, self.out = command, peers, limit, out
         self.cpu = cpu = device == "cpu"
         self.seconds = seconds or (90.0 if cpu else 3000.0)
