@@ -41,12 +41,8 @@ def run_demo(
     began = time.monotonic()
     folder = out or _free_folder(Path("runs/demo"))
     plan = {
-        "seconds": seconds,
-        "seed": seed,
-        "eval_every": 100,
-        "eval_bytes": 16384,
-        "log_every": 5,
-    }
+        "seconds": seconds, "seed": seed, "eval_every": 100, "eval_bytes": 16384, "log_every": 5,
+    }  # fmt: skip
     run = start(folder, MODEL | TRAINING | plan)
     settle_threads(run, device)
     corpus = run.corpus
@@ -249,15 +245,9 @@ def _cells(rows: list[Row]) -> list[list[str]]:
 
 
 HEADINGS = [
-    "context\ntokens",
-    "train\nmLSTM\nµs/token",
-    "train\nattention\nµs/token",
-    "\nfaster\nby",
-    "next\nmLSTM\nµs",
-    "next\nattention\nµs",
-    "kept\nmLSTM\nKiB",
-    "kept\nattention\nKiB",
-]
+    "context\ntokens", "train\nmLSTM\nµs/token", "train\nattention\nµs/token", "\nfaster\nby",
+    "next\nmLSTM\nµs", "next\nattention\nµs", "kept\nmLSTM\nKiB", "kept\nattention\nKiB",
+]  # fmt: skip
 
 
 def _table(rows: list[Row]) -> "Table":

@@ -104,14 +104,9 @@ class Exponents(NamedTuple):
 
 
 def exponents(
-    log_i: Tensor,
-    log_f: Tensor,
-    m: Tensor | None,
-    steps: list[slice],
-    n: int,
-    normalize: bool,
+    log_i: Tensor, log_f: Tensor, m: Tensor | None, steps: list[slice], n: int, normalize: bool,
     dtype: torch.dtype,
-) -> Exponents:
+) -> Exponents:  # fmt: skip
     """The exponents of every chunk.
 
     log_i, log_f: (C, H, L) fp64. m: (N, H) initial gauge or None. steps: which sequences the first

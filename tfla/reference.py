@@ -199,13 +199,9 @@ def exponents(
     log_i, log_f = gates.log_gates(i.to(host, dtype), f.to(host, dtype), activations)
     e = gates.exponents(
         layout.cut(log_i, torch.float64, whole, gates.LOG_I_MIN),
-        layout.cut(log_f, torch.float64, whole),
-        None if m is None else m[layout.rank].to(host),
-        whole.steps,
-        len(layout.rank),
-        normalize,
-        dtype,
-    )
+        layout.cut(log_f, torch.float64, whole), None if m is None else m[layout.rank].to(host),
+        whole.steps, len(layout.rank), normalize, dtype,
+    )  # fmt: skip
 
     def put(x: Tensor) -> Tensor:
         return x.to(q.device, dtype)
@@ -395,8 +391,7 @@ def update(
     rows = slice(None) if slots is None else slots
     states = [None if s is None else s[rows].to(dtype) for s in (C, n, m)]
     q, k, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
-    # Where C is not gathered and not cast it stays: on a CPU fresh memory of its size, 64 MiB at
-    # B = 16, 8 heads of 256/512, takes five times as long as the arithmetic.
+    # In place where it can be: on a CPU fresh memory for C takes five times the arithmetic (64 MiB)
     inplace = slots is None and C.dtype == dtype
     h, *new = step(q, k, v_, log_i, log_f, *states, scale, inplace)  # type: ignore
     for state, value in zip((C, n, m), new, strict=True):

@@ -26,14 +26,10 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
     from rich.progress import BarColumn, Progress, TextColumn
 
     bar = Progress(
-        TextColumn("[bold]{task.fields[left]}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[right]}"),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
+        TextColumn("[bold]{task.fields[left]}"), BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[right]}"), console=console,
+        disable=not console.is_terminal, transient=True,
+    )  # fmt: skip
     start, first = time.monotonic(), None
     text = {"step": "", "loss": "", "held-out": "", "speed": "", "left": ""}
     with bar:
@@ -98,14 +94,9 @@ def clock(seconds: float) -> str:
 
 
 def loss_curve(
-    records: Sequence[Mapping[str, Any]],
-    path: Path,
-    *,
-    title: str,
-    gzip_bits: float | None = None,
-    final_bits: float | None = None,
-    bytes_per_token: float = 1.0,
-) -> None:
+    records: Sequence[Mapping[str, Any]], path: Path, *, title: str, gzip_bits: float | None = None,
+    final_bits: float | None = None, bytes_per_token: float = 1.0,
+) -> None:  # fmt: skip
     """Bits a byte against seconds of training: each step's training loss, the held-out evaluations,
     gzip's line.
 
@@ -120,22 +111,14 @@ def loss_curve(
     [ax] = axes
     scale = 1 / (math.log(2) * bytes_per_token)
     ax.plot(
-        [r["elapsed"] for r in trained],
-        [r["loss"] * scale for r in trained],
-        color=COLOURS["training"],
-        linewidth=1.2,
-        label="training batches",
-    )
+        [r["elapsed"] for r in trained], [r["loss"] * scale for r in trained],
+        color=COLOURS["training"], linewidth=1.2, label="training batches",
+    )  # fmt: skip
     times, bits = [r["elapsed"] for r in held], [r["bits_per_byte"] for r in held]
     ax.plot(
-        times,
-        bits,
-        color=COLOURS["mLSTM"],
-        marker="o",
-        markersize=4,
-        linewidth=2.2,
+        times, bits, color=COLOURS["mLSTM"], marker="o", markersize=4, linewidth=2.2,
         label="held-out text",
-    )
+    )  # fmt: skip
     last = final_bits if final_bits is not None else (bits[-1] if bits else None)
     if last is not None:
         at = times[-1] if times else trained[-1]["elapsed"]

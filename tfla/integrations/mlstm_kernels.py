@@ -5,18 +5,9 @@
     native_sequence__triton, step kernel triton                    exponential input gate
 
 Written for mlstm_kernels 2.0.6. Its own Triton kernels are not called, so these names also work
-where it cannot run them: without a GPU, without Triton, with Triton 3.9.
-
-Where tfla differs:
-
-* Gradients are those of the function. mlstm_kernels treats the normaliser max(|n . q|, exp(-m)) as
-  a constant in its backward pass, and drops the gradients into n and m, and that of f from the
-  final state. Behind a norm that undoes the scale of h, as in an xLSTM, the first hardly matters.
-* There is no ``eps``: it is accepted and left alone. mlstm_kernels adds it (1e-6) to the
-  denominator, which shrinks h where exp(-m) and |n . q| are not far above it: i beyond about 8.
-* ``chunk_size`` and all that tunes kernels is accepted and left alone; any T, any head dims work.
-* States are fp32, m also where ``dtype_state`` asks for less. With the sigmoid gate, too, a model
-  in mode "inference" generates token by token.
+where it cannot run them: without a GPU, without Triton, with Triton 3.9. Gradients are those of the
+function; ``eps``, ``chunk_size`` and all that tunes kernels is accepted and left alone; m stays
+fp32 where ``dtype_state`` asks for less. docs/integrations.md says what that changes.
 """
 
 from __future__ import annotations
@@ -87,20 +78,11 @@ def _replace(registry: MutableMapping[str, Any], name: str, function: Any) -> No
 
 
 def chunkwise_exp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    c_initial: Tensor | None = None,
-    n_initial: Tensor | None = None,
-    m_initial: Tensor | None = None,
-    return_last_states: bool = False,
-    eps: float = 1e-6,
-    chunk_size: int = 64,
-    autocast_kernel_dtype: torch.dtype = torch.float32,
-    **tuning: Any,
-) -> Output:
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None, m_initial: Tensor | None = None,
+    return_last_states: bool = False, eps: float = 1e-6, chunk_size: int = 64,
+    autocast_kernel_dtype: torch.dtype = torch.float32, **tuning: Any
+) -> Output:  # fmt: skip
     """h (B, H, T, V), or h and (c, n, m), of the mLSTM with exponential input gate."""
     h, states = _run(
         (q, k, v, i, f, c_initial, n_initial, m_initial),
@@ -111,21 +93,11 @@ def chunkwise_exp(
 
 
 def chunkwise_siging(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    c_initial: Tensor | None = None,
-    n_initial: Tensor | None = None,
-    m_initial: Tensor | None = None,
-    return_last_states: bool = False,
-    eps: float = 1e-6,
-    normalize: bool = True,
-    chunk_size: int = 64,
-    autocast_kernel_dtype: torch.dtype = torch.float32,
-    **tuning: Any,
-) -> Output:
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None, m_initial: Tensor | None = None,
+    return_last_states: bool = False, eps: float = 1e-6, normalize: bool = True,
+    chunk_size: int = 64, autocast_kernel_dtype: torch.dtype = torch.float32, **tuning: Any
+) -> Output:  # fmt: skip
     """h (B, H, T, V), or h and (c, n), of the mLSTM with sigmoid input gate.
 
     There is no m: c and n are in the gauge m = 0.
@@ -133,12 +105,9 @@ def chunkwise_siging(
     if c_initial is not None:
         m_initial = torch.zeros_like(c_initial[..., 0, :1], dtype=torch.float32)
     h, states = _run(
-        (q, k, v, i, f, c_initial, n_initial, m_initial),
-        autocast_kernel_dtype,
-        states=return_last_states,
-        input_gate="sigmoid",
-        normalize=normalize,
-    )
+        (q, k, v, i, f, c_initial, n_initial, m_initial), autocast_kernel_dtype,
+        states=return_last_states, input_gate="sigmoid", normalize=normalize,
+    )  # fmt: skip
     if states is None:
         return h
     c, n, m = states
@@ -146,19 +115,11 @@ def chunkwise_siging(
 
 
 def sequence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    c_initial: Tensor | None = None,
-    n_initial: Tensor | None = None,
-    m_initial: Tensor | None = None,
-    return_last_states: bool = False,
-    eps: float = 1e-6,
-    dtype_state: torch.dtype = torch.float32,
-    **tuning: Any,
-) -> Output:
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None, m_initial: Tensor | None = None,
+    return_last_states: bool = False, eps: float = 1e-6, dtype_state: torch.dtype = torch.float32,
+    **tuning: Any
+) -> Output:  # fmt: skip
     """As ``chunkwise_exp``; c and n come back in dtype_state."""
     h, states = head_first.sequence(
         q, k, v, i, f, c_initial, n_initial, m_initial, states=return_last_states
@@ -167,18 +128,9 @@ def sequence(
 
 
 def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    c: Tensor,
-    n: Tensor,
-    m: Tensor,
-    eps: float = 1e-6,
-    dtype_state: torch.dtype = torch.float32,
-    **tuning: Any,
-) -> tuple[Tensor, head_first.States]:
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c: Tensor, n: Tensor, m: Tensor,
+    eps: float = 1e-6, dtype_state: torch.dtype = torch.float32, **tuning: Any
+) -> tuple[Tensor, head_first.States]:  # fmt: skip
     """One token: q, k (B, H, K), v (B, H, V), i, f (B, H, 1). c, n come back in dtype_state."""
     h, states = head_first.step(q, k, v, i, f, c, n, m)
     return h, _in(dtype_state, states)
@@ -191,23 +143,16 @@ class _Inference:
         self.before = before
 
     def __call__(
-        self,
-        mlstm_chunkwise_kernel: Callable[..., Any],
-        mlstm_sequence_kernel: Callable[..., Any],
-        mlstm_step_kernel: Callable[..., Any],
-        return_last_states: bool = True,
-        dtype_state: torch.dtype = torch.float32,
-        **arguments: Any,
-    ) -> Output:
+        self, mlstm_chunkwise_kernel: Callable[..., Any], mlstm_sequence_kernel: Callable[..., Any],
+        mlstm_step_kernel: Callable[..., Any], return_last_states: bool = True,
+        dtype_state: torch.dtype = torch.float32, **arguments: Any
+    ) -> Output:  # fmt: skip
         if mlstm_chunkwise_kernel not in (chunkwise_exp, chunkwise_siging):
             return self.before(
                 mlstm_chunkwise_kernel=mlstm_chunkwise_kernel,
-                mlstm_sequence_kernel=mlstm_sequence_kernel,
-                mlstm_step_kernel=mlstm_step_kernel,
-                return_last_states=return_last_states,
-                dtype_state=dtype_state,
-                **arguments,
-            )
+                mlstm_sequence_kernel=mlstm_sequence_kernel, mlstm_step_kernel=mlstm_step_kernel,
+                return_last_states=return_last_states, dtype_state=dtype_state, **arguments,
+            )  # fmt: skip
         h, states = mlstm_chunkwise_kernel(**arguments, return_last_states=True)
         if len(states) == 2:  # who calls this hands three on
             states = (*states, torch.zeros_like(states[0][..., 0, :1]))

@@ -115,11 +115,8 @@ class Tensors:
 
 
 def write(
-    folder: Path,
-    sizes: Mapping[str, int],
-    get: Callable[[str], Tensor],
-    max_shard_bytes: int,
-) -> None:
+    folder: Path, sizes: Mapping[str, int], get: Callable[[str], Tensor], max_shard_bytes: int,
+) -> None:  # fmt: skip
     """Write the tensors `get(name)`, of `sizes` bytes, in that order, as one file or several."""
     from safetensors.torch import save_file
 

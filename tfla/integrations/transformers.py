@@ -16,19 +16,11 @@ from tfla.integrations import head_first
 def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.Module:
     """Let an xLSTM of transformers compute with tfla, with or without the package xlstm installed.
 
-    From then on, in training and generation:
-
-    * prompts pass through ``tfla.mlstm`` whatever their length, new tokens through its decode step;
-    * gradients are those of the function (those of xlstm's Triton kernels treat the normaliser as a
-      constant), and training works without use_cache=False;
-    * the cache keeps m in fp32 and C and n in `state_dtype`; transformers keeps all three in the
-      model's dtype, and a bf16 model drifts off within hundreds of tokens;
-    * ``attention_mask`` is followed: tokens that are masked leave no trace, so a left-padded batch
-      gives each text the logits it has alone. transformers ignores the mask.
-
-    ``config.eps``, which transformers adds to the denominator of h, is left alone, as are
-    ``chunk_size`` and the names of kernels but for "siging" in ``chunkwise_kernel``: a sigmoid
-    input gate.
+    From then on, in training and generation, prompts of any length pass through ``tfla.mlstm``, new
+    tokens through its decode step; gradients are those of the function; the cache keeps m in fp32;
+    and what ``attention_mask`` masks leaves no trace. ``config.eps``, ``chunk_size`` and the names
+    of kernels are left alone, but for "siging" in ``chunkwise_kernel``: a sigmoid input gate.
+    docs/integrations.md compares the two.
 
     Args:
         model: an xLSTMForCausalLM or xLSTMModel, or a module that contains one. It is changed in
@@ -37,11 +29,7 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
         state_dtype: torch.float32 or torch.bfloat16, of C and n in the cache (fp64 in an fp64
             model).
 
-    Returns:
-        The model.
-
-    Raises:
-        TypeError: there is no xLSTM in it. ValueError: another state_dtype.
+    Returns the model. TypeError: there is no xLSTM in it. ValueError: another state_dtype.
 
     Example:
         >>> from tfla.integrations.transformers import patch
@@ -52,9 +40,7 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
     stacks = [module for module in model.modules() if type(module).__name__ == "xLSTMModel"]
     if not stacks:
         raise TypeError(
-            "model must be or contain an xLSTMModel of transformers; got "
-            + type(model).__name__
-            + "."
+            f"model must be or contain an xLSTMModel of transformers; got {type(model).__name__}."
         )
     for stack in stacks:
         before = [hook for hook in stack._forward_pre_hooks.values() if _owner(hook)]
@@ -141,17 +127,10 @@ class _Patch:
         backend._inference_fn = partial(run, return_last_states=True)
 
     def run(
-        self,
-        *,
-        layer: int,
-        input_gate: str,
-        normalize: bool,
-        return_last_states: bool,
-        c_initial: Tensor | None = None,
-        n_initial: Tensor | None = None,
-        m_initial: Tensor | None = None,
-        **given: Any,
-    ) -> Any:
+        self, *, layer: int, input_gate: str, normalize: bool, return_last_states: bool,
+        c_initial: Tensor | None = None, n_initial: Tensor | None = None,
+        m_initial: Tensor | None = None, **given: Any
+    ) -> Any:  # fmt: skip
         """One layer. transformers names its tensors query, igate, ...; mlstm_kernels q, i, ..."""
         q, k, v, i, f = (given[a] if a in given else given[b] for a, b in _NAMES)
         T = q.shape[2]

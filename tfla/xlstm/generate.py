@@ -95,19 +95,11 @@ class Stream:
 
     @torch.no_grad()
     def __init__(
-        self,
-        model: XLSTM,
-        prompts: Prompts,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | torch.Generator | None = None,
-        stop: int | Iterable[int] | None = None,
-        state: Sequence[tfla.State] | None = None,
-        backend: str | None = None,
-    ) -> None:
+        self, model: XLSTM, prompts: Prompts, max_new_tokens: int, *, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None,
+        seed: int | torch.Generator | None = None, stop: int | Iterable[int] | None = None,
+        state: Sequence[tfla.State] | None = None, backend: str | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens!r}.")
         _check_sampling(temperature, top_k, top_p)
@@ -207,12 +199,9 @@ def prefill(
 
 
 def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One token id per row, from softmax(logits / temperature) cut to its most likely part.
 
     Args:
