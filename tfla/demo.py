@@ -234,13 +234,8 @@ def _cells(rows: list[Row]) -> list[list[str]]:
         ratio = f"{row['attention']['train'] / row['mLSTM']['train']:.1f}x" if both else "-"
         times = [cell(row, name, "train", 1e6, ",.1f") for name in PAIR] + [ratio]
         times += [cell(row, name, "next", 1e6, ",.0f") for name in PAIR]
-        body.append(
-            [
-                f"{row['context']:,}",
-                *times,
-                *(cell(row, name, "bytes", 2**-10, ",.0f") for name in PAIR),
-            ]
-        )
+        times += [cell(row, name, "bytes", 2**-10, ",.0f") for name in PAIR]
+        body.append([f"{row['context']:,}", *times])
     return body
 
 
@@ -273,13 +268,10 @@ def _panels(rows: list[Row]) -> list[render.Panel]:
     def line(name: str, field: str) -> list[tuple[float, float]]:
         return [(row["context"], row[name][field] * 1e6) for row in rows if row[name] is not None]
 
+    titles = {"train": "Training: forward + backward", "next": "Writing: the next token"}
     return [
-        (
-            "Training: forward + backward",
-            "µs per token",
-            {name: line(name, "train") for name in PAIR},
-        ),
-        ("Writing: the next token", "µs per token", {name: line(name, "next") for name in PAIR}),
+        (title, "µs per token", {name: line(name, field) for name in PAIR})
+        for field, title in titles.items()
     ]
 
 

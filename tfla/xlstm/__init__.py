@@ -14,17 +14,6 @@ from tfla.xlstm.generate import (
 from tfla.xlstm.model import XLSTM, Block, MLSTMLayer, SwiGLU
 
 __all__ = [
-    "XLSTM",
-    "Block",
-    "Generation",
-    "MLSTMLayer",
-    "Stream",
-    "SwiGLU",
-    "XLSTMConfig",
-    "load_state",
-    "prefill",
-    "put",
-    "sample",
-    "save_state",
-    "take",
-]
+    "XLSTM", "Block", "Generation", "MLSTMLayer", "Stream", "SwiGLU", "XLSTMConfig", "load_state",
+    "prefill", "put", "sample", "save_state", "take",
+]  # fmt: skip
