@@ -108,6 +108,19 @@ def test_a_saved_state_continues_as_if_unbroken(
     assert torch.equal(torch.cat((first.tokens, second.tokens), 1), whole.tokens)
 
 
+def test_states_in_bf16_are_saved_and_continued_too(model: XLSTM, tmp_path: Path) -> None:
+    """m stays; what is rounded after each token is rounded at a break too, and nothing else is."""
+    low = {"temperature": 0, "state_dtype": torch.bfloat16}
+    prompts = [draw(4), draw(6)]
+    whole, first = (model.generate(prompts, n, **low) for n in (14, 6))
+    assert all(s.C.dtype == torch.bfloat16 for s in first.state)
+    assert all(s.m is None or s.m.dtype == torch.float64 for s in first.state)
+    save_state(first.state, tmp_path / "state.safetensors")
+    state = load_state(tmp_path / "state.safetensors")
+    second = model.generate(first.tokens[:, -1:], 8, state=state, **low)
+    assert torch.equal(torch.cat((first.tokens, second.tokens), 1), whole.tokens)
+
+
 def test_a_prefix_is_read_once_and_continued_many_times(model: XLSTM) -> None:
     prefix, ends = draw(1, 9), [draw(3), draw(1), draw(6)]
     _, state = prefill(model, prefix)
@@ -368,6 +381,7 @@ def test_rows_and_steps_draw_independently() -> None:
         ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1; got 0"),
         ([[1]], {"temperature": -1.0}, ValueError, "temperature must be finite and at least 0"),
         ([[1]], {"temperature": float("nan")}, ValueError, "temperature .* got nan"),
+        ([[1]], {"state_dtype": torch.float16}, ValueError, "state_dtype must be None or torch.bf"),
         ([[1]], {"top_k": 0}, ValueError, "top_k must be at least 1"),
         ([[1]], {"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\]"),
         ([[1]], {"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\]"),

@@ -74,6 +74,8 @@ class Stream:
             its state stands still.
         state: what has been read before the prompts, B rows, or one row for all (a prefix read once
             and continued B times). It is not changed.
+        state_dtype: of C and n while tokens are drawn; None: as they are computed, in fp32 (fp64);
+            torch.bfloat16: half the bytes, which is what a step of a large batch waits for.
         backend: None, "reference" or "triton".
 
     Attributes after each token, which the next one overwrites:
@@ -98,8 +100,11 @@ class Stream:
         self, model: XLSTM, prompts: Prompts, max_new_tokens: int, *, temperature: float = 1.0,
         top_k: int | None = None, top_p: float | None = None,
         seed: int | torch.Generator | None = None, stop: int | Iterable[int] | None = None,
-        state: Sequence[tfla.State] | None = None, backend: str | None = None,
+        state: Sequence[tfla.State] | None = None, state_dtype: torch.dtype | None = None,
+        backend: str | None = None,
     ) -> None:  # fmt: skip
+        if state_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"state_dtype must be None or torch.bfloat16; got {state_dtype}.")
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens!r}.")
         _check_sampling(temperature, top_k, top_p)
@@ -116,6 +121,8 @@ class Stream:
         self._stop = torch.tensor(stops, device=device) if stops else None
         self._logits: Tensor | None
         self._logits, self.state = prefill(model, prompts, state, backend)
+        if state_dtype is not None:
+            self.state = tuple(_cast(s, state_dtype) for s in self.state)
         B = self._logits.shape[0]
         self.last = torch.zeros(B, dtype=torch.int64, device=device)
         self.lengths = torch.zeros_like(self.last)
@@ -187,7 +194,8 @@ def prefill(
     tokens, lengths = _tokens(prompts, model.config.vocab_size)
     tokens = tokens.to(device, torch.int64)
     B = tokens.shape[0] if lengths is None else len(lengths)
-    after = None if state is None else tuple(_spread(s, B) for s in state)
+    full = torch.promote_types(model.embedding.weight.dtype, torch.float32)
+    after = None if state is None else tuple(_spread(_cast(s, full), B) for s in state)
     options: dict[str, Any] = {"output_final_state": True, "backend": backend}
     if lengths is None:
         for piece in tokens.split(max(1, PIECE // B), 1):
@@ -331,6 +339,11 @@ def _spread(state: tfla.State, B: int) -> tfla.State:
     if state.C.shape[0] != 1:
         return state
     return tfla.State(*(None if t is None else t.expand(B, *t.shape[1:]) for t in state))  # type: ignore[arg-type]
+
+
+def _cast(state: tfla.State, dtype: torch.dtype) -> tfla.State:
+    """C and n in another dtype; m as it is."""
+    return tfla.State(state.C.to(dtype), None if state.n is None else state.n.to(dtype), state.m)
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
