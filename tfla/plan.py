@@ -177,7 +177,7 @@ def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
         block_x,
         splits=-(-A // block_a),
         warps=block_x // 16 if shape.hopper else shape.warps,
-        stages=shape.stages,
+        stages=3 if shape.hopper and block_a <= 128 and block_x == 128 else shape.stages,
         # The transposed form has block_x rows, of which a warp-group product needs 64.
         transposed=shape.transposed and block_x >= 64,
         descriptor=_descriptors(p, device),

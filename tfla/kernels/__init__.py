@@ -312,7 +312,7 @@ def _scan_piece(
     if tile.hopper:
         from tfla.kernels.hopper import _scan_hopper_kernel
 
-        kernel, forms = _scan_hopper_kernel, {}
+        kernel, forms = _scan_hopper_kernel, {"STAGES": tile.stages}
 
     def run(whole: bool, left: Tensor | None) -> None:
         launch(

@@ -1,7 +1,7 @@
 """The scan on Hopper's own instructions, for 16-bit operands: the body of scan.py with every step
 placed by hand.
 
-    copies     the next chunk's tiles and vectors are on their way while this one is worked on
+    copies     the next one or two chunks are on their way while this one is worked on
     products   asynchronous: the scores beside the state's share of the output, the update of the
                state beside the output's way out
     the state  as (X, A), in the registers that the next product takes it from
@@ -27,8 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS
 from tfla.kernels.layout import first_slot, sequence, unit
 
-STAGES = gl.constexpr(2)
-
 # The same functions under the names of Triton 3.6 and of later ones.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -39,7 +37,7 @@ _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 @gluon.jit
 def _fetch(
     a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s, c, chunk, first_x,
-    wanted, BYTES: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr,
+    wanted, BYTES: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Send for the tiles and the vectors of chunk c, the ``chunk``-th of this program."""
     stage = chunk % STAGES
@@ -69,7 +67,7 @@ def _scan_hopper_kernel(
     stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, T, H, slots, spans, UNIT,
     size, stride_e, A, X, L: gl.constexpr, BLOCK_A: gl.constexpr, BLOCK_X: gl.constexpr,
     SPAN: gl.constexpr, STRIDE_EA: gl.constexpr, STRIDE_EX: gl.constexpr, REVERSE: gl.constexpr,
-    CUT: gl.constexpr, KEEP: gl.constexpr,
+    CUT: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """See ``tfla.kernels.scan``; descriptors and the transposed form throughout."""
     PACKED: gl.constexpr = cu_seqlens is not None
@@ -84,7 +82,11 @@ def _scan_hopper_kernel(
         [3, 0], [4, WARPS // 4], [16, L * 4 // WARPS, 16]
     )
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, L, 16])
-    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_A, 16])
+    # A state of 256 rows comes in two halves: with all of it as an operand at once, the assembler
+    # runs out of registers and waits after every product.
+    HALF: gl.constexpr = min(BLOCK_A, 128)
+    HALVES: gl.constexpr = BLOCK_A // HALF
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     SOURCE: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     A_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_A], dtype)
@@ -150,32 +152,40 @@ def _scan_hopper_kernel(
     fence_async_shared()
     _barrier()
     here = weights + slot * VECTORS * L
-    for chunk in gl.static_range(STAGES):
+    for chunk in gl.static_range(STAGES - 1):
         _fetch(
             a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s,
             (high - 1 - chunk) if REVERSE else (low + chunk), chunk, first_x, low + chunk < high,
-            BYTES, L, WARPS,
+            BYTES, L, WARPS, STAGES,
         )  # fmt: skip
 
     # The state, (X, A). Entries of kept states lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
-    lanes = gl.arange(0, BLOCK_A, layout=gl.SliceLayout(0, STATE))
+    lanes = gl.arange(0, HALF, layout=gl.SliceLayout(0, STATE))
     entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
     if ends is not None:
         ends += span * stride_e + first_x * STRIDE_EX
-    inside = (columns < X)[:, None] & (lanes < A)[None, :]
-    S = gl.zeros([BLOCK_X, BLOCK_A], gl.float32, layout=STATE)
+    S = gl.zeros([BLOCK_X, HALF], gl.float32, layout=STATE)
+    S_2 = S
     if WHOLE and state is not None:
         rows = A
         if CUT:  # the pieces after the first start from what was kept
             rows = gl.where((high == chunks) if REVERSE else (low == 0), A, 0)
         state += n.to(gl.int64) * stride_sn + head * stride_sh
-        at = columns[:, None] * stride_sx + lanes[None, :] * stride_sa
-        S = gl.load(state + at, mask=(columns < X)[:, None] & (lanes < rows)[None, :], other=0.0)
+        at = state + columns[:, None] * stride_sx + lanes[None, :] * stride_sa
+        seen = (columns < X)[:, None] & (lanes < rows)[None, :]
+        S = gl.load(at, mask=seen, other=0.0)
+        if HALVES == 2:
+            seen = (columns < X)[:, None] & (lanes + HALF < rows)[None, :]
+            S_2 = gl.load(at + HALF * stride_sa, mask=seen, other=0.0)
     if WHOLE and CUT:
         if (high < chunks) if REVERSE else (low > 0):
-            before = (high if REVERSE else low) * L // SPAN - 1
-            S = gl.load(ends + before * stride_e + entry, mask=inside, other=0.0)
+            before = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e + entry
+            seen = (columns < X)[:, None] & (lanes < A)[None, :]
+            S = gl.load(before, mask=seen, other=0.0)
+            if HALVES == 2:
+                seen = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
+                S_2 = gl.load(before + HALF * STRIDE_EA, mask=seen, other=0.0)
     remains = 1.0
 
     first = gl.maximum(high - 1, low) if REVERSE else low
@@ -194,15 +204,24 @@ def _scan_hopper_kernel(
         keep_next = gl.load(decay + slot + following)
         B, XX, vectors = b_s.index(stage), x_s.index(stage), v_s.index(stage)
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-        async_copy.wait_group(STAGES - 1)
+        async_copy.wait_group(STAGES - 2)
         _barrier()
         if WHOLE:
-            AA = a_s.index(stage).permute((1, 0))
+            AA = a_s.index(stage)
             P = gl.zeros([L, L], gl.float32, layout=SCORES)
-            P = warpgroup_mma(B, AA, P, use_acc=False, is_async=True)
+            P = warpgroup_mma(B, AA.permute((1, 0)), P, use_acc=False, is_async=True)
             O = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
             S_low = gl.convert_layout(S.to(dtype), OPERAND)
-            O = warpgroup_mma(S_low, AA, O, use_acc=False, is_async=True)
+            A_1 = AA.slice(0, HALF, dim=1).permute((1, 0))
+            O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
+        # The stage of the chunk before has been free since the last iteration's end.
+        ahead = step + STAGES - 1
+        _fetch(
+            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s,
+            (high - 1 - ahead) if REVERSE else (low + ahead), ahead, first_x, low + ahead < high,
+            BYTES, L, WARPS, STAGES,
+        )  # fmt: skip
+        if WHOLE:
             if vector is not None:
                 v_at = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
                 row_vector = gl.load(vector + (slot + c) * X + v_at, mask=v_at < X, other=0.0)
@@ -226,26 +245,40 @@ def _scan_hopper_kernel(
                 else:
                     P += d_s.index(stage).load(gl.SliceLayout(0, SCORES))[None, :]
             p_s.store(gl.where(causal, P * D, 0.0).to(dtype))
-            row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
             fence_async_shared()
             if WARPS > 4:
                 O = warpgroup_mma_wait(0, [O])
-            O *= row_edge[None, :]
-            _barrier()
-            O = warpgroup_mma(XX.permute((1, 0)), p_s, O, is_async=True)
+            if HALVES == 2:
+                S_low = gl.convert_layout(S_2.to(dtype), OPERAND)
+                A_2 = AA.slice(HALF, HALF, dim=1).permute((1, 0))
+                O = warpgroup_mma(S_low, A_2, O, is_async=True)
         col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, SOURCE))
         X_low = XX.permute((1, 0)).load(SOURCE)
         X_low = (X_low.to(gl.float32) * col_edge[None, :]).to(dtype)
+        if WHOLE:
+            row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
+            if HALVES == 2:
+                O = warpgroup_mma_wait(0, [O])
+            O *= row_edge[None, :]
+            tma.store_wait(0)
+            _barrier()
+            O = warpgroup_mma(XX.permute((1, 0)), p_s, O, is_async=True)
         if KEEP:
             # The state at the end of the chunk, unless it is where another piece starts from.
             edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high) | (c + 1 == chunks)
             if REVERSE:
                 if edge:
                     gl.store(ends + (c * L // SPAN) * stride_e + entry, S)
+                    if HALVES == 2:
+                        second = ends + (c * L // SPAN) * stride_e + HALF * STRIDE_EA + entry
+                        gl.store(second, S_2)
         S *= keep
-        S = warpgroup_mma(X_low, B, S, is_async=True)
+        S = warpgroup_mma(X_low, B.slice(0, HALF, dim=1), S, is_async=True)
+        if HALVES == 2:
+            S_2 *= keep
+            S_2 = warpgroup_mma(X_low, B.slice(HALF, HALF, dim=1), S_2, is_async=True)
         if WHOLE:
-            O = warpgroup_mma_wait(1, [O])
+            O = warpgroup_mma_wait(HALVES, [O])
             if vector is not None:
                 if REVERSE:
                     share = row_edge
@@ -260,8 +293,6 @@ def _scan_hopper_kernel(
                 if partial is not None:
                     O += gl.load(partial + token, mask=seen, other=0.0)
             if out.dtype.element_ty == dtype:
-                tma.store_wait(0)
-                _barrier()
                 out_s.permute((1, 0)).store(O.to(dtype))
                 fence_async_shared()
                 _barrier()
@@ -273,17 +304,17 @@ def _scan_hopper_kernel(
                 share = gl.sum(O * Y.to(gl.float32), 0)
                 o_l = gl.arange(0, L, layout=gl.SliceLayout(0, OUTPUT))
                 gl.store(dot + tile * size + (slot + c) * L + o_l, share)
-        S = warpgroup_mma_wait(0, [S])
+        if HALVES == 2:
+            S, S_2 = warpgroup_mma_wait(0, [S, S_2])
+        else:
+            S = warpgroup_mma_wait(0, [S])
         _barrier()
-        ahead = step + STAGES
-        _fetch(
-            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s,
-            (c - STAGES) if REVERSE else (c + STAGES), ahead, first_x, low + ahead < high, BYTES, L,
-            WARPS,
-        )  # fmt: skip
         if KEEP and not REVERSE:
             if edge:
                 gl.store(ends + (c * L // SPAN) * stride_e + entry, S)
+                if HALVES == 2:
+                    second = ends + (c * L // SPAN) * stride_e + HALF * STRIDE_EA + entry
+                    gl.store(second, S_2)
         if left is not None:
             remains *= keep
 
@@ -292,12 +323,17 @@ def _scan_hopper_kernel(
         tma.store_wait(0)
     else:
         # What this piece makes of an empty state, to where the next one starts from.
-        behind = (low if REVERSE else high) * L // SPAN - 1
         if (low > 0) if REVERSE else (high < chunks):
-            gl.store(ends + behind * stride_e + entry, S)
+            behind = ends + ((low if REVERSE else high) * L // SPAN - 1) * stride_e + entry
+            gl.store(behind, S)
+            if HALVES == 2:
+                gl.store(behind + HALF * STRIDE_EA, S_2)
         gl.store(left + w * H + head, remains)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(gl.int64) * stride_fn + head * stride_fh
             last += columns[:, None] * stride_fx + lanes[None, :] * stride_fa
-            gl.store(last, S, mask=inside)
+            gl.store(last, S, mask=(columns < X)[:, None] & (lanes < A)[None, :])
+            if HALVES == 2:
+                inside = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
+                gl.store(last + HALF * stride_fa, S_2, mask=inside)
