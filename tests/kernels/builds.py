@@ -139,6 +139,7 @@ def launches(
             stack.enter_context(mock.patch.object(module, "launch", recorder))
         stack.enter_context(mock.patch("tfla.kernels.host.launch", recorder))
         stack.enter_context(mock.patch("tfla.kernels.host.device_of", lambda _: device))
+        stack.enter_context(mock.patch.dict("tfla.kernels.host._plans", clear=True))
         if override is not None:
             real = kernels.plan_of
             stack.enter_context(

@@ -172,20 +172,20 @@ def _scan_hopper_kernel(
         if CUT:  # the pieces after the first start from what was kept
             rows = gl.where((high == chunks) if REVERSE else (low == 0), A, 0)
         state += n.to(gl.int64) * stride_sn + head * stride_sh
-        at = state + columns[:, None] * stride_sx + lanes[None, :] * stride_sa
-        seen = (columns < X)[:, None] & (lanes < rows)[None, :]
-        S = gl.load(at, mask=seen, other=0.0)
+        first_at = state + columns[:, None] * stride_sx + lanes[None, :] * stride_sa
+        valid = (columns < X)[:, None] & (lanes < rows)[None, :]
+        S = gl.load(first_at, mask=valid, other=0.0)
         if HALVES == 2:
-            seen = (columns < X)[:, None] & (lanes + HALF < rows)[None, :]
-            S_2 = gl.load(at + HALF * stride_sa, mask=seen, other=0.0)
+            valid = (columns < X)[:, None] & (lanes + HALF < rows)[None, :]
+            S_2 = gl.load(first_at + HALF * stride_sa, mask=valid, other=0.0)
     if WHOLE and CUT:
         if (high < chunks) if REVERSE else (low > 0):
             before = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e + entry
-            seen = (columns < X)[:, None] & (lanes < A)[None, :]
-            S = gl.load(before, mask=seen, other=0.0)
+            kept = (columns < X)[:, None] & (lanes < A)[None, :]
+            S = gl.load(before, mask=kept, other=0.0)
             if HALVES == 2:
-                seen = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
-                S_2 = gl.load(before + HALF * STRIDE_EA, mask=seen, other=0.0)
+                kept = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
+                S_2 = gl.load(before + HALF * STRIDE_EA, mask=kept, other=0.0)
     remains = 1.0
 
     first = gl.maximum(high - 1, low) if REVERSE else low
@@ -215,11 +215,11 @@ def _scan_hopper_kernel(
             A_1 = AA.slice(0, HALF, dim=1).permute((1, 0))
             O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
         # The stage of the chunk before has been free since the last iteration's end.
-        ahead = step + STAGES - 1
+        ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
         _fetch(
-            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s,
-            (high - 1 - ahead) if REVERSE else (low + ahead), ahead, first_x, low + ahead < high,
-            BYTES, L, WARPS, STAGES,
+            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s, ahead,
+            step + STAGES - 1, first_x, (ahead >= low) if REVERSE else (ahead < high), BYTES, L,
+            WARPS, STAGES,
         )  # fmt: skip
         if WHOLE:
             if vector is not None:
@@ -232,7 +232,6 @@ def _scan_hopper_kernel(
             D = gl.exp2(
                 (row_whole[None, :] + col_whole[:, None]) + (row_rest[None, :] + col_rest[:, None])
             )
-            D = gl.where(causal, D, 0.0)
             # Two programs a multiprocessor overlap by themselves, and the assembler of CUDA 12.8
             # crashes on one of their variants if more is asked for.
             if WARPS == 4:
@@ -280,10 +279,10 @@ def _scan_hopper_kernel(
         if WHOLE:
             O = warpgroup_mma_wait(HALVES, [O])
             if vector is not None:
-                if REVERSE:
-                    share = row_edge
-                else:
-                    share = row_edge * d_s.index(stage).load(gl.SliceLayout(0, OUTPUT))
+                # Loaded again: it would take 16 registers all the while.
+                share = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
+                if not REVERSE:
+                    share *= d_s.index(stage).load(gl.SliceLayout(0, OUTPUT))
                 O += row_vector[:, None] * share[None, :]
             if (partial is not None) or (out.dtype.element_ty != dtype):
                 o_x = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
