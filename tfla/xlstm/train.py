@@ -16,10 +16,11 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 import tfla
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
+from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.data import Corpus
 from tfla.xlstm.model import XLSTM
 from tfla.xlstm.run import Run, TrainOptions
@@ -35,20 +37,30 @@ Record = dict[str, Any]
 
 
 class Placement:
-    """Where a run computes: here in one process on one device; a subclass may spread it over many.
+    """Where a run computes: here in one process on one device; `tfla.xlstm.parallel` spreads it.
 
-    `rank` of `world` says which rows of a batch are this process's own, `main` whether it writes
-    metrics. `place`, `mean`, `clip`, `save` and `load` are called by all ranks.
+    `main`: does this process write metrics? `row` of `rows` says which rows of a batch are its own,
+    `part` which of so many equal parts of their tokens. All ranks call all methods.
     """
 
-    rank, world, main = 0, 1, True
+    main = True
+    row, rows = 0, 1
+    part = (0, 1)
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """The model as it is trained, on its device."""
-        return model.to(self.device)
+    def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
+        """The model as it is trained, on its device, with parameters from torch's generator."""
+        return XLSTM(config).to(self.device)
+
+    def elapsed(self, seconds: float) -> float:
+        """What the clock of the run says, when this process's says `seconds`."""
+        return seconds
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """In it the model reads whole sequences."""
+        return nullcontext()
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all ranks."""
@@ -59,7 +71,7 @@ class Placement:
         return nn.utils.clip_grad_norm_(parameters, largest)
 
     def save(self, run: Path, meta: Record, state: "TrainState", texts: dict[str, str]) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; it may be whole only once `finish` has been called."""
         checkpoint.save(
             run,
             meta,
@@ -71,6 +83,9 @@ class Placement:
         """Read one back."""
         saved.restore(state.model)
         state.restore_moments(saved.tensors("optimizer"))
+
+    def finish(self) -> None:
+        """Wait for what is still being written."""
 
 
 class TrainState:
@@ -129,7 +144,7 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
     """
     corpus, config, options = run.corpus, run.config, run.options
     torch.manual_seed(options.seed)
-    state = TrainState(placement.place(XLSTM(config)), options)
+    state = TrainState(placement.build(config, options.precision), options)
     step, elapsed = 0, 0.0
     if run.saved is not None:
         placement.load(run.saved, state)
@@ -146,6 +161,10 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
         if log is not None and event != "save":
             log.write(line)
         return line
+
+    def clock() -> float:
+        seconds = time.monotonic() - began
+        return placement.elapsed(seconds) if options.seconds else seconds
 
     def save() -> Record:
         meta = {
@@ -167,7 +186,7 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
         lr = options.lr_at(options.progress(step, elapsed))
         loss = _step(state, corpus, options, placement, step, lr)
         step += 1
-        elapsed = time.monotonic() - began
+        elapsed = clock()
         busy += time.monotonic() - started
         done = options.progress(step, elapsed) >= 1.0
         if step % options.log_every == 0 or done:
@@ -175,11 +194,13 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
             yield record("train", loss=loss, lr=lr, tokens_per_second=round(speed, 1))
             logged_at, busy = step, 0.0
         if step % options.eval_every == 0 or done:
-            bits = evaluate(state.model, held_out, len(raw), options, placement.device)
+            with placement.whole():
+                bits = evaluate(state.model, held_out, len(raw), options, placement.device)
             yield record("eval", bits_per_byte=bits)
-        elapsed = time.monotonic() - began
+        elapsed = clock()
         if step % options.save_every == 0 or done:
             yield save()
+    placement.finish()
 
 
 def evaluate(
@@ -250,14 +271,15 @@ def _step(
 ) -> float:
     """One update; returns the mean loss of its tokens in nats."""
     rows = options.batch * options.accumulate
-    windows = corpus.windows(options.seed, step, rows, options.context)
+    own = np.arange(rows).reshape(options.accumulate, placement.rows, -1)[:, placement.row]
+    windows = corpus.windows(
+        options.seed, step, rows, options.context, own.flatten().tolist(), placement.part
+    )
     total = torch.zeros((), device=placement.device)
-    for number in range(options.accumulate):
-        micro = windows[number * options.batch : (number + 1) * options.batch]
-        own = micro.tensor_split(placement.world)[placement.rank].to(placement.device)
+    for micro in windows.to(placement.device).chunk(options.accumulate):
         with autocast(options.precision, placement.device):
-            logits, _ = state.model(own[:, :-1])
-            loss = _nats(logits, own[:, 1:], "mean") / options.accumulate
+            logits, _ = state.model(micro[:, :-1])
+            loss = _nats(logits, micro[:, 1:], "mean") / options.accumulate
         loss.backward()
         total += loss.detach()
     norm = placement.clip(state.model.parameters(), options.clip)
