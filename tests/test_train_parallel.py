@@ -1,5 +1,11 @@
 """A run on several processes is the run of one: losses, weights, checkpoints, and when killed."""
 
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +63,63 @@ def test_many_processes_train_as_one(single: Path, world: int) -> None:
     more = resume(single / f"data-{world}", {"steps": 8})
     assert [r["step"] for r in train(more, Placement("cpu")) if r["event"] == "train"] == [7, 8]
     assert "".join(load_writer(single / f"data-{world}", "cpu").write(b"def ", 5, temperature=0.0))
+
+
+# ------------------------------------------------------------------------------- torchrun
+
+
+def torchrun(out: Path, *words: str, restarts: int = 0) -> subprocess.Popen[str]:
+    options = values("data") | {"steps": 400, "save_every": 20, "eval_every": 400}
+    pairs = [
+        (f"--{n.replace('_', '-')}", str(x)) for n, x in options.items() if n not in ("paths",)
+    ]
+    elastic = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", *elastic, "-m", "tfla", "train",
+            str(options["paths"][0]), "--out", str(out), *itertools.chain(*pairs), *words,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def kill_worker(job: subprocess.Popen[str], out: Path, step: int) -> None:
+    """kill -9 to rank 1 once the job has a checkpoint of that step."""
+    until = time.monotonic() + 60
+    while not (checkpoint.exists(out) and checkpoint.load(out).meta["step"] >= step):
+        assert job.poll() is None and time.monotonic() < until, job.communicate()[0]
+        time.sleep(0.1)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    ranks_of = {}
+    for pid in workers:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks_of |= {x: int(pid) for x in environment if x.startswith(b"RANK=")}
+    os.kill(ranks_of[b"RANK=1"], signal.SIGKILL)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker in /proc")
+def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = values("data") | {"steps": 400, "save_every": 400, "eval_every": 400}
+    list(train(start(whole, options), Placement("cpu")))
+
+    job = torchrun(out)
+    kill_worker(job, out, 20)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode != 0
+    assert "Signal 9 (SIGKILL)" in said
+    assert sum(line.startswith("tfla: ") for line in said.splitlines()) <= 1, said
+
+    job = torchrun(out, "--resume", restarts=1)
+    kill_worker(job, out, checkpoint.load(out).meta["step"] + 20)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 0, said
+    assert numbers(out)[-1] == pytest.approx(numbers(whole)[-1], rel=1e-3)
+
+
+def test_numbers_that_do_not_fit_are_said_once(tmp_path: Path) -> None:
+    job = torchrun(tmp_path, "--context-ranks", "3")
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode != 0
+    assert said.count("--context-ranks is 3, wanted a divisor of 2 ranks") == 1

@@ -69,7 +69,7 @@ class Ranks(Placement):
                 "with torchrun, which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
             ) from error
         rank, world = dist.get_rank(), dist.get_world_size()
-        self.main, self.recompute = rank == 0, recompute
+        self.main, self.recompute, self.minutes = rank == 0, recompute, minutes
         if context_ranks < 1 or world % context_ranks:
             self.refuse(f"--context-ranks is {context_ranks}, wanted a divisor of {world} ranks")
         self.rows, self.row = world // context_ranks, rank // context_ranks
@@ -96,7 +96,7 @@ class Ranks(Placement):
         """The run that rank 0 makes, on all ranks."""
         message: str | None = None
         made: list[Any] = [None]
-        run: Run | None = None
+        run: Any = None
         if self.main:
             try:
                 run = make()
@@ -119,10 +119,27 @@ class Ranks(Placement):
         elif options.context % self.part[1]:
             message = f"--context is {options.context}, wanted a multiple of --context-ranks"
         self.refuse(message)
-        assert run is not None
         return run
 
-    # ------------------------------------------------------------ what a placement does
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Rank 0 says in one line what ended the run, a lost rank too; the others end silently."""
+        try:
+            yield
+        except RunError as error:
+            raise error if self.main else SystemExit(2) from None
+        except RuntimeError as error:
+            words = ("gloo", "NCCL", "onnection", "imed out", "Broken pipe")
+            lost = isinstance(error, dist.DistError) or any(w in str(error) for w in words)
+            if not lost:
+                raise
+            if not self.main:
+                os._exit(1)  # communicators of a job that is dead may wait for ever
+            raise RunError(
+                f"a process of this run has ended, or did not answer for {self.minutes:g} minutes "
+                f"({_line(error)}); go on from the last checkpoint with --resume"
+            ) from error
+        dist.destroy_process_group()
 
     def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
         tied = config.tie_embeddings  # what is shared must be made as it is
@@ -184,7 +201,7 @@ class Ranks(Placement):
         """Gathers on rank 0, which writes while training goes on."""
         self.finish()
         tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        named = {"model": dict(state.model.named_parameters()), "optimizer": state.moments()}
+        named: Any = {"model": dict(state.model.named_parameters()), "optimizer": state.moments()}
         for file, group in named.items():
             for name, x in group.items():
                 x = x.full_tensor() if isinstance(x, DTensor) else x
@@ -229,27 +246,6 @@ class Ranks(Placement):
                 dist.broadcast(x, 0)
             moments[name] = x
         state.restore_moments(moments)
-
-
-@contextmanager
-def together(place: Placement) -> Iterator[None]:
-    """Says in one line that a rank was lost, on rank 0, and ends the others without a word."""
-    if not isinstance(place, Ranks):
-        yield
-        return
-    try:
-        yield
-    except (dist.DistError, RuntimeError) as error:
-        words = ("gloo", "NCCL", "onnection", "imed out", "tore")
-        if not any(word in str(error) for word in words) and not isinstance(error, dist.DistError):
-            raise
-        if not place.main:
-            os._exit(1)
-        raise RunError(
-            f"a process of this run has ended, or did not answer within {MINUTES} minutes "
-            f"({_line(error)}); go on from the last checkpoint with --resume"
-        ) from error
-    dist.destroy_process_group()
 
 
 def _line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,14 @@ class Placement:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
+
+    def share(self, make: Callable[[], Run]) -> Run:
+        """The run that `make` starts or takes up again, once, for all ranks."""
+        return make()
+
+    def together(self) -> AbstractContextManager[Any]:
+        """In it the ranks depend on each other."""
+        return nullcontext()
 
     def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
         """The model as it is trained, on its device, with parameters from torch's generator."""
