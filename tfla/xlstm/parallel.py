@@ -15,9 +15,10 @@ once by most of the others, and by torchrun, which ends them all.
 
 import functools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -49,6 +54,8 @@ class Ranks(Placement):
     the backward pass, and compute the rest again. RunError: no rendezvous, or numbers that do not
     fit.
     """
+
+    drawn_on: torch.device | str = "cpu"  # the same numbers as in a run of one process
 
     def __init__(
         self, device: torch.device | str, context_ranks: int = 1, recompute: bool = False,
@@ -143,7 +150,7 @@ class Ranks(Placement):
 
     def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
         tied = config.tie_embeddings  # what is shared must be made as it is
-        with nullcontext() if self.main or tied else torch.device("meta"):
+        with torch.device(self.drawn_on if self.main or tied else "meta"):
             model = XLSTM(config)
         whole: Any = {n: p.detach() for n, p in model.named_parameters()} if self.main else {}
         with autocast(precision, self.device):
@@ -166,6 +173,7 @@ class Ranks(Placement):
         if not tied:
             shard(model.head, mp_policy=policy)
         shard(model)  # the rest: embedding, norms, gates
+        register_fsdp_forward_method(model, "hidden")
         if tied:
             return model.to(self.device)
         model.to_empty(device=self.device)
@@ -237,10 +245,10 @@ class Ranks(Placement):
         shapes: list[Any] = [{name: (x.shape, x.dtype) for name, x in moments.items()}]
         dist.broadcast_object_list(shapes)
         for name, (shape, dtype) in shapes[0].items():
-            like, field = named.get(name.rpartition("/")[0]), name.rpartition("/")[2]
+            like: Any = named.get(name.rpartition("/")[0])
             at = "cpu" if name.startswith("random/") else self.device
             x = moments[name].to(at) if self.main else torch.empty(shape, dtype=dtype, device=at)
-            if isinstance(like, DTensor) and field != "step":
+            if isinstance(like, DTensor) and x.shape == like.shape:
                 x = distribute_tensor(x, like.device_mesh, like.placements)
             else:
                 dist.broadcast(x, 0)
@@ -249,4 +257,5 @@ class Ranks(Placement):
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    words = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^]]*\] *", "", words)[:120].rstrip(".")
