@@ -8,6 +8,7 @@ from typing import Any
 
 import ranks
 
+from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.parallel import Ranks
 from tfla.xlstm.run import resume, start
 from tfla.xlstm.train import train
@@ -17,14 +18,17 @@ SMALL = MODEL | {"context": 24, "batch": 4, "log_every": 1, "eval_every": 3, "sa
 SMALL |= {"eval_bytes": 500, "steps": 6}
 
 
-TRAIN = {  # the same run, however it is spread
+# The same run, however it is spread.
+TRAIN: dict[str, dict[str, Any]] = {
     "data": {},
     "context": {"context_ranks": 2},
     "recompute": {"context_ranks": 2, "recompute": True},
     "sigmoid": {"input_gate": "sigmoid"},
     "accumulate": {"accumulate": 2, "batch": 4},
     "tied": {"tie_embeddings": True},
+    "bf16": {"precision": "bf16"},
 }
+ON_FOUR = ("context", "accumulate")  # the others on two
 
 
 def values(name: str) -> dict[str, Any]:
@@ -49,7 +53,56 @@ def goes_on(group: Any) -> None:
     list(train(place.share(lambda: resume(folder, {})), place))
 
 
-CHECKS = {name: trains(name) for name in TRAIN} | {"goes on": goes_on}
+def refused(words: str, act: Callable[[], object], group: Any) -> None:
+    """By one line on rank 0, without one on the others."""
+    try:
+        act()
+    except (RunError, SystemExit) as error:
+        assert isinstance(error, RunError) == (group.rank() == 0)
+        assert group.rank() or words in str(error), error
+        return
+    raise AssertionError("not refused")
+
+
+def wrong_mesh(group: Any) -> None:
+    refused("--context-ranks is 3, wanted a divisor", lambda: Ranks("cpu", 3), group)
+
+
+def odd_batch(group: Any) -> None:
+    folder = Path(os.environ["RUNS"], f"odd-{group.size()}")
+    place, given = Ranks("cpu"), values("data") | {"batch": 5}
+    words = "--batch is 5, wanted a multiple"
+    refused(words, lambda: place.share(lambda: start(folder, given)), group)
+
+
+def no_corpus(group: Any) -> None:
+    folder = Path(os.environ["RUNS"], f"none-{group.size()}")
+    given = values("data") | {"paths": [folder / "nowhere"]}
+    refused("does not exist", lambda: Ranks("cpu").share(lambda: start(folder, given)), group)
+
+
+def other_corpus(group: Any) -> None:
+    """As when ranks see different disks: the last one finds other tokens than the first."""
+    folder = Path(os.environ["RUNS"], f"other-{group.size()}")
+
+    def make() -> Any:
+        run = start(folder, values("data"))
+        with (folder / "data" / "train.bin").open("r+b") as stream:
+            stream.write(b"??")
+        return run
+
+    refused("is not the corpus", lambda: Ranks("cpu").share(make), group)
+
+
+def names(world: int) -> tuple[str, ...]:
+    return ON_FOUR if world == 4 else tuple(TRAIN)
+
+
+def checks(world: int) -> dict[str, Callable[[Any], None]]:
+    found = {name: trains(name) for name in names(world)} | {"goes on": goes_on}
+    more = {"other corpus": other_corpus, "no corpus": no_corpus}
+    return found | more | {"odd batch": odd_batch, "wrong mesh": wrong_mesh}
+
 
 if __name__ == "__main__":
-    ranks.main(CHECKS)
+    ranks.main(checks(int(os.environ["WORLD_SIZE"])))

@@ -69,7 +69,15 @@ class Ranks(Placement):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             if not dist.is_initialized():
-                dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+                limit = timedelta(minutes=minutes)
+                store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+                # torchrun may give a restarted job the store of the one before (2.13): ranks would
+                # look for each other where dead ones were.
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"attempt {attempt}", store)
+                dist.init_process_group(
+                    backend, timeout=limit, world_size=world, rank=rank, store=store
+                )
         except (ValueError, RuntimeError) as error:
             raise RunError(
                 f"the processes of this run do not find each other ({_line(error)}); start them "
