@@ -1,6 +1,7 @@
 """A run on several processes is the run of one: losses, weights, checkpoints, and when killed."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -118,6 +119,19 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(tmp_path: Path) -> N
     said = job.communicate(timeout=60)[0]
     assert job.returncode == 0, said
     assert numbers(out)[-1] == pytest.approx(numbers(whole)[-1], rel=1e-3)
+
+
+def test_the_benchmark_runs_at_a_tiny_size(root: Path, tmp_path: Path) -> None:
+    elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(root / "benchmarks" / "scale.py"), "--tiny", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, *elastic, *words], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
+    assert not [row for row in rows if "reason" in row]
+    assert {"exchange", "train", "train, sharded"} < {row["name"] for row in rows}
 
 
 def test_what_needs_torchrun_says_so(
