@@ -25,7 +25,9 @@ def run(worker: str, world: int, seconds: float = 120, **environment: str) -> Ou
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | environment | {
             "WORLD_SIZE": str(world), "RANKS_FOLDER": folder, "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
+            ),
         }  # fmt: skip
         processes = [
             subprocess.Popen(
@@ -57,8 +59,8 @@ def main(checks: Mapping[str, Callable[[Any], None]]) -> None:
     import torch.distributed as dist
 
     warnings.simplefilter("error")
-    if os.environ.get("TRITON_INTERPRET"):  # NumPy, of numbers that are selected away
-        warnings.simplefilter("ignore", RuntimeWarning)
+    if os.environ.get("TRITON_INTERPRET"):  # NumPy's: of numbers that are selected away, of age
+        warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder, rank, world = (os.environ[x] for x in ("RANKS_FOLDER", "RANK", "WORLD_SIZE"))
     dist.init_process_group(

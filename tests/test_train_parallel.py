@@ -124,7 +124,7 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(tmp_path: Path) -> N
 def test_the_benchmark_runs_at_a_tiny_size(root: Path, tmp_path: Path) -> None:
     elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [str(root / "benchmarks" / "scale.py"), "--tiny", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *elastic, *words], env=environment, capture_output=True, text=True
     )
