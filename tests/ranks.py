@@ -58,6 +58,8 @@ def main(checks: Mapping[str, Callable[[Any], None]]) -> None:
     import torch
     import torch.distributed as dist
 
+    if hasattr(os, "nice"):  # more processes than cores: tests that watch the clock go first
+        os.nice(10)
     warnings.simplefilter("error")
     if os.environ.get("TRITON_INTERPRET"):  # NumPy's: of numbers that are selected away, of age
         warnings.simplefilter("ignore")

@@ -83,7 +83,7 @@ def torchrun(out: Path, *words: str, restarts: int = 0) -> subprocess.Popen[str]
             str(options["paths"][0]), "--out", str(out), *itertools.chain(*pairs), *words,
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=lambda: os.nice(10),
     )  # fmt: skip
 
 
