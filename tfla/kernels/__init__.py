@@ -26,6 +26,7 @@ __all__ = [
     "gate_gradients",
     "initial_gradients",
     "normalizer_backward",
+    "reach",
     "saved",
     "saved_like",
     "scan",
@@ -210,6 +211,28 @@ def normalizer_backward(
         PACKED=packed,
     )  # fmt: skip
     return Column(d, q_dq, dn_chunk, dn_first)
+
+
+def reach(grid: Grid, column: Column | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What the state before token 0 weighs at every token, and d; see ``tfla.reference.reach``.
+    Past the end of the sequence ``first`` (1,), which token 0 belongs to, they are any numbers."""
+    B, T, H, _, _ = grid.shape
+    L, chunks = grid.plan.L, triton.cdiv(T, grid.plan.L)
+    rows = grid.weights.view(grid.rows, grid.slots, -1, L)
+    parts = [rows[:, :, 2], grid.decay.view(grid.rows, grid.slots, 1)]
+    if column is not None:
+        parts.append(column.d.view(grid.rows, grid.slots, L))
+    if first is not None:  # its first slot is its own number: what came before it is empty
+        chosen = (first + torch.arange(chunks, device=first.device)).clamp(max=grid.slots - 1)
+        parts = [part.index_select(1, chosen) for part in parts]
+    edge, decay, *d = parts
+    before = decay.double().cumprod(1).roll(1, 1)
+    before[:, :1] = 1.0
+
+    def tokens(x: Tensor) -> Tensor:
+        return x.reshape(B, H, -1)[..., :T].transpose(1, 2)
+
+    return tokens((edge * before).float()), tokens(d[0]) if d else None
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
