@@ -231,6 +231,7 @@ def _sequence(
     backend: str | None,
     group: Any,
 ) -> tuple[Tensor, State | None]:
+    checks.flags(normalize=normalize, output_final_state=output_final_state)
     q, k, v = checks.operands(q, k, v, ("B", "T", "H"))
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -281,12 +282,15 @@ def _step(
     slots: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, State]:
+    checks.flags(normalize=normalize, inplace=inplace)
     q, k, v = checks.operands(q, k, v, ("B", "H"))
     B, H, K = q.shape
     V = v.shape[-1]
     i, f = (checks.gate_tensor(name, x, q) for name, x in gates.items())
     rows = None if slots is not None else B
     state = checks.check_state(state, normalize, q, (rows, H, K, V), "state", low=True)
+    if inplace:
+        checks.check_writable(state)
     if slots is not None:
         checks.check_slots(slots, B, state.C.shape[0], q, inplace)
     name = checks.pick_backend(backend, q)

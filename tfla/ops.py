@@ -151,6 +151,7 @@ def run(x: Inputs, o: Options) -> tuple[Tensor, ...]:
     """``forward``, differentiable."""
     if torch.compiler.is_compiling():
         return torch.ops.tfla.forward(*x, *o)
+    _refuse_transforms()
     return _Forward.apply(o, *x)
 
 
@@ -176,6 +177,7 @@ def step(
     if torch.compiler.is_compiling():
         h = torch.ops.tfla.step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
     else:
+        _refuse_transforms()
         h = _step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
     return h, C, n, m
 
@@ -193,6 +195,10 @@ class _Forward(torch.autograd.Function):
         ctx.mark_non_differentiable(m, saved)
         ctx.set_materialize_grads(False)
         return h, C, n, m, saved
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("tfla has no forward-mode derivatives: use torch.autograd.grad.")
 
     @staticmethod
     def backward(
@@ -219,6 +225,15 @@ def match(grads: tuple[Tensor, ...], x: Inputs) -> tuple[Tensor | None, ...]:
     """The gradients of the eight differentiable inputs, None for the states that were not given,
     in the dtypes given."""
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, x[:8], strict=True))
+
+
+def _refuse_transforms() -> None:
+    # Torch's own error, in Function.apply, asks for a change of this file.
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "tfla does not run under the transforms of torch.func (vmap, grad, jvp and the like): "
+            "put what vmap maps over into B, and take gradients with torch.autograd.grad."
+        )
 
 
 def refuse_second_derivative() -> None:
