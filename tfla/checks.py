@@ -228,7 +228,9 @@ def check_writable(state: State) -> None:
     """Is there one place in memory for each number of an in-place state? Views of one row are
     not, and torch would say so when C is overwritten already, or a kernel not at all."""
     for name, t in state._asdict().items():
-        if t is not None and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True)):
+        if t is None:
+            continue
+        if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True)):
             raise ValueError(
                 f"state.{name} is overwritten with inplace=True, so it must not be an expanded "
                 f"tensor; got strides {t.stride()} of {what(t)}. Call .clone() first."
