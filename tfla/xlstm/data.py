@@ -262,7 +262,7 @@ def open_corpus(folder: Path, fingerprint: str) -> Corpus:
         info = json.loads((folder / "corpus.json").read_text("utf-8"))
         if not _fingerprint(folder, info) == info["fingerprint"] == fingerprint:
             raise RunError(f"{folder} is not the corpus that this run was trained on; {hint}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{folder}/corpus.json cannot be read ({_first_line(error)}); {hint}"
         ) from error
