@@ -1,8 +1,8 @@
 """The forward and the backward pass, written once over the primitive ``scan``, and their
 registration with PyTorch.
 
-    forward     h  = scan(q, k, v; C_0)                                     D_ts = exp(p_s - M_t)
-    scale / den_t backward    dq = scan([dh | d], [v | 1], k; [C_0 | n_0]^T)
+    forward     h  = scan(q, k, v; C_0)               D_ts = exp(p_s - M_t) scale / den_t
+    backward    dq = scan([dh | d], [v | 1], k; [C_0 | n_0]^T)
                 dk = reverse scan([v | 1], [dh | d], q; [dC_T | dn_T]^T)
                 dv = reverse scan(k, q, dh; dC_T)
 
@@ -102,15 +102,9 @@ def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
 
 
 def backward(
-    dh: Tensor | None,
-    dC: Tensor | None,
-    dn: Tensor | None,
-    h: Tensor,
-    saved: Tensor,
-    x: Inputs,
-    o: Options,
-    exchange: Exchange | None = None,
-) -> tuple[Tensor, ...]:
+    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, x: Inputs,
+    o: Options, exchange: Exchange | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial
     state. dq needs no final state: an ``exchange`` begins before it, and ends after it with dC and
     dn (see ``tfla.parallel``)."""
@@ -156,20 +150,10 @@ def run(x: Inputs, o: Options) -> tuple[Tensor, ...]:
 
 
 def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    slots: Tensor | None,
-    scale: float,
-    activations: Activations,
-    inplace: bool,
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
+    m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations, inplace: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """One token, no gradient: (h, C, n, m). q, k: (B, H, K). v: (B, H, V). i, f: (B, H). States:
     (N, H, ...), see ``tfla.State``."""
     if not inplace:
@@ -249,23 +233,10 @@ def refuse_second_derivative() -> None:
 
 @torch.library.custom_op("tfla::forward", mutates_args=())
 def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor | None,
-    n: Tensor | None,
-    m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    sigmoid_i: bool,
-    sigmoid_f: bool,
-    normalize: bool,
-    final: bool,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
+    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
+    normalize: bool, final: bool, keep: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
     return forward(x, Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend))  # type: ignore[return-value]
 
@@ -293,28 +264,11 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.custom_op("tfla::backward", mutates_args=())
 def _backward_op(
-    dh: Tensor | None,
-    dC: Tensor | None,
-    dn: Tensor | None,
-    h: Tensor,
-    saved: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor | None,
-    n: Tensor | None,
-    m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    sigmoid_i: bool,
-    sigmoid_f: bool,
-    normalize: bool,
-    final: bool,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, q: Tensor,
+    k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
+    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
+    normalize: bool, final: bool, keep: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
     o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend)
     return backward(dh, dC, dn, h, saved, x, o)  # type: ignore[return-value]
@@ -355,20 +309,10 @@ _backward_op.register_autograd(_backward_of_backward)
 
 
 def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    slots: Tensor | None,
-    scale: float,
-    sigmoid_i: bool,
-    sigmoid_f: bool,
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
+    m: Tensor | None, slots: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
     backend: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     leaf = importlib.import_module(BACKENDS[backend])
     with no_autocast(q.device.type):
         return leaf.update(q, k, v, i, f, C, n, m, slots, scale, Activations(sigmoid_i, sigmoid_f))

@@ -215,13 +215,9 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
 
 
 def evaluate(
-    model: nn.Module,
-    stream: Tensor,
-    size: int,
-    options: TrainOptions,
-    device: torch.device,
+    model: nn.Module, stream: Tensor, size: int, options: TrainOptions, device: torch.device,
     window: int | None = None,
-) -> float:
+) -> float:  # fmt: skip
     """Bits a byte that the model needs for `stream` (tokens,), which encodes `size` bytes.
 
     The stream is read in windows, by default of the training context, from an empty state, so a
