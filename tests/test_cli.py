@@ -19,6 +19,7 @@ import tfla
 from tfla import cli, demo, render
 from tfla.xlstm import checkpoint
 from tfla.xlstm.run import TrainOptions
+from tfla.xlstm.train import read_metrics
 
 Call = Callable[..., tuple[int, str, str]]
 COMMANDS = ["train", "generate", "demo"]
@@ -102,6 +103,12 @@ def test_help_names_every_command_and_is_what_the_bare_command_prints(call: Call
     assert call("--version")[:2] == (0, f"tfla {tfla.__version__}\n")
 
 
+def test_a_group_without_its_command_shows_what_there_is(call: Call) -> None:
+    status, out, err = call("bench")
+    assert status == 2 and "kernels" in out + err
+    assert err.endswith("tfla: a command is missing; see tfla bench --help\n")
+
+
 def test_python_m_tfla_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tfla", "nonsense"], capture_output=True, text=True
@@ -132,10 +139,13 @@ def is_one_line(result: tuple[int, str, str], *parts: str) -> None:
         ("train --steps 0", ["--steps is 0, wanted above 0"]),
         ("train --batch 0", ["--batch is 0, wanted at least 1"]),
         ("train --held-out 2", ["--held-out is 2.0, wanted above 0 and at most 0.5"]),
-        ("train --hidden-size 30 --num-heads 4", ["hidden_size", "num_heads = 4"]),
-        ("train --input-gate relu", ["input_gate", "'relu'", "'exp' or 'sigmoid'"]),
+        ("train --hidden-size 30 --num-heads 4", ["--hidden-size", "--num-heads = 4"]),
+        ("train --input-gate relu", ["--input-gate", "'relu'", "'exp' or 'sigmoid'"]),
         ("train --device cpo", ["--device is cpo, wanted auto, cpu, cuda or cuda:1"]),
         ("train --device cuda:99", ["--device is cuda:99", "take --device auto"]),
+        ("train --device meta", ["--device is meta", "take --device auto"]),
+        ("train --device xpu", ["--device is xpu", "take --device auto"]),
+        (f"train --seed {2**63}", [f"--seed is {2**63}, wanted from 0 to 2^63 - 1"]),
         ("train --precision int8", ["--precision is int8, wanted auto, fp32 or bf16"]),
         ("train nowhere", ["nowhere does not exist; name files or folders"]),
         ("train empty", ["the corpus is empty: no bytes in empty"]),
@@ -151,7 +161,8 @@ def is_one_line(result: tuple[int, str, str], *parts: str) -> None:
         ("generate RUN x --temperature -1", ["temperature must be finite and at least 0"]),
         ("generate RUN x --top-k 0", ["top_k must be at least 1"]),
         ("generate RUN x --top-p 1.5", ["top_p must be in (0, 1]"]),
-        ("generate RUN x --tokens 0", ["max_new_tokens", "at least 1"]),
+        ("generate RUN x --tokens 0", ["--tokens is 0, wanted at least 1"]),
+        (f"generate RUN x --seed {2**63}", [f"--seed is {2**63}, wanted from 0"]),
         ("demo --seconds 0", ["--seconds is 0.0, wanted above 0"]),
         ("demo --out RUN", ["holds a run already"]),
     ],
@@ -242,6 +253,38 @@ def test_resume_takes_the_options_of_the_run(call: Call, text: Path, tmp_path: P
     saved = checkpoint.load(tmp_path / "run")
     assert saved.meta["step"] == 4
     assert saved.meta["options"]["lr"] == 1e-3 and saved.meta["config"]["hidden_size"] == 16
+
+
+def test_a_corpus_too_small_for_a_window_leaves_no_run(
+    call: Call, text: Path, tmp_path: Path
+) -> None:
+    """The same line with more files, or a smaller window, has to work."""
+    (tmp_path / "tiny").write_text("a few words, and some more of them")
+    line = f"train {tmp_path / 'tiny'} --out {tmp_path / 'run'} {TINY} --steps 1"
+    assert call(f"{line} --context 100")[0] == 2
+    assert call(f"{line} --context 8")[0] == 0
+
+
+def test_damaged_metrics_do_not_stop_a_run(call: Call, text: Path, tmp_path: Path) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    line = f"train {text} --out {tmp_path / 'run'} {TINY} --log-every 1"
+    assert call(f"{line} --steps 2")[0] == 0
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"\0\xff\n" + lines[0] + b"{}\n[]\n")
+    assert call(f"train --out {tmp_path / 'run'} --resume --steps 4")[0] == 0
+    assert [r["step"] for r in read_metrics(metrics) if r["event"] == "train"] == [1, 3, 4]
+    metrics.unlink()
+    status, out, _ = call(f"train --out {tmp_path / 'run'} --resume")
+    assert status == 0 and "not in metrics.jsonl" in out
+
+
+def test_resume_without_a_checkpoint_says_that_it_starts(
+    call: Call, text: Path, tmp_path: Path
+) -> None:
+    """Without the paths of the run it would otherwise read the standard library in silence."""
+    line = f"train {text} --out {tmp_path / 'run'} {TINY} --steps 1 --resume"
+    assert "holds no checkpoint; starting at the beginning" in call(line)[2]
+    assert call(line)[2] == ""
 
 
 def test_an_interrupted_run_says_how_to_go_on(

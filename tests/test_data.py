@@ -248,8 +248,9 @@ def test_an_altered_corpus_is_refused(folder: Path, tmp_path: Path, name: str) -
     assert open_corpus(corpus.folder, corpus.fingerprint).info == corpus.info
     content = bytearray((corpus.folder / name).read_bytes())
     content[100] ^= 1
-    (corpus.folder / name).write_bytes(content)
-    with pytest.raises(RunError, match=f"{corpus.folder}.*; restore"):
-        open_corpus(corpus.folder, corpus.fingerprint)
+    for altered in (content, b"1"):
+        (corpus.folder / name).write_bytes(altered)
+        with pytest.raises(RunError, match=f"{corpus.folder}.*; restore"):
+            open_corpus(corpus.folder, corpus.fingerprint)
     with pytest.raises(RunError, match="cannot be read"):
         open_corpus(tmp_path / "absent", corpus.fingerprint)

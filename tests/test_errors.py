@@ -8,6 +8,7 @@ from refusals import B, H, K, T, V, good, good_state, refuses
 from torch import Tensor
 
 import tfla
+from tfla import checks
 
 
 def test_the_input_that_the_others_spoil_is_good() -> None:
@@ -150,8 +151,8 @@ def test_an_input_gate_that_cannot_be_looked_up() -> None:
         tfla.mlstm(**good(), input_gate=["exp"])
 
 
-@pytest.mark.parametrize("value", ["cuda", "", "Triton", "torch"])
-def test_an_unknown_backend(value: str) -> None:
+@pytest.mark.parametrize("value", ["cuda", "", "Triton", "torch", ["triton"], 1])
+def test_an_unknown_backend(value: object) -> None:
     refuses(
         ValueError,
         lambda: tfla.mlstm(**good(), backend=value),
@@ -188,6 +189,30 @@ def test_a_scale_that_is_no_number(value: object, came: str) -> None:
         came=came,
         wanted="number",
     )
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_a_scale_that_is_not_finite(value: float) -> None:
+    refuses(
+        ValueError,
+        lambda: tfla.mlstm(**good(), scale=value),
+        names="scale",
+        came=str(value),
+        wanted="finite",
+    )
+
+
+@pytest.mark.parametrize("value", ["no", 1, torch.tensor(True)])
+def test_a_flag_that_is_not_true_or_false(value: object) -> None:
+    step = {n: t[:, 0] for n, t in good().items()} | {"state": good_state()}
+    for call, name in (
+        (lambda: tfla.mlstm(**good(), normalize=value), "normalize"),
+        (lambda: tfla.linear_attention(*list(good().values())[:3], normalize=value), "normalize"),
+        (lambda: tfla.mlstm(**good(), output_final_state=value), "output_final_state"),
+        (lambda: tfla.mlstm_step(**step, normalize=value), "normalize"),
+        (lambda: tfla.mlstm_step(**step, inplace=value), "inplace"),
+    ):
+        refuses(TypeError, call, names=name, came=checks.what(value), wanted="True or False")
 
 
 class TestPacking:

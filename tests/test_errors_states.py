@@ -48,6 +48,13 @@ class TestStates:
                 with pytest.raises(ValueError, match="initial_state"):
                     self.call(half, **options)()
 
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_no_memory(self, normalize: bool) -> None:
+        """A normaliser without its C is no state, and none at all is None, not three of them."""
+        state = good_state()._replace(C=None) if normalize else tfla.State(None, None, None)
+        call = self.call(state, normalize=normalize)
+        refuses(TypeError, call, names="initial_state.C", came="None", wanted="Tensor")
+
     @pytest.mark.parametrize(
         ("part", "shape", "wanted"),
         [
@@ -173,8 +180,17 @@ class TestSteps:
             wanted="distinct",
         )
 
-    def test_in_place_on_a_state_that_overlaps_itself(self) -> None:
-        """An expanded state has one row for the whole batch: there is nothing right to write."""
-        state = tfla.State(*(s[:1].expand_as(s) for s in good_state()))
-        with pytest.raises((ValueError, RuntimeError), match="state|single memory location"):
-            self.call(state, inplace=True)()
+    @pytest.mark.parametrize("part", ["C", "n", "m"])
+    def test_in_place_on_a_state_that_overlaps_itself(self, part: str) -> None:
+        """An expanded state has one row for the whole batch: there is nothing right to write. It
+        is said before anything is."""
+        state = good_state()
+        state = state._replace(**{part: getattr(state, part)[:1].expand_as(getattr(state, part))})
+        refuses(
+            ValueError,
+            self.call(state, inplace=True),
+            names=f"state.{part}",
+            came="strides (0, ",
+            wanted=".clone()",
+        )
+        assert all((s == 0).all() for s in state)

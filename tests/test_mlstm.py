@@ -138,6 +138,20 @@ def test_a_query_of_zeros_stays_finite_when_the_floor_underflows(dtype: torch.dt
     assert all(torch.isfinite(part).all() for part in end)
 
 
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("scale", [3.0, 1e4])
+def test_a_large_scale_where_the_floor_underflows(scale: float, dtype: torch.dtype) -> None:
+    """scale / den is beyond fp32 at a query of zeros, and past the end of a ragged last chunk."""
+    case = Case(T=70, state=False, gates="i=+95", dtype=dtype)
+    x = make_inputs(case)
+    x.q[:, ::5] = 0.0
+    leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.i, x.f)]
+    h, _ = tfla.mlstm(*leaves, scale=scale)
+    grads = torch.autograd.grad(h[:, 1::5].float().sum(), leaves)
+    assert all(t.isfinite().all() for t in grads[2:])  # dq and dk may be beyond fp16
+    assert all(not t.isnan().any() for t in (h, *grads))
+
+
 def test_padding_tokens_of_zeros_are_finite_and_harmless() -> None:
     x = make_inputs(Case(T=80, state=False))
     q, k, v = (t.clone() for t in (x.q, x.k, x.v))

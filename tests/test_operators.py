@@ -16,6 +16,7 @@ from checks import (
 )
 from problems import Case, Inputs, make_inputs, offsets, packed, variants
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 import tfla
@@ -106,6 +107,34 @@ def test_a_second_derivative_says_that_there_is_none(compiled: bool) -> None:
     with pytest.raises(RuntimeError, match="(?s)tfla.*first derivatives.*create_graph"):
         (dq,) = torch.autograd.grad((h * x.dh).sum(), tensors[0], create_graph=True)
         dq.square().sum().backward()
+
+
+def test_transforms_of_torch_func_say_what_to_do_instead() -> None:
+    tensors, _ = arguments(Case(T=10))
+    q, *others = (t.detach() for t in tensors[:5])
+    state = tfla.State(*(t.detach() for t in tensors[5:8]))
+
+    def loss(q: Tensor) -> Tensor:
+        return tfla.mlstm(q, *others)[0].sum()
+
+    def step(q: Tensor) -> Tensor:
+        return tfla.mlstm_step(q, *(t[:, 0] for t in others), state)[0]
+
+    for call in (
+        lambda: torch.vmap(loss)(torch.stack([q, q])),
+        lambda: torch.vmap(step)(torch.stack([q[:, 0], q[:, 0]])),
+        lambda: torch.func.grad(loss)(q),
+    ):
+        with pytest.raises(RuntimeError, match="tfla.*torch.func.*into B.*autograd.grad"):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+def test_forward_mode_says_that_there_is_none() -> None:
+    tensors, _ = arguments(Case(T=10))
+    q, *others = (t.detach() for t in tensors[:5])
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="tfla.*forward-mode"):
+        tfla.mlstm(forward_ad.make_dual(q, q), *others)
 
 
 def test_gradient_penalties_on_other_parts_of_the_graph_still_work() -> None:

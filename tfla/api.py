@@ -47,25 +47,25 @@ def mlstm(
     2405.04517 and 2503.14376 (mLSTMexp and mLSTMsig).
 
     Args:
-        q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides.
-        Under autocast they are cast first.
+        q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides. Under
+            autocast they are cast first.
         i, f: (B, T, H) gate pre-activations, any floating dtype; computed in fp32 (fp64 for fp64
-        q).
+            q).
         input_gate: "exp" or "sigmoid".
         normalize: divide by the normaliser? None: True for "exp", False for "sigmoid", the paper's
-        two variants.
+            two variants.
         scale: factor of q; None: K ** -0.5.
         initial_state: State of N = B sequences (with ``cu_seqlens``: as many as are packed), or
-        None for an empty memory.
+            None for an empty memory.
         output_final_state: also return the state after the last token.
         cu_seqlens: (N + 1,) int32 or int64 offsets 0 = c_0 <= ... <= c_N = T of sequences packed
-        along T; B must be 1.
+            along T; B must be 1.
         backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
         group: a torch.distributed process group (or DeviceMesh of one dimension) over whose ranks T
-        is split evenly, in rank order: each rank gives and gets its own tokens, but the whole
-        ``cu_seqlens`` and ``initial_state``, and gets the whole final state. Gradients are those of
-        the sum of all ranks' losses; that of ``initial_state`` is on the rank where a sequence
-        begins, 0 on the others. All ranks must call, and run backward.
+            is split evenly, in rank order: each rank gives and gets its own tokens, but the whole
+            ``cu_seqlens`` and ``initial_state``, and gets the whole final state. Gradients are
+            those of the sum of all ranks' losses; that of ``initial_state`` is on the rank where a
+            sequence begins, 0 on the others. All ranks must call, and run backward.
 
     Returns:
         h: (B, T, H, V) in v's dtype, and the final State or None. Gradients are exact for any
@@ -89,19 +89,9 @@ def mlstm(
     activations = Activations(sigmoid_i=gate.sigmoid, sigmoid_f=True)
     gate_tensors = {"i": checks.tensor("i", i), "f": checks.tensor("f", f)}
     return _sequence(
-        q,
-        k,
-        v,
-        gate_tensors,
-        activations,
-        normalize,
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        backend,
-        group,
-    )
+        q, k, v, gate_tensors, activations, normalize, scale, initial_state, output_final_state,
+        cu_seqlens, backend, group,
+    )  # fmt: skip
 
 
 def linear_attention(
@@ -132,10 +122,10 @@ def linear_attention(
     Args:
         q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides.
         log_f, log_i: (B, T, H), (H,) or None (= 0): natural logarithms of the decay and of the
-        weight of each token. Positive ones are
-            allowed, and may overflow when not normalised: that is the function asked for.
+            weight of each token. Positive ones are allowed, and may overflow when not normalised:
+            that is the function asked for.
         normalize, scale, initial_state, output_final_state, cu_seqlens, backend, group: as in
-        ``mlstm``.
+            ``mlstm``.
 
     Returns:
         h: (B, T, H, V) in v's dtype, and the final State or None. One token (T = 1) without
@@ -153,19 +143,9 @@ def linear_attention(
     gates = {"log_i": log_i, "log_f": log_f}
     activations = Activations(sigmoid_i=False, sigmoid_f=False)
     return _sequence(
-        q,
-        k,
-        v,
-        gates,
-        activations,
-        normalize,
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        backend,
-        group,
-    )
+        q, k, v, gates, activations, normalize, scale, initial_state, output_final_state,
+        cu_seqlens, backend, group,
+    )  # fmt: skip
 
 
 def mlstm_step(
@@ -188,11 +168,11 @@ def mlstm_step(
     Args:
         q, k: (B, H, K), v: (B, H, V), i, f: (B, H): as in ``mlstm``, without the T axis.
         state: State of B rows; C and n in fp32 or bf16 (fp64 for fp64 q), returned in the dtype
-        given; m in fp32 (fp64).
+            given; m in fp32 (fp64).
         input_gate, normalize, scale, backend: as in ``mlstm``.
         inplace: update ``state`` itself and return it; raises if anything requires grad.
         slots: (B,) int32 or int64, distinct rows of a larger in-place state that the batch uses;
-        needs ``inplace=True``.
+            needs ``inplace=True``.
 
     Returns:
         h: (B, H, V) in v's dtype, and the State after the token.
@@ -218,19 +198,11 @@ def mlstm_step(
 
 
 def _sequence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Mapping[str, Tensor | None],
-    activations: Activations,
-    normalize: bool,
-    scale: float | None,
-    state: State | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    backend: str | None,
-    group: Any,
-) -> tuple[Tensor, State | None]:
+    q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor | None], activations: Activations,
+    normalize: bool, scale: float | None, state: State | None, output_final_state: bool,
+    cu_seqlens: Tensor | None, backend: str | None, group: Any,
+) -> tuple[Tensor, State | None]:  # fmt: skip
+    checks.flags(normalize=normalize, output_final_state=output_final_state)
     q, k, v = checks.operands(q, k, v, ("B", "T", "H"))
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -269,24 +241,19 @@ def _sequence(
 
 
 def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Mapping[str, Tensor | None],
-    activations: Activations,
-    normalize: bool,
-    scale: float | None,
-    state: State,
-    inplace: bool,
-    slots: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor | None], activations: Activations,
+    normalize: bool, scale: float | None, state: State, inplace: bool, slots: Tensor | None,
     backend: str | None,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, State]:  # fmt: skip
+    checks.flags(normalize=normalize, inplace=inplace)
     q, k, v = checks.operands(q, k, v, ("B", "H"))
     B, H, K = q.shape
     V = v.shape[-1]
     i, f = (checks.gate_tensor(name, x, q) for name, x in gates.items())
     rows = None if slots is not None else B
     state = checks.check_state(state, normalize, q, (rows, H, K, V), "state", low=True)
+    if inplace:
+        checks.check_writable(state)
     if slots is not None:
         checks.check_slots(slots, B, state.C.shape[0], q, inplace)
     name = checks.pick_backend(backend, q)
@@ -312,17 +279,8 @@ def _step(
 
 
 def _run_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    state: State,
-    activations: Activations,
-    scale: float,
-    inplace: bool,
-    slots: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, State]:
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State, activations: Activations,
+    scale: float, inplace: bool, slots: Tensor | None, backend: str,
+) -> tuple[Tensor, State]:  # fmt: skip
     h, *after = ops.step(q, k, v, i, f, *state, slots, scale, activations, inplace, backend)
     return h, state if inplace else State(*after)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ Every error names the argument, what came and what is wanted.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -166,7 +167,7 @@ def check_state(
         ("n", state.n, (N, H, K)),
         ("m", state.m, (N, H)),
     ):
-        if t is None:
+        if t is None and name != "C":
             continue
         if tensor(f"{argument}.{name}", t).shape != shape:
             raise ValueError(f"{argument}.{name} must be {shape}; got {what(t)}.")
@@ -223,11 +224,32 @@ def group_of(group: Any) -> Any:
     return group
 
 
+def check_writable(state: State) -> None:
+    """Is there one place in memory for each number of an in-place state? Views of one row are
+    not, and torch would say so when C is overwritten already, or a kernel not at all."""
+    for name, t in state._asdict().items():
+        if t is None:
+            continue
+        if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True)):
+            raise ValueError(
+                f"state.{name} is overwritten with inplace=True, so it must not be an expanded "
+                f"tensor; got strides {t.stride()} of {what(t)}. Call .clone() first."
+            )
+
+
+def flags(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False; got {what(value)}.")
+
+
 def scale_of(scale: Any, K: int) -> float:
     if scale is None:
         return K**-0.5
     if not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a Python number or None; got {what(scale)}.")
+    if not abs(scale) < math.inf:
+        raise ValueError(f"scale must be finite; got {scale}.")
     return float(scale)
 
 
@@ -259,7 +281,7 @@ def pick_backend(backend: str | None, q: Tensor) -> str:
                     f'tfla runs on its backend "reference" here: {_why_not[q.device]}', stacklevel=4
                 )
         return "reference" if _why_not[q.device] else "triton"
-    if backend not in ops.BACKENDS:
+    if not isinstance(backend, str) or backend not in ops.BACKENDS:
         raise ValueError(
             f"backend must be None, {', '.join(map(repr, ops.BACKENDS))}; got {backend!r}."
         )

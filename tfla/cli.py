@@ -147,6 +147,8 @@ def train(
             sources = {name: command.get_parameter_source(name) for name in command.params}
             given = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
             return runs.resume(out, {name: command.params[name] for name in given})
+        if resume:
+            _say(f"{out} holds no checkpoint; starting at the beginning, with these options")
         unlimited = steps is None and seconds is None
         return runs.start(out, command.params | ({"steps": 1000} if unlimited else {}))
 
@@ -173,7 +175,8 @@ def train(
         _say(f"stopped; go on with: tfla train --out {out} --resume")
         raise typer.Exit(130)
     bits = [record["bits_per_byte"] for record in records if record["event"] == "eval"]
-    render.line(console, f"held-out text: {bits[-1]:.3f} bits per byte; the curve: {out}/loss.png")
+    result = f"{bits[-1]:.3f} bits per byte" if bits else "not in metrics.jsonl any more"
+    render.line(console, f"held-out text: {result}; the curve: {out}/loss.png")
     render.line(console, f'let it write: tfla generate {out} "import "')
 
 
@@ -278,7 +281,8 @@ def run_command(arguments: list[str]) -> int:
     except UsageError as error:
         where = getattr(error, "ctx", None)
         name = where.command_path if where else " ".join(["tfla", *arguments[:1]])
-        return _fail(f"{error.format_message().rstrip('.')}; see {name} --help")  # type: ignore[attr-defined]
+        message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        return _fail(f"{message or 'a command is missing'}; see {name} --help")
     except RunError as error:
         return _fail(str(error))
     except OSError as error:
@@ -336,4 +340,8 @@ def _device(name: str) -> "torch.device":
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         number = torch.cuda.device_count()
         raise RunError(f"--device is {name}, torch sees {number} GPUs here; take --device auto")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device is {name}, this torch lacks it; take --device auto") from error
     return device

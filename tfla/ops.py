@@ -1,8 +1,8 @@
 """The forward and the backward pass, written once over the primitive ``scan``, and their
 registration with PyTorch.
 
-    forward     h  = scan(q, k, v; C_0)                                     D_ts = exp(p_s - M_t)
-    scale / den_t backward    dq = scan([dh | d], [v | 1], k; [C_0 | n_0]^T)
+    forward     h  = scan(q, k, v; C_0)               D_ts = exp(p_s - M_t) scale / den_t
+    backward    dq = scan([dh | d], [v | 1], k; [C_0 | n_0]^T)
                 dk = reverse scan([v | 1], [dh | d], q; [dC_T | dn_T]^T)
                 dv = reverse scan(k, q, dh; dC_T)
 
@@ -102,15 +102,9 @@ def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
 
 
 def backward(
-    dh: Tensor | None,
-    dC: Tensor | None,
-    dn: Tensor | None,
-    h: Tensor,
-    saved: Tensor,
-    x: Inputs,
-    o: Options,
-    exchange: Exchange | None = None,
-) -> tuple[Tensor, ...]:
+    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, x: Inputs,
+    o: Options, exchange: Exchange | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial
     state. dq needs no final state: an ``exchange`` begins before it, and ends after it with dC and
     dn (see ``tfla.parallel``)."""
@@ -151,24 +145,15 @@ def run(x: Inputs, o: Options) -> tuple[Tensor, ...]:
     """``forward``, differentiable."""
     if torch.compiler.is_compiling():
         return torch.ops.tfla.forward(*x, *o)
+    _refuse_transforms()
     return _Forward.apply(o, *x)
 
 
 def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    slots: Tensor | None,
-    scale: float,
-    activations: Activations,
-    inplace: bool,
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
+    m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations, inplace: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """One token, no gradient: (h, C, n, m). q, k: (B, H, K). v: (B, H, V). i, f: (B, H). States:
     (N, H, ...), see ``tfla.State``."""
     if not inplace:
@@ -176,6 +161,7 @@ def step(
     if torch.compiler.is_compiling():
         h = torch.ops.tfla.step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
     else:
+        _refuse_transforms()
         h = _step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
     return h, C, n, m
 
@@ -193,6 +179,10 @@ class _Forward(torch.autograd.Function):
         ctx.mark_non_differentiable(m, saved)
         ctx.set_materialize_grads(False)
         return h, C, n, m, saved
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("tfla has no forward-mode derivatives: use torch.autograd.grad.")
 
     @staticmethod
     def backward(
@@ -221,6 +211,15 @@ def match(grads: tuple[Tensor, ...], x: Inputs) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, x[:8], strict=True))
 
 
+def _refuse_transforms() -> None:
+    # Torch's own error, in Function.apply, asks for a change of this file.
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "tfla does not run under the transforms of torch.func (vmap, grad, jvp and the like): "
+            "put what vmap maps over into B, and take gradients with torch.autograd.grad."
+        )
+
+
 def refuse_second_derivative() -> None:
     raise RuntimeError(
         "tfla computes first derivatives only: the gradients of mlstm and linear_attention cannot "
@@ -234,23 +233,10 @@ def refuse_second_derivative() -> None:
 
 @torch.library.custom_op("tfla::forward", mutates_args=())
 def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor | None,
-    n: Tensor | None,
-    m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    sigmoid_i: bool,
-    sigmoid_f: bool,
-    normalize: bool,
-    final: bool,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
+    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
+    normalize: bool, final: bool, keep: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
     return forward(x, Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend))  # type: ignore[return-value]
 
@@ -278,28 +264,11 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.custom_op("tfla::backward", mutates_args=())
 def _backward_op(
-    dh: Tensor | None,
-    dC: Tensor | None,
-    dn: Tensor | None,
-    h: Tensor,
-    saved: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor | None,
-    n: Tensor | None,
-    m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    sigmoid_i: bool,
-    sigmoid_f: bool,
-    normalize: bool,
-    final: bool,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, q: Tensor,
+    k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
+    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
+    normalize: bool, final: bool, keep: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
     o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend)
     return backward(dh, dC, dn, h, saved, x, o)  # type: ignore[return-value]
@@ -340,20 +309,10 @@ _backward_op.register_autograd(_backward_of_backward)
 
 
 def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    slots: Tensor | None,
-    scale: float,
-    sigmoid_i: bool,
-    sigmoid_f: bool,
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
+    m: Tensor | None, slots: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
     backend: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     leaf = importlib.import_module(BACKENDS[backend])
     with no_autocast(q.device.type):
         return leaf.update(q, k, v, i, f, C, n, m, slots, scale, Activations(sigmoid_i, sigmoid_f))

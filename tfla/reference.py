@@ -211,7 +211,8 @@ def exponents(
     edge = put(gates.exp(e.m_in[..., None] - e.target) * scale)
     if saved is not None and normalize:
         den = torch.maximum(layout.cut(saved, dtype, whole).abs(), floor)
-        factor, edge = factor / den, edge / den
+        # Of a token that weighs nothing, but finite: 1 / den may be 2^126, and inf times 0 is NaN.
+        factor, edge = ((x / den).clamp(max=info.max / 4) for x in (factor, edge))
     reach = gates.exp(e.source - e.M_out[..., None])
     source = Side(put(e.source[0]), put(e.source[1].exp2()), put(reach))
     target = Side(put(e.target[0]), factor, edge)
@@ -273,7 +274,6 @@ def reach(grid: Grid, column: Column | None, first: Tensor | None) -> tuple[Tens
     for ranks, weights, decay in parts:
         weights.mul_(before[ranks, :, None])
         before[ranks] *= decay
-
     return grid.join(edge), None if column is None else grid.join(column.d)
 
 

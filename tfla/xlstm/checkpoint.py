@@ -1,10 +1,10 @@
 """Checkpoints: folders of safetensors and JSON, whole or absent, and checked when read.
 
     RUN/checkpoints/step-00000100/
-        checkpoint.json         what the run is and where it stands; size and SHA-256 of every other
-        file model.safetensors       the parameters by name optimizer.safetensors   AdamW's moments
-        by parameter name, and the state of the random generators tokenizer.json          only when
-        the run has a tokenizer
+        checkpoint.json         the run and where it stands; size and SHA-256 of every other file
+        model.safetensors       the parameters by name
+        optimizer.safetensors   AdamW's moments by parameter name, states of random generators
+        tokenizer.json          only when the run has a tokenizer
 
 No pickle is written or read, so a checkpoint from a stranger can hold wrong numbers but no code. A
 folder is written beside its final place, flushed to the disk, and renamed: a process killed at any

@@ -2,10 +2,10 @@
 
     RUN/data/
         corpus.json     what is in it, and its fingerprint
-        train.bin       [end] document [end] document ... [end], as uint16, or uint32 for a large
-        vocabulary heldout.bin     the same for the documents that are never trained on heldout.raw
-        their bytes as they were, to hold other compressors against tokenizer.json  only when one
-        was given
+        train.bin       [end] document [end] ... [end], as uint16, or uint32 for a large vocabulary
+        heldout.bin     the same for the documents that are never trained on
+        heldout.raw     their bytes as they were, to hold other compressors against
+        tokenizer.json  only when one was given
 
 Documents are held out whole, chosen by the SHA-256 of their names: the same ones in every run and
 on every machine. Identical documents are kept once, or the held-out ones would not be unseen.
@@ -30,12 +30,10 @@ from torch import Tensor
 
 from tfla.xlstm.checkpoint import RunError, atomic_folder, sha256
 
-# A piece is encoded by itself and cut after a line, so that a document of any size fits into
-# memory.
+# A piece is encoded by itself and cut after a line: a document of any size fits into memory.
 PIECE = 1 << 16
 HELD_OUT = 0.05  # share of the bytes
-# Folders of the standard library whose text is not its sources: tests, and what was installed
-# later.
+# Folders of the standard library whose text is not its sources: tests, what was installed later.
 _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -262,7 +260,7 @@ def open_corpus(folder: Path, fingerprint: str) -> Corpus:
         info = json.loads((folder / "corpus.json").read_text("utf-8"))
         if not _fingerprint(folder, info) == info["fingerprint"] == fingerprint:
             raise RunError(f"{folder} is not the corpus that this run was trained on; {hint}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{folder}/corpus.json cannot be read ({_first_line(error)}); {hint}"
         ) from error

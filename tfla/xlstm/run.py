@@ -47,7 +47,8 @@ class TrainOptions:
             ("eval_every eval_bytes save_every log_every", "at least 1", lambda x: x >= 1),
             ("steps seconds lr clip", "above 0", lambda x: x is None or 0 < x < math.inf),
             ("warmup final_lr", "from 0 to 1", lambda x: 0 <= x <= 1),
-            ("weight_decay seed", "0 or more", lambda x: 0 <= x < math.inf),
+            ("weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
+            ("seed", "from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63),
             ("precision", "auto, fp32 or bf16", lambda x: x in ("auto", "fp32", "bf16")),
         ]
         for names, wanted, holds in rules:
@@ -111,13 +112,17 @@ def start(folder: Path, values: Mapping[str, Any]) -> Run:
     try:  # before the corpus is read, which may take long
         XLSTMConfig(**(model | {"vocab_size": 1}))
     except (TypeError, ValueError) as error:
-        raise RunError(str(error).rstrip(".")) from error
+        message = str(error).rstrip(".")
+        for name in model:
+            message = message.replace(name, f"--{name.replace('_', '-')}")
+        raise RunError(message) from error
     corpus = prepare(
         values.get("paths") or [],
         folder / "data",
         tokenizer=values.get("tokenizer"),
         held_out=values.get("held_out", HELD_OUT),
     )
+    corpus.windows(options.seed, 0, 1, options.context)  # too small? Before there is a checkpoint.
     return Run(
         folder, corpus, XLSTMConfig(**(model | {"vocab_size": corpus.codec.vocab_size})), options
     )

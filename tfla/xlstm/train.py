@@ -11,6 +11,7 @@ With `steps` everything that a step does follows from (seed, step) and the check
 the clock. `Placement` is the seam to many devices: the loop and the model know nothing of ranks.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -214,13 +215,9 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
 
 
 def evaluate(
-    model: nn.Module,
-    stream: Tensor,
-    size: int,
-    options: TrainOptions,
-    device: torch.device,
+    model: nn.Module, stream: Tensor, size: int, options: TrainOptions, device: torch.device,
     window: int | None = None,
-) -> float:
+) -> float:  # fmt: skip
     """Bits a byte that the model needs for `stream` (tokens,), which encodes `size` bytes.
 
     The stream is read in windows, by default of the training context, from an empty state, so a
@@ -257,11 +254,15 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a run, without a last line that a kill cut short; none without the file."""
-    if not path.exists():
-        return []
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a run; none without the file. A line that is none, cut short by a kill or
+    damaged since, is passed over: nothing that is computed depends on it."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
+    return records
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -35,6 +35,10 @@ class Writer:
         stops = tuple(stop)
         if "" in stops:
             raise RunError("--stop is empty; give the text to stop at")
+        if tokens < 1:
+            raise RunError(f"--tokens is {tokens}, wanted at least 1")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise RunError(f"--seed is {seed}, wanted from 0 to 2^63 - 1")
         ids = [self.codec.end, *self.codec.encode(prompt).tolist()]
         try:
             stream = self.model.stream(
