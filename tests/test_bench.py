@@ -407,9 +407,20 @@ def test_roofline_by_command(
     assert "best of the paper's scheme" in out and (tmp_path / "roof.svg").is_file()
 
 
+def test_cost_of_many_gpus_by_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["roofline", "--gpus", "1024"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if re.match(r" *[\d,]+  ", line)]
+    assert [row[0] for row in rows] == "8 16 32 64 128 256 512 1,024".split()
+    # A rank receives C, n, m and b, in two parts, of all others: 8 heads of 256 x 512.
+    assert float(rows[0][3]) == pytest.approx(7 * 4 * 8 * (256 * 512 + 256 + 3) / 1e6, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ("roofline", "B T H K V are wanted"),
+        ("roofline --gpus 1", "--gpus is 1"),
         ("bench kernels --dtype int8", "--dtype is int8, wanted bf16, fp16, fp32"),
         ("bench kernels --lengths 1,x", "whole numbers from 1 on"),
         ("bench kernels --device tpu", "--device is tpu"),

@@ -7,11 +7,12 @@ G segments.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tfla import checks, ops
+from tfla import checks, ops, parallel
 from tfla.checks import State
 from tfla.gates import Activations
 
@@ -32,6 +33,7 @@ def mlstm(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    group: Any = None,
 ) -> tuple[Tensor, State | None]:
     r"""The mLSTM over whole sequences.
 
@@ -59,6 +61,11 @@ def mlstm(
         cu_seqlens: (N + 1,) int32 or int64 offsets 0 = c_0 <= ... <= c_N = T of sequences packed
         along T; B must be 1.
         backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
+        group: a torch.distributed process group (or DeviceMesh of one dimension) over whose ranks T
+        is split evenly, in rank order: each rank gives and gets its own tokens, but the whole
+        ``cu_seqlens`` and ``initial_state``, and gets the whole final state. Gradients are those of
+        the sum of all ranks' losses; that of ``initial_state`` is on the rank where a sequence
+        begins, 0 on the others. All ranks must call, and run backward.
 
     Returns:
         h: (B, T, H, V) in v's dtype, and the final State or None. Gradients are exact for any
@@ -93,6 +100,7 @@ def mlstm(
         output_final_state,
         cu_seqlens,
         backend,
+        group,
     )
 
 
@@ -109,6 +117,7 @@ def linear_attention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    group: Any = None,
 ) -> tuple[Tensor, State | None]:
     r"""Linear attention with scalar gates: the mother of the family.
 
@@ -125,7 +134,8 @@ def linear_attention(
         log_f, log_i: (B, T, H), (H,) or None (= 0): natural logarithms of the decay and of the
         weight of each token. Positive ones are
             allowed, and may overflow when not normalised: that is the function asked for.
-        normalize, scale, initial_state, output_final_state, cu_seqlens, backend: as in ``mlstm``.
+        normalize, scale, initial_state, output_final_state, cu_seqlens, backend, group: as in
+        ``mlstm``.
 
     Returns:
         h: (B, T, H, V) in v's dtype, and the final State or None. One token (T = 1) without
@@ -154,6 +164,7 @@ def linear_attention(
         output_final_state,
         cu_seqlens,
         backend,
+        group,
     )
 
 
@@ -218,18 +229,20 @@ def _sequence(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
     backend: str | None,
+    group: Any,
 ) -> tuple[Tensor, State | None]:
     q, k, v = checks.operands(q, k, v, ("B", "T", "H"))
     B, T, H, K = q.shape
     V = v.shape[-1]
     i, f = (checks.gate_tensor(name, x, q) for name, x in gates.items())
     N = checks.sequences(cu_seqlens, q)
+    group = checks.group_of(group)
     if state is not None:
         state = checks.check_state(state, normalize, q, (N, H, K, V), "initial_state")
     name = checks.pick_backend(backend, q)
     scale = checks.scale_of(scale, K)
     needs_grad = checks.requires_grad(q, k, v, i, f, state)
-    if T == 1 and cu_seqlens is None and not needs_grad:
+    if T == 1 and cu_seqlens is None and group is None and not needs_grad:
         # The decode step, from an empty memory if there is no other.
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         if state is None:
@@ -248,7 +261,8 @@ def _sequence(
         q, scale = -q, -scale
     C, n, m = (None, None, None) if state is None else state
     options = ops.Options(scale, *activations, normalize, output_final_state, needs_grad, name)
-    h, C, n, m, _ = ops.run(ops.Inputs(q, k, v, i, f, C, n, m, cu_seqlens), options)
+    inputs = ops.Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
+    h, C, n, m = parallel.run(inputs, options, group)
     if not output_final_state:
         return h, None
     return h, State(C, n, m) if normalize else State(C, None, None)

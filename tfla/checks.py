@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tfla import ops
@@ -202,6 +203,24 @@ def check_slots(slots: Any, B: int, rows: int, q: Tensor, inplace: bool) -> None
     values = slots.tolist()
     if any(not 0 <= value < rows for value in values) or len(set(values)) < len(values):
         raise ValueError(f"slots must be distinct and in the state's {rows} rows; got {values}.")
+
+
+def group_of(group: Any) -> Any:
+    """The process group over which T is split, or None."""
+    if group is None:
+        return None
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f'group must be a DeviceMesh of one dimension, as mesh["context"]; got {group}.'
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "group must be a torch.distributed process group that this rank is in, or None; got "
+            f"{what(group)}."
+        )
+    return group
 
 
 def scale_of(scale: Any, K: int) -> float:

@@ -6,6 +6,7 @@ line, exit status 2.
 """
 
 import importlib.util
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from tfla.xlstm.checkpoint import RunError
 
 if TYPE_CHECKING:
     import torch
+
+    from tfla.xlstm.train import Placement
 
 EXTRAS = {"rich", "matplotlib", "numpy", "safetensors", "tokenizers"}
 # What typer raises about the command line: click's class in its older versions, its own since.
@@ -94,6 +97,11 @@ def train(
         "Train this many seconds; the learning rate then follows the clock.", default="")] = None,
     seed: Annotated[int, _run("Start of all random numbers.")] = 0,
     device: Annotated[str, _run(DEVICE)] = "auto",
+    context_ranks: Annotated[int, _run(
+        "Under torchrun: processes that share each window, its tokens split among them.")] = 1,
+    recompute: Annotated[bool, _run(
+        "Under torchrun: keep only what enters the blocks for the backward pass, compute the rest "
+        "again.", "--recompute")] = False,
     precision: Annotated[str, _run(
         "fp32 or bf16; auto: bf16 on a GPU that has it, else fp32.")] = "auto",
     save_every: Annotated[int, _run("Steps between checkpoints; the last two are kept.")] = 100,
@@ -134,21 +142,26 @@ def train(
     from tfla.xlstm import run as runs
     from tfla.xlstm import train as training
 
-    place = training.Placement(_device(device))
-    if resume and checkpoint.exists(out):
-        sources = {name: command.get_parameter_source(name) for name in command.params}
-        given = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
-        run = runs.resume(out, {name: command.params[name] for name in given})
-    else:
+    def make() -> runs.Run:
+        if resume and checkpoint.exists(out):
+            sources = {name: command.get_parameter_source(name) for name in command.params}
+            given = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
+            return runs.resume(out, {name: command.params[name] for name in given})
         unlimited = steps is None and seconds is None
-        run = runs.start(out, command.params | ({"steps": 1000} if unlimited else {}))
-    console = Console()
-    render.describe(run, place.device, console)
+        return runs.start(out, command.params | ({"steps": 1000} if unlimited else {}))
+
+    place = _placement(device, context_ranks, recompute)
+    console = Console(quiet=not place.main)
     stopped = False
-    try:
-        render.watch(training.train(run, place), console)
-    except KeyboardInterrupt:
-        stopped = True
+    with place.together():
+        run = place.share(make)
+        render.describe(run, place.device, console)
+        try:
+            render.watch(training.train(run, place), console)
+        except KeyboardInterrupt:
+            stopped = True
+    if not place.main:
+        return
     records = training.read_metrics(out / "metrics.jsonl")
     render.loss_curve(
         records,
@@ -295,6 +308,20 @@ def _fail(message: str) -> int:
 
 def _say(message: str) -> None:
     print(f"tfla: {message}", file=sys.stderr)
+
+
+def _placement(device: str, context_ranks: int, recompute: bool) -> "Placement":
+    """This process, or under torchrun all of them."""
+    if "RANK" in os.environ:
+        from tfla.xlstm.parallel import Ranks
+
+        return Ranks(_device(device), context_ranks, recompute)
+    if context_ranks != 1 or recompute:
+        option = "--recompute" if recompute else "--context-ranks"
+        raise RunError(f"{option} is for torchrun; start with: torchrun --nproc-per-node N -m tfla")
+    from tfla.xlstm.train import Placement
+
+    return Placement(_device(device))
 
 
 def _device(name: str) -> "torch.device":

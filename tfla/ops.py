@@ -7,9 +7,9 @@ registration with PyTorch.
                 dv = reverse scan(k, q, dh; dC_T)
 
 and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module
-with the functions ``exponents``,
-``saved``, ``normalizer_backward``, ``scan``, ``gate_gradients`` and ``initial_gradients`` (and
-``update``, the decode step); nothing here knows which one it is, nor which gate.
+with the functions ``exponents``, ``saved``, ``normalizer_backward``, ``scan``, ``gate_gradients``
+and ``initial_gradients`` (and ``reach``, for many processes, and ``update``, the decode step);
+nothing here knows which one it is, nor which gate.
 
 Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to
 dispatch); both run the same two functions below.
@@ -19,12 +19,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tfla.gates import Activations
+
+# Takes the grid and the normaliser's column; what it returns is called for (dC, dn).
+Exchange = Callable[[Any, Any], Callable[[], tuple[Tensor, Tensor | None]]]
 
 BACKENDS = {"reference": "tfla.reference", "triton": "tfla.kernels"}
 
@@ -66,7 +70,7 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None  # (N + 1,)
 
 
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """The dtypes of a backend are its own; nothing to do where autocast is off, which is the usual
     case."""
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -74,25 +78,19 @@ def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def scan_forward(x: Inputs, o: Options) -> tuple[Any, Any]:
+    """The backend's grid and its scan of h."""
+    grid = o.leaf.exponents(
+        *x[:5], x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, o.keep
+    )
+    return grid, o.leaf.scan("h", x.q, x.k, x.v, grid, x.C, final=o.final)
+
+
 def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not
     there."""
-    with _no_autocast(x.q.device.type):
-        grid = o.leaf.exponents(
-            x.q,
-            x.k,
-            x.v,
-            x.i,
-            x.f,
-            x.n,
-            x.m,
-            x.cu_seqlens,
-            o.scale,
-            o.activations,
-            o.normalize,
-            o.keep,
-        )
-        result = o.leaf.scan("h", x.q, x.k, x.v, grid, x.C, final=o.final)
+    with no_autocast(x.q.device.type):
+        grid, result = scan_forward(x, o)
         C, n, m = (
             result.out.new_empty(0, dtype=o.full(x.q)) for _ in range(3)
         )  # an operator's outputs are distinct
@@ -111,34 +109,33 @@ def backward(
     saved: Tensor,
     x: Inputs,
     o: Options,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, ...]:
     """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial
-    state."""
+    state. dq needs no final state: an ``exchange`` begins before it, and ends after it with dC and
+    dn (see ``tfla.parallel``)."""
     leaf = o.leaf
-    with _no_autocast(x.q.device.type):
+    with no_autocast(x.q.device.type):
         dh = torch.zeros_like(h) if dh is None else dh
         # An output that was not wanted is empty, and so is its cotangent.
         dC = dC if o.final else None
         dn = dn if o.final and o.normalize else None
         grid = leaf.exponents(
-            x.q,
-            x.k,
-            x.v,
-            x.i,
-            x.f,
-            x.n,
-            x.m,
-            x.cu_seqlens,
-            o.scale,
-            o.activations,
-            o.normalize,
-            True,
-            saved,
+            *x[:5], x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, True, saved
         )
-        column = leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
-        C_T, dC_T = None if x.C is None else x.C.mT, None if dC is None else dC.mT
-        dv = leaf.scan("dv", x.k, x.q, dh, grid, dC, final=x.C is not None)
+
+        def normalizer(dn: Tensor | None) -> Any:
+            return leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
+
+        column = normalizer(dn)
+        arrives = None if exchange is None else exchange(grid, column)
+        C_T = None if x.C is None else x.C.mT
         dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q)
+        if arrives is not None:
+            dC, dn = arrives()
+            column = normalizer(dn)
+        dC_T = None if dC is None else dC.mT
+        dv = leaf.scan("dv", x.k, x.q, dh, grid, dC, final=x.C is not None)
         dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, column=column, dot=x.k, against=dq)
         di, df = leaf.gate_gradients(x.i, x.f, dq, dk, grid, o.activations)
         dC_0, dn_0, dm_0 = (di.new_empty(0) for _ in range(3))
@@ -203,7 +200,7 @@ class _Forward(torch.autograd.Function):
     ) -> Any:
         h, saved, *tensors = ctx.saved_tensors
         grads = _Backward.apply(ctx.options, dh, dC, dn, h, saved, *tensors)
-        return None, *_match(grads, Inputs(*tensors)), None
+        return None, *match(grads, Inputs(*tensors)), None
 
 
 class _Backward(torch.autograd.Function):
@@ -215,16 +212,16 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
-        _refuse_second_derivative()
+        refuse_second_derivative()
 
 
-def _match(grads: tuple[Tensor, ...], x: Inputs) -> tuple[Tensor | None, ...]:
+def match(grads: tuple[Tensor, ...], x: Inputs) -> tuple[Tensor | None, ...]:
     """The gradients of the eight differentiable inputs, None for the states that were not given,
     in the dtypes given."""
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, x[:8], strict=True))
 
 
-def _refuse_second_derivative() -> None:
+def refuse_second_derivative() -> None:
     raise RuntimeError(
         "tfla computes first derivatives only: the gradients of mlstm and linear_attention cannot "
         "be differentiated again. Call backward without create_graph=True, or detach the gradients "
@@ -331,11 +328,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward_of_forward(ctx: Any, dh: Any, dC: Any, dn: Any, *_: Any) -> tuple[Any, ...]:
     h, saved, *tensors = ctx.saved_tensors
     grads = torch.ops.tfla.backward(dh, dC, dn, h, saved, *tensors, *ctx.options)
-    return *_match(grads, Inputs(*tensors)), *[None] * 8
+    return *match(grads, Inputs(*tensors)), *[None] * 8
 
 
 def _backward_of_backward(ctx: Any, *_: Any) -> None:
-    _refuse_second_derivative()
+    refuse_second_derivative()
 
 
 _forward_op.register_autograd(_backward_of_forward, setup_context=_setup_context)
@@ -358,7 +355,7 @@ def _step(
     backend: str,
 ) -> Tensor:
     leaf = importlib.import_module(BACKENDS[backend])
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         return leaf.update(q, k, v, i, f, C, n, m, slots, scale, Activations(sigmoid_i, sigmoid_f))
 
 

@@ -8,7 +8,7 @@ and memory linear in T, in fp32 (fp64 for fp64 inputs), on chunks that never cro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from tfla.gates import Activations
 # Tokens a chunk. On a CPU (AVX2, heads of 64) chunks of 32 and 128 take 1.5 and 1.4 times as long.
 L = 64
 # Numbers in each matrix of the chunks that are worked on at once: few enough that temporary memory
-# is reused, not asked of the system (1.6 times as fast at 65,536 tokens as all chunks at once), and
-# enough that threads meet rarely, which costs most on a machine that others use as well.
+# is reused (1.6 times as fast at 65,536 tokens as all at once), enough that threads meet rarely.
 BLOCK = 2**20
 
 
@@ -39,9 +38,8 @@ def step(
         C' = exp(log_f + m - m') C + exp(log_i - m') k v^T        n' likewise with k
         h  = C'^T (scale q) / max(|n' . scale q|, exp(-m'))
 
-    q, k: (N, H, K). v: (N, H, V). log_i, log_f, m: (N, H). C: (N, H, K, V). n: (N, H, K).
-    Without the normaliser m = 0 and h = C'^T (scale q). Source: arXiv 2503.14376, equations 3 to 9.
-    """
+    q, k: (N, H, K). v: (N, H, V). log_i, log_f, m: (N, H). C: (N, H, K, V). n: (N, H, K). Without
+    the normaliser m = 0, h = C'^T (scale q). Source: arXiv 2503.14376, equations 3 to 9."""
     q = q * scale
     m_next = None if m is None else torch.maximum(log_f + m, log_i)
     if m is not None and m_next is not None:
@@ -80,9 +78,8 @@ class Block(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the chunks lie: first the first one of every sequence, then all second ones and so on,
-    each time in the same order, that of falling length (its *rank*). So a run of chunks continues a
-    slice of the states of all sequences."""
+    """Where the chunks lie: the first one of every sequence, then all second ones and so on, always
+    in the order of falling length (its *rank*): a run continues a slice of all states."""
 
     tokens: Tensor  # (C, L) row of B * T; B * T past the end of a sequence
     ragged: bool  # is there anything past an end?
@@ -116,7 +113,6 @@ class Layout(NamedTuple):
         position = first.repeat_interleave(counts)[:, None] + torch.arange(size)
         past = position >= length[ranks, None]
         index = torch.where(past, B * T, start[rank[ranks], None] + position)
-
         room, C = max(BLOCK // numbers, 1), len(ranks)
         blocks = [Block(slice(c, min(c + room, C)), []) for c in range(0, C, room)]
         starts = ((ranks == 0) | (torch.arange(C) % room == 0)).nonzero()[:, 0]
@@ -145,8 +141,8 @@ class Layout(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One side of the weights D_ts = 2^(whole_s - whole_t) factor_s factor_t; all (C, H, L). The
-    edge is what a source weighs in the state after its chunk, or the one before it for a target."""
+    """One side of the weights D_ts = 2^(whole_s - whole_t) factor_s factor_t; all (C, H, L). edge:
+    what a source weighs in the state after its chunk, or the one before it for a target."""
 
     whole: Tensor
     factor: Tensor
@@ -156,12 +152,10 @@ class Side(NamedTuple):
 @dataclass
 class Grid:
     """The weights of a problem, chunk by chunk: what ``scan`` needs to know of the gates.
-
-    Those of the target side are multiplied with scale / den, once den is known: the scan of h finds
-    nu and n_final on its way.
-    """
+    Those of the target side are multiplied with scale / den, once the scan of h has found nu."""
 
     layout: Layout
+    shape: torch.Size  # (B, T, H)
     dtype: torch.dtype
     source: Side
     target: Side
@@ -180,6 +174,12 @@ class Grid:
         D = (source.whole[c][..., None, :] - target.whole[c][..., None]).exp2_().tril_()
         return D.mul_(source.factor[c][..., None, :]).mul_(target.factor[c][..., None])
 
+    def join(self, x: Tensor) -> Tensor:
+        B, T, H = self.shape
+        out = x.new_empty(B * T + 1, H, *x.shape[3:])
+        self.layout.join(x, out, self.layout.whole)
+        return out[:-1].view(B, T, H, *x.shape[3:])
+
 
 def exponents(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, n: Tensor | None, m: Tensor | None,
@@ -189,8 +189,7 @@ def exponents(
     """The weights of every chunk.
 
     q, k: (B, T, H, K). v: (B, T, H, V), for its shape. i, f: (B, T, H). n: (N, H, K), m: (N, H) or
-    None. keep: will there be a backward pass? saved: nu (B, T, H) of an earlier call, or None.
-    """
+    None. saved: nu (B, T, H) of an earlier call, or None."""
     B, T, H, K = q.shape
     layout = Layout.make(B, T, cu_seqlens, H * max(L, K) * max(L, v.shape[-1]), q.device)
     whole = layout.whole
@@ -217,18 +216,16 @@ def exponents(
     source = Side(put(e.source[0]), put(e.source[1].exp2()), put(reach))
     target = Side(put(e.target[0]), factor, edge)
     decay, m_final = put(gates.exp(e.m_in - e.M_out)), put(e.m_final)[layout.rank_of]
-    nu = saved if normalize else None
-    return Grid(layout, dtype, source, target, decay, floor, normalize, n, nu, m_final)
+    nu, shape = saved if normalize else None, q.shape[:3]
+    return Grid(layout, shape, dtype, source, target, decay, floor, normalize, n, nu, m_final)
 
 
 def saved(grid: Grid) -> Tensor:
-    """What the backward pass needs of the forward's grid beyond its inputs: nu, (B, T, H)."""
+    """What the backward pass needs of the forward's grid: nu, (B, T, H)."""
     return grid.decay.new_empty(0) if grid.nu is None else grid.nu
 
 
-def saved_like(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool
-) -> Tensor:
+def saved_like(q: Tensor, v: Tensor, cu_seqlens: Any, normalize: bool, keep: bool) -> Tensor:
     """An empty tensor of the shape that ``saved`` will have, known from shapes alone."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape[:3] if normalize else (0,), dtype=dtype)
@@ -249,8 +246,7 @@ class Scan(NamedTuple):
 
 
 class Column(NamedTuple):
-    """The normaliser's share of the backward pass: one more column in the contraction,
-    [dh | d] . [v | 1], whose rows of the states are n and dn."""
+    """The normaliser's share of the backward pass: a column more, [dh | d] . [v | 1]."""
 
     d: Tensor  # (C, H, L) -sign(nu) (dh . h) where the normaliser is active, else 0
     n: Tensor | None  # (N, H, K) entering the forward scan
@@ -265,6 +261,20 @@ def normalizer_backward(
     dot = (dh.to(grid.dtype) * h.to(grid.dtype)).sum(-1)
     nu, dot = (grid.layout.cut(x, grid.dtype, grid.layout.whole) for x in (grid.nu, dot))
     return Column(torch.where(nu.abs() > grid.floor, -nu.sign() * dot, 0.0), n, dn)
+
+
+def reach(grid: Grid, column: Column | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(B, T, H) each: the weight of a sequence's initial state at its tokens, exp(b_t + m_0 - m_t)
+    scale / den_t, and d of the column. first: (1,) the only sequence that matters, if packed."""
+    layout, edge = grid.layout, grid.target.edge.clone()
+    before = edge.new_ones(len(layout.rank), edge.shape[1])
+    counts = [step.stop - step.start for step in layout.whole.steps]
+    parts = zip(layout.whole.steps, edge.split(counts), grid.decay.split(counts), strict=True)
+    for ranks, weights, decay in parts:
+        weights.mul_(before[ranks, :, None])
+        before[ranks] *= decay
+
+    return grid.join(edge), None if column is None else grid.join(column.d)
 
 
 def scan(
@@ -310,7 +320,6 @@ def scan(
             left, right = (torch.ones_like(d), d) if reverse else (d, torch.ones_like(d))
             a_, b_ = torch.cat([a_, left], -1), torch.cat([b_, right], -1)
 
-        # Within the chunks, and from chunk to chunk.
         scores = (b_ @ a_.mT if reverse else a_ @ b_.mT).mul_(grid.weights(c))
         update = (b_ * writes[c][..., None]).mT @ x_
         entering = torch.empty_like(update) if states is None else states[c]
@@ -343,8 +352,7 @@ def scan(
 def _carry(
     S: Tensor, entering: Tensor, update: Tensor, decay: Tensor, steps: list[slice], reverse: bool
 ) -> None:
-    """S <- decay S + update along some chunks. S (N, H, A, X): of all sequences, by rank; what it
-    is before each of the chunks is written to ``entering`` (., H, A, X)."""
+    """S (N, H, A, X) <- decay S + update along some chunks; before each it goes to ``entering``."""
     counts = [step.stop - step.start for step in steps]
     parts = (y.split(counts) for y in (entering, update, decay[..., None, None]))
     run = list(zip(steps, *parts, strict=True))
@@ -359,16 +367,12 @@ def gate_gradients(
     """(di, df) of (B, T, H), fp32 (fp64).
 
     With G_rs = D_rs (q_r . k_s) (dh_r . v_s + d_r), what flows from token s to token r,
-    dlog_i_s = sum_{r>=s} G_rs = k_s . dk_s and dlog_f_t = sum_{r>=t>s} G_rs. It is summed as it
-    stands: as a difference of sums, q . dq - k . dk, it is lost where the gates forget.
-    """
+    dlog_i_s = sum_{r>=s} G_rs = k_s . dk_s and dlog_f_t = sum_{r>=t>s} G_rs, summed as it stands:
+    as a difference of sums, q . dq - k . dk, it is lost where the gates forget."""
     assert dq.dot is not None and dk.dot is not None and dk.across is not None
-    B, T, H = i.shape
     dlog_f = dk.across + dq.dot.flip(-1).cumsum(-1).flip(-1)
-    out = grid.floor.new_empty(B * T + 1, H, 2)
-    grid.layout.join(torch.stack([dk.dot, dlog_f], -1), out, grid.layout.whole)
-    dlog_i, dlog_f = out[:-1].view(B, T, H, 2).unbind(-1)
-    return gates.gate_gradients(dlog_i, dlog_f, i.to(out.dtype), f.to(out.dtype), activations)
+    dlog_i, dlog_f = grid.join(torch.stack([dk.dot, dlog_f], -1)).unbind(-1)
+    return gates.gate_gradients(dlog_i, dlog_f, i.to(grid.dtype), f.to(grid.dtype), activations)
 
 
 def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
@@ -377,15 +381,11 @@ def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
     return dv.final, dk.column
 
 
-# ---------------------------------------------------------------- decode
-
-
 def update(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
     m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations,
 ) -> Tensor:  # fmt: skip
-    """One token: writes the new state over the old (in the rows ``slots``, or all) and returns h
-    (B, H, V) in v's dtype."""
+    """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     log_i, log_f = gates.log_gates(i.to(dtype), f.to(dtype), activations)
     rows = slice(None) if slots is None else slots

@@ -11,12 +11,13 @@ import torch
 import typer
 
 import tfla
-from tfla.bench import cases, measure, models, plots, report
+from tfla.bench import cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.runs import Task, work_off
 from tfla.plan import Problem, plan
 from tfla.xlstm.checkpoint import RunError
+from tfla.xlstm.config import XLSTMConfig
 
 bench = typer.Typer(
     help="Measure this implementation beside others on this machine, and compare two runs. Every "
@@ -169,20 +170,33 @@ def compare(
         raise typer.Exit(1)
 
 
+def _size(what: str) -> Any:
+    return typer.Argument(help=what, min=1, show_default=False)
+
+
 def roofline(
-    B: Annotated[int, typer.Argument(help="Sequences.", min=1, show_default=False)],
-    T: Annotated[int, typer.Argument(help="Tokens in each.", min=1, show_default=False)],
-    H: Annotated[int, typer.Argument(help="Heads.", min=1, show_default=False)],
-    K: Annotated[int, typer.Argument(help="Head dim of q and k.", min=1, show_default=False)],
-    V: Annotated[int, typer.Argument(help="Head dim of v.", min=1, show_default=False)],
+    B: Annotated[int | None, _size("Sequences.")] = None,
+    T: Annotated[int | None, _size("Tokens in each.")] = None,
+    H: Annotated[int | None, _size("Heads.")] = None,
+    K: Annotated[int | None, _size("Head dim of q and k.")] = None,
+    V: Annotated[int | None, _size("Head dim of v.")] = None,
     device: Annotated[str, _option("h100, h200, a100, mi300x; this: measured limits.")] = "this",
     gate: Annotated[str, _option("exp (normalised) or sigmoid (not).")] = "exp",
     dtype: Dtype = "",
     plot: Annotated[Path | None, _option("Draw PATH.png and PATH.svg.", default=False)] = None,
+    gpus: Annotated[int, _option(
+        "Instead: what training xLSTM 7B costs on up to so many.", default="")] = 0,
+    tokens: Annotated[int, _option("With --gpus: tokens on each.")] = 16384,
 ) -> None:
     """FLOPs, bytes, intensity and least time of each kernel that a call takes, here or on a named
-    device, and the best chunk of the paper's scheme beside ours.
+    device, and the best chunk of the paper's scheme beside ours. With --gpus a model of cost of
+    many: shards of the model, exchanges where all share one sequence, memory.
     """
+    if gpus:
+        _scale(gpus, tokens, device)
+        return
+    if B is None or T is None or H is None or K is None or V is None:
+        raise RunError("B T H K V are wanted, five whole numbers, or --gpus")
     if gate not in ("exp", "sigmoid"):
         raise RunError(f"--gate is {gate}, wanted exp or sigmoid")
     if device != "this" and device.lower() not in r.MACHINES:
@@ -219,6 +233,25 @@ def roofline(
     )
     if plot is not None:
         print("plots:", *plots.rooflines(found, machine, kind, K, V, L, plot))
+
+
+def _scale(gpus: int, tokens: int, device: str) -> None:
+    name = "h100" if device == "this" else device.lower()
+    if gpus < 2 or tokens < 1 or name not in r.MACHINES:
+        raise RunError(
+            f"--gpus is {gpus}, --tokens {tokens}, --device {device}; wanted 2 or more, 1 or more, "
+            f"and one of {', '.join(r.MACHINES)}"
+        )
+    config, machine = XLSTMConfig.xlstm_7b(), r.MACHINES[name]
+    steps = sorted({2**n for n in range(3, 11) if 2**n < gpus} | {gpus})
+    costs = [scale.cost(config, n, tokens, machine) for n in steps]
+    print(
+        f"xLSTM 7B, {machine.name}, {tokens:,} tokens a GPU, bf16, blocks computed again; "
+        f"{scale.REACHED:.0%} of the matmul peak: a step {costs[0].compute * 1e3:,.0f} ms, the "
+        f"forward pass of a layer {costs[0].layer * 1e3:.2f} ms"
+    )
+    report.table("", scale.COLUMNS, scale.cells(costs, tokens))
+    print("shards: FSDP over all. exchange: a layer and direction, all ranks in one sequence.")
 
 
 def show_plan(

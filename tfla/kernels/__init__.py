@@ -26,6 +26,7 @@ __all__ = [
     "gate_gradients",
     "initial_gradients",
     "normalizer_backward",
+    "reach",
     "saved",
     "saved_like",
     "scan",
@@ -141,34 +142,36 @@ def exponents(
     )  # fmt: skip
     if saved is not None:
         return grid
-    gauge = None
-    chunk_table = grid.tables[0]
-    if normalize:
-        sums = q.new_empty(rows * slots * K, dtype=torch.float32)
-        chunk_f, chunk_p = (q.new_empty(rows * slots, dtype=torch.float64) for _ in range(2))
-        gauge = q.new_empty(rows * slots, dtype=torch.float32)
-        block_k = min(64, plan.block_k)
+    chunk_table, packed = grid.tables[0], cu_seqlens is not None
+    gates_at = *i.stride(), *f.stride()
+    forms = {"SIGMOID_I": activations.sigmoid_i, "SIGMOID_F": activations.sigmoid_f,
+             "PACKED": packed}  # fmt: skip
+    if not normalize:
         launch(
-            normalizer._sums_kernel, (grid.chunks(),), (plan.small_warps, 2),
-            (k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p), *k.stride()[:3],
-            *i.stride(), *f.stride(), *grid.common(), K, L=plan.L, BLOCK_K=plan.block_k,
-            SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
-            PACKED=cu_seqlens is not None,
+            gates._weights_kernel, (grid.chunks(),), (plan.small_warps, 2),
+            (i, f, cu_seqlens, chunk_table, weights, decay), *gates_at, *grid.common(), scale,
+            L=plan.L, **forms,
         )  # fmt: skip
-        launch(
-            normalizer._gauge_kernel, (N * H, triton.cdiv(K, block_k)), (4, 2),
-            (cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, grid.decay, grid.n_chunk,
-             grid.n_final, grid.m_final), *grid.common(), K, L=plan.L, BLOCK=plan.block_c,
-            BLOCK_K=block_k, HAS_N=n is not None, HAS_M=m is not None,
-            PACKED=cu_seqlens is not None,
-        )  # fmt: skip
+        return grid
+    sums, gauge = _new(q, grid.chunks() * K), _new(q, grid.chunks())
+    chunk_f, chunk_p = (q.new_empty(grid.chunks(), dtype=torch.float64) for _ in range(2))
+    block_k = min(64, plan.block_k)
     launch(
-        gates._weights_kernel, (grid.chunks(),), (plan.small_warps, 2),
-        (q, k, i, f, cu_seqlens, chunk_table, gauge, grid.m_final, grid.n_chunk, grid.weights,
-         grid.decay), *q.stride()[:3], *k.stride()[:3], *i.stride(), *f.stride(), *grid.common(),
-        K, scale, L=plan.L, BLOCK_K=plan.block_k, SIGMOID_I=activations.sigmoid_i,
-        SIGMOID_F=activations.sigmoid_f, NORMALIZE=normalize, PACKED=cu_seqlens is not None,
-        PRECISION=precision(q),
+        normalizer._sums_kernel, (grid.chunks(),), (plan.small_warps, 2),
+        (k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, weights), *k.stride()[:3],
+        *gates_at, *grid.common(), K, L=plan.L, BLOCK_K=plan.block_k, **forms,
+    )  # fmt: skip
+    launch(
+        normalizer._gauge_kernel, (N * H, triton.cdiv(K, block_k)), (4, 2),
+        (cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, decay, n_chunk, n_final, m_final),
+        *grid.common(), K, L=plan.L, BLOCK=plan.block_c, BLOCK_K=block_k, HAS_N=n is not None,
+        HAS_M=m is not None, PACKED=packed,
+    )  # fmt: skip
+    launch(
+        normalizer._denominator_kernel, (grid.chunks(),), (plan.small_warps, 2),
+        (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f, weights),
+        *q.stride()[:3], *k.stride()[:3], *grid.common(), K, scale, L=plan.L,
+        BLOCK_K=plan.block_k, PACKED=packed, PRECISION=precision(q),
     )  # fmt: skip
     return grid
 
@@ -208,6 +211,28 @@ def normalizer_backward(
         PACKED=packed,
     )  # fmt: skip
     return Column(d, q_dq, dn_chunk, dn_first)
+
+
+def reach(grid: Grid, column: Column | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What the state before token 0 weighs at every token, and d; see ``tfla.reference.reach``.
+    Past the end of the sequence ``first`` (1,), which token 0 belongs to, they are any numbers."""
+    B, T, H, _, _ = grid.shape
+    L, chunks = grid.plan.L, triton.cdiv(T, grid.plan.L)
+    rows = grid.weights.view(grid.rows, grid.slots, -1, L)
+    parts = [rows[:, :, 2], grid.decay.view(grid.rows, grid.slots, 1)]
+    if column is not None:
+        parts.append(column.d.view(grid.rows, grid.slots, L))
+    if first is not None:  # its first slot is its own number: what came before it is empty
+        chosen = (first + torch.arange(chunks, device=first.device)).clamp(max=grid.slots - 1)
+        parts = [part.index_select(1, chosen) for part in parts]
+    edge, decay, *d = parts
+    before = decay.double().cumprod(1).roll(1, 1)
+    before[:, :1] = 1.0
+
+    def tokens(x: Tensor) -> Tensor:
+        return x.reshape(B, H, -1)[..., :T].transpose(1, 2)
+
+    return tokens((edge * before).float()), tokens(d[0]) if d else None
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:

@@ -9,7 +9,7 @@ Weights of a token, in log2 units, seven vectors of L numbers a chunk, (row, slo
     6      mark     sign(nu) where the normaliser is active, else 0; plus 4 where the token erases
                     what came before it
 
-Three launches when normalised (sums of the chunks, scan over chunks, weights), one when not.
+One launch makes them where there is no normaliser, three of normalizer.py where there is.
 """
 
 from __future__ import annotations
@@ -56,12 +56,6 @@ def _log_gates(i, f, inside, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr):
 
 
 @triton.jit
-def _running_max(top_1, before_1, top_2, before_2):
-    """The running maximum, and the one that ends a token earlier."""
-    return tl.maximum(top_1, top_2), tl.maximum(top_1, before_2)
-
-
-@triton.jit
 def _pair(x):
     """x (fp64) as (whole, rest), fp32: sums of the first are exact, the second stays below one
     half."""
@@ -70,10 +64,15 @@ def _pair(x):
 
 
 @triton.jit
-def _exp(x):
-    """e^x of an fp64 exponent, in fp32 and good to its last bit or two."""
-    whole, rest = _pair(tl.minimum(tl.maximum(x * LOG2E, -1000.0), 1000.0))
+def _exp2(x):
+    """2^x of an fp64 exponent, in fp32 and good to its last bit or two."""
+    whole, rest = _pair(tl.minimum(tl.maximum(x, -1000.0), 1000.0))
     return tl.exp2(whole) * tl.exp2(rest)
+
+
+@triton.jit
+def _exp(x):
+    return _exp2(x * LOG2E)
 
 
 @triton.jit
@@ -91,17 +90,30 @@ def _affine(factor_1, value_1, factor_2, value_2):
     return factor_1 * factor_2, value_1 * factor_2 + value_2
 
 
+@triton.jit
+def store_pair(here, x, L: tl.constexpr):
+    whole, rest = _pair(x)
+    tl.store(here, whole)
+    tl.store(here + L, rest)
+
+
+@triton.jit
+def store_weights(here, target, edge, source, source_edge, mark, inside, used, L: tl.constexpr):
+    """The seven vectors of a chunk. here: pointers to the first. target, source: fp64."""
+    store_pair(here, tl.where(used, target, NOTHING), L)
+    tl.store(here + 2 * L, tl.where(inside, edge, 0.0))
+    store_pair(here + FIRST_SOURCE * L, tl.where(inside, source, NOTHING), L)
+    tl.store(here + (FIRST_SOURCE + 2) * L, source_edge)
+    tl.store(here + MARK * L, mark)
+
+
 @triton.jit(do_not_specialize=["T", "H", "slots", *GATE_STRIDES])
 def _weights_kernel(
-    q, k, i, f, cu_seqlens, table, gauge, m_last, n_chunk, weights, decay,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
-    T, H, slots, K, scale,
-    L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
-    NORMALIZE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    i, f, cu_seqlens, table, weights, decay,
+    stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh, T, H, slots, scale,
+    L: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The seven vectors of a chunk and what it leaves of the state; when normalised also nu, and
-    den goes into the exponents."""
+    """The seven vectors of a chunk and what it leaves of the state, without a normaliser."""
     w = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     n, j = unit(w, cu_seqlens, table, T, L, PACKED)
@@ -113,19 +125,6 @@ def _weights_kernel(
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l
-    if NORMALIZE:  # the products first: what follows is long and in fp64
-        scores = tl.zeros([L, L], tl.float32)
-        nu = tl.zeros([L], tl.float32)
-        q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
-        k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
-        for block in range(0, K, BLOCK_K):
-            column = block + tl.arange(0, BLOCK_K)
-            seen = inside[:, None] & (column < K)[None, :]
-            q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
-            k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
-            n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
-            scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
-            nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
     log_i, log_f = _log_gates(
         tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
         tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
@@ -134,52 +133,13 @@ def _weights_kernel(
     b = tl.cumsum(log_f, 0)
     p = log_i - b
     b_last = tl.sum(log_f, 0)
-    here = weights + slot * VECTORS * L + l
-    mark = tl.zeros([L], tl.float32)
-    if NORMALIZE:
-        m_in = tl.load(gauge + slot).to(tl.float64)
-        if (j + 1) * L >= length:
-            m_out = tl.load(m_last + n.to(tl.int64) * H + head)
-        else:
-            m_out = tl.load(gauge + slot + 1)
-        M_out = m_out.to(tl.float64) - b_last
-        top, before = tl.associative_scan((p, tl.full([L], -1e300, tl.float64)), 0, _running_max)
-        M = tl.maximum(top, m_in)
-        erased = tl.maximum(before, m_in) - M < SMALLEST
-    else:
-        m_in = tl.zeros([], tl.float64)
-        M_out = -b_last
-        M = -b
-        erased = log_f < SMALLEST
-        tl.store(decay + slot, _exp(b_last))
-    weight = _exp(m_in - M) * scale
-    target = -M * LOG2E + tl.log2(tl.maximum(scale, 1e-30).to(tl.float64))
-    used = inside & (scale > 0.0)
-    if NORMALIZE:
-        row, row_rest = _pair(-M * LOG2E)
-        col, col_rest = _pair(p * LOG2E)
-        D = power(
-            row[:, None] + col[None, :],
-            row_rest[:, None] + col_rest[None, :],
-            q.dtype.element_ty == tl.float32,
-        )
-        nu = nu * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1) * scale
-        floor = _exp(-(b + M))
-        floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
-        den = tl.maximum(tl.abs(nu), floor)
-        mark = tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
-        weight = weight / den
-        target -= tl.log2(den.to(tl.float64))
-    row, row_rest = _pair(tl.where(used, target, NOTHING))
-    col, col_rest = _pair(tl.where(inside, p * LOG2E, NOTHING))
-    tl.store(here, row)
-    tl.store(here + L, row_rest)
-    tl.store(here + 2 * L, tl.where(inside, weight, 0.0))
-    source = here + FIRST_SOURCE * L
-    tl.store(source, col)
-    tl.store(source + L, col_rest)
-    tl.store(source + 2 * L, _exp(p - M_out))
-    tl.store(here + MARK * L, mark + tl.where(erased, 4.0, 0.0))
+    tl.store(decay + slot, _exp(b_last))
+    store_weights(
+        weights + slot * VECTORS * L + l,
+        b * LOG2E + tl.log2(tl.maximum(scale, 1e-30).to(tl.float64)), _exp(b) * scale,
+        p * LOG2E, _exp(p + b_last), tl.where(log_f < SMALLEST, 4.0, 0.0),
+        inside, inside & (scale > 0.0), L,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", *GATE_STRIDES])

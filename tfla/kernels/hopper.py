@@ -111,6 +111,9 @@ def _scan_hopper_kernel(
             return
         low = (j * (UNIT // L)).to(gl.int32)
         high = gl.minimum(chunks, (low + UNIT // L).to(gl.int32))
+        if not WHOLE:  # nothing starts from what the last piece leaves
+            if (low == 0) if REVERSE else (high == chunks):
+                return
     slot = row * slots + first_slot(n, start, L, PACKED)
     span = row * spans + first_slot(n, start, SPAN, PACKED)
     first_x = tile * BLOCK_X
@@ -322,11 +325,10 @@ def _scan_hopper_kernel(
         tma.store_wait(0)
     else:
         # What this piece makes of an empty state, to where the next one starts from.
-        if (low > 0) if REVERSE else (high < chunks):
-            behind = ends + ((low if REVERSE else high) * L // SPAN - 1) * stride_e + entry
-            gl.store(behind, S)
-            if HALVES == 2:
-                gl.store(behind + HALF * STRIDE_EA, S_2)
+        behind = ends + ((low if REVERSE else high) * L // SPAN - 1) * stride_e + entry
+        gl.store(behind, S)
+        if HALVES == 2:
+            gl.store(behind + HALF * STRIDE_EA, S_2)
         gl.store(left + w * H + head, remains)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):

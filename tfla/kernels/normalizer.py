@@ -2,8 +2,8 @@
 backward pass.
 
 nu = n . scale q is one more column of values, but inside the scan it would spill; here it is a sum
-a chunk, a scan over the chunks and (in gates.py) one product a chunk. The denominator then goes
-into the exponents, and one scan serves all.
+a chunk, a scan over the chunks and one product a chunk. The denominator then goes into the
+exponents, and one scan serves all.
 """
 
 from __future__ import annotations
@@ -11,19 +11,49 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla.kernels.gates import GATE_STRIDES, MARK, VECTORS, _affine, _exp, _log_gates
+from tfla.kernels.gates import (
+    FIRST_SOURCE,
+    GATE_STRIDES,
+    LOG2E,
+    MARK,
+    NOTHING,
+    SMALLEST,
+    VECTORS,
+    _affine,
+    _exp,
+    _exp2,
+    _log_gates,
+    _pair,
+    power,
+    store_pair,
+    store_weights,
+)
 from tfla.kernels.layout import first_slot, sequence, unit
+
+# Where things wait for the third launch, among the vectors of gates.py.
+RAISED = tl.constexpr(5)
+B_PAIR = tl.constexpr(6)
+
+
+@triton.jit
+def _running_max(top_1, before_1, top_2, before_2):
+    """The running maximum, and the one that ends a token earlier."""
+    return tl.maximum(top_1, top_2), tl.maximum(top_1, before_2)
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots", *GATE_STRIDES])
 def _sums_kernel(
-    k, i, f, cu_seqlens, table, sums, chunk_f, chunk_p,
+    k, i, f, cu_seqlens, table, sums, chunk_f, chunk_p, weights,
     stride_kb, stride_kt, stride_kh, stride_ib, stride_it, stride_ih, stride_fb, stride_ft,
     stride_fh, T, H, slots, K,
     L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk: b_L, max p, and sum_s exp(p_s - max p) k_s, in the chunk's own gauge."""
+    """Of each chunk: b_L, max p, and sum_s exp(p_s - max p) k_s, in the chunk's own gauge.
+
+    What the third launch needs of the gates waits where its results will lie: the running maximum
+    of p, b and p, each as (whole, rest), and by how much a token raises the maximum.
+    """
     w = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     n, j = unit(w, cu_seqlens, table, T, L, PACKED)
@@ -45,8 +75,15 @@ def _sums_kernel(
         tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
         inside, SIGMOID_I, SIGMOID_F,
     )  # fmt: skip
-    p = log_i - tl.cumsum(log_f, 0)
+    b = tl.cumsum(log_f, 0)
+    p = log_i - b
     p_max = tl.max(p, 0)
+    top, before = tl.associative_scan((p, tl.full([L], -1e300, tl.float64)), 0, _running_max)
+    here = weights + slot * VECTORS * L + tl.arange(0, L)
+    store_pair(here, top * LOG2E, L)
+    store_pair(here + B_PAIR * L, b * LOG2E, L)
+    store_pair(here + FIRST_SOURCE * L, tl.where(inside, p * LOG2E, NOTHING), L)
+    tl.store(here + RAISED * L, tl.maximum((before - top) * LOG2E, -1e30).to(tl.float32))
     tl.store(chunk_f + slot, tl.sum(log_f, 0))
     tl.store(chunk_p + slot, p_max)
     weight = _exp(p - p_max)
@@ -127,6 +164,74 @@ def _gauge_kernel(
         normalizer = _at(value, last, BLOCK)
     tl.store(n_last + state * K + column, normalizer, mask=column < K)
     tl.store(m_last + state, tl.where(m <= -1e30, 0.0, m))  # the gauge of zeros may as well be 0
+
+
+@triton.jit(do_not_specialize=["T", "H", "slots"])
+def _denominator_kernel(
+    q, k, cu_seqlens, table, gauge, m_last, n_chunk, chunk_f, weights,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, T, H, slots, K, scale,
+    L: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """nu and den of every token, and with them the seven vectors of the chunk."""
+    w = tl.program_id(0) // H
+    head = (tl.program_id(0) % H).to(tl.int64)
+    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    if j * L >= length:
+        return
+    row = head if PACKED else batch * H + head
+    slot = (row * slots + first_slot(n, start, L, PACKED)) + j
+    l = tl.arange(0, L)
+    inside = j * L + l < length
+    t = start + j * L + l
+    scores = tl.zeros([L, L], tl.float32)
+    nu = tl.zeros([L], tl.float32)
+    q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
+    k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
+    for block in range(0, K, BLOCK_K):
+        column = block + tl.arange(0, BLOCK_K)
+        seen = inside[:, None] & (column < K)[None, :]
+        q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
+        k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
+        n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
+        nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
+    here = weights + slot * VECTORS * L + l
+    m_in = tl.load(gauge + slot)
+    if (j + 1) * L >= length:
+        m_out = tl.load(m_last + n.to(tl.int64) * H + head)
+    else:
+        m_out = tl.load(gauge + slot + 1)
+    b_last = tl.load(chunk_f + slot)
+    top, top_rest = tl.load(here), tl.load(here + L)
+    b, b_rest = tl.load(here + B_PAIR * L), tl.load(here + (B_PAIR + 1) * L)
+    col, col_rest = tl.load(here + FIRST_SOURCE * L), tl.load(here + (FIRST_SOURCE + 1) * L)
+    raised = tl.load(here + RAISED * L)
+    m_in = m_in.to(tl.float64) * LOG2E
+    M_out = (m_out.to(tl.float64) - b_last) * LOG2E
+    top = top.to(tl.float64) + top_rest.to(tl.float64)
+    M = tl.maximum(top, m_in)
+    erased = tl.maximum(top + raised.to(tl.float64), m_in) - M < SMALLEST * LOG2E
+    minus, minus_rest = _pair(-M)
+    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    D = power(minus[:, None] + col[None, :], minus_rest[:, None] + col_rest[None, :], PRECISE)
+    weight = _exp2(m_in - M) * scale
+    nu = nu * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1) * scale
+    floor = _exp2(-(b.to(tl.float64) + b_rest.to(tl.float64) + M))
+    floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
+    den = tl.maximum(tl.abs(nu), floor)
+    mark = tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
+    factor = tl.maximum(scale, 1e-30) / den
+    if PRECISE:  # the fp32 logarithm is off by 2e-7
+        factor = factor.to(tl.float64)
+    target = tl.log2(factor).to(tl.float64) - M
+    p = col.to(tl.float64) + col_rest.to(tl.float64)
+    # What waited has been read by all before it is written over.
+    tl.debug_barrier()
+    store_weights(
+        here, target, weight / den, p, _exp2(p - M_out), mark + tl.where(erased, 4.0, 0.0), inside,
+        inside & (scale > 0.0), L,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])

@@ -75,6 +75,9 @@ def _scan_kernel(
             return
         low = (j * (UNIT // L)).to(tl.int32)
         high = tl.minimum(chunks, (low + UNIT // L).to(tl.int32))
+        if out is None:  # nothing starts from what the last piece leaves
+            if (low == 0) if REVERSE else (high == chunks):
+                return
     slot = row * slots + first_slot(n, start, L, PACKED)
     span = row * spans + first_slot(n, start, SPAN, PACKED)
 
@@ -215,8 +218,7 @@ def _scan_kernel(
     if out is None:
         # What this piece makes of an empty state, to where the next one starts from.
         behind = (low if REVERSE else high) * L // SPAN - 1
-        if (low > 0) if REVERSE else (high < chunks):
-            tl.store(ends + (span + behind) * stride_e + first_x * STRIDE_EX + entry, S)
+        tl.store(ends + (span + behind) * stride_e + first_x * STRIDE_EX + entry, S)
         tl.store(left + w * H + head, remains)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):

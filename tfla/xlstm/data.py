@@ -110,10 +110,14 @@ class Corpus:
         """SHA-256 over all that is in the folder."""
         return self.info["fingerprint"]
 
-    def windows(self, seed: int, step: int, rows: int, context: int) -> Tensor:
+    def windows(
+        self, seed: int, step: int, rows: int, context: int, own: Sequence[int] | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> Tensor:  # fmt: skip
         """(rows, context + 1) int64: the tokens of one step and, one further on, their successors.
 
         Each window is read once an epoch, in an order and with a phase drawn from (seed, epoch).
+        Only the rows `own` are read, and of them only part[0] of part[1] equal parts.
         """
         if len(self.train) <= context:
             raise RunError(
@@ -121,12 +125,14 @@ class Corpus:
                 f"{context + 1:,}; give more files or a smaller --context"
             )
         number = max(1, (len(self.train) - context) // context)
-        out = np.empty((rows, context + 1), np.int64)
-        for row in range(rows):
+        own, length = range(rows) if own is None else own, context // part[1]
+        out = np.empty((len(own), length + 1), np.int64)
+        for place, row in enumerate(own):
             epoch, index = divmod(step * rows + row, number)
             order, luck = _order(seed, epoch, number)
             start = int(luck * (len(self.train) - number * context)) + int(order[index]) * context
-            out[row] = self.train[start : start + context + 1]
+            start += part[0] * length
+            out[place] = self.train[start : start + length + 1]
         return torch.from_numpy(out)
 
     def held_out(self, limit: int) -> tuple[Tensor, bytes]:

@@ -15,40 +15,62 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 import tfla
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
+from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.data import Corpus
 from tfla.xlstm.model import XLSTM
 from tfla.xlstm.run import Run, TrainOptions
 
 Record = dict[str, Any]
+PIECE = 16384  # tokens whose logits are made at once
 
 
 class Placement:
-    """Where a run computes: here in one process on one device; a subclass may spread it over many.
+    """Where a run computes: here in one process on one device; `tfla.xlstm.parallel` spreads it.
 
-    `rank` of `world` says which rows of a batch are this process's own, `main` whether it writes
-    metrics. `place`, `mean`, `clip`, `save` and `load` are called by all ranks.
+    `main`: does this process write metrics? `row` of `rows` says which rows of a batch are its own,
+    `part` which of so many equal parts of their tokens. All ranks call all methods.
     """
 
-    rank, world, main = 0, 1, True
+    main = True
+    row, rows = 0, 1
+    part = (0, 1)
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """The model as it is trained, on its device."""
-        return model.to(self.device)
+    def share(self, make: Callable[[], Run]) -> Run:
+        """The run that `make` starts or takes up again, once, for all ranks."""
+        return make()
+
+    def together(self) -> AbstractContextManager[Any]:
+        """In it the ranks depend on each other."""
+        return nullcontext()
+
+    def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
+        """The model as it is trained, on its device, with parameters from torch's generator."""
+        return XLSTM(config).to(self.device)
+
+    def elapsed(self, seconds: float) -> float:
+        """What the clock of the run says, when this process's says `seconds`."""
+        return seconds
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """In it the model reads whole sequences."""
+        return nullcontext()
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all ranks."""
@@ -59,7 +81,7 @@ class Placement:
         return nn.utils.clip_grad_norm_(parameters, largest)
 
     def save(self, run: Path, meta: Record, state: "TrainState", texts: dict[str, str]) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; it may be whole only once `finish` has been called."""
         checkpoint.save(
             run,
             meta,
@@ -71,6 +93,9 @@ class Placement:
         """Read one back."""
         saved.restore(state.model)
         state.restore_moments(saved.tensors("optimizer"))
+
+    def finish(self) -> None:
+        """Wait for what is still being written."""
 
 
 class TrainState:
@@ -129,7 +154,7 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
     """
     corpus, config, options = run.corpus, run.config, run.options
     torch.manual_seed(options.seed)
-    state = TrainState(placement.place(XLSTM(config)), options)
+    state = TrainState(placement.build(config, options.precision), options)
     step, elapsed = 0, 0.0
     if run.saved is not None:
         placement.load(run.saved, state)
@@ -146,6 +171,10 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
         if log is not None and event != "save":
             log.write(line)
         return line
+
+    def clock() -> float:
+        seconds = time.monotonic() - began
+        return placement.elapsed(seconds) if options.seconds else seconds
 
     def save() -> Record:
         meta = {
@@ -167,7 +196,7 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
         lr = options.lr_at(options.progress(step, elapsed))
         loss = _step(state, corpus, options, placement, step, lr)
         step += 1
-        elapsed = time.monotonic() - began
+        elapsed = clock()
         busy += time.monotonic() - started
         done = options.progress(step, elapsed) >= 1.0
         if step % options.log_every == 0 or done:
@@ -175,11 +204,13 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
             yield record("train", loss=loss, lr=lr, tokens_per_second=round(speed, 1))
             logged_at, busy = step, 0.0
         if step % options.eval_every == 0 or done:
-            bits = evaluate(state.model, held_out, len(raw), options, placement.device)
+            with placement.whole():
+                bits = evaluate(state.model, held_out, len(raw), options, placement.device)
             yield record("eval", bits_per_byte=bits)
-        elapsed = time.monotonic() - began
+        elapsed = clock()
         if step % options.save_every == 0 or done:
             yield save()
+    placement.finish()
 
 
 def evaluate(
@@ -250,14 +281,14 @@ def _step(
 ) -> float:
     """One update; returns the mean loss of its tokens in nats."""
     rows = options.batch * options.accumulate
-    windows = corpus.windows(options.seed, step, rows, options.context)
+    own = np.arange(rows).reshape(options.accumulate, placement.rows, -1)[:, placement.row]
+    windows = corpus.windows(
+        options.seed, step, rows, options.context, own.flatten().tolist(), placement.part
+    )
     total = torch.zeros((), device=placement.device)
-    for number in range(options.accumulate):
-        micro = windows[number * options.batch : (number + 1) * options.batch]
-        own = micro.tensor_split(placement.world)[placement.rank].to(placement.device)
+    for micro in windows.to(placement.device).chunk(options.accumulate):
         with autocast(options.precision, placement.device):
-            logits, _ = state.model(own[:, :-1])
-            loss = _nats(logits, own[:, 1:], "mean") / options.accumulate
+            loss = mean_nats(state.model, micro) / options.accumulate
         loss.backward()
         total += loss.detach()
     norm = placement.clip(state.model.parameters(), options.clip)
@@ -272,6 +303,22 @@ def _step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return value
+
+
+def mean_nats(model: nn.Module, windows: Tensor) -> Tensor:
+    """The mean loss of windows (B, T + 1), in nats. Of many tokens the logits are made in pieces,
+    and again for the backward pass: those of 131,072 tokens and 50,304 words take 26 GB."""
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    if targets.numel() <= PIECE:
+        return _nats(model(inputs)[0], targets, "mean")
+    x, _ = model.hidden(inputs)  # type: ignore[operator]
+
+    def nats(x: Tensor, targets: Tensor) -> Tensor:
+        return _nats(model.logits(x), targets, "sum")  # type: ignore[operator]
+
+    pieces = zip(x.flatten(0, 1)[None].split(PIECE, 1), targets.flatten().split(PIECE), strict=True)
+    parts = [recompute(nats, *piece, use_reentrant=False) for piece in pieces]
+    return torch.stack(parts).sum() / targets.numel()
 
 
 def _nats(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:

@@ -1,0 +1,316 @@
+"""Training on several GPUs: speed, weak scaling, sequences split over them, and what they exchange.
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --out runs/scale
+
+An xLSTM of 1.3B parameters in the layout of xLSTM 7B, in bf16, with AdamW, on random tokens. In
+order: one GPU and all of them at the same tokens a GPU (weak scaling); one sequence of 131,072 and
+of 1,048,576 tokens split over all, beside the longest that one GPU holds with as many layers; the
+exchange of a call alone. It ends after --seconds, whatever is left, and prints a table last.
+--tiny takes seconds on CPUs, over gloo.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import tfla
+from tfla.bench import measure
+from tfla.xlstm import XLSTM, XLSTMConfig
+from tfla.xlstm.parallel import Ranks
+from tfla.xlstm.run import TrainOptions
+from tfla.xlstm.train import Placement, TrainState, autocast, mean_nats
+
+Row = dict[str, Any]
+
+
+class Session:
+    """The ranks, the clock that they share, and the rows measured so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.began, self.options, self.tiny = time.monotonic(), options, options.tiny
+        self.device = torch.device("cpu" if options.tiny else "cuda")
+        self.place = Ranks(self.device)
+        self.device, self.world = self.place.device, dist.get_world_size()
+        self.main, self.rows = self.place.main, list[Row]()
+        Ranks.drawn_on = self.device  # faster
+        # Should a rank hang or run out of memory, what was measured until then is shown.
+        self.alarm = threading.Timer(options.seconds + 20, self.give_up)
+        self.alarm.daemon = True
+        self.alarm.start()
+        small = XLSTMConfig(vocab_size=257, hidden_size=32, num_layers=2, num_heads=2)
+        large = XLSTMConfig(vocab_size=50304, hidden_size=2048, num_layers=24, num_heads=4)
+        self.config = small if self.tiny else large
+        dtype = torch.float32 if self.tiny else torch.bfloat16
+        self.peak = measure.ceiling(self.device, dtype)["flops_per_s"]
+        self.peak = min(self.all(self.peak))
+
+    def all(self, x: Any) -> list[Any]:
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, x)
+        return out
+
+    def left(self) -> float:
+        """Seconds, by the clock of rank 0."""
+        return self.place.elapsed(self.options.seconds - (time.monotonic() - self.began))
+
+    def alone(self, act: Callable[[], Row | None]) -> Row | None:
+        """On rank 0, while the others wait."""
+        found = [act() if self.main else None]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def give_up(self) -> None:
+        if self.main:
+            self.show()
+            print("stopped: the time was up", flush=True)
+        os._exit(3)
+
+    def show(self) -> None:
+        machine = measure.machine(self.device)
+        result = {"machine": machine, "tfla": tfla.__version__, "commit": measure.commit()}
+        result |= {"gpus": self.world, "peak_flops_per_s": self.peak, "rows": self.rows}
+        result["took_s"] = round(time.monotonic() - self.began, 1)
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        path = self.options.out / "scale.json"
+        path.write_text(json.dumps(result, indent=1, default=str))
+        print(f"\n{machine.get('device')} x {self.world}; {self.peak / 1e12:.4g} TFLOP/s "
+              f"measured; {result['took_s']} s; {path}")  # fmt: skip
+        skip = {"name", "steps", "loss", "seconds_a_step"}
+        for row in self.rows:
+            rest = ", ".join(f"{k} {v}" for k, v in row.items() if k not in skip)
+            print(f"{row['name']:28} {rest}")
+
+    def add(self, row: Row | None) -> None:
+        if row is not None and self.main:
+            self.rows.append(row)
+            print(json.dumps(row), flush=True)
+
+
+def timed_steps(
+    session: Session, place: Placement, config: XLSTMConfig, tokens: tuple[int, int],
+    together: bool, seconds: float,
+) -> Row:  # fmt: skip
+    """Steps of training on (B, T) tokens a GPU, or the reason why there are none."""
+    device = place.device
+    torch.manual_seed(0)
+    row: Row = {"B": tokens[0], "T": tokens[1], "layers": config.num_layers}
+    row["hidden"] = config.hidden_size
+    state = None
+
+    def agreed(x: float) -> float:
+        return session.place.elapsed(x) if together else x
+
+    try:
+        options = TrainOptions(steps=1, precision="fp32" if session.tiny else "bf16")
+        state = TrainState(place.build(config, options.precision), options)
+        shape = tokens[0], tokens[1] + 1
+        windows = torch.randint(config.vocab_size, shape, device=device)
+        times, began = [], time.monotonic()
+        while len(times) < 3 or (len(times) < 12 and agreed(time.monotonic() - began) < seconds):
+            synchronize(device)
+            start = time.perf_counter()
+            with autocast(options.precision, device):
+                loss = mean_nats(state.model, windows)
+            loss.backward()
+            place.clip(state.model.parameters(), 1.0)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        row |= {"seconds_a_step": statistics.median(times[2:] or times), "steps": len(times)}
+        row["loss"] = loss.item()
+        if device.type == "cuda":
+            row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+            torch.cuda.reset_peak_memory_stats()
+    except torch.OutOfMemoryError:
+        row["reason"] = "out of memory"
+    del state
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def speed(
+    session: Session, row: Row, config: XLSTMConfig, name: str, gpus: int, tokens: int
+) -> Row:
+    """tokens: of a step, on all GPUs together."""
+    out = {"name": name, "gpus": gpus} | row
+    if "seconds_a_step" in row:
+        each = tokens / row["seconds_a_step"] / gpus
+        share = each * config.flops_per_token(training=True) / session.peak
+        out |= {"tokens_per_s": round(each * gpus, 1), "us_a_token_and_gpu": round(1e6 / each, 4)}
+        out["share_of_matmul_peak"] = round(share, 4)
+    return out
+
+
+def fitting(session: Session, tokens: int) -> XLSTMConfig:
+    """The model with as many layers as a GPU holds for so many tokens; narrower, if it holds less
+    than two. Held are the fp32 inputs of all blocks, and about 105 bytes a channel of one block."""
+    free = min(session.all(torch.cuda.mem_get_info()[1])) * 0.9 - 10e9  # of which logits
+    whole = session.config
+    for part in (1, 2, 4):
+        d = whole.hidden_size // part
+        fixed = 105 * d * tokens + 16 * 2 * whole.vocab_size * d
+        layer = 4 * d * tokens + 16 * 12.2 * d * d
+        layers = min(whole.num_layers, int((free - fixed) / layer))
+        if layers >= 2:
+            break
+    fields = {"num_layers": max(layers, 1), "hidden_size": d, "num_heads": whole.num_heads // part}
+    return XLSTMConfig.from_dict(whole.to_dict() | fields)
+
+
+def weak_scaling(session: Session) -> None:
+    B, T = (2, 32) if session.tiny else session.options.batch
+    config, world = session.config, session.world
+    limit = session.options.seconds / 12
+
+    def single() -> Row:
+        row = timed_steps(session, Placement(session.device), config, (B, T), False, limit)
+        return speed(session, row, config, "train", 1, B * T)
+
+    one = session.alone(single)
+    session.add(one)
+    row = timed_steps(session, session.place, config, (B, T), True, limit)
+    every = speed(session, row, config, "train, sharded", world, B * T * world)
+    if one and "tokens_per_s" in one and "tokens_per_s" in every:
+        every["of_one_gpu_times_n"] = round(every["tokens_per_s"] / one["tokens_per_s"] / world, 4)
+    session.add(every)
+
+
+def long_sequences(session: Session) -> None:
+    """One sequence over all GPUs beside one GPU's share of it, at as many layers as fit there: the
+    inputs of blocks (fp32) and what one block computes are held, the rest is computed again."""
+    world, config = session.world, session.config
+    lengths = (64, 128) if session.tiny else (131072, 1048576)
+    for length in lengths:
+        own = length // world
+        small = config if session.tiny else fitting(session, own)
+        need = session.options.seconds / 5
+        if session.left() < need / 2:
+            session.add({"name": f"context {length:,}", "reason": "no time left"})
+            continue
+
+        # One GPU with its share as a whole sequence: what it takes without any exchange.
+        def single(own: int = own, small: XLSTMConfig = small, limit: float = need / 4) -> Row:
+            row = timed_steps(session, Alone(session.device), small, (1, own), False, limit)
+            return speed(session, row, small, f"one sequence of {own:,}", 1, own)
+
+        one = session.alone(single)
+        session.add(one)
+        place = Ranks(session.device, context_ranks=world, recompute=True)
+        row = timed_steps(session, place, small, (1, own), True, need / 4)
+        split = speed(session, row, small, f"one sequence of {length:,}", world, length)
+        if one and "tokens_per_s" in one and "tokens_per_s" in split:
+            ratio = split["us_a_token_and_gpu"] / one["us_a_token_and_gpu"]
+            split["time_a_token_of_one_gpu"] = round(ratio, 4)
+        session.add(split)
+
+
+class Alone(Placement):
+    """One process that computes again what ``Ranks`` does with recompute=True."""
+
+    def build(self, config: XLSTMConfig, precision: str) -> torch.nn.Module:
+        with torch.device(self.device):
+            model: Any = XLSTM(config)
+        for block in model.blocks:
+            block.forward = recomputed(block.forward)
+        return model
+
+
+def recomputed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **options: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(
+            call, *args, use_reentrant=False, preserve_rng_state=False, **options
+        )
+
+    return forward
+
+
+def functions(session: Session) -> None:
+    """`tfla.mlstm` alone, forward and backward: a share of the tokens on one GPU, and split."""
+    config, world = session.config, session.world
+    dtype = torch.float32 if session.tiny else torch.bfloat16
+    for own in (32,) if session.tiny else (16384, 65536, 524288):
+        if session.left() < 10 and not session.tiny:
+            return
+        shapes = [[config.K], [config.K], [config.V], [], []]
+        x = [torch.randn(1, own, config.num_heads, *d, device=session.device) for d in shapes]
+        x = [y.to(dtype).requires_grad_() for y in x[:3]] + [y.requires_grad_() for y in x[3:]]
+        dh = torch.randn_like(x[2])
+        found = {}
+        for name, group in (("alone", None), ("split", dist.group.WORLD)):
+
+            def call(group: Any = group, x: Any = x, dh: Any = dh) -> None:
+                h, _ = tfla.mlstm(*x, group=group)
+                torch.autograd.grad(h, x, dh)
+
+            found[name] = max(session.all(milliseconds(session, call)))
+        session.add(
+            {"name": f"mlstm, {own:,} tokens a GPU", "gpus": world, "alone_ms": found["alone"],
+             "split_ms": found["split"], "ratio": round(found["split"] / found["alone"], 4)}
+        )  # fmt: skip
+
+
+def exchange(session: Session) -> None:
+    """The all-gather of a call alone, as each layer and direction makes it for one sequence."""
+    config = session.config
+    numbers = config.num_heads * (config.K * config.V + config.K + 3)
+    x = torch.randn(numbers, device=session.device)
+    out = x.new_empty(session.world * numbers)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    ms = max(session.all(milliseconds(session, lambda: gather(out, x))))
+    session.add(
+        {"name": "exchange", "gpus": session.world, "bytes_of_a_rank": 4 * numbers,
+         "microseconds": round(ms * 1e3, 2),
+         "gb_per_s": round(4 * numbers * (session.world - 1) / ms / 1e6, 2)}
+    )  # fmt: skip
+
+
+def milliseconds(session: Session, call: Callable[[], object]) -> float:
+    """The median of 20 calls, after 5."""
+    times = []
+    for _ in range(25):
+        dist.barrier()
+        synchronize(session.device)
+        start = time.perf_counter()
+        call()
+        synchronize(session.device)
+        times.append((time.perf_counter() - start) * 1e3)
+    return round(statistics.median(times[5:]), 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/scale"))
+    parser.add_argument("--seconds", type=float, default=240.0, help="for everything together")
+    parser.add_argument("--batch", type=int, nargs=2, default=(4, 2048), metavar=("B", "T"))
+    parser.add_argument("--tiny", action="store_true", help="a test of this program, on CPUs")
+    session = Session(parser.parse_args())
+    for phase in (exchange, functions, weak_scaling, long_sequences):
+        if session.left() > 0:
+            phase(session)
+    if session.main:
+        session.show()
+    session.alarm.cancel()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

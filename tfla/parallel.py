@@ -1,0 +1,400 @@
+"""One sequence over many processes: T is split over the ranks of a group, in rank order.
+
+States compose, so ranks exchange states, not tokens. With E = (C, n, m) what the tokens of rank j
+leave at its end, b_j the sum of its log_f,
+
+    state that enters rank r  = sum_{j<r} E_j e^(b_{j+1} + ... + b_{r-1})        one all-gather of
+    dC at the end of rank r   = sum_{j>r} dE_j e^(b_{r+1} + ... + b_{j-1})       (C, n, m, b), each
+
+where dE_j is what the loss of rank j says of the state that enters it. Both E and dE are one
+weighted product over the rank's tokens, k^T v and q^T dh. Everything else is the forward and the
+backward pass of one process (``tfla.ops``), from that state and with that cotangent; whatever the
+gates are, and whichever backend.
+
+The exchange is K V + K + 3 numbers a sequence and head, each way, for any T; backward it runs while
+dq is computed. Of packed sequences one crosses a border: it is found on the device. A rank in which
+it begins lets nothing through: its b is ``CUT``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tfla import gates, ops
+from tfla.gates import GAUGE_MIN
+from tfla.ops import Inputs, Options
+
+CUT = -1e33  # below any gauge, and finite: a log weight of 0
+SECONDS = 60  # that ranks wait for each other where shapes are compared
+
+
+def run(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
+    """``ops.run`` with T split over ``group``: (h, C, n, m); states as in ``tfla.mlstm``."""
+    if group is None or group.size() == 1 or x.q.shape[1] == 0:
+        return ops.run(x, o)[:4]
+    return torch.ops.tfla.parallel_forward(*x, *o, group.group_name)[:4]
+
+
+class Part(NamedTuple):
+    """A rank's share of N sequences. P of them may cross a border: all, or one of those packed."""
+
+    cu_seqlens: Tensor | None  # (N + 1,) offsets in the rank's own tokens
+    first: Tensor  # (P,) the sequences of its first token
+    last: Tensor  # (P,) of its last token
+    enters: Tensor  # (N,) bool: begins in a rank before
+    leaves: Tensor  # (N,) goes on in a rank behind
+    starts: Tensor  # (N,) begins here
+    ends: Tensor  # (N,) ends here
+    head: Tensor  # (T,) bool: tokens of ``first``
+    tail: Tensor  # (T,) tokens of ``last``
+
+    @staticmethod
+    def make(x: Inputs, rank: int, size: int) -> Part:
+        B, T, device = x.q.shape[0], x.q.shape[1], x.q.device
+        t = torch.arange(T, device=device)
+        if x.cu_seqlens is None:
+            rows, every = torch.arange(B, device=device), torch.ones_like(t, dtype=torch.bool)
+            sides = (rank > 0, rank < size - 1, rank == 0, rank == size - 1)
+            masks = [torch.full((B,), side, device=device) for side in sides]
+            return Part(None, rows, rows, masks[0], masks[1], masks[2], masks[3], every, every)
+        cu, begin, end = x.cu_seqlens.long(), rank * T, (rank + 1) * T
+        N = len(cu) - 1
+        rows = torch.arange(N, device=device)
+        edges = torch.arange(2, device=device) * (T - 1) + begin
+        first, last = (torch.searchsorted(cu, edges, right=True) - 1).clamp(0, N - 1).split(1)
+        enters = (rows == first) & (cu[first] < begin)
+        leaves = (rows == last) & (cu[last + 1] > end)
+        starts = (cu[:-1] // T).clamp(0, size - 1) == rank
+        ends = (torch.maximum(cu[1:] - 1, cu[:-1]) // T).clamp(0, size - 1) == rank
+        own = (cu - begin).clamp(0, T)
+        head, tail = t < own[first + 1], t >= own[last]
+        own = own.to(x.cu_seqlens.dtype)
+        return Part(own, first, last, enters, leaves, starts, ends, head, tail)
+
+
+def _choose(mask: Tensor, x: Tensor, other: Tensor | float) -> Tensor:
+    """Rows of x (N, ...) or (1, ...) where mask (N,) holds, else those of other."""
+    return torch.where(mask.view(-1, *[1] * (x.dim() - 1)), x, other)
+
+
+class _States(NamedTuple):
+    """C (.., K, V), n (.., K) or None, m (..) and b (..), in fp64, of P sequences."""
+
+    C: Tensor
+    n: Tensor | None
+    m: Tensor
+    b: Tensor
+
+    def ranks(self, start: int, stop: int) -> _States:
+        """Some of those gathered."""
+        return _States(*(None if s is None else s[start:stop] for s in self))  # type: ignore[arg-type]
+
+    def gather(self, group: Any) -> Callable[[], _States]:
+        """Those of all ranks, (R, P, ...), once the function that comes back is called."""
+        b = self.b.to(self.C.dtype)
+        parts = [self.C, self.m, b, (self.b - b).to(self.C.dtype)]  # b needs more than fp32
+        parts += [] if self.n is None else [self.n]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        out = flat.new_empty(group.size(), len(flat))
+        # The second name is the older one, deprecated since torch 2.13.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = gather(out.view(-1), flat, group=group, async_op=True)
+
+        def wait() -> _States:
+            work.wait()
+            split = out.split([part.numel() for part in parts], 1)
+            C, m, b, rest, *n = (y.view(-1, *p.shape) for y, p in zip(split, parts, strict=True))
+            return _States(C, n[0] if n else None, m, b.double() + rest.double())
+
+        return wait
+
+
+def _sum(states: _States, power: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(C, n, m): the sum of states (S, P, H, ...) of weights e^power (S, P, H), fp64."""
+    m = power.amax(0).clamp(min=GAUGE_MIN) if normalize else torch.zeros_like(power[0])
+    m = m.to(states.C.dtype)
+    C, n = _weigh(states, power - m)
+    # A gauge that is still the stand-in belongs to a state of zeros: it may as well be 0.
+    return C, n, torch.where(m <= GAUGE_MIN, 0.0, m)
+
+
+def _weigh(states: _States, power: Tensor) -> tuple[Tensor, Tensor | None]:
+    w = power.exp().to(states.C.dtype)[..., None]
+    return (w[..., None] * states.C).sum(0), None if states.n is None else (w * states.n).sum(0)
+
+
+def _between(b: Tensor) -> Tensor:
+    """(S, ...) -> the sum of those behind each."""
+    return torch.cat([b[1:], torch.zeros_like(b[:1])]).flip(0).cumsum(0).flip(0)
+
+
+def _product(a: Tensor, x: Tensor, full: torch.dtype) -> Tensor:
+    """sum_t a_t x_t^T. a: (B, T, H, A). x: (B, T, H, X)."""
+    if a.dtype != torch.bfloat16 or not a.is_cuda:  # fp16 might not hold the weights in a
+        return torch.einsum("btha,bthx->bhax", a.to(full), x.to(full))
+    B, T, H, _ = a.shape
+    G = next(G for G in (16, 8, 4, 2, 1) if T % G == 0 and (B * H <= 16 or G == 1))
+    out = []
+    for b in range(B):  # one sequence of few heads: cut, or it fills no GPU
+        if G == 1:
+            left, right = a[b].permute(1, 2, 0), x[b].transpose(0, 1)
+            out.append(torch.bmm(left, right, out_dtype=full))
+            continue
+        pieces = [y[b].unflatten(0, (G, -1)) for y in (a, x)]
+        heads = [[piece[:, :, h] for piece in pieces] for h in range(H)]
+        out.append(torch.stack([torch.bmm(p.mT, y, out_dtype=full).sum(0) for p, y in heads]))
+    return torch.stack(out)
+
+
+def _left(x: Inputs, o: Options, part: Part) -> _States:
+    """What the rank leaves at its end; of sequences that begin here, from their initial states."""
+    full = o.full(x.q)
+    log_i, log_f = gates.log_gates(x.i.double(), x.f.double(), o.activations)
+    log_i, log_f = (y.transpose(1, 2).contiguous() for y in (log_i, log_f))  # (B, H, T)
+    log_f = torch.where(part.tail, log_f, 0.0)
+    after = torch.cat([log_f[..., 1:], torch.zeros_like(log_f[..., :1])], -1)
+    power = torch.where(part.tail, log_i + after.flip(-1).cumsum(-1).flip(-1), -torch.inf)
+    m = power.amax(-1).clamp(min=GAUGE_MIN) if o.normalize else torch.zeros_like(power[..., 0])
+    m, b = m.to(full), log_f.sum(-1)
+    w = (power - m[..., None]).exp().to(full).transpose(1, 2)[..., None]
+    k = (x.k * w).to(x.k.dtype if x.k.is_cuda else full)
+    C = _product(k, x.v, full)
+    n = k.sum(1, dtype=full) if o.normalize else None
+    begins = part.starts[part.last]
+    if x.C is not None:
+        n = None if n is None or x.n is None else torch.stack([n, x.n[part.last]])
+        both = _States(torch.stack([C, x.C[part.last]]), n, m, b)
+        power = _choose(begins, b if x.m is None else x.m[part.last] + b, CUT)
+        C, n, m = _sum(both, torch.stack([m.double(), power]), o.normalize)
+    return _States(C, n, m, torch.where(begins[:, None], CUT, b))
+
+
+# ---------------------------------------------------------------- both directions
+
+
+def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
+    """(h, C_T, n_T, m_T, saved, what else the backward pass needs: the states that enter (C, n, m),
+    the gauges that leave, and b of all ranks)."""
+    rank, N = group.rank(), x.q.shape[0] if x.cu_seqlens is None else len(x.cu_seqlens) - 1
+    _agree(x, o, group)
+    with ops.no_autocast(x.q.device.type):
+        part = Part.make(x, rank, group.size())
+        arrives = _left(x, o, part).gather(group)
+        (_, _, H, K), V, full = x.q.shape, x.v.shape[-1], o.full(x.q)
+        C = x.q.new_zeros(N, H, K, V, dtype=full) if x.C is None else x.C
+        n, m = x.n, x.m
+        if o.normalize and x.n is None:
+            n, m = C.new_zeros(N, H, K), C.new_full((N, H), GAUGE_MIN)
+        states = arrives()
+        if rank:
+            before = states.ranks(0, rank)
+            C_r, n_r, m_r = _sum(before, before.m + _between(before.b), o.normalize)
+            C = _choose(part.enters, C_r, C)
+            if n is not None and n_r is not None and m is not None:
+                n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
+        packed = x.cu_seqlens is not None
+        inner = x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
+        grid, result = ops.scan_forward(inner, o._replace(final=o.final and packed))
+        ends = [result.out.new_empty(0, dtype=full) for _ in range(3)]
+        m_last = grid.m_final.clone() if o.normalize else C.new_zeros(N, H)
+        if o.final and packed:  # each is known where its sequence ends
+            own = [result.final, *([grid.n_final, m_last] if o.normalize else [])]
+            own = [_choose(part.ends, s, 0.0) for s in own]
+            ends[: len(own)] = _reduce(own, group)
+        elif o.final:
+            *last, gauge = _sum(states, states.m + _between(states.b), o.normalize)
+            ends = [*last, gauge] if o.normalize else [last[0], *ends[1:]]
+        # An operator's outputs are neither its inputs nor each other.
+        kept = [C.new_empty(0) if y is None else y.clone() if not rank else y for y in (C, n, m)]
+        return result.out, *ends, o.leaf.saved(grid), *kept, m_last, states.b
+
+
+def backward(
+    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, kept: list[Tensor], x: Inputs,
+    o: Options, group: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As ``ops.backward``. kept: what ``forward`` returned, but for C_T and n_T."""
+    rank, full = group.rank(), o.full(x.q)
+    h, m_end, saved, C, *column, m_last, b = kept
+    n, m = column if o.normalize else (None, None)
+    with ops.no_autocast(x.q.device.type):
+        part = Part.make(x, rank, group.size())
+        inner = x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
+        dh = torch.zeros_like(h) if dh is None else dh
+        given: list[Tensor] = []  # (dC, dn) at the ends of the sequences that end here
+        if o.final:  # the losses of all ranks may depend on every rank's copy of it
+            both = [(C, dC)] if n is None else [(C, dC), (n, dn)]
+            given = _reduce([torch.zeros_like(s) if d is None else d for s, d in both], group)
+            if o.normalize:  # from the gauge that was returned to the one of this rank
+                w = (m_last.double() - m_end.double()).exp().to(full)
+                given = [d * w.view(*w.shape, *[1] * (d.dim() - 2)) for d in given]
+            given = [_choose(part.ends, d, 0.0) for d in given]
+
+        def exchange(grid: Any, column: Any) -> Callable[[], tuple[Tensor, Tensor | None]]:
+            packed = x.cu_seqlens is not None
+            w, d = o.leaf.reach(grid, column, part.first if packed else None)
+            enters = part.enters[part.first]
+            used = (part.head & enters[0])[None, :, None]
+            q = (x.q * torch.where(used, w, 0.0)[..., None]).to(x.q.dtype if x.q.is_cuda else full)
+            dC = _product(q, dh, full)
+            dn = None
+            if d is not None:
+                dn = (q * torch.where(used, d, 0.0)[..., None]).sum(1, dtype=full)
+            gauge = dC.new_zeros(dC.shape[:2]) if m is None else m[part.first]
+            if given:
+                _, log_f = gates.log_gates(x.i.double(), x.f.double(), o.activations)
+                power = torch.where(part.head[None, :, None], log_f, 0.0).sum(1)
+                power = _choose(enters, power + gauge - m_last[part.first], CUT).exp().to(full)
+                dC = dC + power[..., None, None] * given[0][part.first]
+                dn = None if dn is None else dn + power[..., None] * given[1][part.first]
+            gauge = _choose(enters, gauge, -CUT)
+            arrives = _States(dC, dn, gauge, torch.zeros_like(b[0])).gather(group)
+
+            def wait() -> tuple[Tensor, Tensor | None]:
+                behind = arrives().ranks(rank + 1, group.size())
+                passed = torch.cat([torch.zeros_like(b[:1]), b[rank + 1 : -1]]).cumsum(0)
+                # Where both are states of zeros their gauges are any: the weight must be finite.
+                power = m_last.double()[part.last] - behind.m + passed[: len(behind.m)]
+                dC, dn = _weigh(behind, power.clamp(max=80))
+                own: list[Any] = [*given, 0.0, 0.0]
+                dC = _choose(part.leaves, dC, own[0])
+                return dC, None if dn is None else _choose(part.leaves, dn, own[1])
+
+            return wait
+
+        grads = ops.backward(dh, None, None, h, saved, inner, o, exchange)
+        return *grads[:5], *(
+            g.new_empty(0) if s is None else _choose(part.starts, g, 0.0)
+            for g, s in zip(grads[5:], (x.C, x.n, x.m), strict=True)
+        )
+
+
+def _reduce(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """The sum over the ranks, in one exchange."""
+    flat = torch.cat([x.reshape(-1) for x in tensors])
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view_as(x).clone() for part, x in zip(parts, tensors, strict=True)]
+
+
+_seen: dict[str, list[Any]] = {}  # by name: the group, the calls that agreed, comparisons so far
+
+
+def _agree(x: Inputs, o: Options, group: Any) -> None:
+    """ValueError in every rank unless all make the same call. Compared once for each new one, over
+    the store of the rendezvous: no collective waits for a rank that does something else."""
+    if x.cu_seqlens is not None and x.cu_seqlens.device.type == "cpu":
+        T = x.q.shape[1] * group.size()
+        offsets = x.cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != T or offsets != sorted(offsets):
+            raise ValueError(
+                f"cu_seqlens must ascend from 0 to T = {T}, that of the {group.size()} ranks of "
+                f"group together; got [{', '.join(map(str, offsets[:8]))}, ...]."
+            )
+    shapes = {n: (*t.shape, t.dtype) for n, t in x._asdict().items() if t is not None}
+    said = str({"T": x.q.shape[1]} | shapes | o._replace(keep=True, backend="")._asdict())
+    known = _seen.get(group.group_name)
+    if known is None or known[0] is not group:
+        known = _seen[group.group_name] = [group, set(), 0]
+    if said in known[1]:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    rank, key = group.rank(), f"tfla/{group.group_name}/{known[2]}"
+    known[2] += 1
+    store.set(f"{key}/{rank}", said)
+    for other in range(group.size()):
+        try:
+            store.wait([f"{key}/{other}"], timedelta(seconds=SECONDS))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {other} of group did not follow rank {rank} within {SECONDS} s into the "
+                f"call {said}: it has failed, or its shapes are others, used before."
+            ) from error
+        theirs = store.get(f"{key}/{other}").decode()
+        if theirs != said:
+            raise ValueError(
+                "every rank of group must make the same call, with an equal share of T; got "
+                f"{theirs} on rank {other}, {said} on rank {rank}."
+            )
+    known[1].add(said)
+
+
+# ---------------------------------------------------------------- torch.library
+
+
+def _resolved(group: str) -> Any:
+    name: Any = group
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+@torch.library.custom_op("tfla::parallel_forward", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
+    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
+    normalize: bool, final: bool, keep: bool, backend: str, group: str,
+) -> list[Tensor]:  # fmt: skip
+    x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
+    o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend)
+    return list(forward(x, o, _resolved(group)))
+
+
+@_forward_op.register_fake
+def _(*args: Any) -> list[Tensor]:
+    x, o = Inputs(*args[:9]), Options(*args[9:16])
+    (B, _, H, K), V = x.q.shape, x.v.shape[-1]
+    N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    P = B if x.cu_seqlens is None else 1
+
+    def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return x.q.new_empty(shape, dtype=dtype or o.full(x.q))
+
+    def state(there: bool) -> list[Tensor]:
+        n = [new(N, H, K), new(N, H)] if there and o.normalize else [new(0), new(0)]
+        return [new(N, H, K, V) if there else new(0), *n]
+
+    saved = o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep)
+    b = new(_resolved(args[16]).size(), P, H, dtype=torch.float64)
+    return [x.v.new_empty(x.v.shape), *state(o.final), saved, *state(True), new(N, H), b]
+
+
+@torch.library.custom_op("tfla::parallel_backward", mutates_args=())
+def _backward_op(
+    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, kept: list[Tensor], q: Tensor,
+    k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
+    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
+    normalize: bool, final: bool, keep: bool, backend: str, group: str,
+) -> list[Tensor]:  # fmt: skip
+    x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
+    o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend)
+    return list(backward(dh, dC, dn, kept, x, o, _resolved(group)))
+
+
+@_backward_op.register_fake
+def _(dh: Any, dC: Any, dn: Any, kept: list[Tensor], *args: Any) -> list[Tensor]:
+    x = Inputs(*args[:9])
+    empty = x.q.new_empty(0, dtype=Options.full(x.q))
+    states = [empty.new_empty((0,) if t is None else t.shape) for t in x[5:8]]
+    return [*(t.new_empty(t.shape) for t in x[:5]), *states]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.rest = inputs[9:]
+    ctx.save_for_backward(*inputs[:9], output[0], *output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_forward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # once: recomputation under a checkpoint allows no more
+    tensors = saved[:9]
+    found = torch.ops.tfla.parallel_backward(*grads[:3], list(saved[9:]), *tensors, *ctx.rest)
+    return *ops.match(found, Inputs(*tensors)), *[None] * 9
+
+
+_forward_op.register_autograd(_backward_of_forward, setup_context=_setup_context)
+_backward_op.register_autograd(lambda ctx, *_: ops.refuse_second_derivative())
