@@ -14,33 +14,36 @@ are printed first: arithmetic over the rate of a matrix product, bytes over the 
 import argparse
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import signal
 import statistics
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from stack_models import HUGGING, INSTALLED, OURS, STACKS, XLSTM_LARGE, Stack, variants
+from torch import Tensor
 
 from tfla.bench import measure
-from tfla.integrations.weights import names_in_checkpoint
-from tfla.xlstm import XLSTM, Stream, XLSTMConfig, prefill
+from tfla.xlstm import XLSTMConfig
 
-STACKS = OURS, HUGGING, XLSTM_LARGE, INSTALLED = "tfla", "transformers", "xlstm", "xlstm on tfla"
 WARM, REPEATS, STEPS = 2, 5, 5  # calls that do not count, calls that do, decode steps a call
 OFF = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # beyond it a row says WRONG
 
 
+class Prepared(NamedTuple):
+    call: Callable[[], object]  # to be timed
+    count: int  # steps in a call
+    check: Tensor  # of a first one
+
+
 class Part(NamedTuple):
     name: str
-    function: Callable[["Stack", Tensor], tuple[list[float], Tensor]]
+    function: Callable[[Stack, Tensor], "Prepared"]
     shape: tuple[int, int]  # of its tokens
     limit_ms: float
 
@@ -64,171 +67,44 @@ SIZES = {
 }
 
 
-# ------------------------------------------------------------------- three stacks, one face for all
-
-
-class Ours:
-    def __init__(self, model: XLSTM, state_dtype: torch.dtype | None = None) -> None:
-        self.model, self.state_dtype = model, state_dtype
-
-    def prefill(self, tokens: Tensor) -> Tensor:
-        return prefill(self.model, tokens)[0]
-
-    def decode(self, prompts: Tensor) -> Callable[[], Tensor]:
-        stream = Stream(self.model, prompts, 1000, temperature=0, state_dtype=self.state_dtype)
-        next(stream)
-        return lambda: next(stream)
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens)[0]
-
-
-class Transformers:
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def prefill(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens, use_cache=True).logits[:, -1]
-
-    def decode(self, prompts: Tensor) -> Callable[[], Tensor]:
-        out = self.model(prompts, use_cache=True)
-        name = "cache" if "cache" in out else "cache_params"  # from 5.24, and before
-        last, cache = out.logits[:, -1].argmax(-1), out[name]
-
-        def step() -> Tensor:
-            nonlocal last
-            out = self.model(last[:, None], use_cache=True, **{name: cache})
-            last = out.logits[:, -1].argmax(-1)
-            return last
-
-        return step
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens, use_cache=False).logits
-
-
-class Large:
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def prefill(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens)[0][:, -1]
-
-    def decode(self, prompts: Tensor) -> Callable[[], Tensor]:
-        logits, state = self.model(prompts)
-        last = logits[:, -1].argmax(-1)
-
-        def step() -> Tensor:
-            nonlocal last, state
-            logits, state = self.model(last[:, None], state)
-            last = logits[:, -1].argmax(-1)
-            return last
-
-        return step
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens)[0]
-
-
-Stack = Ours | Transformers | Large
-Build = tuple[XLSTMConfig, torch.dtype, torch.device, bool]  # the last: to be trained
-
-
-def variants(stack: str, build: Build) -> Iterator[tuple[str, Stack]]:
-    """The rows of a stack: name, and what runs. They share a model where they can."""
-    config, _, device, train = build
-    if stack == OURS:
-        ours = placed(lambda: XLSTM(config), build)
-        yield stack, Ours(ours)
-        if not train:
-            yield "tfla, bf16 states", Ours(ours, torch.bfloat16)
-        return
-    on_tfla = stack == INSTALLED
-    kernels = "triton" if device.type == "cuda" or on_tfla else "native"
-    d, layers, mode = config.hidden_size, config.num_layers, "train" if train else "inference"
-    fields: dict[str, Any] = {
-        "vocab_size": config.vocab_size, "num_heads": config.num_heads, "embedding_dim": d,
-        "num_blocks": layers, "ffn_proj_factor": config.ffn_factor, "mode": mode, "chunk_size": 128,
-        "sequence_kernel": f"native_sequence__{kernels}", "step_kernel": kernels,
-        "chunkwise_kernel": "chunkwise--"
-        + ("triton_xl_chunk" if kernels == "triton" else "native_autograd"),
-        "return_last_states": True,
-    }  # fmt: skip
-    if stack == HUGGING:
-        from transformers import xLSTMConfig, xLSTMForCausalLM
-
-        from tfla.integrations.transformers import patch
-
-        fields |= {"hidden_size": d, "num_hidden_layers": layers}
-        theirs = placed(lambda: xLSTMForCausalLM(xLSTMConfig(**fields)), build)
-        yield stack, Transformers(theirs)
-        yield "transformers on tfla", Transformers(patch(theirs))
-        return
-    from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
-
-    from tfla.integrations import mlstm_kernels
-
-    if on_tfla:
-        mlstm_kernels.install()
-    try:
-        yield stack, Large(placed(lambda: xLSTMLarge(xLSTMLargeConfig(**fields)), build))
-    finally:
-        mlstm_kernels.uninstall()
-
-
-@torch.no_grad()
-def placed(make: Callable[[], nn.Module], build: Build) -> Any:
-    """A model made on the device in its dtype, no other copy at any time; the same values by the
-    name that a parameter has in transformers."""
-    config, dtype, device, train = build
-    with torch.device("meta"):
-        model = make()
-    model = model.to(dtype).to_empty(device=device).train(train)
-    ours = names_in_checkpoint(config) if isinstance(model, XLSTM) else {}
-    for key, parameter in model.named_parameters():
-        key = "backbone.embeddings.weight" if key == "embedding.weight" and not ours else key
-        parts = ours.get(key, [(key, len(parameter))])
-        pieces = parameter.split([rows for _, rows in parts])
-        for (name, _), piece in zip(parts, pieces, strict=True):
-            draw(name, piece, config)
-    return model
-
-
-def draw(name: str, x: Tensor, config: XLSTMConfig) -> None:
-    """Widths as the model is initialised with, but gates that differ and that do something."""
-    d = config.hidden_size
-    out = name.endswith(("out_proj.weight", "proj_down.weight"))
-    std = 2 / (config.num_layers * d**0.5) if out else (2 / (5 * d)) ** 0.5
-    mean = 0.0
-    if x.dim() == 1:
-        std, mean = (0.1, 1.0) if "norm" in name else (1.0, 4.0 if "fgate" in name else 0.0)
-    x.normal_(mean, std, generator=torch.Generator(x.device).manual_seed(zlib.crc32(name.encode())))
-
-
 # ------------------------------------------------------------------------------------- measurements
 
 
-def timed(call: Callable[[], object], device: torch.device, warm: int = WARM) -> list[float]:
+def timed(call: Callable[[], object], device: torch.device) -> list[float]:
     """Milliseconds by the clock, each until the device is done: what a user waits for."""
     times = []
-    for turn in range(warm + REPEATS):
+    for turn in range(WARM + REPEATS):
         measure.synchronize(device)
         began = time.perf_counter()
         call()
         measure.synchronize(device)
-        if turn >= warm:
+        if turn >= WARM:
             times.append((time.perf_counter() - began) * 1e3)
     return times
 
 
-@torch.no_grad()
-def read(stack: Stack, tokens: Tensor) -> tuple[list[float], Tensor]:
-    check = stack.prefill(tokens).float().cpu()
-    return timed(lambda: stack.prefill(tokens), tokens.device), check
+def kernels(call: Callable[[], object], device: torch.device) -> list[tuple[str, int, float]]:
+    """What the device (on a CPU: torch) spends most on in a call: name, launches, ms."""
+    cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CPU, activity.CUDA] if cuda else [activity.CPU]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        measure.synchronize(device)
+    where = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    found = [
+        (e.key, e.count, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3)
+        for e in profile.key_averages()
+        if e.device_type == where
+    ]
+    return sorted(found, key=lambda row: -row[2])
 
 
-@torch.no_grad()
-def decode(stack: Stack, prompts: Tensor) -> tuple[list[float], Tensor]:
+def read(stack: Stack, tokens: Tensor) -> Prepared:
+    return Prepared(lambda: stack.prefill(tokens), 1, stack.prefill(tokens).float().cpu())
+
+
+def decode(stack: Stack, prompts: Tensor) -> Prepared:
     step = stack.decode(prompts)
     check = step().clone().cpu()
     step()  # records the graph, where there is one
@@ -237,10 +113,10 @@ def decode(stack: Stack, prompts: Tensor) -> tuple[list[float], Tensor]:
         for _ in range(STEPS):
             step()
 
-    return [ms / STEPS for ms in timed(some, prompts.device, warm=1)], check
+    return Prepared(some, STEPS, check)
 
 
-def train(stack: Stack, tokens: Tensor) -> tuple[list[float], Tensor]:
+def train(stack: Stack, tokens: Tensor) -> Prepared:
     parameters = list(stack.model.parameters())
 
     def step() -> Tensor:
@@ -253,14 +129,12 @@ def train(stack: Stack, tokens: Tensor) -> tuple[list[float], Tensor]:
 
     loss = step()
     norm = torch.stack([p.grad.float().norm() for p in parameters if p.grad is not None]).norm()
-    return timed(step, tokens.device), torch.stack([loss, norm]).cpu()
+    return Prepared(step, 1, torch.stack([loss, norm]).cpu())
 
 
-def parts(
-    size: Size, training: bool, device_limits: dict[str, float], state_dtype: torch.dtype
-) -> list[Part]:
+def parts(size: Size, training: bool, ceiling: dict[str, float], state: torch.dtype) -> list[Part]:
     """Of one model: what is measured, and the limit of the device for it."""
-    rate, bandwidth = device_limits["flops_per_s"], device_limits["bytes_per_s"]
+    rate, bandwidth = ceiling["flops_per_s"], ceiling["bytes_per_s"]
     if training:
         B, T = size.batch
         flops = B * T * size.training.flops_per_token(True)
@@ -271,31 +145,26 @@ def parts(
     found = [Part(f"prefill {T:,}", read, (1, T), flops / rate * 1e3)]
     weights = (config.num_parameters() - embedding) * size.dtype.itemsize  # its rows are looked up
     for B in size.batches:
-        total = weights + 2 * config.state_bytes(B, dtype=state_dtype)  # states: read and written
+        total = weights + 2 * config.state_bytes(B, dtype=state)  # states: read and written
         shape = (B, size.prompt)
         found.append(Part(f"decode, batch {B}", decode, shape, total / bandwidth * 1e3))
     return found
 
 
-class Late(Exception):
-    """A part took more than its time."""
-
-
 def boxed(call: Callable[[], Any], seconds: float) -> Any:
-    """call(), or Late after some seconds."""
+    """call(), or TimeoutError after some seconds."""
 
     def ring(*_: object) -> None:
-        raise Late(f"took more than {seconds:.0f} s")
+        raise TimeoutError(f"took more than {seconds:.0f} s")
 
     if seconds < 1:
-        raise Late("left out: the time of the whole run is over")
-    before = signal.signal(signal.SIGALRM, ring)
+        raise TimeoutError("left out: the time of the whole run is over")
+    signal.signal(signal.SIGALRM, ring)
     signal.alarm(int(seconds))
     try:
         return call()
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -309,17 +178,12 @@ class Run:
 
     def __init__(self, size: Size, device: torch.device, args: argparse.Namespace) -> None:
         self.size, self.device, self.out = size, device, args.out
+        self.profile = args.profile
         self.each, self.end = args.each, time.monotonic() + args.seconds
         self.wanted: dict[str, Tensor] = {}
         self.limits = measure.ceiling(device, size.dtype)
-        machine = measure.machine(device)
-        for package in ("transformers", "xlstm"):
-            try:
-                machine[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
         self.result: dict[str, Any] = {
-            "size": args.size, "dtype": str(size.dtype), "machine": machine,
+            "size": args.size, "dtype": str(size.dtype), "machine": measure.machine(device),
             "commit": measure.commit(), "ceiling": self.limits, "rows": [],
         }  # fmt: skip
 
@@ -328,7 +192,7 @@ class Run:
 
     def add(self, **row: Any) -> None:
         self.result["rows"].append(row)
-        print(line(row), flush=True)
+        print(line(row, details=True), flush=True)
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.out.write_text(json.dumps(self.result, indent=1) + "\n")
@@ -356,18 +220,26 @@ class Run:
         tokens = tokens.to(self.device)
         self.clear()
         try:
-            times, check = boxed(lambda: part.function(stack, tokens), self.left())
-            row["off"] = off(check, self.wanted.setdefault(part.name, check))
-            row["wrong"] = check.is_floating_point() and not row["off"] <= OFF[self.size.dtype]
-            row |= {"ms": statistics.median(times), "samples_ms": times}
-            count = part.shape[0] if part.function is decode else tokens[:, 1:].numel()
-            row["tokens_per_s"] = count / row["ms"] * 1e3
-            if self.device.type == "cuda":
-                row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            boxed(lambda: self.measure(row, part, stack, tokens), self.left())
         except Exception as error:
             row["reason"] = why(error)
         stack.model.zero_grad()
         self.add(**row)
+
+    def measure(self, row: dict[str, Any], part: Part, stack: Stack, tokens: Tensor) -> None:
+        with torch.set_grad_enabled(part.function is train):
+            call, count, check = part.function(stack, tokens)
+            times = [ms / count for ms in timed(call, self.device)]
+            row["off"] = off(check, self.wanted.setdefault(part.name, check))
+            row["wrong"] = check.is_floating_point() and not row["off"] <= OFF[self.size.dtype]
+            number = part.shape[0] if part.function is decode else tokens[:, 1:].numel()
+            row["tokens_per_s"] = number / statistics.median(times) * 1e3
+            if self.device.type == "cuda":
+                row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            row |= {"ms": statistics.median(times), "samples_ms": times}
+            if self.profile and row["stack"] == OURS:
+                found = kernels(call, self.device)
+                row["kernels"] = [(name, n / count, ms / count) for name, n, ms in found]
 
     def clear(self) -> None:
         gc.collect()
@@ -380,13 +252,15 @@ def why(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:150]
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any], details: bool = False) -> str:
     head = f"{row['stack']:<21} {row['part']:<21}"
     if "ms" not in row:
         return f"{head} {row['reason']}"
     peak = f"{row['peak_bytes'] / 2**30:7.1f}" if "peak_bytes" in row else "      -"
     share, rate, mark = row["limit_ms"] / row["ms"], row["tokens_per_s"], " WRONG" * row["wrong"]
-    return f"{head} {row['ms']:9.2f} {share:7.0%} {rate:10,.0f} {peak} {row['off']:8.1e}{mark}"
+    text = f"{head} {row['ms']:9.2f} {share:7.0%} {rate:10,.0f} {peak} {row['off']:8.1e}{mark}"
+    most = row.get("kernels", [])[:12] if details else []
+    return "\n".join([text, *(f"{n:10.1f} x {ms:9.3f} ms  {name[:90]}" for name, n, ms in most)])
 
 
 HEAD = f"{'':<21} {'':<21} {'ms':>9} {'limit':>7} {'tokens/s':>10} {'GiB':>7} {'off':>8}"
@@ -400,18 +274,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=200, help="of the whole run")
     parser.add_argument("--each", type=float, default=60, help="seconds of one model or one row")
     parser.add_argument("--stacks", default=",".join(STACKS), help="some of these")
+    parser.add_argument("--profile", action="store_true", help="also where tfla's own time goes")
     args = parser.parse_args()
     run = Run(SIZES[args.size], torch.device(args.device), args)
     print(json.dumps(run.result["machine"]))
     rate, bandwidth = run.limits["flops_per_s"], run.limits["bytes_per_s"]
     print(f"product {rate / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s; limits in ms:")
-    for training in (False, True):
-        low = (torch.float32,) if training else (torch.float32, torch.bfloat16)
-        for dtype in low:
-            for part in parts(run.size, training, run.limits, dtype):
-                note = f", {dtype} states".replace("torch.", "") if part.function is decode else ""
-                if note or dtype == torch.float32:
-                    print(f"  {part.name}{note}: {part.limit_ms:.2f}")
+    for training, dtype in ((False, torch.float32), (False, torch.bfloat16), (True, torch.float32)):
+        found = parts(run.size, training, run.limits, dtype)
+        kind = "training" if training else f"states in {dtype}".replace("torch.", "")
+        print(f"  {kind}: " + "; ".join(f"{part.name} {part.limit_ms:.2f}" for part in found))
     wanted = [name.strip() for name in args.stacks.split(",")]
     print(HEAD, flush=True)
     # What matters most comes first: the time of the whole run may end before the rest.
