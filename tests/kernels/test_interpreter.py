@@ -264,13 +264,17 @@ else:
         norm = torch.nn.functional.layer_norm(h.double(), (V,), eps=1e-6).flatten(-2)
         exact = torch.sigmoid(o.double()) * weight.double() * norm
         close(pointwise.head_norm(h, o, weight, 1e-6), exact)
-        y, bias = normal(2 * H).float() * 20, torch.randn(2 * H, generator=g).to(dtype)
-        active = torch.rand(rows, generator=g) > 0.5
-        for cap in (15.0, None):
-            exact = y.double() + bias.double()
-            exact = exact if cap is None else cap * torch.tanh(exact / cap)
-            free = pointwise.gates(y, bias, cap, None, 1e4)
-            torch.testing.assert_close(free.double(), exact, rtol=1e-6, atol=1e-7)
-            closed = torch.tensor([-1e4] * H + [1e4] * H)
-            wanted = torch.where(active[..., None], free, closed)
-            assert torch.equal(pointwise.gates(y, bias, cap, active, 1e4), wanted)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("cap", [15.0, None])
+    def test_the_gates_of_a_step(cap: float | None, dtype: torch.dtype) -> None:
+        H, D, g = 3, 40, torch.Generator().manual_seed(3)
+        x, weight, bias = (torch.randn(n, generator=g).to(dtype) for n in ((5, D), (6, D), (6,)))
+        exact = x.double() @ weight.double().T + bias.double()
+        exact = exact if cap is None else cap * torch.tanh(exact / cap)
+        free = pointwise.gates(x, weight, bias, cap, None, 1e4)
+        torch.testing.assert_close(free.double(), exact, rtol=2e-6, atol=2e-6)
+        active = torch.tensor([True, False, True, True, False])
+        closed = torch.tensor([-1e4] * H + [1e4] * H)
+        wanted = torch.where(active[:, None], free, closed)
+        assert torch.equal(pointwise.gates(x, weight, bias, cap, active, 1e4), wanted)

@@ -1,5 +1,5 @@
-"""What a model does between its matrix products, each in one launch and one pass over memory; no
-gradients. Rows lie in dense memory, or in columns of a wider matrix."""
+"""What a model does between its large matrix products, each in one launch and one pass over memory;
+no gradients."""
 
 from __future__ import annotations
 
@@ -62,30 +62,34 @@ def head_norm(h: Tensor, o: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def _gates_kernel(
-    y, bias, active, out, cap, H, BLOCK: tl.constexpr, CAPPED: tl.constexpr, CLOSED: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
+    x, weight, bias, active, out, cap, D, H,
+    BLOCK: tl.constexpr, CAPPED: tl.constexpr, CLOSED: tl.constexpr,
+):  # fmt: skip
+    row, gate = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
-    inside = lanes < 2 * H
-    x = tl.load(y + row * 2 * H + lanes, mask=inside, other=0.0)
-    x = x + tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
+    inside = lanes < D
+    a = tl.load(x + row * D + lanes, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(weight + gate * D + lanes, mask=inside, other=0.0).to(tl.float32)
+    y = tl.sum(a * b, 0) + tl.load(bias + gate).to(tl.float32)
     if CAPPED:  # in fp64 the difference loses nothing near 0
-        x = (cap * (1.0 - 2.0 / (tl.exp(2.0 * x.to(tl.float64) / cap) + 1.0))).to(tl.float32)
+        y = (cap * (1.0 - 2.0 / (tl.exp(2.0 * y.to(tl.float64) / cap) + 1.0))).to(tl.float32)
     if active is not None:
-        idle = tl.load(active + row) == 0
-        x = tl.where(idle, tl.where(lanes < H, -CLOSED, CLOSED), x)
-    tl.store(out + row * 2 * H + lanes, x, mask=inside)
+        y = tl.where(tl.load(active + row) == 0, tl.where(gate < H, -CLOSED, CLOSED), y)
+    tl.store(out + row * 2 * H + gate, y)
 
 
 def gates(
-    y: Tensor, bias: Tensor, cap: float | None, active: Tensor | None, closed: float
+    x: Tensor, weight: Tensor, bias: Tensor, cap: float | None, active: Tensor | None, closed: float
 ) -> Tensor:
-    """cap tanh((y + bias) / cap) for y (..., 2 H) fp32; where `active` (...) is False: -closed for
-    the first H, closed for the last."""
-    y, active = y.contiguous(), None if active is None else active.contiguous().view(torch.uint8)
-    out, H = torch.empty_like(y), y.shape[-1] // 2
+    """cap tanh((W x + b) / cap) (N, 2 H) in fp32 for x (N, D); where `active` (N,) is False -closed
+    in the first H, closed in the last. For few rows: each one reads all of W."""
+    x, weight = x.contiguous(), weight.contiguous()
+    active = None if active is None else active.contiguous().view(torch.uint8)
+    (N, D), G = x.shape, weight.shape[0]
+    out = x.new_empty(N, G, dtype=torch.float32)
     launch(
-        _gates_kernel, (y.numel() // (2 * H),), (1, 1), (y, bias, active, out), cap or 1.0, H,
-        BLOCK=triton.next_power_of_2(2 * H), CAPPED=cap is not None, CLOSED=closed,
+        _gates_kernel, (N, G), (4 if D <= 4096 else 8, 1), (x, weight, bias, active, out),
+        cap or 1.0, D, G // 2, BLOCK=triton.next_power_of_2(D), CAPPED=cap is not None,
+        CLOSED=closed,
     )  # fmt: skip
     return out

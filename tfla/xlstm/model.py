@@ -70,21 +70,19 @@ class MLSTMLayer(nn.Module):
     def gate_preactivations(self, x: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """i and f (..., H), soft-capped, in fp32 (fp64 for fp64 x), also under autocast; closed
         where `active` (...) is False."""
-        weight, bias = self.gates.weight, self.gates.bias
+        weight, bias, cap = self.gates.weight, self.gates.bias, self.config.gate_soft_cap
+        if x.dim() == 2 and (kernels := fused(x, weight)):  # a library's product of few rows waits
+            return kernels.gates(x, weight, bias, cap, active, CLOSED).chunk(2, -1)
         dtype = torch.promote_types(x.dtype, torch.float32)
         device = x.device.type
         knows_autocast = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if knows_autocast else nullcontext():
             if _sums_in_fp32(x, weight):  # products of 16 bits are exact in fp32: no copies in fp32
                 y = torch.mm(x.flatten(0, -2), weight.T, out_dtype=dtype).unflatten(0, x.shape[:-1])
-                if kernels := fused(x, weight):
-                    cap = self.config.gate_soft_cap
-                    i, f = kernels.gates(y, bias, cap, active, CLOSED).chunk(2, -1)
-                    return i, f
                 y = y + bias
             else:
                 y = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
-        i, f = soft_cap(y, self.config.gate_soft_cap).chunk(2, -1)
+        i, f = soft_cap(y, cap).chunk(2, -1)
         if active is not None:
             idle = ~active[..., None]
             i, f = i.masked_fill(idle, -CLOSED), f.masked_fill(idle, CLOSED)
