@@ -158,7 +158,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     segment = 0
     if 3 * programs < 2 * wanted and mean >= 8 * span:
         segment = max(4 * span, power_of_two(-(-mean * programs // wanted)))
-    small = min(64, power_of_two(max(p.K, p.V)))
+    small = min(32 if p.bytes == 4 else 64, power_of_two(max(p.K, p.V)))
     return Plan(L, span, segment, h, dq, small, small, block_c=64, small_warps=4)
 
 

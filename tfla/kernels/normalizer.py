@@ -184,6 +184,7 @@ def _denominator_kernel(
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l
+    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
     scores = tl.zeros([L, L], tl.float32)
     nu = tl.zeros([L], tl.float32)
     q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
@@ -194,7 +195,10 @@ def _denominator_kernel(
         q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
         k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
         n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
-        scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
+        if PRECISE:  # sums of BLOCK_K terms, added: half the rounding of one sum of 512
+            scores += tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        else:
+            scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
         nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
     here = weights + slot * VECTORS * L + l
     m_in = tl.load(gauge + slot)
@@ -213,10 +217,11 @@ def _denominator_kernel(
     M = tl.maximum(top, m_in)
     erased = tl.maximum(top + raised.to(tl.float64), m_in) - M < SMALLEST * LOG2E
     minus, minus_rest = _pair(-M)
-    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
     D = power(minus[:, None] + col[None, :], minus_rest[:, None] + col_rest[None, :], PRECISE)
     weight = _exp2(m_in - M) * scale
-    nu = nu * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1) * scale
+    if not PRECISE:
+        scores *= scale
+    nu = nu * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1)
     floor = _exp2(-(b.to(tl.float64) + b_rest.to(tl.float64) + M))
     floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
     den = tl.maximum(tl.abs(nu), floor)
