@@ -34,7 +34,7 @@ DEVICES = {
 }
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
-    torch.int32: "i32", torch.int64: "i64", torch.int8: "i8",
+    torch.int32: "i32", torch.int64: "i64", torch.int8: "i8", torch.uint8: "u8",
 }  # fmt: skip
 
 

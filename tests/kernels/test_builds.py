@@ -5,6 +5,7 @@ tensor-core products.
 """
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
-from builds import DEVICES, Launch, build, launches, resources
+from builds import DEVICES, Launch, build, launches, record, resources
 
+from tfla.kernels import pointwise
 from tfla.kernels.hopper import _scan_hopper_kernel
 from tfla.kernels.scan import _scan_kernel
 
@@ -76,6 +78,26 @@ def test_a_forward_without_a_backward_builds(gate: str) -> None:
     for launch in launches(DEVICES[target], 16, 512, 16, 64, 64, gate=gate, backward=False):
         if launch.kernel in SCANS:
             check(launch, target, STACK[target])
+
+
+@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
+@pytest.mark.parametrize("target", DEVICES, ids=lambda t: f"{t[0]}{t[1]}")
+def test_what_lies_between_matrix_products_builds(target: tuple[str, int | str]) -> None:
+    """At the sizes of xLSTM 7B."""
+    seen: list[Launch] = []
+
+    def recorder(kernel, grid, shape, tensors, *numbers, **constants) -> None:
+        seen.append(record(kernel, shape, (*tensors, *numbers), constants))
+
+    y, wide = (torch.empty(64, n, dtype=torch.bfloat16, device="meta") for n in (21888, 12288))
+    with mock.patch("tfla.kernels.pointwise.launch", recorder):
+        pointwise.swiglu(y)
+        pointwise.head_norm(wide[:, :4096].unflatten(-1, (8, 512)), wide[:, 8192:], wide[0], 1e-6)
+        for active in (None, wide[:, 0] > 0):
+            pointwise.gates(wide[:, :4096], wide[:16, :4096], wide[0, :16], 15.0, active, 1e4)
+    assert len(seen) == 4
+    for launch in seen:
+        check(launch, target, 0)
 
 
 @pytest.mark.aot

@@ -33,6 +33,7 @@ else:
 
     import tfla
     from tfla import kernels
+    from tfla.kernels import pointwise
     from tfla.plan import Plan, Tile
 
     pytestmark = [
@@ -241,3 +242,39 @@ else:
         with planned(segment=32):
             first, second = (checks.run_tfla(case, inputs, torch.zeros(1, 1)) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("rows", [(3,), (2, 5), (2, 0)])
+    def test_what_lies_between_matrix_products(rows: tuple[int, ...], dtype: torch.dtype) -> None:
+        H, V, F = 3, 20, 1100
+        g = torch.Generator().manual_seed(3)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*rows, *shape, generator=g).to(dtype)
+
+        def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
+            assert ours.dtype == dtype and ours.shape == exact.shape
+            limits = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2e-6}
+            torch.testing.assert_close(ours.double(), exact, **limits)
+
+        x, h, wide = normal(2 * F), normal(H, V), normal(2 * H * V)
+        a, b = x.double().chunk(2, -1)
+        close(pointwise.swiglu(x), torch.nn.functional.silu(a) * b)
+        o, weight = wide[..., H * V :], torch.rand(H * V, generator=g).to(dtype)
+        norm = torch.nn.functional.layer_norm(h.double(), (V,), eps=1e-6).flatten(-2)
+        exact = torch.sigmoid(o.double()) * weight.double() * norm
+        close(pointwise.head_norm(h, o, weight, 1e-6), exact)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("cap", [15.0, None])
+    def test_the_gates_of_a_step(cap: float | None, dtype: torch.dtype) -> None:
+        H, D, g = 3, 40, torch.Generator().manual_seed(3)
+        x, weight, bias = (torch.randn(n, generator=g).to(dtype) for n in ((5, D), (6, D), (6,)))
+        exact = x.double() @ weight.double().T + bias.double()
+        exact = exact if cap is None else cap * torch.tanh(exact / cap)
+        free = pointwise.gates(x, weight, bias, cap, None, 1e4)
+        torch.testing.assert_close(free.double(), exact, rtol=2e-6, atol=2e-6)
+        active = torch.tensor([True, False, True, True, False])
+        closed = torch.tensor([-1e4] * H + [1e4] * H)
+        wanted = torch.where(active[:, None], free, closed)
+        assert torch.equal(pointwise.gates(x, weight, bias, cap, active, 1e4), wanted)

@@ -165,7 +165,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             "capability": None if torch.version.hip else (properties.major, properties.minor),
             "cuda": torch.version.cuda or f"hip {torch.version.hip}",
         }
-    for package in ("triton", "mlstm_kernels", "fla-core", "mamba-ssm"):
+    for package in ("triton", "mlstm_kernels", "xlstm", "transformers", "fla-core", "mamba-ssm"):
         try:
             info[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -69,7 +69,7 @@ def load_xlstm(
             config = dataclasses.replace(config, tie_embeddings=True)
         with torch.device("meta"):
             model = XLSTM(config)
-        names, own = _names(config, mode), dict(model.named_parameters())
+        names, own = names_in_checkpoint(config, mode), dict(model.named_parameters())
         source.check(
             {
                 name: (rows, *own[key].shape[1:])
@@ -130,7 +130,7 @@ def save_xlstm(
     if taken := sorted(body.keys() & (fields or {}).keys() - _TOKEN_IDS):
         raise ValueError(f"fields must not contain {taken}: the model determines them.")
     body |= fields or {}
-    names = _names(model.config, weight_mode)
+    names = names_in_checkpoint(model.config, weight_mode)
     # transformers 5 reads both tables also where its configuration says that they are one.
     names["head.weight"] = [("lm_head.weight", model.config.vocab_size)]
     own = {**dict(model.named_parameters()), "head.weight": model.head.weight}
@@ -150,7 +150,7 @@ def save_xlstm(
 # ------------------------------------------------------------------------------- names and widths
 
 
-def _names(config: XLSTMConfig, mode: str) -> dict[str, Parts]:
+def names_in_checkpoint(config: XLSTMConfig, mode: str = "single") -> dict[str, Parts]:
     """For each parameter of ours, what it is made of in a checkpoint, from the first row down."""
     single = mode == "single"
     qk, v, H = config.qk_dim, config.v_dim, config.num_heads

@@ -11,6 +11,7 @@ T tokens, d hidden size, H heads, K q/k head dim, V v head dim.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tfla
+from tfla import checks
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.generate import Generation, Prompts, Stream, generate
 
@@ -54,21 +56,23 @@ class MLSTMLayer(nn.Module):
         config = self.config
         q, k, v, o = self.qkvo(x).split(self.widths, -1)
         q, k, v = (y.unflatten(-1, (config.num_heads, -1)) for y in (q, k, v))  # (..., H, K or V)
-        i, f = self.gate_preactivations(x)  # (..., H)
-        if active is not None:
-            idle = ~active[..., None]
-            i, f = i.masked_fill(idle, -CLOSED), f.masked_fill(idle, CLOSED)
+        i, f = self.gate_preactivations(x, active)  # (..., H)
         gate = config.input_gate
         if x.dim() == 3:
             h, state = tfla.mlstm(q, k, v, i, f, input_gate=gate, initial_state=state, **options)
         else:
             h, state = tfla.mlstm_step(q, k, v, i, f, state, input_gate=gate, **options)  # type: ignore[arg-type]
+        if kernels := fused(x, self.norm_weight):
+            return self.out(kernels.head_norm(h, o, self.norm_weight, config.norm_eps)), state
         h = F.layer_norm(h, (config.V,), eps=config.norm_eps).flatten(-2) * self.norm_weight
         return self.out(torch.sigmoid(o) * h), state
 
-    def gate_preactivations(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """i and f (..., H), soft-capped, in fp32 (fp64 for fp64 x), also under autocast."""
-        weight, bias = self.gates.weight, self.gates.bias
+    def gate_preactivations(self, x: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """i and f (..., H), soft-capped, in fp32 (fp64 for fp64 x), also under autocast; closed
+        where `active` (...) is False."""
+        weight, bias, cap = self.gates.weight, self.gates.bias, self.config.gate_soft_cap
+        if x.dim() == 2 and (kernels := fused(x, weight)):  # a library's product of few rows waits
+            return kernels.gates(x, weight, bias, cap, active, CLOSED).chunk(2, -1)
         dtype = torch.promote_types(x.dtype, torch.float32)
         device = x.device.type
         knows_autocast = torch.amp.is_autocast_available(device)
@@ -78,7 +82,10 @@ class MLSTMLayer(nn.Module):
                 y = y + bias
             else:
                 y = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
-        i, f = soft_cap(y, self.config.gate_soft_cap).chunk(2, -1)
+        i, f = soft_cap(y, cap).chunk(2, -1)
+        if active is not None:
+            idle = ~active[..., None]
+            i, f = i.masked_fill(idle, -CLOSED), f.masked_fill(idle, CLOSED)
         return i, f
 
 
@@ -91,7 +98,10 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.ffn_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        g, u = self.up(x).chunk(2, -1)
+        y = self.up(x)
+        if kernels := fused(y, self.down.weight):
+            return self.down(kernels.swiglu(y))
+        g, u = y.chunk(2, -1)
         return self.down(F.silu(g) * u)
 
 
@@ -282,6 +292,17 @@ class XLSTM(nn.Module):
     def stream(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Stream:
         """The same as an iterator of (B,) tokens: a ``tfla.xlstm.Stream``."""
         return Stream(self, prompts, max_new_tokens, **options)
+
+
+def fused(x: Tensor, weight: Tensor) -> Any:
+    """The kernels that do what lies between matrix products in one pass, with less rounding; None
+    where torch has to do it: for gradients, in graphs, under autocast, without a GPU."""
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if x.dtype != weight.dtype or torch.is_autocast_enabled("cuda"):
+        return None
+    known = checks.pick_backend(None, x) == "triton"
+    return importlib.import_module("tfla.kernels.pointwise") if known else None
 
 
 def _sums_in_fp32(x: Tensor, weight: Tensor) -> bool:

@@ -1,0 +1,303 @@
+"""Whole models beside the official stack: python benchmarks/stacks.py [--size tiny --device cpu]
+
+An xLSTM 7B (bf16, random weights) reads a prompt of 16,384 tokens and decodes at batch 1 and 64;
+one of 400M takes a training step: forward and backward. Rows: tfla.xlstm (decode steps from a CUDA
+graph, as in generation), transformers and xlstm with the kernels of mlstm_kernels, the same two on
+tfla. A parameter has the same values in every stack; "off" is the relative deviation from the first
+row: of the logits, of the tokens of the first decode step, of the loss and a norm of gradients.
+
+One GPU with 80 GB, one model in memory at a time. What fails or takes too long is a line that says
+why. `transformers`, `xlstm` and `mlstm_kernels` only have to be importable (PYTHONPATH). The limits
+are printed first: arithmetic over the rate of a matrix product, bytes over the rate of a copy.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from stack_models import HUGGING, INSTALLED, OURS, STACKS, XLSTM_LARGE, Stack, variants
+from torch import Tensor
+
+from tfla.bench import measure
+from tfla.xlstm import XLSTMConfig
+
+WARM, REPEATS, STEPS = 2, 5, 5  # calls that do not count, calls that do, decode steps a call
+OFF = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # beyond it a row says WRONG
+
+
+class Prepared(NamedTuple):
+    call: Callable[[], object]  # to be timed
+    count: int  # steps in a call
+    check: Tensor  # of a first one
+
+
+class Part(NamedTuple):
+    name: str
+    function: Callable[[Stack, Tensor], "Prepared"]
+    shape: tuple[int, int]  # of its tokens
+    limit_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    inference: XLSTMConfig
+    training: XLSTMConfig
+    dtype: torch.dtype
+    prefill: int  # tokens of the long prompt
+    prompt: int  # tokens of each prompt before decoding
+    batches: tuple[int, ...]  # sequences that are decoded at once
+    batch: tuple[int, int]  # sequences and tokens of a training step
+
+
+TINY = XLSTMConfig(vocab_size=256, hidden_size=128, num_layers=2, num_heads=2)
+MEDIUM = XLSTMConfig(vocab_size=50304, hidden_size=1024, num_layers=24, num_heads=4)
+SIZES = {
+    "tiny": Size(TINY, TINY, torch.float32, 256, 64, (1, 4), (2, 128)),
+    "7b": Size(XLSTMConfig.xlstm_7b(), MEDIUM, torch.bfloat16, 16384, 128, (1, 64), (8, 2048)),
+}
+
+
+# ------------------------------------------------------------------------------------- measurements
+
+
+def timed(call: Callable[[], object], device: torch.device) -> list[float]:
+    """Milliseconds by the clock, each until the device is done: what a user waits for."""
+    times = []
+    for turn in range(WARM + REPEATS):
+        measure.synchronize(device)
+        began = time.perf_counter()
+        call()
+        measure.synchronize(device)
+        if turn >= WARM:
+            times.append((time.perf_counter() - began) * 1e3)
+    return times
+
+
+def kernels(call: Callable[[], object], device: torch.device) -> list[tuple[str, int, float]]:
+    """What the device (on a CPU: torch) spends most on in a call: name, launches, ms."""
+    cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CPU, activity.CUDA] if cuda else [activity.CPU]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        measure.synchronize(device)
+    where = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    found = [
+        (e.key, e.count, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3)
+        for e in profile.key_averages()
+        if e.device_type == where
+    ]
+    return sorted(found, key=lambda row: -row[2])
+
+
+def read(stack: Stack, tokens: Tensor) -> Prepared:
+    return Prepared(lambda: stack.prefill(tokens), 1, stack.prefill(tokens).float().cpu())
+
+
+def decode(stack: Stack, prompts: Tensor) -> Prepared:
+    step = stack.decode(prompts)
+    check = step().clone().cpu()
+    step()  # records the graph, where there is one
+
+    def some() -> None:
+        for _ in range(STEPS):
+            step()
+
+    return Prepared(some, STEPS, check)
+
+
+def train(stack: Stack, tokens: Tensor) -> Prepared:
+    parameters = list(stack.model.parameters())
+
+    def step() -> Tensor:
+        for parameter in parameters:
+            parameter.grad = None
+        logits = stack.logits(tokens[:, :-1]).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        return loss.detach()
+
+    loss = step()
+    norm = torch.stack([p.grad.float().norm() for p in parameters if p.grad is not None]).norm()
+    return Prepared(step, 1, torch.stack([loss, norm]).cpu())
+
+
+def parts(size: Size, training: bool, ceiling: dict[str, float], state: torch.dtype) -> list[Part]:
+    """Of one model: what is measured, and the limit of the device for it."""
+    rate, bandwidth = ceiling["flops_per_s"], ceiling["bytes_per_s"]
+    if training:
+        B, T = size.batch
+        flops = B * T * size.training.flops_per_token(True)
+        return [Part(f"train step {B} x {T:,}", train, (B, T + 1), flops / rate * 1e3)]
+    config, T = size.inference, size.prefill
+    embedding = config.vocab_size * config.hidden_size
+    flops = T * config.flops_per_token() - (T - 1) * 2 * embedding  # logits after the last token
+    found = [Part(f"prefill {T:,}", read, (1, T), flops / rate * 1e3)]
+    weights = (config.num_parameters() - embedding) * size.dtype.itemsize  # its rows are looked up
+    for B in size.batches:
+        total = weights + 2 * config.state_bytes(B, dtype=state)  # states: read and written
+        shape = (B, size.prompt)
+        found.append(Part(f"decode, batch {B}", decode, shape, total / bandwidth * 1e3))
+    return found
+
+
+def boxed(call: Callable[[], Any], seconds: float) -> Any:
+    """call(), or TimeoutError after some seconds."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    if seconds < 1:
+        raise TimeoutError("left out: the time of the whole run is over")
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(int(seconds))
+    try:
+        return call()
+    finally:
+        signal.alarm(0)
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    if not found.is_floating_point():
+        return (found != wanted).float().mean().item()
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+class Run:
+    """What is known so far: rows, checks of the first stack, and the time that is left."""
+
+    def __init__(self, size: Size, device: torch.device, args: argparse.Namespace) -> None:
+        self.size, self.device, self.out = size, device, args.out
+        self.profile = args.profile
+        self.each, self.end = args.each, time.monotonic() + args.seconds
+        self.wanted: dict[str, Tensor] = {}
+        self.limits = measure.ceiling(device, size.dtype)
+        self.result: dict[str, Any] = {
+            "size": args.size, "dtype": str(size.dtype), "machine": measure.machine(device),
+            "commit": measure.commit(), "ceiling": self.limits, "rows": [],
+        }  # fmt: skip
+
+    def left(self) -> float:
+        return min(self.each, self.end - time.monotonic())
+
+    def add(self, **row: Any) -> None:
+        self.result["rows"].append(row)
+        print(line(row, details=True), flush=True)
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def stack(self, name: str, training: bool) -> None:
+        """All rows of a stack; its model is gone afterwards."""
+        config = self.size.training if training else self.size.inference
+        rows, row = variants(name, (config, self.size.dtype, self.device, training)), None
+        try:
+            while (row := boxed(lambda: next(rows, None), self.left())) is not None:
+                low = getattr(row[1], "state_dtype", None)
+                for part in parts(self.size, training, self.limits, low or torch.float32):
+                    if not (low and part.function is read):
+                        self.part(*row, part, config.vocab_size)
+        except Exception as error:
+            self.add(stack=name, part="all of training" if training else "all", reason=why(error))
+        finally:
+            row = None
+            rows.close()
+            self.clear()
+
+    def part(self, name: str, stack: Stack, part: Part, vocab_size: int) -> None:
+        row: dict[str, Any] = {"stack": name, "part": part.name, "limit_ms": part.limit_ms}
+        tokens = torch.randint(vocab_size, part.shape, generator=torch.Generator().manual_seed(7))
+        tokens = tokens.to(self.device)
+        self.clear()
+        try:
+            boxed(lambda: self.measure(row, part, stack, tokens), self.left())
+        except Exception as error:
+            row["reason"] = why(error)
+        stack.model.zero_grad()
+        self.add(**row)
+
+    def measure(self, row: dict[str, Any], part: Part, stack: Stack, tokens: Tensor) -> None:
+        with torch.set_grad_enabled(part.function is train):
+            call, count, check = part.function(stack, tokens)
+            times = [ms / count for ms in timed(call, self.device)]
+            row["off"] = off(check, self.wanted.setdefault(part.name, check))
+            row["wrong"] = check.is_floating_point() and not row["off"] <= OFF[self.size.dtype]
+            number = part.shape[0] if part.function is decode else tokens[:, 1:].numel()
+            row["tokens_per_s"] = number / statistics.median(times) * 1e3
+            if self.device.type == "cuda":
+                row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            row |= {"ms": statistics.median(times), "samples_ms": times}
+            if self.profile and row["stack"] == OURS:
+                found = kernels(call, self.device)
+                row["kernels"] = [(name, n / count, ms / count) for name, n, ms in found]
+
+    def clear(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:150]
+
+
+def line(row: dict[str, Any], details: bool = False) -> str:
+    head = f"{row['stack']:<21} {row['part']:<21}"
+    if "ms" not in row:
+        return f"{head} {row['reason']}"
+    peak = f"{row['peak_bytes'] / 2**30:7.1f}" if "peak_bytes" in row else "      -"
+    share, rate, mark = row["limit_ms"] / row["ms"], row["tokens_per_s"], " WRONG" * row["wrong"]
+    text = f"{head} {row['ms']:9.2f} {share:7.0%} {rate:10,.0f} {peak} {row['off']:8.1e}{mark}"
+    most = row.get("kernels", [])[:12] if details else []
+    return "\n".join([text, *(f"{n:10.1f} x {ms:9.3f} ms  {name[:90]}" for name, n, ms in most)])
+
+
+HEAD = f"{'':<21} {'':<21} {'ms':>9} {'limit':>7} {'tokens/s':>10} {'GiB':>7} {'off':>8}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="a JSON with every sample")
+    parser.add_argument("--seconds", type=float, default=200, help="of the whole run")
+    parser.add_argument("--each", type=float, default=60, help="seconds of one model or one row")
+    parser.add_argument("--stacks", default=",".join(STACKS), help="some of these")
+    parser.add_argument("--profile", action="store_true", help="also where tfla's own time goes")
+    args = parser.parse_args()
+    run = Run(SIZES[args.size], torch.device(args.device), args)
+    print(json.dumps(run.result["machine"]))
+    rate, bandwidth = run.limits["flops_per_s"], run.limits["bytes_per_s"]
+    print(f"product {rate / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s; limits in ms:")
+    for training, dtype in ((False, torch.float32), (False, torch.bfloat16), (True, torch.float32)):
+        found = parts(run.size, training, run.limits, dtype)
+        kind = "training" if training else f"states in {dtype}".replace("torch.", "")
+        print(f"  {kind}: " + "; ".join(f"{part.name} {part.limit_ms:.2f}" for part in found))
+    wanted = [name.strip() for name in args.stacks.split(",")]
+    print(HEAD, flush=True)
+    # What matters most comes first: the time of the whole run may end before the rest.
+    for names in ((OURS, HUGGING), (XLSTM_LARGE, INSTALLED)):
+        for training in (False, True):
+            for name in names:
+                if name in wanted:
+                    run.stack(name, training)
+    rows = run.result["rows"]
+    print("\n" + HEAD)
+    for part_name in dict.fromkeys(row["part"] for row in rows):
+        print("\n".join(line(row) for row in rows if row["part"] == part_name))
+    return 0 if any("ms" in row for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What a model does between its large matrix products, each in one launch and one pass over memory;
+no gradients."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfla.kernels.host import launch
+
+
+@triton.jit
+def _swiglu_kernel(x, out, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < F
+    g = tl.load(x + row * 2 * F + columns, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(x + row * 2 * F + F + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * F + columns, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(g) * u (..., F) of x = [g | u] (..., 2 F)."""
+    x = x.contiguous()
+    F = x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], F)
+    grid = (out.numel() // F, triton.cdiv(F, 1024))
+    launch(_swiglu_kernel, grid, (4, 1), (x, out), F, BLOCK=1024)
+    return out
+
+
+@triton.jit
+def _head_norm_kernel(h, o, weight, out, stride_o, eps, V, BLOCK: tl.constexpr):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heads = tl.num_programs(1)
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < V
+    columns = head * V + lanes
+    x = tl.load(h + row * heads * V + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(inside, x - tl.sum(x, 0) / V, 0.0)
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / V + eps)
+    x = x * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(o + row * stride_o + columns, mask=inside, other=0.0).to(tl.float32)
+    y = x * tl.sigmoid(gate)
+    tl.store(out + row * heads * V + columns, y.to(out.dtype.element_ty), mask=inside)
+
+
+def head_norm(h: Tensor, o: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """sigmoid(o) * weight * (layer norm of each head of h): h (..., H, V), o and weight (..., H V),
+    o with rows at one distance."""
+    H, V = h.shape[-2:]
+    h, o = h.contiguous(), o.flatten(0, -2)
+    out = h.new_empty(*h.shape[:-2], H * V)
+    grid, warps = (o.shape[0], H), 1 if V <= 256 else 2
+    block = triton.next_power_of_2(V)
+    tensors = (h, o, weight, out)
+    launch(_head_norm_kernel, grid, (warps, 1), tensors, o.stride(0), eps, V, BLOCK=block)
+    return out
+
+
+@triton.jit
+def _gates_kernel(
+    x, weight, bias, active, out, cap, D, H,
+    BLOCK: tl.constexpr, CAPPED: tl.constexpr, CLOSED: tl.constexpr,
+):  # fmt: skip
+    row, gate = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < D
+    a = tl.load(x + row * D + lanes, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(weight + gate * D + lanes, mask=inside, other=0.0).to(tl.float32)
+    y = tl.sum(a * b, 0) + tl.load(bias + gate).to(tl.float32)
+    if CAPPED:  # in fp64 the difference loses nothing near 0
+        y = (cap * (1.0 - 2.0 / (tl.exp(2.0 * y.to(tl.float64) / cap) + 1.0))).to(tl.float32)
+    if active is not None:
+        y = tl.where(tl.load(active + row) == 0, tl.where(gate < H, -CLOSED, CLOSED), y)
+    tl.store(out + row * 2 * H + gate, y)
+
+
+def gates(
+    x: Tensor, weight: Tensor, bias: Tensor, cap: float | None, active: Tensor | None, closed: float
+) -> Tensor:
+    """cap tanh((W x + b) / cap) (N, 2 H) in fp32 for x (N, D); where `active` (N,) is False -closed
+    in the first H, closed in the last. For few rows: each one reads all of W."""
+    x, weight = x.contiguous(), weight.contiguous()
+    active = None if active is None else active.contiguous().view(torch.uint8)
+    (N, D), G = x.shape, weight.shape[0]
+    out = x.new_empty(N, G, dtype=torch.float32)
+    launch(
+        _gates_kernel, (N, G), (4 if D <= 4096 else 8, 1), (x, weight, bias, active, out),
+        cap or 1.0, D, G // 2, BLOCK=triton.next_power_of_2(D), CAPPED=cap is not None,
+        CLOSED=closed,
+    )  # fmt: skip
+    return out
