@@ -290,7 +290,8 @@ def test_every_dtype_and_autocast(dtype: torch.dtype) -> None:
         ({"num_layers": 0}, "num_layers must be a whole number, at least 1; got 0"),
         ({"input_size": 2.0}, "input_size must be a whole number, at least 1; got 2.0"),
         ({"proj_size": -1}, "proj_size must be a whole number, 0 for none; got -1"),
-        ({"dropout": 1.5}, "dropout must be from 0 to 1; got 1.5"),
+        ({"dropout": 1.5}, "dropout must be a number from 0 to 1; got 1.5"),
+        ({"dropout": "0.1"}, "dropout must be a number from 0 to 1; got '0.1'"),
         ({"input_gate": "tanh"}, "input_gate must be 'exp' or 'sigmoid'; got 'tanh'"),
     ],
 )
@@ -309,3 +310,12 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         layer(draw(2, 9), layer(draw(2, 9))[1][:1])
     with pytest.raises(ValueError, match=r"initial_state.C must be \(2, 4, 4, 4\)"):
         layer(draw(2, 9), layer(draw(3, 9))[1])
+
+
+@pytest.mark.parametrize(
+    ("x", "came"),
+    [([[0.0]], "list"), (None, "NoneType"), (torch.ones(2, 9, 6, dtype=torch.int64), "int64")],
+)
+def test_an_input_that_is_no_floating_point_tensor(x: object, came: str) -> None:
+    with pytest.raises(TypeError, match=f"x must be a floating point tensor.*got .*{came}"):
+        MLSTM(6, 16, 4)(x)

@@ -78,8 +78,8 @@ class MLSTM(nn.Module):
                 )
         if not isinstance(proj_size, int) or proj_size < 0:
             raise ValueError(f"proj_size must be a whole number, 0 for none; got {proj_size!r}.")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be from 0 to 1; got {dropout}.")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a number from 0 to 1; got {dropout!r}.")
         if input_gate not in ("exp", "sigmoid"):
             raise ValueError(f"input_gate must be 'exp' or 'sigmoid'; got {input_gate!r}.")
         self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
@@ -121,6 +121,10 @@ class MLSTM(nn.Module):
                 f"state must be {len(self.layers)} tfla.State, one for each layer and direction; "
                 f"got {len(states)}."
             )
+        data = x.data if isinstance(x, PackedSequence) else x
+        if not isinstance(data, Tensor) or not data.is_floating_point():
+            got = data.dtype if isinstance(data, Tensor) else type(data).__name__
+            raise TypeError(f"x must be a floating point tensor or PackedSequence; got {got}.")
         packing = None
         if isinstance(x, PackedSequence):
             packing = _packing(x)
