@@ -235,6 +235,14 @@ def test_a_step_asks_the_device_for_nothing(model: XLSTM, sampling: dict, stop: 
             stream.last.tolist()
 
 
+def test_of_equal_logits_the_lower_ids_are_kept() -> None:
+    """Those of a 16-bit model are often equal, and torch.topk keeps any of them on a GPU."""
+    logits = torch.zeros(1, 50)
+    logits[0, 7] = 1.0
+    drawn = {sample(logits, top_k=3).item() for _ in range(200)}
+    assert drawn == {7, 0, 1}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, {"top_k": 3}], ids=str)

@@ -308,6 +308,18 @@ def test_progress_is_the_limit_that_is_nearer() -> None:
     assert options.progress(20, 51.0) == 1.0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_compiled_blocks_learn_the_same(text: Path, tmp_path: Path) -> None:
+    few = {"steps": 3, "eval_every": 3, "save_every": 3}
+    plain = go(tmp_path / "plain", text, **few)
+    run = start(tmp_path / "compiled", SMALL | {"paths": [text]} | few)
+    torch.compiler.reset()
+    compiled = list(train(run, Placement("cpu", compile=True)))
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=1e-5)
+
+
 def test_a_time_budget_is_kept_and_its_schedule_ends_low(text: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     records = go(tmp_path, text, steps=None, seconds=2.0, eval_every=10**6, save_every=10**6)

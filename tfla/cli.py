@@ -102,6 +102,9 @@ def train(
     recompute: Annotated[bool, _run(
         "Under torchrun: keep only what enters the blocks for the backward pass, compute the rest "
         "again.", "--recompute")] = False,
+    compile: Annotated[bool, _run(
+        "Compile the blocks of the model: some time at the start, more tokens a second after it. "
+        "Not under torchrun.", "--compile")] = False,
     precision: Annotated[str, _run(
         "fp32 or bf16; auto: bf16 on a GPU that has it, else fp32.")] = "auto",
     save_every: Annotated[int, _run("Steps between checkpoints; the last two are kept.")] = 100,
@@ -152,7 +155,7 @@ def train(
         unlimited = steps is None and seconds is None
         return runs.start(out, command.params | ({"steps": 1000} if unlimited else {}))
 
-    place = _placement(device, context_ranks, recompute)
+    place = _placement(device, context_ranks, recompute, compile)
     console = Console(quiet=not place.main)
     stopped = False
     with place.together():
@@ -314,9 +317,11 @@ def _say(message: str) -> None:
     print(f"tfla: {message}", file=sys.stderr)
 
 
-def _placement(device: str, context_ranks: int, recompute: bool) -> "Placement":
+def _placement(device: str, context_ranks: int, recompute: bool, compile: bool) -> "Placement":
     """This process, or under torchrun all of them."""
     if "RANK" in os.environ:
+        if compile:
+            raise RunError("--compile is for one process; leave it out under torchrun")
         from tfla.xlstm.parallel import Ranks
 
         return Ranks(_device(device), context_ranks, recompute)
@@ -325,7 +330,7 @@ def _placement(device: str, context_ranks: int, recompute: bool) -> "Placement":
         raise RunError(f"{option} is for torchrun; start with: torchrun --nproc-per-node N -m tfla")
     from tfla.xlstm.train import Placement
 
-    return Placement(_device(device))
+    return Placement(_device(device), compile)
 
 
 def _device(name: str) -> "torch.device":

@@ -116,6 +116,14 @@ else:
         with planned():
             checks.check_against_recurrence(Case(**SMALL | {"T": 40}, gates=gates))
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_a_query_of_zeros_beside_a_floor_that_underflows(dtype: torch.dtype) -> None:
+        q, k, v = (torch.randn(1, 70, 1, 16).to(dtype) for _ in "qkv")
+        q[:, ::5] = 0
+        x = q, k, v, torch.randn(1, 70, 1) + 95, torch.randn(1, 70, 1) + 2
+        h, truth = (tfla.mlstm(*x, scale=3.0, backend=b)[0] for b in ("triton", "reference"))
+        assert (h - truth).norm() <= (1e-3 if dtype == torch.float16 else 1e-5) * truth.norm()
+
     @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
     def test_no_tokens_leave_the_state_as_it_is(gate: str) -> None:
         q, v, i = torch.randn(2, 0, 3, 12), torch.randn(2, 0, 3, 20), torch.randn(2, 0, 3)

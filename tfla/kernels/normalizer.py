@@ -218,15 +218,18 @@ def _denominator_kernel(
     erased = tl.maximum(top + raised.to(tl.float64), m_in) - M < SMALLEST * LOG2E
     minus, minus_rest = _pair(-M)
     D = power(minus[:, None] + col[None, :], minus_rest[:, None] + col_rest[None, :], PRECISE)
-    weight = _exp2(m_in - M) * scale
+    weight = _exp2(m_in - M)
     if not PRECISE:
         scores *= scale
-    nu = nu * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1)
+    nu = nu * scale * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1)
     floor = _exp2(-(b.to(tl.float64) + b_rest.to(tl.float64) + M))
     floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
     den = tl.maximum(tl.abs(nu), floor)
     mark = tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
-    factor = tl.maximum(scale, 1e-30) / den
+    # Where q is 0, den may be 2^-126: what it multiplies is 0 and must stay so.
+    factor = tl.minimum(scale / den, 2.0**126)
+    weight *= factor
+    factor = tl.maximum(factor, 2.0**-126)  # the logarithm of no 0: `used` tells
     if PRECISE:  # the fp32 logarithm is off by 2e-7
         factor = factor.to(tl.float64)
     target = tl.log2(factor).to(tl.float64) - M
@@ -234,7 +237,7 @@ def _denominator_kernel(
     # What waited has been read by all before it is written over.
     tl.debug_barrier()
     store_weights(
-        here, target, weight / den, p, _exp2(p - M_out), mark + tl.where(erased, 4.0, 0.0), inside,
+        here, target, weight, p, _exp2(p - M_out), mark + tl.where(erased, 4.0, 0.0), inside,
         inside & (scale > 0.0), L,
     )  # fmt: skip
 

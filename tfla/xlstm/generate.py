@@ -231,10 +231,14 @@ def sample(
         return logits.argmax(-1)
     logits = logits.float()
     kept, ids = logits, None
+    # Of logits that are equal, as those of a 16-bit model often are, the lower id comes first.
     if top_k is not None:
-        kept, ids = logits.topk(min(top_k, logits.shape[-1]))
+        size = logits.shape[-1]
+        order = logits.double() - torch.arange(size, device=logits.device) * 2.0**-40
+        ids = order.topk(min(top_k, size)).indices
+        kept = logits.gather(-1, ids)
     elif top_p is not None:
-        kept, ids = logits.sort(descending=True)
+        kept, ids = logits.sort(descending=True, stable=True)
     p = ((kept - kept.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p is not None:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)

@@ -196,6 +196,8 @@ class XLSTM(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what is wanted.
         """
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens must be a tensor (B, T); got {type(tokens).__name__}.")
         if tokens.dim() != 2:
             raise ValueError(
                 f"tokens must be (B, T); got {tuple(tokens.shape)}. One sequence is tokens[None]."

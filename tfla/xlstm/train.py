@@ -50,8 +50,8 @@ class Placement:
     row, rows = 0, 1
     part = (0, 1)
 
-    def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str, compile: bool = False) -> None:
+        self.device, self.compile = torch.device(device), compile
 
     def share(self, make: Callable[[], Run]) -> Run:
         """The run that `make` starts or takes up again, once, for all ranks."""
@@ -63,7 +63,11 @@ class Placement:
 
     def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
         """The model as it is trained, on its device, with parameters from torch's generator."""
-        return XLSTM(config).to(self.device)
+        model = XLSTM(config).to(self.device)
+        if self.compile:  # one graph, which all blocks share
+            for block in model.blocks:
+                block.compile()
+        return model
 
     def elapsed(self, seconds: float) -> float:
         """What the clock of the run says, when this process's says `seconds`."""
