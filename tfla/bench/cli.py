@@ -336,15 +336,15 @@ class _Session:
         seconds, until = self.seconds / max(len(self.tasks), 1) / 3, began + self.seconds
         common = {**self.options, "seconds": seconds, "until": until}
         shown: list[dict[str, Any]] = []  # the table that is being filled
+        path = self.out / f"{self.command}.json"
         for row in work_off([Task(**task, **common) for task in self.tasks], self.limit):
             rows.append(row)
+            report.save(path, result)  # a run that is stopped leaves what it measured
             if shown and report.title(shown[-1]) != report.title(row):
                 report.show(shown, result["ceiling"])
                 shown = []
             shown.append(row)
         report.show(shown, result["ceiling"])
-        path = self.out / f"{self.command}.json"
-        report.save(path, result)
         files = [file for file in plots.draw(result, self.out) if file.suffix == ".png"]
         print("results:", path, *files, f"(and SVG); took {time.time() - began:.0f} s")
         if any(row["status"] == "WRONG" and row.get("ours") for row in rows):
