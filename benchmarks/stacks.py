@@ -6,20 +6,23 @@ graph, as in generation), transformers and xlstm with the kernels of mlstm_kerne
 tfla. A parameter has the same values in every stack; "off" is the relative deviation from the first
 row: of the logits, of the tokens of the first decode step, of the loss and a norm of gradients.
 
-One GPU with 80 GB, one model in memory at a time. What fails or takes too long is a line that says
-why. `transformers`, `xlstm` and `mlstm_kernels` only have to be importable (PYTHONPATH). The limits
-are printed first: arithmetic over the rate of a matrix product, bytes over the rate of a copy.
+One GPU with 80 GB, one model in memory at a time, on a GPU in a process of its own: a compiler that
+aborts ends only that. What fails or takes too long is a line that says why. `transformers`, `xlstm`
+and `mlstm_kernels` only have to be importable (PYTHONPATH). The limits are printed first:
+arithmetic over the rate of a matrix product, bytes over that of a copy.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
+import multiprocessing
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,6 +176,26 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
+def apart(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
+    """What `work(send)` sends from a process of its own. RuntimeError if that one dies."""
+    fork: Any = multiprocessing.get_context("fork")  # this process has not touched the GPU
+    here, there = fork.Pipe(False)
+    child = fork.Process(target=work, args=(there.send,))
+    child.start()
+    there.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            yield here.recv()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"its process ended with {child.exitcode}, see the output above")
+
+
+def machine(size: Size, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
+    """The limits and the description of the device."""
+    return measure.ceiling(device, size.dtype), measure.machine(device)
+
+
 class Run:
     """What is known so far: rows, checks of the first stack, and the time that is left."""
 
@@ -181,9 +204,12 @@ class Run:
         self.profile = args.profile
         self.each, self.end = args.each, time.monotonic() + args.seconds
         self.wanted: dict[str, Tensor] = {}
-        self.limits = measure.ceiling(device, size.dtype)
+        self.send: Callable[[Any], None] | None = None  # to the process that keeps the rows
+        self.apart = device.type == "cuda"
+        known = apart(lambda send: send(machine(size, device))) if self.apart else None
+        self.limits, described = list(known)[0] if known else machine(size, device)
         self.result: dict[str, Any] = {
-            "size": args.size, "dtype": str(size.dtype), "machine": measure.machine(device),
+            "size": args.size, "dtype": str(size.dtype), "machine": described,
             "commit": measure.commit(), "ceiling": self.limits, "rows": [],
         }  # fmt: skip
 
@@ -191,6 +217,8 @@ class Run:
         return min(self.each, self.end - time.monotonic())
 
     def add(self, **row: Any) -> None:
+        if self.send:
+            return self.send((row, {name: x.numpy() for name, x in self.wanted.items()}))
         self.result["rows"].append(row)
         print(line(row, details=True), flush=True)
         if self.out:
@@ -199,6 +227,21 @@ class Run:
 
     def stack(self, name: str, training: bool) -> None:
         """All rows of a stack; its model is gone afterwards."""
+        if not self.apart:
+            return self.rows(name, training)
+
+        def work(send: Callable[[Any], None]) -> None:
+            self.send = send
+            self.rows(name, training)
+
+        try:
+            for row, wanted in apart(work):
+                self.wanted = {name: torch.from_numpy(x) for name, x in wanted.items()}
+                self.add(**row)
+        except RuntimeError as error:
+            self.add(stack=name, part="the rest", reason=why(error))
+
+    def rows(self, name: str, training: bool) -> None:
         config = self.size.training if training else self.size.inference
         rows, row = variants(name, (config, self.size.dtype, self.device, training)), None
         try:

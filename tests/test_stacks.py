@@ -1,8 +1,11 @@
 """benchmarks/stacks.py: ours is timed without the packages that it is compared with; with them, all
 of the stacks compute the same."""
 
+import argparse
 import importlib
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -76,3 +79,27 @@ def test_a_part_has_its_time_and_no_more(stacks: ModuleType) -> None:
     with pytest.raises(TimeoutError, match="the whole run is over"):
         stacks.boxed(lambda: None, 0.5)
     assert stacks.boxed(lambda: 3, 5) == 3
+
+
+def test_a_process_that_dies_ends_only_its_own_rows(
+    stacks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = argparse.Namespace(size="tiny", out=None, profile=False, each=60.0, seconds=60.0)
+    monkeypatch.setattr(stacks.measure, "ceiling", lambda *_: {"flops_per_s": 1, "bytes_per_s": 1})
+    one = stacks.Run(stacks.SIZES["tiny"], torch.device("cpu"), args)
+    one.apart = True
+
+    def rows(name: str, training: bool) -> None:
+        one.wanted["prefill"] = torch.ones(2)
+        one.add(stack=name, part="prefill", reason="as it is")
+        if name == "transformers":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(one, "rows", rows)
+    for name in ("transformers", "xlstm"):
+        one.stack(name, training=False)
+    assert [(row["stack"], row["part"]) for row in one.result["rows"]] == [
+        ("transformers", "prefill"), ("transformers", "the rest"), ("xlstm", "prefill"),
+    ]  # fmt: skip
+    assert "ended with -9" in one.result["rows"][1]["reason"]
+    assert torch.equal(one.wanted["prefill"], torch.ones(2))
