@@ -325,7 +325,7 @@ def test_a_time_budget_is_kept_and_its_schedule_ends_low(text: Path, tmp_path: P
     records = go(tmp_path, text, steps=None, seconds=2.0, eval_every=10**6, save_every=10**6)
     assert 2.0 <= time.monotonic() - began
     trained = [r for r in records if r["event"] == "train"]
-    assert trained[-1]["elapsed"] >= 2.0 > trained[-2]["elapsed"]
+    assert trained[-1]["elapsed"] >= 2.0 >= trained[-2]["elapsed"]  # 1.9996 is recorded as 2.0
     assert trained[0]["lr"] < 2.5e-4 and max(r["lr"] for r in trained) > 2.2e-3
     assert trained[-1]["lr"] < 5e-4
     assert [r["event"] for r in records[-3:]] == ["train", "eval", "save"]
