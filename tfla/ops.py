@@ -18,6 +18,7 @@ dispatch); both run the same two functions below.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,6 +32,11 @@ from tfla.gates import Activations
 Exchange = Callable[[Any, Any], Callable[[], tuple[Tensor, Tensor | None]]]
 
 BACKENDS = {"reference": "tfla.reference", "triton": "tfla.kernels"}
+
+
+@functools.cache  # the import machinery takes 3 us to say that it knows a module
+def _leaf(backend: str) -> Any:
+    return importlib.import_module(BACKENDS[backend])
 
 
 class Options(NamedTuple):
@@ -55,7 +61,7 @@ class Options(NamedTuple):
 
     @property
     def leaf(self) -> Any:
-        return importlib.import_module(BACKENDS[self.backend])
+        return _leaf(self.backend)
 
 
 class Inputs(NamedTuple):
@@ -313,7 +319,7 @@ def _step(
     m: Tensor | None, slots: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    leaf = importlib.import_module(BACKENDS[backend])
+    leaf = _leaf(backend)
     with no_autocast(q.device.type):
         return leaf.update(q, k, v, i, f, C, n, m, slots, scale, Activations(sigmoid_i, sigmoid_f))
 

@@ -285,25 +285,24 @@ def scan(
     keep = walks and ends is not None
     if ends is None and grid.plan.segment:
         ends = _new(x, grid.rows, grid.spans, *grid.plan.kept)
-    previous = None
-    for start in range(0, A, tile.block_a):
-        piece = slice(start, min(start + tile.block_a, A))
-        last = piece.stop == A
-        target = out if last else _new(x, B, T, H, X)
-        ends_here = (
-            None
-            if ends is None
-            else ends[:, :, piece.start :]
-            if walks
-            else ends[..., piece.start :]
-        )
-        _scan_piece(
-            tile, a[..., piece], b[..., piece], x, target, previous, y if last else None, dots,
-            grid, None if state is None else state[:, :, piece],
-            None if end is None else end[:, :, piece], ends_here, reverse, walks, keep,
-            column if last else None,
-        )  # fmt: skip
-        previous = target
+    walk = reverse, walks, keep
+    if tile.splits == 1:
+        _scan_piece(tile, a, b, x, out, None, y, dots, grid, state, end, ends, *walk, column)
+    else:
+        previous = None
+        for start in range(0, A, tile.block_a):
+            piece = slice(start, min(start + tile.block_a, A))
+            last = piece.stop == A
+            target = out if last else _new(x, B, T, H, X)
+            kept = ends
+            if ends is not None:
+                kept = ends[:, :, start:] if walks else ends[..., start:]
+            _scan_piece(
+                tile, a[..., piece], b[..., piece], x, target, previous, y if last else None,
+                dots, grid, None if state is None else state[:, :, piece],
+                None if end is None else end[:, :, piece], kept, *walk, column if last else None,
+            )  # fmt: skip
+            previous = target
     share = column.q_dq if column is not None and name == "dq" else dots
     return Scan(out, share, end, column)
 
