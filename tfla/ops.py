@@ -142,7 +142,9 @@ def backward(
         if x.C is not None:
             dC_0, dn = leaf.initial_gradients(dv, dk)
             if x.n is not None and dn is not None:
-                dn_0, dm_0 = dn.contiguous(), (dC_0 * x.C).sum((-2, -1)) + (dn * x.n).sum(-1)
+                wide = torch.float64  # the two cancel where the normaliser is active
+                dm_0 = (dC_0 * x.C).sum((-2, -1), dtype=wide) + (dn * x.n).sum(-1, dtype=wide)
+                dn_0, dm_0 = dn.contiguous(), dm_0.to(dn.dtype)
         di, df = di.to(x.i.dtype).contiguous(), df.to(x.f.dtype).contiguous()
         return dq.out, dk.out, dv.out, di, df, dC_0, dn_0, dm_0
 

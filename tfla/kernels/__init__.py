@@ -47,6 +47,7 @@ class Grid(NamedTuple):
     spans: int  # spans a row
     buffer: Tensor  # everything the backward pass needs, in one piece
     weights: Tensor  # (rows, slots, VECTORS, L)
+    undivided: Tensor | None  # the same without the denominator, where the scan of h makes it
     decay: Tensor  # (rows, slots)
     C_ends: (
         Tensor | None
@@ -136,9 +137,15 @@ def exponents(
     )
     ends = C_ends.view(rows, spans, *plan.kept) if keep else None
     dC_ends = None if saved is None or ends is None else torch.empty_like(ends)
+    # fp16 would lose what is small beside a gauge and not beside a denominator.
+    whole = plan.h.hopper and plan.h.splits == 1 and q.dtype == torch.bfloat16
+    undivided = None
+    if normalize and whole and saved is None:
+        undivided = torch.empty_like(weights) if keep else weights
     grid = Grid(
         plan, (B, T, H, K, v.shape[-1]), N, cu_seqlens, tables(cu_seqlens, T, plan), rows, slots,
-        spans, buffer, weights, decay, ends, dC_ends, n_chunk, n_final, m_final, scale, normalize,
+        spans, buffer, weights, undivided, decay, ends, dC_ends, n_chunk, n_final, m_final, scale,
+        normalize,
     )  # fmt: skip
     if saved is not None:
         return grid
@@ -156,9 +163,10 @@ def exponents(
     sums, gauge = _new(q, grid.chunks() * K), _new(q, grid.chunks())
     chunk_f, chunk_p = (q.new_empty(grid.chunks(), dtype=torch.float64) for _ in range(2))
     block_k = min(64, plan.block_k)
+    vectors = weights if undivided is None else undivided
     launch(
         normalizer._sums_kernel, (grid.chunks(),), (plan.small_warps, 2),
-        (k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, weights), *k.stride()[:3],
+        (k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, vectors), *k.stride()[:3],
         *gates_at, *grid.common(), K, L=plan.L, BLOCK_K=plan.block_k, **forms,
     )  # fmt: skip
     launch(
@@ -169,7 +177,8 @@ def exponents(
     )  # fmt: skip
     launch(
         normalizer._denominator_kernel, (grid.chunks(),), (plan.small_warps, 2),
-        (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f, weights),
+        (*((q, k) if undivided is None else (None, None)), cu_seqlens, chunk_table, gauge, m_final,
+         n_chunk, chunk_f, vectors),
         *q.stride()[:3], *k.stride()[:3], *grid.common(), K, scale, L=plan.L,
         BLOCK_K=plan.block_k, PACKED=packed, PRECISION=precision(q),
     )  # fmt: skip
@@ -333,18 +342,23 @@ def _scan_piece(
     kernel, forms = _scan_kernel, {
         "TRANSPOSED": tile.transposed, "DESCRIPTOR": tile.descriptor, "PRECISION": precision(x)
     }  # fmt: skip
+    weights, divides = grid.weights, ()
     if tile.hopper:
         from tfla.kernels.hopper import _scan_hopper_kernel
 
         kernel, forms = _scan_hopper_kernel, {"STAGES": tile.stages}
+        divides = None, None
+        if walks and not reverse and grid.undivided is not None:
+            weights = grid.undivided
+            divides = grid.n_chunk, grid.weights if keep else None
 
     def run(whole: bool, left: Tensor | None) -> None:
         launch(
             kernel, (tile.tiles * H * pieces,), (tile.warps, tile.stages),
             (a, b, x, out if whole else None, partial if whole else None, y if whole else None,
-            dots if whole else None, grid.weights, grid.decay,
+            dots if whole else None, weights, grid.decay,
             column.d if column is not None and whole else None, vector if whole else None,
-            state if whole else None, final if whole else None, ends, left, grid.cu_seqlens,
+            *(divides if whole else (None,) * len(divides)), state if whole else None, final if whole else None, ends, left, grid.cu_seqlens,
             grid.tables[2 if walks else 1]), *a.stride()[:3], *b.stride()[:3], *x.stride()[:3],
             *(x if y is None else y).stride()[:3], *strides_s, *strides_f, *grid.common(),
             grid.spans, unit, grid.size, stride_e, A, X, L=plan.L, BLOCK_A=tile.block_a,

@@ -9,7 +9,10 @@ Weights of a token, in log2 units, seven vectors of L numbers a chunk, (row, slo
     6      mark     sign(nu) where the normaliser is active, else 0; plus 4 where the token erases
                     what came before it
 
-One launch makes them where there is no normaliser, three of normalizer.py where there is.
+One launch makes them where there is no normaliser, three of normalizer.py where there is. Of these
+the scan of h may take over the denominator (hopper.py): until then it is in none of the vectors, and
+
+    7              the floor of den, exp(-m)
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ NOTHING = tl.constexpr(-(2.0**100))  # an exponent whose power is 0, exact in fp
 SMALLEST = tl.constexpr(-104.0)  # exp of less than this is 0 in fp32
 FIRST_SOURCE = tl.constexpr(3)
 MARK = tl.constexpr(6)
-VECTORS = tl.constexpr(8)  # with room for an eighth: a chunk's start is aligned
+FLOOR = tl.constexpr(7)
+VECTORS = tl.constexpr(8)
 # Whether these are multiples of 16 may change with T, and would compile anew for nothing.
 GATE_STRIDES = ("stride_ib", "stride_it", "stride_ih", "stride_fb", "stride_ft", "stride_fh")
 

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tfla.kernels.gates import FIRST_SOURCE, VECTORS
+from tfla.kernels.gates import FIRST_SOURCE, FLOOR, MARK, VECTORS
 from tfla.kernels.layout import first_slot, sequence, unit
 
 # The same functions under the names of Triton 3.6 and of later ones.
@@ -36,8 +36,9 @@ _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 @gluon.jit
 def _fetch(
-    a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s, c, chunk, first_x,
-    wanted, BYTES: gl.constexpr, L: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, n_in, v_s, d_s, n_s, c,
+    chunk, first_x, A, wanted, BYTES: gl.constexpr, L: gl.constexpr, BLOCK_A: gl.constexpr,
+    WARPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Send for the tiles and the vectors of chunk c, the ``chunk``-th of this program."""
     stage = chunk % STAGES
@@ -56,13 +57,43 @@ def _fetch(
         if d is not None:
             at = gl.arange(0, L, layout=FLAT)
             _copy(d_s.index(stage), d + c * L + at)
+        if n_in is not None:
+            at = gl.arange(0, BLOCK_A, layout=FLAT)
+            _copy(n_s.index(stage), n_in + c * A + at, mask=at < A)
     async_copy.commit_group()
+
+
+@gluon.jit
+def _over_den(vectors, nu_s, L: gl.constexpr, LAYOUT: gl.constexpr):
+    """(sign of nu where it is above the floor of den, 1 / den) of a chunk's tokens."""
+    edge = vectors.slice(2 * L, L).load(LAYOUT)
+    nu = edge * nu_s.index(0).load(LAYOUT) + nu_s.index(1).load(LAYOUT)
+    floor = vectors.slice(FLOOR * L, L).load(LAYOUT)
+    sign = gl.where(gl.abs(nu) > floor, gl.where(nu > 0.0, 1.0, -1.0), 0.0)
+    # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
+    return sign, gl.minimum(1.0 / gl.maximum(gl.abs(nu), floor), 2.0**126)
+
+
+@gluon.jit
+def _fold(folded, vectors, nu_s, slot, L: gl.constexpr, WARPS: gl.constexpr):
+    """The vectors of a chunk with the denominator in them, for the backward pass."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    sign, factor = _over_den(vectors, nu_s, L, FLAT)
+    here = folded + slot * (VECTORS * L) + gl.arange(0, L, layout=FLAT)
+    rest = vectors.slice(L, L).load(FLAT) + gl.log2(factor)
+    carry = gl.floor(rest + 0.5)
+    gl.store(here, vectors.slice(0, L).load(FLAT) + carry)
+    gl.store(here + L, rest - carry)
+    gl.store(here + 2 * L, vectors.slice(2 * L, L).load(FLAT) * factor)
+    for each in gl.static_range(FIRST_SOURCE, MARK):
+        gl.store(here + each * L, vectors.slice(each * L, L).load(FLAT))
+    gl.store(here + MARK * L, vectors.slice(MARK * L, L).load(FLAT) + sign)
 
 
 @gluon.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _scan_hopper_kernel(
-    a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, left,
-    cu_seqlens, table, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
+    a, b, x, out, partial, y, dot, weights, decay, d, vector, n_in, folded, state, final, ends,
+    left, cu_seqlens, table, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
     stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_sn, stride_sh,
     stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, T, H, slots, spans, UNIT,
     size, stride_e, A, X, L: gl.constexpr, BLOCK_A: gl.constexpr, BLOCK_X: gl.constexpr,
@@ -88,6 +119,9 @@ def _scan_hopper_kernel(
     HALVES: gl.constexpr = BLOCK_A // HALF
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    ROWS: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // BLOCK_A, BLOCK_A // 8], [WARPS, 1], [1, 0]
+    )
     SOURCE: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     A_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_A], dtype)
     X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], dtype)
@@ -128,6 +162,7 @@ def _scan_hopper_kernel(
     v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     a_rows, a_s, y_rows, y_s, d_s = None, None, None, None, None
+    n_s, nu_s = None, None
     WIDTH: gl.constexpr = BLOCK_A * (2 if WHOLE else 1) + BLOCK_X * (1 if y is None else 2)
     BYTES: gl.constexpr = 2 * L * WIDTH
     if WHOLE:
@@ -150,6 +185,10 @@ def _scan_hopper_kernel(
         if d is not None:
             d_s = gl.allocate_shared_memory(gl.float32, [STAGES, L], FLAT)
             d += slot * L
+        if n_in is not None:
+            n_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_A], FLAT)
+            nu_s = gl.allocate_shared_memory(gl.float32, [2, L], FLAT)
+            n_in += slot * A
     for bar in gl.static_range(STAGES):
         mbarrier.init(ready.index(bar), count=1)
     fence_async_shared()
@@ -157,9 +196,9 @@ def _scan_hopper_kernel(
     here = weights + slot * VECTORS * L
     for chunk in gl.static_range(STAGES - 1):
         _fetch(
-            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s,
-            (high - 1 - chunk) if REVERSE else (low + chunk), chunk, first_x, low + chunk < high,
-            BYTES, L, WARPS, STAGES,
+            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, n_in, v_s, d_s, n_s,
+            (high - 1 - chunk) if REVERSE else (low + chunk), chunk, first_x, A, low + chunk < high,
+            BYTES, L, BLOCK_A, WARPS, STAGES,
         )  # fmt: skip
 
     # The state, (X, A). Entries of kept states lie at constant strides.
@@ -220,9 +259,9 @@ def _scan_hopper_kernel(
         # The stage of the chunk before has been free since the last iteration's end.
         ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
         _fetch(
-            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, v_s, d_s, ahead,
-            step + STAGES - 1, first_x, (ahead >= low) if REVERSE else (ahead < high), BYTES, L,
-            WARPS, STAGES,
+            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, n_in, v_s, d_s, n_s,
+            ahead, step + STAGES - 1, first_x, A, (ahead >= low) if REVERSE else (ahead < high),
+            BYTES, L, BLOCK_A, WARPS, STAGES,
         )  # fmt: skip
         if WHOLE:
             if vector is not None:
@@ -246,8 +285,11 @@ def _scan_hopper_kernel(
                     P += d_s.index(stage).load(gl.SliceLayout(1, SCORES))[:, None]
                 else:
                     P += d_s.index(stage).load(gl.SliceLayout(0, SCORES))[None, :]
-            p_s.store(gl.where(causal, P * D, 0.0).to(dtype))
+            P = gl.where(causal, P * D, 0.0)
+            p_s.store(P.to(dtype))
             fence_async_shared()
+            if (n_in is not None) & (HALVES == 2):
+                nu_s.index(1).store(gl.sum(P, 0))
             if WARPS > 4:
                 O = warpgroup_mma_wait(0, [O])
             if HALVES == 2:
@@ -279,8 +321,21 @@ def _scan_hopper_kernel(
         if HALVES == 2:
             S_2 *= keep
             S_2 = warpgroup_mma(X_low, B.slice(HALF, HALF, dim=1), S_2, is_async=True)
+        if n_in is not None:
+            # nu, while the products run. The row dots take n as it is, in fp32.
+            share = n_s.index(stage).load(gl.SliceLayout(0, ROWS))
+            share = gl.where(gl.arange(0, BLOCK_A, layout=gl.SliceLayout(0, ROWS)) < A, share, 0.0)
+            nu_s.index(0).store(gl.sum(AA.load(ROWS).to(gl.float32) * share[None, :], 1))
+            if HALVES == 1:
+                nu_s.index(1).store(gl.sum(P, 0))
+            _barrier()
         if WHOLE:
             O = warpgroup_mma_wait(HALVES, [O])
+            if n_in is not None:
+                O *= _over_den(vectors, nu_s, L, gl.SliceLayout(0, OUTPUT))[1][None, :]
+                if folded is not None:
+                    if tile == 0:
+                        _fold(folded, vectors, nu_s, slot + c, L, WARPS)
             if vector is not None:
                 # Loaded again: it would take 16 registers all the while.
                 share = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from tfla.kernels.gates import (
     FIRST_SOURCE,
+    FLOOR,
     GATE_STRIDES,
     LOG2E,
     MARK,
@@ -172,7 +173,8 @@ def _denominator_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, T, H, slots, K, scale,
     L: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """nu and den of every token, and with them the seven vectors of the chunk."""
+    """nu and den of every token, and with them the seven vectors of the chunk. Where q is None the
+    scan of h makes nu itself: the vectors are left without den, the floor of den beside them."""
     w = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     n, j = unit(w, cu_seqlens, table, T, L, PACKED)
@@ -184,22 +186,23 @@ def _denominator_kernel(
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l
-    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
-    scores = tl.zeros([L, L], tl.float32)
-    nu = tl.zeros([L], tl.float32)
-    q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
-    k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
-    for block in range(0, K, BLOCK_K):
-        column = block + tl.arange(0, BLOCK_K)
-        seen = inside[:, None] & (column < K)[None, :]
-        q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
-        k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
-        n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
-        if PRECISE:  # sums of BLOCK_K terms, added: half the rounding of one sum of 512
-            scores += tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        else:
-            scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
-        nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
+    if q is not None:
+        PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+        scores = tl.zeros([L, L], tl.float32)
+        nu = tl.zeros([L], tl.float32)
+        q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
+        k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
+        for block in range(0, K, BLOCK_K):
+            column = block + tl.arange(0, BLOCK_K)
+            seen = inside[:, None] & (column < K)[None, :]
+            q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
+            k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
+            n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
+            if PRECISE:  # sums of BLOCK_K terms, added: half the rounding of one sum of 512
+                scores += tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            else:
+                scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
+            nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
     here = weights + slot * VECTORS * L + l
     m_in = tl.load(gauge + slot)
     if (j + 1) * L >= length:
@@ -216,30 +219,36 @@ def _denominator_kernel(
     top = top.to(tl.float64) + top_rest.to(tl.float64)
     M = tl.maximum(top, m_in)
     erased = tl.maximum(top + raised.to(tl.float64), m_in) - M < SMALLEST * LOG2E
-    minus, minus_rest = _pair(-M)
-    D = power(minus[:, None] + col[None, :], minus_rest[:, None] + col_rest[None, :], PRECISE)
+    mark = tl.where(erased, 4.0, 0.0)
     weight = _exp2(m_in - M)
-    if not PRECISE:
-        scores *= scale
-    nu = nu * scale * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1)
     floor = _exp2(-(b.to(tl.float64) + b_rest.to(tl.float64) + M))
     floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
-    den = tl.maximum(tl.abs(nu), floor)
-    mark = tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
-    # Where q is 0, den may be 2^-126: what it multiplies is 0 and must stay so.
-    factor = tl.minimum(scale / den, 2.0**126)
-    weight *= factor
-    factor = tl.maximum(factor, 2.0**-126)  # the logarithm of no 0: `used` tells
-    if PRECISE:  # the fp32 logarithm is off by 2e-7
-        factor = factor.to(tl.float64)
-    target = tl.log2(factor).to(tl.float64) - M
+    if q is None:
+        factor = scale.to(tl.float64)
+        weight *= scale
+    else:
+        minus, minus_rest = _pair(-M)
+        D = power(minus[:, None] + col[None, :], minus_rest[:, None] + col_rest[None, :], PRECISE)
+        if not PRECISE:
+            scores *= scale
+        nu = nu * scale * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1)
+        den = tl.maximum(tl.abs(nu), floor)
+        mark += tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
+        # Where q is 0, den may be 2^-126: what it multiplies is 0 and must stay so.
+        factor = tl.minimum(scale / den, 2.0**126)
+        weight *= factor
+        if PRECISE:  # the fp32 logarithm is off by 2e-7
+            factor = factor.to(tl.float64)
+    # The logarithm of no 0: `used` tells.
+    target = tl.log2(tl.maximum(factor, 2.0**-126)).to(tl.float64) - M
     p = col.to(tl.float64) + col_rest.to(tl.float64)
     # What waited has been read by all before it is written over.
     tl.debug_barrier()
     store_weights(
-        here, target, weight, p, _exp2(p - M_out), mark + tl.where(erased, 4.0, 0.0), inside,
-        inside & (scale > 0.0), L,
-    )  # fmt: skip
+        here, target, weight, p, _exp2(p - M_out), mark, inside, inside & (scale > 0.0), L
+    )
+    if q is None:
+        tl.store(here + FLOOR * L, floor)
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
