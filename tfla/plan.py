@@ -77,6 +77,7 @@ class Plan:
     block_v: int
     block_c: int  # chunks that the scans over chunks take at once
     small_warps: int
+    gate_warps: int  # of kernels over the gates of a chunk
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -159,7 +160,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     if 3 * programs < 2 * wanted and mean >= 8 * span:
         segment = max(4 * span, power_of_two(-(-mean * programs // wanted)))
     small = min(32 if p.bytes == 4 else 64, power_of_two(max(p.K, p.V)))
-    return Plan(L, span, segment, h, dq, small, small, block_c=64, small_warps=4)
+    return Plan(L, span, segment, h, dq, small, small, block_c=64, small_warps=4, gate_warps=2)
 
 
 def _descriptors(p: Problem, device: Device) -> bool:

@@ -137,8 +137,9 @@ def exponents(
     )
     ends = C_ends.view(rows, spans, *plan.kept) if keep else None
     dC_ends = None if saved is None or ends is None else torch.empty_like(ends)
-    # fp16 would lose what is small beside a gauge and not beside a denominator.
-    whole = plan.h.hopper and plan.h.splits == 1 and q.dtype == torch.bfloat16
+    # fp16 would lose what is small beside a gauge and not beside a denominator; a state of two
+    # halves leaves no registers for it (256 -> 512: 1.32 ms against 0.83).
+    whole = plan.h.hopper and plan.h.A <= 128 and q.dtype == torch.bfloat16
     undivided = None
     if normalize and whole and saved is None:
         undivided = torch.empty_like(weights) if keep else weights
@@ -155,7 +156,7 @@ def exponents(
              "PACKED": packed}  # fmt: skip
     if not normalize:
         launch(
-            gates._weights_kernel, (grid.chunks(),), (plan.small_warps, 2),
+            gates._weights_kernel, (grid.chunks(),), (plan.gate_warps, 2),
             (i, f, cu_seqlens, chunk_table, weights, decay), *gates_at, *grid.common(), scale,
             L=plan.L, **forms,
         )  # fmt: skip
@@ -165,7 +166,7 @@ def exponents(
     block_k = min(64, plan.block_k)
     vectors = weights if undivided is None else undivided
     launch(
-        normalizer._sums_kernel, (grid.chunks(),), (plan.small_warps, 2),
+        normalizer._sums_kernel, (grid.chunks(),), (plan.gate_warps, 2),
         (k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, vectors), *k.stride()[:3],
         *gates_at, *grid.common(), K, L=plan.L, BLOCK_K=plan.block_k, **forms,
     )  # fmt: skip
@@ -176,7 +177,8 @@ def exponents(
         HAS_M=m is not None, PACKED=packed,
     )  # fmt: skip
     launch(
-        normalizer._denominator_kernel, (grid.chunks(),), (plan.small_warps, 2),
+        normalizer._denominator_kernel, (grid.chunks(),),
+        (plan.small_warps if undivided is None else plan.gate_warps, 2),
         (*((q, k) if undivided is None else (None, None)), cu_seqlens, chunk_table, gauge, m_final,
          n_chunk, chunk_f, vectors),
         *q.stride()[:3], *k.stride()[:3], *grid.common(), K, scale, L=plan.L,
@@ -342,7 +344,8 @@ def _scan_piece(
     kernel, forms = _scan_kernel, {
         "TRANSPOSED": tile.transposed, "DESCRIPTOR": tile.descriptor, "PRECISION": precision(x)
     }  # fmt: skip
-    weights, divides = grid.weights, ()
+    weights = grid.weights
+    divides: tuple[Tensor | None, ...] = ()  # by what the scan of h divides, and where it notes it
     if tile.hopper:
         from tfla.kernels.hopper import _scan_hopper_kernel
 
@@ -353,17 +356,21 @@ def _scan_piece(
             divides = grid.n_chunk, grid.weights if keep else None
 
     def run(whole: bool, left: Tensor | None) -> None:
+        tensors = (
+            out, partial, y, dots, None if column is None else column.d, vector, *divides, state,
+            final,
+        )  # fmt: skip
+        out_, partial_, y_, dots_, d, *rest = tensors if whole else [None] * len(tensors)
         launch(
             kernel, (tile.tiles * H * pieces,), (tile.warps, tile.stages),
-            (a, b, x, out if whole else None, partial if whole else None, y if whole else None,
-            dots if whole else None, weights, grid.decay,
-            column.d if column is not None and whole else None, vector if whole else None,
-            *(divides if whole else (None,) * len(divides)), state if whole else None, final if whole else None, ends, left, grid.cu_seqlens,
-            grid.tables[2 if walks else 1]), *a.stride()[:3], *b.stride()[:3], *x.stride()[:3],
+            (a, b, x, out_, partial_, y_, dots_, weights, grid.decay, d, *rest, ends, left,
+             grid.cu_seqlens, grid.tables[2 if walks else 1]),
+            *a.stride()[:3], *b.stride()[:3], *x.stride()[:3],
             *(x if y is None else y).stride()[:3], *strides_s, *strides_f, *grid.common(),
-            grid.spans, unit, grid.size, stride_e, A, X, L=plan.L, BLOCK_A=tile.block_a,
-            BLOCK_X=tile.block_x, SPAN=plan.span, STRIDE_EA=stride_ea, STRIDE_EX=stride_ex,
-            REVERSE=reverse, CUT=cut, KEEP=keep and whole, **forms,
+            grid.spans, unit, grid.size, stride_e, A, X,
+            L=plan.L, BLOCK_A=tile.block_a, BLOCK_X=tile.block_x, SPAN=plan.span,
+            STRIDE_EA=stride_ea, STRIDE_EX=stride_ex, REVERSE=reverse, CUT=cut,
+            KEEP=keep and whole, **forms,
         )  # fmt: skip
 
     if cut and walks:

@@ -9,10 +9,10 @@ Weights of a token, in log2 units, seven vectors of L numbers a chunk, (row, slo
     6      mark     sign(nu) where the normaliser is active, else 0; plus 4 where the token erases
                     what came before it
 
-One launch makes them where there is no normaliser, three of normalizer.py where there is. Of these
-the scan of h may take over the denominator (hopper.py): until then it is in none of the vectors, and
+One launch makes them where there is no normaliser, three of normalizer.py where there is. The scan
+of h may take the denominator over (hopper.py); it is then in none of the vectors it reads, and
 
-    7              the floor of den, exp(-m)
+    7              exp(-m), the floor of den
 """
 
 from __future__ import annotations
