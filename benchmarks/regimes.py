@@ -1,0 +1,203 @@
+"""The regimes beside `tfla bench kernels`: python benchmarks/regimes.py [--only small,packed,...]
+
+    small    one sequence of 512 to 4,096 tokens, 16 heads 128/256: the host decides
+    packed   65,536 tokens as 1 to 16,384 documents of random lengths, 16 heads 128/256
+    long     one sequence of 65,536 to 1,048,576 tokens, 8 heads 128/256: nanoseconds a token
+    dtypes   fp32 with products in TF32, fp32, fp16 and bf16 beside mlstm_kernels, 16,384 tokens
+
+One GPU. Timed in turns as in `tfla bench`, by events; host time and a CUDA graph's replay beside
+them where the host decides. What is timed was held against fp64 first (its error is printed), a
+packed document against the same one alone. `mlstm_kernels` only has to be importable.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tfla
+from tfla.bench import cases, check, measure
+from tfla.bench.cases import Shape
+
+DEVICE = torch.device("cuda")
+Row = dict[str, Any]
+
+
+def known(name: str) -> cases.Implementation:
+    return next(x for x in cases.IMPLEMENTATIONS if x.name == name)
+
+
+def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each."""
+    turns = {name: (lambda _, run=run: run()) for name, run in runs.items()}
+    found = measure.in_turns(turns, DEVICE, repeats, 20.0, 5)
+    return {
+        n: f"{type(x).__name__}: {str(x)[:80]}"
+        if isinstance(x, Exception)
+        else statistics.median(x)
+        for n, x in found.items()
+    }
+
+
+def passes(
+    x: cases.Implementation, leaves: dict[str, Tensor]
+) -> dict[str, Callable[[], object]]:  # fmt: skip
+    dh = torch.randn_like(leaves["v"])
+
+    def forward() -> object:
+        with torch.no_grad():
+            return x.call(leaves)
+
+    def both() -> object:
+        return torch.autograd.grad(x.call(leaves), list(leaves.values()), dh)
+
+    return {f"{x.name}|forward": forward, f"{x.name}|with backward": both}
+
+
+def compare(names: list[str], shape: Shape, dtype: torch.dtype, graph: bool = False) -> list[Row]:
+    runs: dict[str, Callable[[], object]] = {}
+    rows: dict[str, Row] = {}
+    for name in names:
+        x = known(name)
+        why = x.missing(DEVICE) or (shape.T % x.multiple and f"T % {x.multiple}")
+        row = rows[name] = {"name": name, "shape": str(shape), "dtype": str(dtype)[6:]}
+        if why:
+            row["reason"] = why
+            continue
+        began = time.perf_counter()
+        try:
+            verdict = check.judge(x, shape, dtype, DEVICE)
+            row["error_h"], row["error_gradients"] = verdict.errors["h"], max(
+                e for n, e in verdict.errors.items() if n != "h"
+            )  # fmt: skip
+            if x.ours and verdict.exceeded:
+                row["reason"] = f"WRONG: {verdict.exceeded}"
+                continue
+            mine = passes(x, x.leaves(shape, dtype, DEVICE, 11))
+            for run in mine.values():
+                run()
+            torch.cuda.synchronize()
+            runs |= mine
+        except Exception as error:
+            row["reason"] = f"{type(error).__name__}: {str(error)[:100]}"
+        row["first_s"] = round(time.perf_counter() - began, 1)
+    for key, ms in timed(runs, 20).items():
+        name, which = key.split("|")
+        rows[name][f"{which} ms"] = ms
+        if graph:
+            rows[name][f"{which} host us"] = measure.host_us(lambda _, k=key: runs[k](), DEVICE)
+            if name.startswith("tfla") and which == "forward":
+                rows[name]["forward in a graph ms"] = replay(runs[key])
+    return list(rows.values())
+
+
+def replay(run: Callable[[], object]) -> float:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return timed({"": graph.replay}, 20)[""]
+
+
+def small() -> list[Row]:
+    names = ["tfla exp", "tfla sigmoid", "attention cudnn"]
+    return [
+        row
+        for T in (512, 1024, 2048, 4096)
+        for row in compare(names, Shape(1, T, 16, 128, 256), torch.bfloat16, graph=True)
+    ]
+
+
+def packed() -> list[Row]:
+    rows = []
+    tokens, draw = 65536, torch.Generator().manual_seed(0)
+    for documents in (1, 16, 256, 4096, 16384):
+        cuts = torch.randint(1, tokens, (documents - 1,), generator=draw).sort().values
+        cu = torch.cat([torch.tensor([0]), cuts, torch.tensor([tokens])]).to(DEVICE)
+        for gate in ("exp", "sigmoid"):
+            x = known(f"tfla {gate}")
+            leaves = x.leaves(Shape(1, tokens, 16, 128, 256), torch.bfloat16, DEVICE, 11)
+
+            def call(x: dict[str, Tensor], gate: str = gate, cu: Tensor = cu) -> Tensor:
+                return tfla.mlstm(**x, input_gate=gate, cu_seqlens=cu)[0]  # type: ignore[arg-type]
+
+            with torch.no_grad():
+                last = slice(int(cu[-2]), tokens)
+                alone = tfla.mlstm(
+                    **{n: t[:, last] for n, t in leaves.items()},  # type: ignore[arg-type]
+                    input_gate=gate,
+                )[0].double()
+                off = ((call(leaves)[:, last] - alone).norm() / alone.norm()).item()
+            mine = passes(dataclasses.replace(x, call=call), leaves)
+            row = {"name": x.name, "documents": documents, "off": off}
+            for key, ms in timed(mine, 10).items():
+                row[f"{key.split('|')[1]} ms"] = ms
+            row["peak MiB"] = (
+                measure.peak_bytes(lambda _, mine=mine: list(mine.values())[1](), DEVICE) / 2**20
+            )
+            rows.append(row)
+            del leaves, mine
+    return rows
+
+
+def long() -> list[Row]:
+    rows = []
+    for T in (65536, 262144, 1048576):
+        for gate in ("exp", "sigmoid"):
+            x = known(f"tfla {gate}")
+            leaves = x.leaves(Shape(1, T, 8, 128, 256), torch.bfloat16, DEVICE, 11)
+            row: Row = {"name": x.name, "T": T}
+            for key, ms in timed(passes(x, leaves), 6).items():
+                which = key.split("|")[1]
+                row[f"{which} ms"] = ms
+                row[f"{which} ns a token"] = ms * 1e6 / T
+            rows.append(row)
+            del leaves
+            torch.cuda.empty_cache()
+    return rows
+
+
+def dtypes() -> list[Row]:
+    names = ["tfla exp", "tfla sigmoid", "mlstm_kernels xl exp", "mlstm_kernels xl sigmoid"]
+    rows = []
+    for dtype, tf32 in ((torch.float32, True), (torch.float32, False), (torch.float16, False)):
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        found = compare(names if tf32 or dtype == torch.float16 else names[:2],
+                        Shape(4, 4096, 16, 128, 256), dtype)  # fmt: skip
+        rows += [row | {"products": "TF32" if tf32 else "as they are"} for row in found]
+    torch.set_float32_matmul_precision("highest")
+    return rows
+
+
+def main() -> None:
+    studies = {"small": small, "packed": packed, "long": long, "dtypes": dtypes}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(studies))
+    parser.add_argument("--out", type=Path, default=Path("runs/regimes.json"))
+    options = parser.parse_args()
+    result: dict[str, Any] = {"machine": measure.machine(DEVICE), "commit": measure.commit()}
+    result["ceiling"] = measure.ceiling(DEVICE, torch.bfloat16)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in options.only.split(","):
+        result[name] = studies[name]()
+        print(f"\n{name}")
+        for row in result[name]:
+            print("  " + ", ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+            ))  # fmt: skip
+        options.out.write_text(json.dumps(result, indent=1))
+    print(f"\n{options.out}")
+
+
+if __name__ == "__main__":
+    main()
