@@ -460,7 +460,7 @@ def main() -> int:
         kind = "training" if training else f"states in {dtype}".replace("torch.", "")
         print(f"  {kind}: " + "; ".join(f"{part.name} {part.limit_ms:.2f}" for part in found))
     names = [name for name in STACKS if name in wanted]
-    if args.warm:
+    if args.warm and run.apart:
         began = time.monotonic()
         run.warm(names)
         print(f"caches filled in {time.monotonic() - began:.0f} s")

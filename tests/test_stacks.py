@@ -2,6 +2,7 @@
 of the stacks compute the same."""
 
 import argparse
+import faulthandler
 import importlib
 import json
 import os
@@ -102,7 +103,7 @@ def test_after_a_process_that_dies_another_goes_on_behind_it(
 
     def prepare(stack: SimpleNamespace, tokens: torch.Tensor) -> object:
         if stack.row == "transformers" and tokens.shape == (1, 64):
-            os.abort()
+            os.kill(os.getpid(), signal.SIGKILL)
         return stacks.Prepared(lambda: None, 1, torch.full((2,), float(len(tokens))))
 
     monkeypatch.setattr(stacks, "variants", variants)
@@ -121,7 +122,7 @@ def test_after_a_process_that_dies_another_goes_on_behind_it(
     ]  # fmt: skip
     died = {row["part"]: row["reason"] for row in rows if "ms" not in row}
     assert list(died) == ["decode, batch 1", "all"]
-    assert "ended with -6" in died["decode, batch 1"] and "ended with -9" in died["all"]
+    assert all("ended with -9" in reason for reason in died.values())
     assert all(row["off"] == 0 for row in rows if "ms" in row) and len(one.wanted) == 4
 
 
@@ -144,6 +145,7 @@ def test_where_the_compiler_aborts_the_flag_is_set_and_the_process_goes_on(
 
     def build(wanted: str | None) -> str | None:
         if os.environ.get("FLAG") != wanted:
+            faulthandler.disable()  # pytest's would print
             os.abort()
         return os.environ.get("FLAG")
 
