@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from guarded import guard
 from torch import Tensor, nn
 
 from tfla.integrations.weights import names_in_checkpoint
@@ -88,6 +89,8 @@ def variants(stack: str, build: Build) -> Iterator[tuple[str, Stack]]:
             yield "tfla, bf16 states", Ours(ours, torch.bfloat16)
         return
     on_tfla = stack == INSTALLED
+    if device.type == "cuda":
+        guard()
     kernels = "triton" if device.type == "cuda" or on_tfla else "native"
     chunkwise = "triton_xl_chunk" if kernels == "triton" else "native_autograd"
     d, layers, mode = config.hidden_size, config.num_layers, "train" if train else "inference"

@@ -2,14 +2,16 @@
 of the stacks compute the same."""
 
 import argparse
+import faulthandler
 import importlib
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +53,7 @@ def test_what_is_missing_is_a_line_and_ours_is_timed(
     assert all(row["reason"].startswith("ModuleNotFoundError") for row in missing)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when they are imported
 def test_every_stack_computes_the_same(
     stacks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,25 +84,84 @@ def test_a_part_has_its_time_and_no_more(stacks: ModuleType) -> None:
     assert stacks.boxed(lambda: 3, 5) == 3
 
 
-def test_a_process_that_dies_ends_only_its_own_rows(
+def test_after_a_process_that_dies_another_goes_on_behind_it(
     stacks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = argparse.Namespace(size="tiny", out=None, profile=False, each=60.0, seconds=60.0)
+    """The rows before it are kept, a model whose making ends a process is left out, and the checks
+    of the first stack reach all the others."""
+    out = tmp_path / "stacks.json"
+    args = argparse.Namespace(size="tiny", out=out, profile=False, each=60.0, seconds=60.0)
     monkeypatch.setattr(stacks.measure, "ceiling", lambda *_: {"flops_per_s": 1, "bytes_per_s": 1})
     one = stacks.Run(stacks.SIZES["tiny"], torch.device("cpu"), args)
     one.apart = True
 
-    def rows(name: str, training: bool) -> None:
-        one.wanted["prefill"] = torch.ones(2)
-        one.add(stack=name, part="prefill", reason="as it is")
-        if name == "transformers":
+    def variants(name: str, build: tuple) -> Iterator[tuple[str, SimpleNamespace]]:
+        if name == "xlstm" and not build[-1]:
             os.kill(os.getpid(), signal.SIGKILL)
+        for row in (name, name + " on tfla"):
+            yield row, SimpleNamespace(model=torch.nn.Linear(1, 1), row=row)
 
-    monkeypatch.setattr(one, "rows", rows)
+    def prepare(stack: SimpleNamespace, tokens: torch.Tensor) -> object:
+        if stack.row == "transformers" and tokens.shape == (1, 64):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stacks.Prepared(lambda: None, 1, torch.full((2,), float(len(tokens))))
+
+    monkeypatch.setattr(stacks, "variants", variants)
+    for name in ("read", "decode", "train"):
+        monkeypatch.setattr(stacks, name, lambda stack, tokens: prepare(stack, tokens))
     for name in ("transformers", "xlstm"):
-        one.stack(name, training=False)
-    assert [(row["stack"], row["part"]) for row in one.result["rows"]] == [
-        ("transformers", "prefill"), ("transformers", "the rest"), ("xlstm", "prefill"),
+        one.stack(name, 60.0)
+    rows = json.loads(out.read_text())["rows"]
+    inference = ["prefill 256", "decode, batch 1", "decode, batch 4"]
+    train = [(name, "train step 2 x 128") for name in ("transformers", "xlstm")]
+    assert [(row["stack"], row["part"]) for row in rows] == [
+        *(("transformers", part) for part in inference),
+        *(("transformers on tfla", part) for part in inference),
+        train[0], (train[0][0] + " on tfla", train[0][1]), ("xlstm", "all"),
+        train[1], (train[1][0] + " on tfla", train[1][1]),
     ]  # fmt: skip
-    assert "ended with -9" in one.result["rows"][1]["reason"]
-    assert torch.equal(one.wanted["prefill"], torch.ones(2))
+    died = {row["part"]: row["reason"] for row in rows if "ms" not in row}
+    assert list(died) == ["decode, batch 1", "all"]
+    assert all("ended with -9" in reason for reason in died.values())
+    assert all(row["off"] == 0 for row in rows if "ms" in row) and len(one.wanted) == 4
+
+
+def test_a_process_that_does_not_answer_is_ended(stacks: ModuleType) -> None:
+    def work(send: Callable[[object], None]) -> None:
+        send("begun")
+        time.sleep(60)
+
+    found = stacks.apart(work, lambda: 0.5)
+    assert next(found) == "begun"
+    with pytest.raises(RuntimeError, match="did not answer"):
+        next(found)
+
+
+def test_where_the_compiler_aborts_the_flag_is_set_and_the_process_goes_on(
+    stacks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded = importlib.import_module("guarded")
+    monkeypatch.delenv("FLAG", raising=False)
+
+    def build(wanted: str | None) -> str | None:
+        if os.environ.get("FLAG") != wanted:
+            faulthandler.disable()  # pytest's would print
+            os.abort()
+        return os.environ.get("FLAG")
+
+    assert guarded.guarded(lambda: build(None), {"FLAG": "1"}) == (None, False)
+    assert guarded.guarded(lambda: build("1"), {"FLAG": "1"}) == ("1", True)
+    with pytest.raises(RuntimeError, match="the compiler aborts"):
+        guarded.guarded(lambda: build("2"), {"FLAG": "1"})
+    assert "FLAG" not in os.environ
+    with pytest.raises(ZeroDivisionError):  # an error of the program is that error
+        guarded.guarded(lambda: 1 / 0, {"FLAG": "1"})
+
+
+def test_stacks_that_are_not_known_are_named(
+    stacks: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*TINY, "--stacks", "tfla, xlstm on tfla,fla"])
+    with pytest.raises(SystemExit):
+        stacks.main()
+    assert "got fla" in capsys.readouterr().err
