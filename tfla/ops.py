@@ -84,10 +84,10 @@ def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def scan_forward(x: Inputs, o: Options) -> tuple[Any, Any]:
-    """The backend's grid and its scan of h."""
+def scan_forward(x: Inputs, o: Options, ends: bool) -> tuple[Any, Any]:
+    """The backend's grid and its scan of h. ends: may there be a dC where sequences end?"""
     grid = o.leaf.exponents(
-        *x[:5], x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, o.keep
+        *x[:5], x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, o.keep, ends
     )
     return grid, o.leaf.scan("h", x.q, x.k, x.v, grid, x.C, final=o.final)
 
@@ -96,7 +96,7 @@ def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not
     there."""
     with no_autocast(x.q.device.type):
-        grid, result = scan_forward(x, o)
+        grid, result = scan_forward(x, o, o.final)
         C, n, m = (
             result.out.new_empty(0, dtype=o.full(x.q)) for _ in range(3)
         )  # an operator's outputs are distinct
@@ -121,8 +121,9 @@ def backward(
         dC = dC if o.final else None
         dn = dn if o.final and o.normalize else None
         grid = leaf.exponents(
-            *x[:5], x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, True, saved
-        )
+            *x[:5], x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, True,
+            o.final or exchange is not None, saved,
+        )  # fmt: skip
 
         def normalizer(dn: Tensor | None) -> Any:
             return leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
@@ -266,7 +267,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
         C,
         n,
         m,
-        o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep),
+        o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep, o.final),
     )
 
 

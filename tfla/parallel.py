@@ -200,7 +200,7 @@ def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
                 n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
         packed = x.cu_seqlens is not None
         inner = x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
-        grid, result = ops.scan_forward(inner, o._replace(final=o.final and packed))
+        grid, result = ops.scan_forward(inner, o._replace(final=o.final and packed), True)
         ends = [result.out.new_empty(0, dtype=full) for _ in range(3)]
         m_last = grid.m_final.clone() if o.normalize else C.new_zeros(N, H)
         if o.final and packed:  # each is known where its sequence ends
@@ -358,7 +358,7 @@ def _(*args: Any) -> list[Tensor]:
         n = [new(N, H, K), new(N, H)] if there and o.normalize else [new(0), new(0)]
         return [new(N, H, K, V) if there else new(0), *n]
 
-    saved = o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep)
+    saved = o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep, True)
     b = new(_resolved(args[16]).size(), P, H, dtype=torch.float64)
     return [x.v.new_empty(x.v.shape), *state(o.final), saved, *state(True), new(N, H), b]
 

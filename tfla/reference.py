@@ -184,7 +184,7 @@ class Grid:
 def exponents(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, n: Tensor | None, m: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, activations: Activations, normalize: bool, keep: bool,
-    saved: Tensor | None = None,
+    ends: bool, saved: Tensor | None = None,
 ) -> Grid:  # fmt: skip
     """The weights of every chunk.
 
@@ -226,7 +226,9 @@ def saved(grid: Grid) -> Tensor:
     return grid.decay.new_empty(0) if grid.nu is None else grid.nu
 
 
-def saved_like(q: Tensor, v: Tensor, cu_seqlens: Any, normalize: bool, keep: bool) -> Tensor:
+def saved_like(
+    q: Tensor, v: Tensor, cu_seqlens: Any, normalize: bool, keep: bool, ends: bool
+) -> Tensor:
     """An empty tensor of the shape that ``saved`` will have, known from shapes alone."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape[:3] if normalize else (0,), dtype=dtype)

@@ -111,10 +111,11 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
     rows, e, g = p.N * p.H, p.bytes, 2 * FP32
     tokens = p.B * p.T * p.H
     chunks = rows * math.ceil(p.T / plan.L) if not p.packed else p.H * (p.T // plan.L + p.N)
-    spans = rows * math.ceil(p.T / plan.span) if not p.packed else p.H * (p.T // plan.span + p.N)
+    spans = p.H * (p.T // plan.span) if p.packed else rows * max(math.ceil(p.T / plan.span) - 1, 0)
     state = plan.kept[0] * plan.kept[1] * FP32
     vector = FP32 * tokens
     n_chunk = FP32 * chunks * p.K
+    divides = normalize and plan.divides
     found: list[Kernel] = []
 
     def small(name: str, backward: bool, flops: int, bytes: int) -> None:
@@ -136,6 +137,7 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
             if last:
                 own += tokens * tile.X * e + tile.tiles * vector if dots else 0
                 own += vector + n_chunk if column else 0
+                own += n_chunk + 8 * vector * train if name == "h" and divides else 0
             moved += shared + own
             through += tile.tiles * shared + own
         if train:  # kept states: h and dv write them, dq and dk start from them
@@ -153,11 +155,12 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
     if normalize:
         small("sums", False, 2 * tokens * p.K, tokens * (p.K * e + g) + n_chunk + 16 * chunks)
         small("gauge", False, 4 * chunks * p.K, 2 * n_chunk + 24 * chunks)
-    flops = 2 * tokens * p.K * (plan.L + 1) if normalize else 0
-    small(
-        "weights", False, flops,
-        tokens * g + 7 * vector + 4 * chunks + (2 * tokens * p.K * e + n_chunk if normalize else 0),
-    )  # fmt: skip
+    if divides:
+        small("weights", False, 0, 16 * vector + 4 * chunks)
+    else:
+        flops = 2 * tokens * p.K * (plan.L + 1) if normalize else 0
+        moved = 2 * tokens * p.K * e + n_chunk if normalize else 0
+        small("weights", False, flops, tokens * g + 7 * vector + 4 * chunks + moved)
     scan("h", False)
     if not train:
         return found

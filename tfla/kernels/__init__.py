@@ -58,6 +58,7 @@ class Grid(NamedTuple):
     m_final: Tensor | None  # (N, H)
     scale: float
     normalize: bool
+    ends: bool  # are states kept at the ends of sequences too?
 
     @property
     def size(self) -> int:
@@ -72,8 +73,9 @@ class Grid(NamedTuple):
 
 
 def _geometry(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: Plan, normalize: bool, keep: bool
-) -> tuple[int, int, int, int, list[int]]:
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: Plan, normalize: bool, keep: bool,
+    ends: bool,
+) -> tuple[int, int, int, int, list[int]]:  # fmt: skip
     """(N, rows, slots, spans, sizes): sizes of the parts of the buffer that the forward pass hands
     to the backward pass."""
     B, T, H, K = q.shape
@@ -81,6 +83,8 @@ def _geometry(
     N = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else B
     rows = H if packed else B * H
     slots, spans = (T // unit + N if packed else -(-T // unit) for unit in (plan.L, plan.span))
+    if not ends:  # fewer than pieces: where they meet
+        spans = T // plan.span if packed else max(spans - 1, 0)
     kept = rows * spans * plan.kept[0] * plan.kept[1]
     sizes = [gates.VECTORS.value * rows * slots * plan.L, rows * slots, kept if keep else 0]
     if normalize:
@@ -95,11 +99,11 @@ def _split(buffer: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 def saved_like(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool, ends: bool
 ) -> Tensor:
     """An empty tensor of the shape that ``saved`` will have: known from shapes alone, for compiled
     graphs."""
-    sizes = _geometry(q, v, cu_seqlens, plan_of(q, v, cu_seqlens), normalize, keep)[-1]
+    sizes = _geometry(q, v, cu_seqlens, plan_of(q, v, cu_seqlens), normalize, keep, ends)[-1]
     return q.new_empty(sum(map(padded, sizes)), dtype=torch.float32)
 
 
@@ -121,6 +125,7 @@ def exponents(
     activations: Activations,
     normalize: bool,
     keep: bool,
+    ends: bool,
     saved: Tensor | None = None,
 ) -> Grid:
     """The weights of every chunk, the denominator folded into the target side; see
@@ -129,24 +134,22 @@ def exponents(
     q, k = rows_of(q), rows_of(k)
     n, m = (None if t is None else t.contiguous() for t in (n, m))
     plan = plan_of(q, v, cu_seqlens)
-    N, rows, slots, spans, sizes = _geometry(q, v, cu_seqlens, plan, normalize, keep)
+    N, rows, slots, spans, sizes = _geometry(q, v, cu_seqlens, plan, normalize, keep, ends)
     buffer = q.new_empty(sum(map(padded, sizes)), dtype=torch.float32) if saved is None else saved
-    weights, decay, C_ends, *rest = _split(buffer, sizes)
+    weights, decay, kept, *rest = _split(buffer, sizes)
     n_chunk, n_final, m_final = (
         (rest[0], rest[1].view(N, H, K), rest[2].view(N, H)) if normalize else (None, None, None)
     )
-    ends = C_ends.view(rows, spans, *plan.kept) if keep else None
-    dC_ends = None if saved is None or ends is None else torch.empty_like(ends)
-    # fp16 would lose what is small beside a gauge and not beside a denominator; a state of two
-    # halves leaves no registers for it (256 -> 512: 1.32 ms against 0.83).
-    whole = plan.h.hopper and plan.h.A <= 128 and q.dtype == torch.bfloat16
+    C_ends = kept.view(rows, spans, *plan.kept) if keep else None
+    dC_ends = None if saved is None or C_ends is None else torch.empty_like(C_ends)
+    # fp16 would lose what is small beside a gauge and not beside a denominator.
     undivided = None
-    if normalize and whole and saved is None:
+    if normalize and plan.divides and q.dtype == torch.bfloat16 and saved is None:
         undivided = torch.empty_like(weights) if keep else weights
     grid = Grid(
         plan, (B, T, H, K, v.shape[-1]), N, cu_seqlens, tables(cu_seqlens, T, plan), rows, slots,
-        spans, buffer, weights, undivided, decay, ends, dC_ends, n_chunk, n_final, m_final, scale,
-        normalize,
+        spans, buffer, weights, undivided, decay, C_ends, dC_ends, n_chunk, n_final, m_final,
+        scale, normalize, ends,
     )  # fmt: skip
     if saved is not None:
         return grid
@@ -370,7 +373,7 @@ def _scan_piece(
             grid.spans, unit, grid.size, stride_e, A, X,
             L=plan.L, BLOCK_A=tile.block_a, BLOCK_X=tile.block_x, SPAN=plan.span,
             STRIDE_EA=stride_ea, STRIDE_EX=stride_ex, REVERSE=reverse, CUT=cut,
-            KEEP=keep and whole, **forms,
+            KEEP=keep and whole, ENDS=grid.ends, **forms,
         )  # fmt: skip
 
     if cut and walks:
@@ -380,6 +383,7 @@ def _scan_piece(
             _join_kernel, (grid.N * H, triton.cdiv(A * X, 1024)), (4, 2),
             (ends, left, state, grid.cu_seqlens), *strides_s, T, H, grid.spans, unit, stride_e, A,
             X, SPAN=plan.span, BLOCK=1024, STRIDE_EA=stride_ea, REVERSE=reverse,
+            ENDS=grid.ends,
         )  # fmt: skip
     run(True, None)
 
@@ -401,7 +405,7 @@ def gate_gradients(
         grid.plan.kept[0] * grid.plan.kept[1], L=grid.plan.L, SPAN=grid.plan.span,
         BLOCK_K=grid.plan.block_k, Q_PARTS=dq.dot.numel() // size, K_PARTS=dk.dot.numel() // size,
         SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
-        NORMALIZE=grid.normalize, PACKED=grid.cu_seqlens is not None,
+        NORMALIZE=grid.normalize, PACKED=grid.cu_seqlens is not None, ENDS=grid.ends,
     )  # fmt: skip
     return di, df
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla.kernels.layout import first_slot, sequence, unit
+from tfla.kernels.layout import first_kept, first_slot, sequence, unit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-(2.0**100))  # an exponent whose power is 0, exact in fp32
@@ -153,7 +153,7 @@ def _gradients_kernel(
     T, H, slots, spans, size, K, state,
     L: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, Q_PARTS: tl.constexpr,
     K_PARTS: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
-    NORMALIZE: tl.constexpr, PACKED: tl.constexpr,
+    NORMALIZE: tl.constexpr, PACKED: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the end of its span
     of SPAN tokens, and of the states that meet there; it restarts at tokens that erase what came
@@ -166,7 +166,9 @@ def _gradients_kernel(
     if j * SPAN >= length:
         return
     row = head if PACKED else batch * H + head
-    span = row * spans + first_slot(n, start, SPAN, PACKED) + j
+    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS) + j
+    if not ENDS:  # dC is 0 where a sequence ends
+        state = tl.where((j + 1) * SPAN < length, state, 0)
     first = row * slots + first_slot(n, start, L, PACKED)
     # Tokens from the last to the first: the scan runs forward.
     position = (

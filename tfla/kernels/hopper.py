@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tfla.kernels.gates import FIRST_SOURCE, FLOOR, MARK, VECTORS
-from tfla.kernels.layout import first_slot, sequence, unit
+from tfla.kernels.layout import first_kept, first_slot, sequence, unit
 
 # The same functions under the names of Triton 3.6 and of later ones.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -97,7 +97,7 @@ def _scan_hopper_kernel(
     stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, T, H, slots, spans, UNIT,
     size, stride_e, A, X, L: gl.constexpr, BLOCK_A: gl.constexpr, BLOCK_X: gl.constexpr,
     SPAN: gl.constexpr, STRIDE_EA: gl.constexpr, STRIDE_EX: gl.constexpr, REVERSE: gl.constexpr,
-    CUT: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr,
+    CUT: gl.constexpr, KEEP: gl.constexpr, ENDS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """See ``tfla.kernels.scan``; descriptors and the transposed form throughout."""
     PACKED: gl.constexpr = cu_seqlens is not None
@@ -153,7 +153,7 @@ def _scan_hopper_kernel(
             if (low == 0) if REVERSE else (high == chunks):
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
-    span = row * spans + first_slot(n, start, SPAN, PACKED)
+    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
     first_x = tile * BLOCK_X
     n_rows = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
 
@@ -316,7 +316,9 @@ def _scan_hopper_kernel(
             O = warpgroup_mma(XX.permute((1, 0)), P_low, O, is_async=True)
         if KEEP:
             # The state at the end of the chunk, unless it is where another piece starts from.
-            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high) | (c + 1 == chunks)
+            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high)
+            if ENDS:
+                edge |= c + 1 == chunks
             if REVERSE:
                 if edge:
                     gl.store(ends + (c * L // SPAN) * stride_e + entry, S)

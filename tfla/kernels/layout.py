@@ -53,6 +53,18 @@ def first_slot(n, start, U, PACKED: tl.constexpr):
         return start * 0
 
 
+@triton.jit
+def first_kept(n, start, SPAN, PACKED: tl.constexpr, ENDS: tl.constexpr):
+    """The same of kept states: one where two spans of SPAN tokens meet, with ENDS one more at the
+    end of every sequence."""
+    if ENDS:
+        return first_slot(n, start, SPAN, PACKED)
+    elif PACKED:
+        return start // SPAN
+    else:
+        return start * 0
+
+
 @triton.jit(
     do_not_specialize=["T", "N", "unit_0", "unit_1", "unit_2", "size_0", "size_1", "size_2"]
 )

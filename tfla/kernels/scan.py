@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power
-from tfla.kernels.layout import first_slot, sequence, unit
+from tfla.kernels.layout import first_kept, first_slot, sequence, unit
 
 
 @triton.jit
@@ -51,8 +51,8 @@ def _scan_kernel(
     stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, T, H, slots, spans, UNIT,
     size, stride_e, A, X, L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_X: tl.constexpr,
     SPAN: tl.constexpr, STRIDE_EA: tl.constexpr, STRIDE_EX: tl.constexpr, REVERSE: tl.constexpr,
-    CUT: tl.constexpr, KEEP: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CUT: tl.constexpr, KEEP: tl.constexpr, ENDS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     PACKED: tl.constexpr = cu_seqlens is not None
     PRECISE: tl.constexpr = x.dtype.element_ty == tl.float32
@@ -79,7 +79,7 @@ def _scan_kernel(
             if (low == 0) if REVERSE else (high == chunks):
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
-    span = row * spans + first_slot(n, start, SPAN, PACKED)
+    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
 
     first_x = tile * BLOCK_X
     columns = first_x + tl.arange(0, BLOCK_X)
@@ -198,7 +198,9 @@ def _scan_kernel(
         if KEEP:
             # The state at the end of the chunk, unless it is where another piece of the sequence
             # starts from.
-            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high) | (c + 1 == chunks)
+            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high)
+            if ENDS:
+                edge |= c + 1 == chunks
             kept = ends + (span + c * L // SPAN) * stride_e + first_x * STRIDE_EX + entry
         if KEEP and REVERSE:
             if edge:
@@ -234,7 +236,7 @@ def _scan_kernel(
 def _join_kernel(
     ends, left, state, cu_seqlens, stride_sn, stride_sh, stride_sa, stride_sx, T, H, spans, UNIT,
     stride_e, A, X, SPAN: tl.constexpr, BLOCK: tl.constexpr, STRIDE_EA: tl.constexpr,
-    REVERSE: tl.constexpr,
+    REVERSE: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """From what each piece of a sequence makes of an empty state to the state at its end (its
     start in reverse), in place."""
@@ -243,7 +245,7 @@ def _join_kernel(
     head = (tl.program_id(0) % H).to(tl.int64)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     row = head if PACKED else batch * H + head
-    span = row * spans + first_slot(n, start, SPAN, PACKED)
+    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
     pieces = ((length + UNIT - 1) // UNIT).to(tl.int32)
     first = (
         first_slot(n, start, UNIT, PACKED)
