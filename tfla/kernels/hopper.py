@@ -116,10 +116,9 @@ def _scan_hopper_kernel(
     # runs out of registers and waits after every product.
     HALF: gl.constexpr = min(BLOCK_A, 128)
     HALVES: gl.constexpr = BLOCK_A // HALF
-    # Which way round the scores lie: the assembler makes more of the one with a state of two
-    # halves, but for dk (0.62 and 0.68 against 0.77 and 1.12 ms for dq and dv, dk 1.02 against
-    # 0.90); sums over sources want the other.
-    SOURCE_FIRST: gl.constexpr = HALVES == 2 and not (REVERSE and y is not None)
+    # Which way round the scores lie: beside a state of two halves the assembler has registers left
+    # with the one (dk 0.76 against 0.94 ms); sums over sources, for nu, want the other.
+    SOURCE_FIRST: gl.constexpr = HALVES == 2
     TARGETS: gl.constexpr = gl.SliceLayout(0 if SOURCE_FIRST else 1, SCORES)
     SOURCES: gl.constexpr = gl.SliceLayout(1 if SOURCE_FIRST else 0, SCORES)
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
@@ -302,9 +301,6 @@ def _scan_hopper_kernel(
                 S_low = gl.convert_layout(S_2.to(dtype), OPERAND)
                 A_2 = AA.slice(HALF, HALF, dim=1).permute((1, 0))
                 O = warpgroup_mma(S_low, A_2, O, is_async=True)
-        col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, SOURCE))
-        X_low = XX.permute((1, 0)).load(SOURCE)
-        X_low = (X_low.to(gl.float32) * col_edge[None, :]).to(dtype)
         if WHOLE:
             row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
             if HALVES == 2:
@@ -325,6 +321,10 @@ def _scan_hopper_kernel(
                     if HALVES == 2:
                         second = ends + (c * L // SPAN) * stride_e + HALF * STRIDE_EA + entry
                         gl.store(second, S_2)
+        # Not before: its 16 registers are what the products above lack.
+        col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, SOURCE))
+        X_low = XX.permute((1, 0)).load(SOURCE)
+        X_low = (X_low.to(gl.float32) * col_edge[None, :]).to(dtype)
         S *= keep
         S = warpgroup_mma(X_low, B.slice(0, HALF, dim=1), S, is_async=True)
         if HALVES == 2:
