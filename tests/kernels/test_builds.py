@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from builds import DEVICES, Launch, build, launches, record, resources
 
+from tfla import kernels
 from tfla.kernels import pointwise
 from tfla.kernels.hopper import _scan_hopper_kernel
 from tfla.kernels.scan import _scan_kernel
@@ -98,6 +99,20 @@ def test_what_lies_between_matrix_products_builds(target: tuple[str, int | str])
     assert len(seen) == 4
     for launch in seen:
         check(launch, target, 0)
+
+
+def test_short_documents_keep_no_states() -> None:
+    """What a forward pass keeps is as much for 10,000 documents as for one, but for what lies at
+    the end of each: a state of 16 heads 128/256 takes 2 MiB."""
+    q, v = (torch.empty(1, 65536, 16, n, dtype=torch.bfloat16, device="meta") for n in (128, 256))
+
+    def kept(documents: int, ends: bool = False) -> float:
+        cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta")
+        return 4 * kernels.saved_like(q, v, cu_seqlens, True, True, ends).numel() / 2**20
+
+    with mock.patch("tfla.kernels.host.device_of", lambda _: DEVICES["cuda", 90]):
+        assert kept(10_000) < kept(1) + 10_000 * 0.1
+        assert kept(10_000, ends=True) > 10_000 * 2
 
 
 @pytest.mark.aot

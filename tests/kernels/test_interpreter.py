@@ -102,12 +102,19 @@ else:
         with planned(tile, **fields):
             checks.check_against_recurrence(Case(**SMALL | sizes, input_gate=gate))
 
+    @pytest.mark.parametrize("final", [True, False])
     @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
     @pytest.mark.parametrize("segment", [0, 32])
-    def test_packed_with_empty_ones(gate: str, segment: int) -> None:
-        sizes = {k: v for k, v in SMALL.items() if k not in ("T", "B")}
+    def test_packed_with_empty_ones(gate: str, segment: int, final: bool) -> None:
+        fields = {k: v for k, v in SMALL.items() if k not in ("T", "B")} | {"final": final}
         with planned(segment=segment):
-            checks.check_against_recurrence(packed(0, 5, 0, 40, 33, 0, **sizes, input_gate=gate))
+            checks.check_against_recurrence(packed(0, 5, 0, 40, 33, 0, **fields, input_gate=gate))
+
+    @pytest.mark.parametrize("T", [32, 53, 64, 70])
+    def test_without_a_final_state(T: int) -> None:
+        """No state is kept where a sequence ends, and none is missed there."""
+        with planned(segment=32 if T == 70 else 0):
+            checks.check_against_recurrence(Case(**SMALL | {"T": T, "H": 2}, final=False))
 
     @pytest.mark.parametrize(
         "gates", ["f=-1e5", "f=-12", "i=-30", "i=+30", "i=+95", "resets 50%", "swings"]
