@@ -397,12 +397,14 @@ def gate_gradients(
     column = dk.column
     size = max(grid.size, 1)
     assert dq.dot is not None and dk.dot is not None
+    span = grid.plan.span
+    pieces = B * triton.cdiv(T, span) if grid.cu_seqlens is None else T // span + grid.N
     launch(
-        gates._gradients_kernel, (grid.rows * grid.spans,), (4, 2),
+        gates._gradients_kernel, (pieces * H,), (4, 2),
         (i, f, grid.cu_seqlens, grid.tables[1], grid.weights, dq.dot, dk.dot, grid.C_ends,
          grid.dC_ends, grid.n_chunk, grid.n_final, None if column is None else column.dn_chunk, di,
          df), *i.stride(), *f.stride(), T, H, grid.slots, grid.spans, grid.size, K,
-        grid.plan.kept[0] * grid.plan.kept[1], L=grid.plan.L, SPAN=grid.plan.span,
+        grid.plan.kept[0] * grid.plan.kept[1], L=grid.plan.L, SPAN=span,
         BLOCK_K=grid.plan.block_k, Q_PARTS=dq.dot.numel() // size, K_PARTS=dk.dot.numel() // size,
         SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
         NORMALIZE=grid.normalize, PACKED=grid.cu_seqlens is not None, ENDS=grid.ends,
