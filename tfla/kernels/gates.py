@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla.kernels.layout import first_kept, first_slot, sequence, unit
+from tfla.kernels.layout import chunk, first_kept, first_slot, sequence, unit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-(2.0**100))  # an exponent whose power is 0, exact in fp32
@@ -118,14 +118,9 @@ def _weights_kernel(
     L: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The seven vectors of a chunk and what it leaves of the state, without a normaliser."""
-    w = tl.program_id(0) // H
-    head = (tl.program_id(0) % H).to(tl.int64)
-    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
     if j * L >= length:
         return
-    row = head if PACKED else batch * H + head
-    slot = (row * slots + first_slot(n, start, L, PACKED)) + j
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l

@@ -54,6 +54,17 @@ def first_slot(n, start, U, PACKED: tl.constexpr):
 
 
 @triton.jit
+def chunk(cu_seqlens, table, T, H, slots, L, PACKED: tl.constexpr):
+    """(sequence, index in it, batch, head, first token, length, slot) of the chunk that a program
+    of a grid over all slots has; the index is past the end in a slot that is not used."""
+    head = (tl.program_id(0) % H).to(tl.int64)
+    n, j = unit(tl.program_id(0) // H, cu_seqlens, table, T, L, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    row = head if PACKED else batch * H + head
+    return n, j, batch, head, start, length, row * slots + first_slot(n, start, L, PACKED) + j
+
+
+@triton.jit
 def first_kept(n, start, SPAN, PACKED: tl.constexpr, ENDS: tl.constexpr):
     """The same of kept states: one where two spans of SPAN tokens meet, with ENDS one more at the
     end of every sequence."""

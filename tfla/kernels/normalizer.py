@@ -29,7 +29,7 @@ from tfla.kernels.gates import (
     store_pair,
     store_weights,
 )
-from tfla.kernels.layout import first_slot, sequence, unit
+from tfla.kernels.layout import chunk, first_slot, sequence
 
 # Where things wait for the third launch, among the vectors of gates.py.
 RAISED = tl.constexpr(5)
@@ -55,14 +55,9 @@ def _sums_kernel(
     What the third launch needs of the gates waits where its results will lie: the running maximum
     of p, b and p, each as (whole, rest), and by how much a token raises the maximum.
     """
-    w = tl.program_id(0) // H
-    head = (tl.program_id(0) % H).to(tl.int64)
-    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
     if j * L >= length:
         return
-    row = head if PACKED else batch * H + head
-    slot = (row * slots + first_slot(n, start, L, PACKED)) + j
     t = j * L + tl.arange(0, L)
     inside = t < length
     t = start + t
@@ -175,14 +170,9 @@ def _denominator_kernel(
 ):  # fmt: skip
     """nu and den of every token, and with them the seven vectors of the chunk. Where q is None the
     scan of h makes nu itself: the vectors are left without den, the floor of den beside them."""
-    w = tl.program_id(0) // H
-    head = (tl.program_id(0) % H).to(tl.int64)
-    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
     if j * L >= length:
         return
-    row = head if PACKED else batch * H + head
-    slot = (row * slots + first_slot(n, start, L, PACKED)) + j
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l
@@ -260,14 +250,9 @@ def _column_kernel(
 ):  # fmt: skip
     """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, q_t . dq_t = dh_t . h_t where
     it is not, and the chunk's sum of exp(m_in - M_t) d_t scale q_t / den_t, its share of dn."""
-    w = tl.program_id(0) // H
-    head = (tl.program_id(0) % H).to(tl.int64)
-    n, j = unit(w, cu_seqlens, table, T, L, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
     if j * L >= length:
         return
-    row = head if PACKED else batch * H + head
-    slot = (row * slots + first_slot(n, start, L, PACKED)) + j
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l

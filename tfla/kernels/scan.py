@@ -22,16 +22,9 @@ from tfla.kernels.layout import first_kept, first_slot, sequence, unit
 
 @triton.jit
 def _tile(
-    x,
-    width,
-    stride,
-    t,
-    length,
-    start,
-    L: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, width, stride, t, length, start, L: tl.constexpr, BLOCK: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
-):
+):  # fmt: skip
     """(L, BLOCK) of x from token t, column ``start``; zeros past the end of the sequence and past
     ``width``."""
     if DESCRIPTOR:
