@@ -5,7 +5,7 @@
     long     one sequence of 65,536 to 1,048,576 tokens, 8 heads 128/256: nanoseconds a token
     dtypes   fp32 with products in TF32, fp32, fp16 and bf16 beside mlstm_kernels, 16,384 tokens
 
-One GPU. Timed in turns as in `tfla bench`, by events; host time and a CUDA graph's replay beside
+One GPU. Timed in turns as in `tfla bench`, by events; calls one after the other and a graph beside
 them where the host decides. What is timed was held against fp64 first (its error is printed), a
 packed document against the same one alone. `mlstm_kernels` only has to be importable.
 """
@@ -34,8 +34,8 @@ def known(name: str) -> cases.Implementation:
     return next(x for x in cases.IMPLEMENTATIONS if x.name == name)
 
 
-def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each."""
+def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Any]:
+    """Median milliseconds of each, or what it raised."""
     turns = {name: (lambda _, run=run: run()) for name, run in runs.items()}
     found = measure.in_turns(turns, DEVICE, repeats, 20.0, 5)
     return {
@@ -92,10 +92,20 @@ def compare(names: list[str], shape: Shape, dtype: torch.dtype, graph: bool = Fa
         name, which = key.split("|")
         rows[name][f"{which} ms"] = ms
         if graph:
-            rows[name][f"{which} host us"] = measure.host_us(lambda _, k=key: runs[k](), DEVICE)
+            rows[name][f"{which} one after the other ms"] = one_after_the_other(runs[key])
             if name.startswith("tfla") and which == "forward":
                 rows[name]["forward in a graph ms"] = replay(runs[key])
     return list(rows.values())
+
+
+def one_after_the_other(run: Callable[[], object], calls: int = 50) -> float:
+    """Milliseconds a call when the device waits for the host, or the host for the device."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / calls * 1e3
 
 
 def replay(run: Callable[[], object]) -> float:
