@@ -226,9 +226,7 @@ def saved(grid: Grid) -> Tensor:
     return grid.decay.new_empty(0) if grid.nu is None else grid.nu
 
 
-def saved_like(
-    q: Tensor, v: Tensor, cu_seqlens: Any, normalize: bool, keep: bool, ends: bool
-) -> Tensor:
+def saved_like(q: Tensor, v: Tensor, cu_seqlens: Any, normalize: bool, *_: bool) -> Tensor:
     """An empty tensor of the shape that ``saved`` will have, known from shapes alone."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape[:3] if normalize else (0,), dtype=dtype)
