@@ -280,6 +280,17 @@ def test_norm_statistics_are_fp32_in_a_bf16_model() -> None:
     assert rounded_once(got, exact)
 
 
+@torch.no_grad()
+def test_a_block_given_a_sum_in_two_parts_returns_one(model: XLSTM) -> None:
+    block = model.blocks[0]
+    x, y = torch.randn(2, 2, 9, model.config.hidden_size, dtype=torch.float64)
+    wanted, end = block(x + y, output_final_state=True)
+    (a, b), after = block((x, y), output_final_state=True)
+    assert torch.equal(a + b, wanted) and torch.equal(after.C, end.C)
+    (a, b), _ = block((x + y, None))
+    assert torch.equal(a + b, wanted)
+
+
 def error(x: Tensor, truth: Tensor) -> float:
     return ((x.double() - truth).norm() / truth.norm()).item()
 

@@ -14,10 +14,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
+import triton
 from builds import DEVICES, Launch, build, launches, record, resources
 
 from tfla import kernels
-from tfla.kernels import pointwise
+from tfla.gates import INPUT_GATES, Activations
+from tfla.kernels import pointwise, step
 from tfla.kernels.hopper import _scan_hopper_kernel
 from tfla.kernels.scan import _scan_kernel
 
@@ -96,7 +98,8 @@ def test_what_lies_between_matrix_products_builds(target: tuple[str, int | str])
         pointwise.head_norm(wide[:, :4096].unflatten(-1, (8, 512)), wide[:, 8192:], wide[0], 1e-6)
         for active in (None, wide[:, 0] > 0):
             pointwise.gates(wide[:, :4096], wide[:16, :4096], wide[0, :16], 15.0, active, 1e4)
-    assert len(seen) == 4
+        pointwise.add_norm(wide[:, :4096], wide[:, :4096], wide[0, :4096], 1e-6)
+    assert len(seen) == 5
     for launch in seen:
         check(launch, target, 0)
 
@@ -113,6 +116,40 @@ def test_short_documents_keep_no_states() -> None:
     with mock.patch("tfla.kernels.host.device_of", lambda _: DEVICES["cuda", 90]):
         assert kept(10_000) < kept(1) + 10_000 * 0.1
         assert kept(10_000, ends=True) > 10_000 * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gate", INPUT_GATES)
+@pytest.mark.parametrize("target", DEVICES, ids=lambda t: f"{t[0]}{t[1]}")
+def test_a_step_builds(target: tuple[str, int | str], gate: str, state: torch.dtype) -> None:
+    """At the sizes of xLSTM 7B. On Hopper with 16 bytes to a load of the state, and so that three
+    programs fit a multiprocessor, or four (Triton 3.6 takes 168 registers for what 3.7 has 126)."""
+    seen: list[Launch] = []
+
+    def recorder(kernel, grid, shape, tensors, *numbers, **constants) -> None:
+        seen.append(record(kernel, shape, (*tensors, *numbers), constants))
+
+    def new(*shape: int, of: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    B, H, K, V = 2, 8, 256, 512
+    q, k, v, i, f = new(B, H, K), new(B, H, K), new(B, H, V), new(B, H), new(B, H)
+    n, m = new(B, H, K, of=state), new(B, H, of=torch.float32)
+    kind = INPUT_GATES[gate]
+    with mock.patch.object(step, "launch", recorder):
+        step.update(
+            q, k, v, i, f, new(B, H, K, V, of=state), n if kind.normalize else None,
+            m if kind.normalize else None, None, 1.0, Activations(kind.sigmoid, True),
+        )  # fmt: skip
+    (launch,) = seen
+    check(launch, target, STACK[target])
+    if target == ("cuda", 90):
+        built = build(launch, *target)
+        new_enough = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+        assert resources(built, "cuda").registers <= (128 if new_enough else 168)
+        loads = 256 * 32 * state.itemsize // (16 * 32 * launch.warps)  # a thread
+        assert built.asm["ptx"].count("ld.global.v4.b32") >= loads
 
 
 @pytest.mark.aot

@@ -33,6 +33,7 @@ else:
 
     import tfla
     from tfla import kernels
+    from tfla.gates import Activations
     from tfla.kernels import pointwise
     from tfla.plan import Plan, Tile
 
@@ -251,6 +252,24 @@ else:
             torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
         assert torch.equal(results[0][1][[0, 2]], states[0][[0, 2]])
 
+    def test_counters_of_a_step_go_with_the_memory_of_m() -> None:
+        """So that launches at the same time have different ones; all are left at zero."""
+        m = torch.zeros(6, 2)
+        counters = [kernels.step._arrived(x) for x in (m, m[3:], m[::2], torch.zeros(6, 2))]
+        assert len({x.data_ptr() for x in counters}) == 4
+        assert kernels.step._arrived(m.view_as(m)) is counters[0]
+
+        q, k, v = torch.randn(2, 2, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 48)
+        i, f = torch.randn(2, 2, 2).unbind(0)
+        with mock.patch.object(kernels.step, "REGISTERS", 128):
+            for slots in ([5, 0], [3, 3], [-1, 2]):  # right; twice the same; out of range
+                arguments = torch.zeros(6, 2, 8, 48), torch.zeros(6, 2, 8), m, torch.tensor(slots)
+                before = m.clone()
+                kernels.step.update(q, k, v, i, f, *arguments, 1.0, Activations(False, True))
+                used = [slot for slot in slots if slot >= 0]
+                assert ((m != before).any(1).nonzero()[:, 0]).tolist() == sorted(set(used))
+                assert not any(x.any() for x in counters)
+
     def test_a_second_run_is_the_same_bit_for_bit() -> None:
         case = Case(**SMALL)
         inputs = checks.make_inputs(case)
@@ -279,6 +298,12 @@ else:
         norm = torch.nn.functional.layer_norm(h.double(), (V,), eps=1e-6).flatten(-2)
         exact = torch.sigmoid(o.double()) * weight.double() * norm
         close(pointwise.head_norm(h, o, weight, 1e-6), exact)
+
+        x, y, weight = normal(F), normal(F), torch.rand(F, generator=g).to(dtype)
+        total, norm = pointwise.add_norm(x, y, weight, 1e-6)
+        assert torch.equal(total, x + y)  # what torch rounds to
+        exact = torch.nn.functional.rms_norm(total.double(), (F,), weight.double(), 1e-6)
+        close(norm, exact)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize("cap", [15.0, None])

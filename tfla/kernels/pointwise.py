@@ -32,6 +32,31 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def _add_norm_kernel(x, y, weight, total, out, eps, D, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < D
+    at = tl.program_id(0).to(tl.int64) * D + lanes
+    w = tl.load(weight + lanes, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    a += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = a.to(total.dtype.element_ty)
+    tl.store(total + at, rounded, mask=inside)
+    a = rounded.to(tl.float32)
+    a = a * tl.rsqrt(tl.sum(a * a, 0) / D + eps) * w
+    tl.store(out + at, a.to(out.dtype.element_ty), mask=inside)
+
+
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y (..., D) as torch rounds it, and the RMS norm of that, times weight (D,)."""
+    x, y, D = x.contiguous(), y.contiguous(), x.shape[-1]
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    tensors, block = (x, y, weight, total, out), triton.next_power_of_2(D)
+    warps = min(16, max(1, block // 256))
+    launch(_add_norm_kernel, (x.numel() // D,), (warps, 1), tensors, eps, D, BLOCK=block)
+    return total, out
+
+
+@triton.jit
 def _head_norm_kernel(h, o, weight, out, stride_o, eps, V, BLOCK: tl.constexpr):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads = tl.num_programs(1)
@@ -54,8 +79,7 @@ def head_norm(h: Tensor, o: Tensor, weight: Tensor, eps: float) -> Tensor:
     h, o = h.contiguous(), o.flatten(0, -2)
     out = h.new_empty(*h.shape[:-2], H * V)
     grid, warps = (o.shape[0], H), 1 if V <= 256 else 2
-    block = triton.next_power_of_2(V)
-    tensors = (h, o, weight, out)
+    tensors, block = (h, o, weight, out), triton.next_power_of_2(V)
     launch(_head_norm_kernel, grid, (warps, 1), tensors, o.stride(0), eps, V, BLOCK=block)
     return out
 

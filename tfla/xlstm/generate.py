@@ -158,9 +158,12 @@ class Stream:
 
     def _take(self, logits: Tensor) -> None:
         """Sample from (B, vocab), into the tensors that the next step starts from."""
-        token = torch.where(self.finished, self.last, sample(logits, *self._sampling))
-        self.lengths.add_(~self.finished)
-        if self._stop is not None:
+        token = sample(logits, *self._sampling)
+        if self._stop is None:
+            self.lengths.add_(1)
+        else:
+            token = torch.where(self.finished, self.last, token)
+            self.lengths.add_(~self.finished)
             self.finished.logical_or_((token[:, None] == self._stop).any(-1))
         self.last.copy_(token)
 
@@ -181,11 +184,9 @@ class Stream:
 
 @torch.no_grad()
 def prefill(
-    model: XLSTM,
-    prompts: Prompts,
-    state: Sequence[tfla.State] | None = None,
+    model: XLSTM, prompts: Prompts, state: Sequence[tfla.State] | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, States]:
+) -> tuple[Tensor, States]:  # fmt: skip
     """Read prompts in one call: logits (B, vocab) after the last token of each, and the state.
 
     prompts, state: as for ``Stream``. Prompts of different lengths are packed: there is no padding.

@@ -106,7 +106,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + MLSTMLayer(RMSNorm(x)), then the same with SwiGLU: the unit to checkpoint or to shard."""
+    """x + MLSTMLayer(RMSNorm(x)), then the same with SwiGLU: the unit to checkpoint or to shard.
+    Given a pair, whose sum is x, it returns one: the next norm adds, in the same pass."""
 
     def __init__(self, config: XLSTMConfig) -> None:
         super().__init__()
@@ -115,12 +116,13 @@ class Block(nn.Module):
         self.norm_ffn = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn = SwiGLU(config)
 
-    def forward(
-        self, x: Tensor, state: tfla.State | None = None, **options: Any
-    ) -> tuple[Tensor, tfla.State | None]:
-        y, state = self.mlstm(self.norm_mlstm(x), state, **options)
-        x = x + y
-        return x + self.ffn(self.norm_ffn(x)), state
+    def forward(self, x: Any, state: tfla.State | None = None, **options: Any) -> tuple[Any, Any]:
+        pair = isinstance(x, tuple)
+        x, y = add_norm(x, self.norm_mlstm)
+        y, state = self.mlstm(y, state, **options)
+        x, y = add_norm((x, y), self.norm_ffn)
+        y = self.ffn(y)
+        return (x, y) if pair else x + y, state
 
 
 class XLSTM(nn.Module):
@@ -254,12 +256,13 @@ class XLSTM(nn.Module):
                 f"state must be {self.config.num_layers} tfla.State, one a layer; got {len(state)}."
             )
         states = [None] * len(self.blocks) if state is None else state
-        x = self.embedding(tokens)
+        x: Any = self.embedding(tokens)
+        x = (x, None) if fused(x, self.norm.weight) else x
         after = []
         for block, before in zip(self.blocks, states, strict=True):
             x, new = block(x, before, **options)
             after.append(new)
-        return self.norm(x), tuple(after)
+        return add_norm(x, self.norm)[1], tuple(after)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (..., vocab) of hidden states (..., d), soft-capped, in fp32 (fp64 for fp64 x)."""
@@ -281,10 +284,8 @@ class XLSTM(nn.Module):
         states = []
         for _ in range(config.num_layers):
             C = torch.zeros(N, H, K, V, dtype=dtype or full, device=weight.device)
-            n, m = (C.new_zeros(N, H, K), C.new_zeros(N, H, dtype=full))
-            states.append(
-                tfla.State(C, n, m) if config.input_gate == "exp" else tfla.State(C, None, None)
-            )
+            rest = (C.new_zeros(N, H, K), C.new_zeros(N, H, dtype=full))
+            states.append(tfla.State(C, *(rest if config.input_gate == "exp" else (None, None))))
         return tuple(states)
 
     def generate(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Generation:
@@ -305,6 +306,15 @@ def fused(x: Tensor, weight: Tensor) -> Any:
         return None
     known = checks.pick_backend(None, x) == "triton"
     return importlib.import_module("tfla.kernels.pointwise") if known else None
+
+
+def add_norm(x: Any, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """x, or the sum of the pair x, of which the second may be None; and its norm."""
+    x, y = x if isinstance(x, tuple) else (x, None)
+    if y is not None and (kernels := fused(x, norm.weight)):
+        return kernels.add_norm(x, y, norm.weight, norm.eps)
+    x = x if y is None else x + y
+    return x, norm(x)
 
 
 def _sums_in_fp32(x: Tensor, weight: Tensor) -> bool:
