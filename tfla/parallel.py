@@ -8,8 +8,7 @@ leave at its end, b_j the sum of its log_f,
 
 where dE_j is what the loss of rank j says of the state that enters it. Both E and dE are one
 weighted product over the rank's tokens, k^T v and q^T dh. Everything else is the forward and the
-backward pass of one process (``tfla.ops``), from that state and with that cotangent; whatever the
-gates are, and whichever backend.
+backward pass of one process (``tfla.ops``), from that state and with that cotangent.
 
 The exchange is K V + K + 3 numbers a sequence and head, each way, for any T; backward it runs while
 dq is computed. Of packed sequences one crosses a border: it is found on the device. A rank in which
@@ -62,11 +61,10 @@ class Part(NamedTuple):
         if x.cu_seqlens is None:
             sides = (rank > 0, rank < size - 1, rank == 0, rank == size - 1)
             return Part(None, None, None, *sides, None, None)
-        t = torch.arange(T, device=device)
-        cu, begin, end = x.cu_seqlens.long(), rank * T, (rank + 1) * T
+        cu, begin, end = x.cu_seqlens, rank * T, (rank + 1) * T
         N = len(cu) - 1
-        rows = torch.arange(N, device=device)
-        edges = torch.arange(2, device=device) * (T - 1) + begin
+        rows, t = torch.arange(N, device=device), torch.arange(T, device=device)
+        edges = torch.arange(2, device=device, dtype=cu.dtype) * (T - 1) + begin
         first, last = (torch.searchsorted(cu, edges, right=True) - 1).clamp(0, N - 1).split(1)
         enters = (rows == first) & (cu[first] < begin)
         leaves = (rows == last) & (cu[last + 1] > end)
@@ -74,7 +72,6 @@ class Part(NamedTuple):
         ends = (torch.maximum(cu[1:] - 1, cu[:-1]) // T).clamp(0, size - 1) == rank
         own = (cu - begin).clamp(0, T)
         head, tail = t < own[first + 1], t >= own[last]
-        own = own.to(x.cu_seqlens.dtype)
         return Part(own, first, last, enters, leaves, starts, ends, head, tail)
 
 
@@ -110,8 +107,8 @@ class _States(NamedTuple):
     def gather(self, group: Any) -> Callable[[], _States]:
         """Those of all ranks, (R, P, ...), once the function that comes back is called."""
         b = self.b.to(self.C.dtype)
-        parts = [self.C, self.m, b, (self.b - b).to(self.C.dtype)]  # b needs more than fp32
-        parts += [] if self.n is None else [self.n]
+        rest = (self.b - b).to(self.C.dtype)  # b needs more than fp32
+        parts = [self.C, self.m, b, rest] + ([] if self.n is None else [self.n])
         flat = torch.cat([part.reshape(-1) for part in parts])
         out = flat.new_empty(group.size(), len(flat))
         # The second name is the older one, deprecated since torch 2.13.
@@ -130,8 +127,7 @@ class _States(NamedTuple):
 def _sum(states: _States, power: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """(C, n, m): the sum of states (S, P, H, ...) of weights e^power (S, P, H), fp64."""
     m = power.amax(0).clamp(min=GAUGE_MIN) if normalize else torch.zeros_like(power[0])
-    m = m.to(states.C.dtype)
-    C, n = _weigh(states, power - m)
+    C, n = _weigh(states, power - (m := m.to(states.C.dtype)))
     # A gauge that is still the stand-in belongs to a state of zeros: it may as well be 0.
     return C, n, torch.where(m <= GAUGE_MIN, 0.0, m)
 
@@ -139,21 +135,6 @@ def _sum(states: _States, power: Tensor, normalize: bool) -> tuple[Tensor, Tenso
 def _weigh(states: _States, power: Tensor) -> tuple[Tensor, Tensor | None]:
     w = power.exp().to(states.C.dtype)[..., None]
     return (w[..., None] * states.C).sum(0), None if states.n is None else (w * states.n).sum(0)
-
-
-def _between(b: Tensor) -> Tensor:
-    """(S, ...) -> the sum of those behind each."""
-    if len(b) == 1:
-        return torch.zeros_like(b)
-    return torch.cat([b[1:], torch.zeros_like(b[:1])]).flip(0).cumsum(0).flip(0)
-
-
-def _behind(x: Tensor) -> Tensor:
-    """The same along T, of (B, H, T): within pieces and over them, as a GPU sums a row slowly."""
-    pieces = x.unflatten(-1, (math.gcd(x.shape[-1], 1024), -1))
-    sums = pieces.flip(-1).cumsum(-1)
-    within = torch.nn.functional.pad(sums[..., :-1], (1, 0)).flip(-1)
-    return (within + _between(sums[..., -1].movedim(-1, 0)).movedim(0, -1)[..., None]).flatten(-2)
 
 
 def _weighted(x: Tensor, w: Tensor) -> Tensor:
@@ -174,8 +155,8 @@ def _product(a: Tensor, x: Tensor, full: torch.dtype) -> Tensor:
         a, x = (y.unflatten(1, (G, -1)).flatten(0, 1) for y in (a, x))
         heads = [torch.bmm(a[:, :, h].mT, x[:, :, h], out_dtype=full) for h in range(H)]
         return torch.stack(heads, 1).unflatten(0, (B, G)).sum(1)
-    pairs = zip(a.permute(0, 2, 3, 1), x.transpose(1, 2), strict=True)
-    return torch.stack([torch.bmm(*pair, out_dtype=full) for pair in pairs])
+    left, right = a.permute(0, 2, 3, 1), x.transpose(1, 2)
+    return torch.stack([torch.bmm(left[b], right[b], out_dtype=full) for b in range(B)])
 
 
 def _left(x: Inputs, o: Options, part: Part) -> _States:
@@ -184,7 +165,7 @@ def _left(x: Inputs, o: Options, part: Part) -> _States:
     logs = gates.log_gates(x.i.double(), x.f.double(), o.activations)
     log_i, log_f = map(_mask, (part.tail, part.tail), logs, (-torch.inf, 0.0))
     log_i, log_f = (y.transpose(1, 2).contiguous() for y in (log_i, log_f))  # (B, H, T)
-    power = log_i + _behind(log_f)
+    power = log_i + gates.behind(log_f)
     m = power.amax(-1).clamp(min=GAUGE_MIN) if o.normalize else torch.zeros_like(power[..., 0])
     m, b = m.to(full), log_f.sum(-1)
     w = (power - m[..., None]).exp().to(full).transpose(1, 2)
@@ -198,9 +179,6 @@ def _left(x: Inputs, o: Options, part: Part) -> _States:
         power = _choose(begins, b if x.m is None else _pick(x.m, part.last) + b, CUT)
         C, n, m = _sum(both, torch.stack([m.double(), power]), o.normalize)
     return _States(C, n, m, _choose(begins, torch.full_like(b, CUT), b))
-
-
-# ---------------------------------------------------------------- both directions
 
 
 def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
@@ -219,7 +197,7 @@ def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
         states = arrives()
         if rank:
             before = states.ranks(0, rank)
-            C_r, n_r, m_r = _sum(before, before.m + _between(before.b), o.normalize)
+            C_r, n_r, m_r = _sum(before, before.m + gates.between(before.b), o.normalize)
             C = _choose(part.enters, C_r, C)
             if n is not None and n_r is not None and m is not None:
                 n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
@@ -233,7 +211,7 @@ def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
             own = [_choose(part.ends, s, 0.0) for s in own]
             ends[: len(own)] = _reduce(own, group)
         elif o.final:
-            *last, gauge = _sum(states, states.m + _between(states.b), o.normalize)
+            *last, gauge = _sum(states, states.m + gates.between(states.b), o.normalize)
             ends = [*last, gauge] if o.normalize else [last[0], *ends[1:]]
         # An operator's outputs are neither its inputs nor each other.
         kept = [C.new_empty(0) if y is None else y.clone() if not rank else y for y in (C, n, m)]
@@ -305,8 +283,8 @@ def _reduce(tensors: list[Tensor], group: Any) -> list[Tensor]:
     """The sum over the ranks, in one exchange."""
     flat = torch.cat([x.reshape(-1) for x in tensors])
     dist.all_reduce(flat, group=group)
-    parts = flat.split([x.numel() for x in tensors])
-    return [part.view_as(x).clone() for part, x in zip(parts, tensors, strict=True)]
+    parts = zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)
+    return [part.view_as(x).clone() for part, x in parts]
 
 
 _seen: dict[str, list[Any]] = {}  # by name: the group, the calls that agreed, comparisons so far
@@ -353,9 +331,6 @@ def _agree(x: Inputs, o: Options, group: Any) -> None:
     known[1].add(call)
 
 
-# ---------------------------------------------------------------- torch.library
-
-
 CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? C, Tensor? n, Tensor? m, Tensor? "
     "cu_seqlens, float scale, bool sigmoid_i, bool sigmoid_f, bool normalize, bool final, bool "
@@ -377,8 +352,7 @@ def _forward_op(*args: Any) -> list[Tensor]:
 def _(*args: Any) -> list[Tensor]:
     x, o, group = _call(*args)
     (B, _, H, K), V = x.q.shape, x.v.shape[-1]
-    N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    P = B if x.cu_seqlens is None else 1
+    N, P = (B, B) if x.cu_seqlens is None else (x.cu_seqlens.shape[0] - 1, 1)
 
     def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return x.q.new_empty(shape, dtype=dtype or o.full(x.q))

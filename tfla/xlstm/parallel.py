@@ -29,14 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.utils.checkpoint import checkpoint as recompute
@@ -101,7 +95,6 @@ class Ranks(Placement):
             kind, (self.rows, context_ranks), mesh_dim_names=("data", "context")
         )
         self.context = mesh.get_group("context") if context_ranks > 1 else None
-        self.split = True
         self.files = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
         self.writing: Any = None  # the future of a checkpoint
 
@@ -204,15 +197,8 @@ class Ranks(Placement):
         return model
 
     def _join(self, module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
-        return args, options | {"group": self.context} if self.split else options
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        self.split = False
-        try:
-            yield
-        finally:
-            self.split = True
+        """What is learnt from is split; what is evaluated, every rank reads in whole."""
+        return args, options | {"group": self.context} if torch.is_grad_enabled() else options
 
     def elapsed(self, seconds: float) -> float:
         clock = torch.tensor(seconds, dtype=torch.float64)
@@ -249,10 +235,8 @@ class Ranks(Placement):
         for key, x in state.moments().items():
             like: Any = state.parameters.get(key.rpartition("/")[0])
             if isinstance(like, DTensor) and x.dim():
-                x = DTensor.from_local(
-                    x, like.device_mesh, like.placements, run_check=False, shape=like.shape,
-                    stride=like.stride(),
-                )  # fmt: skip
+                whole: Any = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+                x = DTensor.from_local(x, like.device_mesh, like.placements, **whole)
             tensors[key] = x
         save = functools.partial(checkpoint.save, run, meta, {}, texts)
         shards = run / "checkpoints" / f".shards-{meta['step']:08d}.tmp"
@@ -282,10 +266,7 @@ class Ranks(Placement):
             whole = like is None or like.shape != size
             moments[key] = torch.empty(size, dtype=dtype) if whole else torch.zeros_like(like)
         dcp.load(wanted | moments, storage_reader=reader, process_group=self.files)
-        held = {*state.own, "random"}
-        state.restore_moments(
-            {n: self.own(x) for n, x in moments.items() if n.rpartition("/")[0] in held}
-        )
+        state.restore_moments({name: self.own(x) for name, x in moments.items()})
 
 
 class _Shards(HuggingFaceStorageWriter):
@@ -300,22 +281,20 @@ class _Shards(HuggingFaceStorageWriter):
         super().__init__(str(folder), files, save_distributed=True)
         self.folder, self.save = folder, save
 
-    def write_data(self, plan: Any, planner: Any) -> Future[list[WriteResult]]:
-        written = super().write_data(plan, planner).wait()
-        results = []  # a file's name is shard-00001-model-00002-of-00002.safetensors
+    def write_data(self, plan: Any, planner: Any) -> Future[Any]:
+        seals, written = {}, super().write_data(plan, planner).wait()
         for file in sorted({result.storage_data.relative_path for result in written}):
+            # A file's name is shard-00001-model-00002-of-00002.safetensors.
             shard, index = map(int, re.findall(r"\d+", file)[:2])
             path = self.folder / f"{('model', 'optimizer')[index - 1]}-{shard - 1:05d}.safetensors"
             (self.folder / file).rename(path)
-            seal = checkpoint.seal(path)
-            results.append(WriteResult(MetadataIndex(path.name), seal["bytes"], seal))
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
+            seals[path] = checkpoint.seal(path)
+        done: Future[Any] = Future()
+        done.set_result(seals)
         return done
 
-    def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
-        found = itertools.chain.from_iterable(results)
-        self.save(shards={self.folder / x.index.fqn: x.storage_data for x in found})
+    def finish(self, metadata: Any, results: list[Any]) -> None:
+        self.save(shards={path: seal for seals in results for path, seal in seals.items()})
         self.folder.rmdir()
 
 

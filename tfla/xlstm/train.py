@@ -73,10 +73,6 @@ class Placement:
         """What the clock of the run says, when this process's says `seconds`."""
         return seconds
 
-    def whole(self) -> AbstractContextManager[Any]:
-        """In it the model reads whole sequences."""
-        return nullcontext()
-
     def own(self, x: Tensor) -> Tensor:
         """The part of a parameter or of its gradient that this process updates."""
         return x
@@ -89,12 +85,8 @@ class Placement:
 
     def save(self, run: Path, meta: Record, state: "TrainState", texts: dict[str, str]) -> None:
         """Write a checkpoint; it may be whole only once `finish` has been called."""
-        checkpoint.save(
-            run,
-            meta,
-            {"model": dict(state.model.named_parameters()), "optimizer": state.moments()},
-            texts,
-        )
+        tensors: Any = {"model": dict(state.parameters), "optimizer": state.moments()}
+        checkpoint.save(run, meta, tensors, texts)
 
     def load(self, saved: checkpoint.Checkpoint, state: "TrainState") -> None:
         """Read one back."""
@@ -115,15 +107,11 @@ class TrainState:
         own = {name: placement.own(p) for name, p in named}
         self.own = {name: x for name, x in own.items() if x.numel()}
         decayed = [x for name, x in self.own.items() if _decays(name, self.parameters[name])]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": options.weight_decay},
-                {"params": list(self.own.values())[len(decayed) :], "weight_decay": 0.0},
-            ],
-            lr=options.lr,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        groups = [
+            {"params": decayed, "weight_decay": options.weight_decay},
+            {"params": list(self.own.values())[len(decayed) :], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
 
     def step(self, lr: float) -> None:
         """One update, after which there are no gradients."""
@@ -148,13 +136,11 @@ class TrainState:
         random = saved.pop("random/cuda", None)
         if random is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(random)
-        index = {name: number for number, name in enumerate(self.own)}
-        state: dict[int, dict[str, Tensor]] = {}
         for key, value in saved.items():
             name, _, field = key.rpartition("/")
-            state.setdefault(index[name], {})[field] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            if name in self.own:
+                own = self.own[name]
+                self.optimizer.state[own][field] = value.to(own.device)
 
 
 def train(run: Run, placement: Placement) -> Iterator[Record]:
@@ -233,8 +219,7 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
             yield record("train", loss=look(), lr=lr, tokens_per_second=round(speed, 1))
             logged_at, busy = step, 0.0
         if step % options.eval_every == 0 or done:
-            with placement.whole():
-                bits = evaluate(state.model, held_out, len(raw), options, placement.device)
+            bits = evaluate(state.model, held_out, len(raw), options, placement.device)
             yield record("eval", bits_per_byte=bits)
         elapsed = clock()
         if step % options.save_every == 0 or done:
@@ -301,13 +286,9 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def _step(
-    state: TrainState,
-    corpus: Corpus,
-    options: TrainOptions,
-    placement: Placement,
-    step: int,
+    state: TrainState, corpus: Corpus, options: TrainOptions, placement: Placement, step: int,
     lr: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One update; returns the mean loss of its tokens in nats and the gradient's norm, (2,)."""
     rows = options.batch * options.accumulate
     own = np.arange(rows).reshape(options.accumulate, placement.rows, -1)[:, placement.row]
