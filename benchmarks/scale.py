@@ -3,10 +3,10 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --out runs/scale
 
 An xLSTM of 1.3B parameters in the layout of xLSTM 7B, in bf16, with AdamW, on random tokens. In
-order: the exchange of a call alone; a call; one GPU and all of them at the same tokens a GPU (weak
-scaling), blocks compiled and, but for --no-eager, as they are; one sequence of 131,072 and of
-1,048,576 tokens split over all, beside the longest that one GPU holds with as many layers. It ends
-after --seconds, whatever is left, and prints a table last.
+order: the exchange of a call alone; a call, how right and how fast; one GPU and all of them at the
+same tokens a GPU (weak scaling), blocks compiled and, but for --no-eager, as they are; one sequence
+of 131,072 and of 1,048,576 tokens split over all, beside the longest that one GPU holds with as
+many layers. It ends after --seconds, whatever is left, and prints a table last.
 --tiny takes seconds on CPUs, over gloo.
 """
 
@@ -114,7 +114,10 @@ def timed_steps(
 
     try:
         options = TrainOptions(steps=1, precision="fp32" if session.tiny else "bf16")
-        state = TrainState(place.build(config, options.precision), options, place)
+        with torch.device(device):  # where initial weights are drawn faster
+            model = place.build(config, options.precision)
+        state = TrainState(model, options, place)
+        del model
         shape = tokens[0], tokens[1] + 1
         windows = torch.randint(config.vocab_size, shape, device=device)
 
@@ -264,6 +267,30 @@ def recomputed(call: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def agreement(session: Session) -> None:
+    """`tfla.mlstm` split against the whole: relative errors of h and of all gradients."""
+    config, world, rank = session.config, session.world, dist.get_rank()
+    dtype = torch.float32 if session.tiny else torch.bfloat16
+    own = 32 if session.tiny else 4096
+    torch.manual_seed(1)  # the same numbers on all ranks
+    shapes = [[config.K], [config.K], [config.V], [], [], [config.V]]
+    size = 1, own * world, config.num_heads
+    x = [torch.randn(*size, *d, device=session.device) for d in shapes]
+    x = [y.to(dtype) if y.dim() == 4 else y + 8 * (n == 4) for n, y in enumerate(x)]
+    part = slice(rank * own, (rank + 1) * own)
+    found = []
+    for rows, group in ((slice(None), None), (part, dist.group.WORLD)):
+        *inputs, dh = (y[:, rows].clone().requires_grad_() for y in x)
+        h, _ = tfla.mlstm(*inputs, group=group)
+        found.append([h.detach(), *torch.autograd.grad(h, inputs, dh.detach())])
+    errors = {}
+    for name, whole, split in zip(("h", "dq", "dk", "dv", "di", "df"), *found, strict=True):
+        true = whole[:, part].double()
+        error = ((split.double() - true).norm() / true.norm()).item()
+        errors[name] = float(f"{max(session.all(error)):.1e}")
+    session.add({"name": "mlstm, split against whole", "gpus": world, **errors})
+
+
 def functions(session: Session) -> None:
     """`tfla.mlstm` alone, forward and backward: a share of the tokens on one GPU, and split."""
     config, world = session.config, session.world
@@ -327,7 +354,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="a test of this program, on CPUs")
     session = Session(parser.parse_args())
-    for phase in (exchange, functions, weak_scaling, long_sequences):
+    for phase in (exchange, agreement, functions, weak_scaling, long_sequences):
         if session.left() > 0:
             phase(session)
     if session.main:
