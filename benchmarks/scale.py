@@ -3,13 +3,15 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --out runs/scale
 
 An xLSTM of 1.3B parameters in the layout of xLSTM 7B, in bf16, with AdamW, on random tokens. In
-order: one GPU and all of them at the same tokens a GPU (weak scaling); one sequence of 131,072 and
-of 1,048,576 tokens split over all, beside the longest that one GPU holds with as many layers; the
-exchange of a call alone. It ends after --seconds, whatever is left, and prints a table last.
+order: the exchange of a call alone; a call, how right and how fast; one GPU and all of them at the
+same tokens a GPU (weak scaling), blocks compiled and, but for --no-eager, as they are; one sequence
+of 131,072 and of 1,048,576 tokens split over all, beside the longest that one GPU holds with as
+many layers. It ends after --seconds, whatever is left, and prints a table last.
 --tiny takes seconds on CPUs, over gloo.
 """
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -105,36 +107,51 @@ def timed_steps(
     torch.manual_seed(0)
     row: Row = {"B": tokens[0], "T": tokens[1], "layers": config.num_layers}
     row["hidden"] = config.hidden_size
-    state = None
+    state: Any = None
 
     def agreed(x: float) -> float:
         return session.place.elapsed(x) if together else x
 
     try:
         options = TrainOptions(steps=1, precision="fp32" if session.tiny else "bf16")
-        state = TrainState(place.build(config, options.precision), options)
+        with torch.device(device):  # where initial weights are drawn faster
+            model = place.build(config, options.precision)
+        state = TrainState(model, options, place)
+        del model
         shape = tokens[0], tokens[1] + 1
         windows = torch.randint(config.vocab_size, shape, device=device)
-        times, began = [], time.monotonic()
-        while len(times) < 3 or (len(times) < 12 and agreed(time.monotonic() - began) < seconds):
+
+        def steps(number: int) -> float:
+            """Seconds of each. As in training, the host does not wait for the device in between."""
+            nonlocal loss
             synchronize(device)
             start = time.perf_counter()
-            with autocast(options.precision, device):
-                loss = mean_nats(state.model, windows)
-            loss.backward()
-            place.clip(state.model.parameters(), 1.0)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+            for _ in range(number):
+                with autocast(options.precision, device):
+                    loss = mean_nats(state.model, windows)
+                loss.backward()
+                loss = place.clip(state, loss.detach(), 1.0)[0]
+                state.step(1e-4)
             synchronize(device)
-            times.append(time.perf_counter() - start)
-        row |= {"seconds_a_step": statistics.median(times[2:] or times), "steps": len(times)}
+            return (time.perf_counter() - start) / number
+
+        began, loss = time.monotonic(), torch.zeros(())
+        first = steps(1)  # with it comes what is compiled and what is allocated
+        row["seconds_of_the_first_step"] = round(first, 2)
+        number = 1 + int(min(2.0, seconds / 6 / agreed(steps(1))))
+        left = agreed(seconds - (time.monotonic() - began))
+        times = [steps(number)]
+        while len(times) < 5 and left > (len(times) + 1) * number * agreed(times[0]):
+            times.append(steps(number))
+        row |= {"seconds_a_step": statistics.median(times), "steps": number * len(times)}
         row["loss"] = loss.item()
         if device.type == "cuda":
             row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
             torch.cuda.reset_peak_memory_stats()
     except torch.OutOfMemoryError:
         row["reason"] = "out of memory"
-    del state
+    state = None
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -178,19 +195,27 @@ def fitting(session: Session, tokens: int) -> XLSTMConfig:
 def weak_scaling(session: Session) -> None:
     B, T = (2, 32) if session.tiny else session.options.batch
     config, world = session.config, session.world
+    kinds = [(False, ""), (True, ", compiled")][not session.options.eager :]
     limit = session.options.seconds / 12
 
-    def single() -> Row:
-        row = timed_steps(session, Placement(session.device), config, (B, T), False, limit)
-        return speed(session, row, config, "train", 1, B * T)
+    def single(compile: bool, name: str) -> Row:
+        place = Placement(session.device, compile)
+        row = timed_steps(session, place, config, (B, T), False, limit)
+        return speed(session, row, config, f"train{name}", 1, B * T)
 
-    one = session.alone(single)
-    session.add(one)
-    row = timed_steps(session, session.place, config, (B, T), True, limit)
-    every = speed(session, row, config, "train, sharded", world, B * T * world)
-    if one and "tokens_per_s" in one and "tokens_per_s" in every:
-        every["of_one_gpu_times_n"] = round(every["tokens_per_s"] / one["tokens_per_s"] / world, 4)
-    session.add(every)
+    one = {}
+    for compile, name in kinds:
+        one[name] = session.alone(functools.partial(single, compile, name))
+        session.add(one[name])
+    for compile, name in reversed(kinds):  # what counts comes first
+        place = Ranks(session.device, compile=compile)
+        row = timed_steps(session, place, config, (B, T), True, limit)
+        every = speed(session, row, config, f"train, sharded{name}", world, B * T * world)
+        alone = one[name]
+        if alone and "tokens_per_s" in alone and "tokens_per_s" in every:
+            ratio = every["tokens_per_s"] / alone["tokens_per_s"] / world
+            every["of_one_gpu_times_n"] = round(ratio, 4)
+        session.add(every)
 
 
 def long_sequences(session: Session) -> None:
@@ -240,6 +265,30 @@ def recomputed(call: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return forward
+
+
+def agreement(session: Session) -> None:
+    """`tfla.mlstm` split against the whole: relative errors of h and of all gradients."""
+    config, world, rank = session.config, session.world, dist.get_rank()
+    dtype = torch.float32 if session.tiny else torch.bfloat16
+    own = 32 if session.tiny else 4096
+    torch.manual_seed(1)  # the same numbers on all ranks
+    shapes = [[config.K], [config.K], [config.V], [], [], [config.V]]
+    size = 1, own * world, config.num_heads
+    x = [torch.randn(*size, *d, device=session.device) for d in shapes]
+    x = [y.to(dtype) if y.dim() == 4 else y + 8 * (n == 4) for n, y in enumerate(x)]
+    part = slice(rank * own, (rank + 1) * own)
+    found = []
+    for rows, group in ((slice(None), None), (part, dist.group.WORLD)):
+        *inputs, dh = (y[:, rows].clone().requires_grad_() for y in x)
+        h, _ = tfla.mlstm(*inputs, group=group)
+        found.append([h.detach(), *torch.autograd.grad(h, inputs, dh.detach())])
+    errors = {}
+    for name, whole, split in zip(("h", "dq", "dk", "dv", "di", "df"), *found, strict=True):
+        true = whole[:, part].double()
+        error = ((split.double() - true).norm() / true.norm()).item()
+        errors[name] = float(f"{max(session.all(error)):.1e}")
+    session.add({"name": "mlstm, split against whole", "gpus": world, **errors})
 
 
 def functions(session: Session) -> None:
@@ -300,9 +349,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scale"))
     parser.add_argument("--seconds", type=float, default=240.0, help="for everything together")
     parser.add_argument("--batch", type=int, nargs=2, default=(4, 2048), metavar=("B", "T"))
+    parser.add_argument(
+        "--eager", action=argparse.BooleanOptionalAction, default=True, help="without compile too"
+    )
     parser.add_argument("--tiny", action="store_true", help="a test of this program, on CPUs")
     session = Session(parser.parse_args())
-    for phase in (exchange, functions, weak_scaling, long_sequences):
+    for phase in (exchange, agreement, functions, weak_scaling, long_sequences):
         if session.left() > 0:
             phase(session)
     if session.main:

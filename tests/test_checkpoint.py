@@ -135,7 +135,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     (path / "model.safetensors").write_bytes(data)
     meta = json.loads((path / "checkpoint.json").read_text())
     del meta["checksum"]
-    meta["files"]["model.safetensors"] = checkpoint._seal(path / "model.safetensors")
+    meta["files"]["model.safetensors"] = checkpoint.seal(path / "model.safetensors")
     meta["checksum"] = checkpoint._checksum(meta)
     (path / "checkpoint.json").write_text(json.dumps(meta))
     saved = load(path)

@@ -2,7 +2,10 @@
 
 import pytest
 import ranks
+import torch
 from parallel_worker import TRITON, checks
+
+from tfla import gates
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -17,3 +20,15 @@ def test_ranks_equal_one_process_in_triton() -> None:
     outcome = ranks.run("parallel_worker", 2, TRITON_INTERPRET="1")
     assert outcome.keys() == TRITON.keys()
     assert not ranks.failures(outcome)
+
+
+@pytest.mark.parametrize("T", [1, 7, 64, 1024, 6144])
+def test_the_sum_of_all_behind_is_the_same_in_pieces(T: int) -> None:
+    generator = torch.Generator().manual_seed(T)
+    x = torch.randn(2, 3, T, generator=generator, dtype=torch.float64)
+    x[..., T // 2] = -1e5  # nothing behind it may feel its rounding
+    whole = x.flip(-1).cumsum(-1).flip(-1) - x
+    found = gates.behind(x)
+    assert found[..., -1].abs().max() == 0
+    torch.testing.assert_close(found, whole, rtol=1e-14, atol=1e-10)
+    torch.testing.assert_close(found[..., T // 2 :], whole[..., T // 2 :], rtol=0, atol=1e-10)

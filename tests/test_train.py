@@ -210,12 +210,11 @@ def test_accumulation_equals_a_bigger_batch(text: Path, tmp_path: Path) -> None:
 
 def test_clipping_bounds_the_gradient(text: Path, tmp_path: Path) -> None:
     class Watched(Placement):
-        def clip(self, parameters: Any, largest: float) -> torch.Tensor:
-            parameters = list(parameters)
-            before = super().clip(parameters, largest)
-            after = math.sqrt(sum(float(p.grad.square().sum()) for p in parameters))
-            seen.append((float(before), after))
-            return before
+        def clip(self, state: TrainState, loss: Any, largest: float) -> torch.Tensor:
+            found = super().clip(state, loss, largest)
+            grads = [p.grad for p in state.parameters.values()]
+            seen.append((float(found[1]), math.sqrt(sum(float(g.square().sum()) for g in grads))))
+            return found
 
     seen: list[tuple[float, float]] = []
     list(train(start(tmp_path, SMALL | {"paths": [text], "clip": 0.5}), Watched("cpu")))
@@ -227,7 +226,7 @@ def test_only_matrices_decay() -> None:
     from tfla.xlstm import XLSTMConfig
 
     model = XLSTM(XLSTMConfig(vocab_size=257, **MODEL))
-    state = TrainState(model, TrainOptions(steps=1, weight_decay=0.3))
+    state = TrainState(model, TrainOptions(steps=1, weight_decay=0.3), Placement("cpu"))
     decayed, rest = state.optimizer.param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}

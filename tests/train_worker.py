@@ -2,12 +2,17 @@
 
 import json
 import os
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ranks
+import torch
 
+from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.parallel import Ranks
 from tfla.xlstm.run import resume, start
@@ -27,21 +32,36 @@ TRAIN: dict[str, dict[str, Any]] = {
     "accumulate": {"accumulate": 2, "batch": 4},
     "tied": {"tie_embeddings": True},
     "bf16": {"precision": "bf16"},
+    "narrow": {"hidden_size": 2, "num_heads": 1},  # on four, some hold nothing of a matrix
+    "compiled": {"compile": True},
+    "compiled, context": {"compile": True, "recompute": True, "context_ranks": 2},
 }
-ON_FOUR = ("context", "accumulate")  # the others on two
+PLACE = ("context_ranks", "recompute", "compile")
+FILES = ("model", "optimizer")
+ON_FOUR = ("context", "accumulate", "narrow")  # the others on two
 
 
 def values(name: str) -> dict[str, Any]:
-    own = {k: x for k, x in TRAIN[name].items() if k not in ("context_ranks", "recompute")}
+    own = {k: x for k, x in TRAIN[name].items() if k not in PLACE}
     return SMALL | own | {"paths": [Path(json.__file__).parent]}
 
 
 def trains(name: str) -> Callable[[Any], None]:
     def check(group: Any) -> None:
         folder = Path(os.environ["RUNS"], f"{name}-{group.size()}")
-        own = {k: TRAIN[name].get(k) for k in ("context_ranks", "recompute") if k in TRAIN[name]}
-        place = Ranks("cpu", **own)
-        list(train(place.share(lambda: start(folder, values(name))), place))
+        place = Ranks("cpu", **{k: x for k, x in TRAIN[name].items() if k in PLACE})
+        run = place.share(lambda: start(folder, values(name)))
+        if not place.compile:
+            list(train(run, place))
+            return
+        torch.compiler.reset()
+        graphs = torch._dynamo.utils.counters["stats"]
+        graphs.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, while it compiles
+            list(train(run, place))
+        # Blocks share one graph to learn from and one to be judged by, whatever the step.
+        assert graphs["unique_graphs"] <= 3, dict(graphs)
 
     return check
 
@@ -51,6 +71,49 @@ def goes_on(group: Any) -> None:
     folder = Path(os.environ["RUNS"], f"broken-{group.size()}")
     place = Ranks("cpu", context_ranks=2)
     list(train(place.share(lambda: resume(folder, {})), place))
+
+
+def writes_beside_training(group: Any) -> None:
+    """The checkpoint of step 3 waits for steps 4 and 5; each rank writes half of it, no pickle."""
+    folder = Path(os.environ["RUNS"], f"beside-{group.size()}")
+    place, trained, real = Ranks("cpu"), threading.Event(), checkpoint.save
+
+    def save(run: Path, meta: Any, *args: Any, **options: Any) -> Any:
+        assert meta["step"] != 3 or trained.wait(30)
+        return real(run, meta, *args, **options)
+
+    with mock.patch.object(checkpoint, "save", save):
+        for record in train(place.share(lambda: start(folder, values("data"))), place):
+            if record["step"] == 5:
+                assert checkpoint.load(folder).meta["step"] == 0 or not place.main
+                trained.set()
+    last = checkpoint.load(folder)
+    assert last.meta["step"] == 6
+    parts = [f"{name}-{rank:05d}.safetensors" for name in FILES for rank in range(group.size())]
+    assert last.meta["files"].keys() == set(parts)
+    assert {path.name for path in last.path.iterdir()} == {"checkpoint.json", *parts}
+    sizes = [last.meta["files"][part]["bytes"] for part in parts if part.startswith("model")]
+    assert max(sizes) < 1.3 * min(sizes), sizes
+    assert not list(folder.rglob("*.tmp"))
+
+
+def no_space(group: Any) -> None:
+    """A checkpoint that one rank cannot write ends all, with one line, and is none."""
+    folder = Path(os.environ["RUNS"], f"full-{group.size()}")
+    place, real = Ranks("cpu"), checkpoint.seal
+
+    def seal(path: Path) -> Any:
+        if group.rank() == group.size() - 1 and "model" in path.name:
+            raise OSError("No space left on device")
+        return real(path)
+
+    def act() -> None:
+        with place.together():
+            list(train(place.share(lambda: start(folder, values("data"))), place))
+
+    with mock.patch.object(checkpoint, "seal", seal):
+        refused(f"rank {group.size() - 1} wrote no checkpoint: No space left", act, group)
+    assert not checkpoint.exists(folder)
 
 
 def refused(words: str, act: Callable[[], object], group: Any) -> None:
@@ -100,6 +163,7 @@ def names(world: int) -> tuple[str, ...]:
 
 def checks(world: int) -> dict[str, Callable[[Any], None]]:
     found = {name: trains(name) for name in names(world)} | {"goes on": goes_on}
+    found |= {"beside": writes_beside_training, "no space": no_space}
     more = {"other corpus": other_corpus, "no corpus": no_corpus}
     return found | more | {"odd batch": odd_batch, "wrong mesh": wrong_mesh}
 

@@ -103,8 +103,8 @@ def train(
         "Under torchrun: keep only what enters the blocks for the backward pass, compute the rest "
         "again.", "--recompute")] = False,
     compile: Annotated[bool, _run(
-        "Compile the blocks of the model: some time at the start, more tokens a second after it. "
-        "Not under torchrun.", "--compile")] = False,
+        "Compile the blocks of the model: some time at the start, more tokens a second after it.",
+        "--compile")] = False,
     precision: Annotated[str, _run(
         "fp32 or bf16; auto: bf16 on a GPU that has it, else fp32.")] = "auto",
     save_every: Annotated[int, _run("Steps between checkpoints; the last two are kept.")] = 100,
@@ -320,11 +320,9 @@ def _say(message: str) -> None:
 def _placement(device: str, context_ranks: int, recompute: bool, compile: bool) -> "Placement":
     """This process, or under torchrun all of them."""
     if "RANK" in os.environ:
-        if compile:
-            raise RunError("--compile is for one process; leave it out under torchrun")
         from tfla.xlstm.parallel import Ranks
 
-        return Ranks(_device(device), context_ranks, recompute)
+        return Ranks(_device(device), context_ranks, recompute, compile)
     if context_ranks != 1 or recompute:
         option = "--recompute" if recompute else "--context-ranks"
         raise RunError(f"{option} is for torchrun; start with: torchrun --nproc-per-node N -m tfla")

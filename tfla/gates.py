@@ -23,6 +23,7 @@ near the maximum, if all weights are made with the same one.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,21 @@ def gate_gradients(
     di = dlog_i * torch.sigmoid(-i) if activations.sigmoid_i else dlog_i
     df = dlog_f * torch.sigmoid(-f) if activations.sigmoid_f else dlog_f
     return di, df
+
+
+def between(x: Tensor) -> Tensor:
+    """(S, ...) -> the sum of those behind each."""
+    if len(x) == 1:
+        return torch.zeros_like(x)
+    return torch.cat([x[1:], torch.zeros_like(x[:1])]).flip(0).cumsum(0).flip(0)
+
+
+def behind(x: Tensor) -> Tensor:
+    """The same along the T of (..., T), in pieces: a GPU sums one long row slowly."""
+    pieces = x.unflatten(-1, (math.gcd(x.shape[-1], 1024), -1))
+    sums = pieces.flip(-1).cumsum(-1)
+    within = torch.cat([torch.zeros_like(sums[..., :1]), sums[..., :-1]], -1).flip(-1)
+    return (within + between(sums[..., -1].movedim(-1, 0)).movedim(0, -1)[..., None]).flatten(-2)
 
 
 def pair(x: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ leave at its end, b_j the sum of its log_f,
 
 where dE_j is what the loss of rank j says of the state that enters it. Both E and dE are one
 weighted product over the rank's tokens, k^T v and q^T dh. Everything else is the forward and the
-backward pass of one process (``tfla.ops``), from that state and with that cotangent; whatever the
-gates are, and whichever backend.
+backward pass of one process (``tfla.ops``), from that state and with that cotangent.
 
 The exchange is K V + K + 3 numbers a sequence and head, each way, for any T; backward it runs while
 dq is computed. Of packed sequences one crosses a border: it is found on the device. A rank in which
@@ -18,6 +17,7 @@ it begins lets nothing through: its b is ``CUT``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -42,31 +42,29 @@ def run(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
 
 
 class Part(NamedTuple):
-    """A rank's share of N sequences. P of them may cross a border: all, or one of those packed."""
+    """A rank's share of N sequences. P of them may cross a border: of those packed one, else all,
+    and then rank and size alone say how: no tensors, no launches."""
 
     cu_seqlens: Tensor | None  # (N + 1,) offsets in the rank's own tokens
-    first: Tensor  # (P,) the sequences of its first token
-    last: Tensor  # (P,) of its last token
-    enters: Tensor  # (N,) bool: begins in a rank before
-    leaves: Tensor  # (N,) goes on in a rank behind
-    starts: Tensor  # (N,) begins here
-    ends: Tensor  # (N,) ends here
-    head: Tensor  # (T,) bool: tokens of ``first``
-    tail: Tensor  # (T,) tokens of ``last``
+    first: Tensor | None  # (P,) the sequences of its first token; None: all
+    last: Tensor | None  # (P,) of its last token
+    enters: Tensor | bool  # (N,) bool: begins in a rank before
+    leaves: Tensor | bool  # (N,) goes on in a rank behind
+    starts: Tensor | bool  # (N,) begins here
+    ends: Tensor | bool  # (N,) ends here
+    head: Tensor | None  # (T,) bool: tokens of ``first``
+    tail: Tensor | None  # (T,) tokens of ``last``
 
     @staticmethod
     def make(x: Inputs, rank: int, size: int) -> Part:
-        B, T, device = x.q.shape[0], x.q.shape[1], x.q.device
-        t = torch.arange(T, device=device)
+        T, device = x.q.shape[1], x.q.device
         if x.cu_seqlens is None:
-            rows, every = torch.arange(B, device=device), torch.ones_like(t, dtype=torch.bool)
             sides = (rank > 0, rank < size - 1, rank == 0, rank == size - 1)
-            masks = [torch.full((B,), side, device=device) for side in sides]
-            return Part(None, rows, rows, masks[0], masks[1], masks[2], masks[3], every, every)
-        cu, begin, end = x.cu_seqlens.long(), rank * T, (rank + 1) * T
+            return Part(None, None, None, *sides, None, None)
+        cu, begin, end = x.cu_seqlens, rank * T, (rank + 1) * T
         N = len(cu) - 1
-        rows = torch.arange(N, device=device)
-        edges = torch.arange(2, device=device) * (T - 1) + begin
+        rows, t = torch.arange(N, device=device), torch.arange(T, device=device)
+        edges = torch.arange(2, device=device, dtype=cu.dtype) * (T - 1) + begin
         first, last = (torch.searchsorted(cu, edges, right=True) - 1).clamp(0, N - 1).split(1)
         enters = (rows == first) & (cu[first] < begin)
         leaves = (rows == last) & (cu[last + 1] > end)
@@ -74,13 +72,24 @@ class Part(NamedTuple):
         ends = (torch.maximum(cu[1:] - 1, cu[:-1]) // T).clamp(0, size - 1) == rank
         own = (cu - begin).clamp(0, T)
         head, tail = t < own[first + 1], t >= own[last]
-        own = own.to(x.cu_seqlens.dtype)
         return Part(own, first, last, enters, leaves, starts, ends, head, tail)
 
 
-def _choose(mask: Tensor, x: Tensor, other: Tensor | float) -> Tensor:
+def _pick(x: Any, rows: Tensor | None) -> Any:
+    """Rows of x (N, ...), all without any; of a bool, which holds for all, itself."""
+    return x if rows is None or isinstance(x, bool) else x[rows]
+
+
+def _choose(mask: Tensor | bool, x: Tensor, other: Tensor | float) -> Tensor:
     """Rows of x (N, ...) or (1, ...) where mask (N,) holds, else those of other."""
+    if isinstance(mask, bool):
+        return x if mask else other if isinstance(other, Tensor) else torch.full_like(x, other)
     return torch.where(mask.view(-1, *[1] * (x.dim() - 1)), x, other)
+
+
+def _mask(tokens: Tensor | None, x: Tensor, other: float) -> Tensor:
+    """x (B, T, H) at tokens (T,), other elsewhere."""
+    return x if tokens is None else torch.where(tokens[None, :, None], x, other)
 
 
 class _States(NamedTuple):
@@ -98,8 +107,8 @@ class _States(NamedTuple):
     def gather(self, group: Any) -> Callable[[], _States]:
         """Those of all ranks, (R, P, ...), once the function that comes back is called."""
         b = self.b.to(self.C.dtype)
-        parts = [self.C, self.m, b, (self.b - b).to(self.C.dtype)]  # b needs more than fp32
-        parts += [] if self.n is None else [self.n]
+        rest = (self.b - b).to(self.C.dtype)  # b needs more than fp32
+        parts = [self.C, self.m, b, rest] + ([] if self.n is None else [self.n])
         flat = torch.cat([part.reshape(-1) for part in parts])
         out = flat.new_empty(group.size(), len(flat))
         # The second name is the older one, deprecated since torch 2.13.
@@ -118,8 +127,7 @@ class _States(NamedTuple):
 def _sum(states: _States, power: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """(C, n, m): the sum of states (S, P, H, ...) of weights e^power (S, P, H), fp64."""
     m = power.amax(0).clamp(min=GAUGE_MIN) if normalize else torch.zeros_like(power[0])
-    m = m.to(states.C.dtype)
-    C, n = _weigh(states, power - m)
+    C, n = _weigh(states, power - (m := m.to(states.C.dtype)))
     # A gauge that is still the stand-in belongs to a state of zeros: it may as well be 0.
     return C, n, torch.where(m <= GAUGE_MIN, 0.0, m)
 
@@ -129,53 +137,48 @@ def _weigh(states: _States, power: Tensor) -> tuple[Tensor, Tensor | None]:
     return (w[..., None] * states.C).sum(0), None if states.n is None else (w * states.n).sum(0)
 
 
-def _between(b: Tensor) -> Tensor:
-    """(S, ...) -> the sum of those behind each."""
-    return torch.cat([b[1:], torch.zeros_like(b[:1])]).flip(0).cumsum(0).flip(0)
+def _weighted(x: Tensor, w: Tensor) -> Tensor:
+    """x (B, T, H, X) times w (B, T, H). In bf16 the weight is rounded too: fp32 in between would
+    be 6 passes over x in place of 2."""
+    low = x.is_cuda and x.dtype == torch.bfloat16  # fp16 might not hold the weights
+    return x * (w.to(x.dtype) if low else w)[..., None]
 
 
 def _product(a: Tensor, x: Tensor, full: torch.dtype) -> Tensor:
-    """sum_t a_t x_t^T. a: (B, T, H, A). x: (B, T, H, X)."""
-    if a.dtype != torch.bfloat16 or not a.is_cuda:  # fp16 might not hold the weights in a
+    """sum_t a_t x_t^T. a: (B, T, H, A), as ``_weighted`` returns it. x: (B, T, H, X)."""
+    if a.dtype != torch.bfloat16 or not a.is_cuda:
         return torch.einsum("btha,bthx->bhax", a.to(full), x.to(full))
-    B, T, H, _ = a.shape
-    G = next(G for G in (16, 8, 4, 2, 1) if T % G == 0 and (B * H <= 16 or G == 1))
-    out = []
-    for b in range(B):  # one sequence of few heads: cut, or it fills no GPU
-        if G == 1:
-            left, right = a[b].permute(1, 2, 0), x[b].transpose(0, 1)
-            out.append(torch.bmm(left, right, out_dtype=full))
-            continue
-        pieces = [y[b].unflatten(0, (G, -1)) for y in (a, x)]
-        heads = [[piece[:, :, h] for piece in pieces] for h in range(H)]
-        out.append(torch.stack([torch.bmm(p.mT, y, out_dtype=full).sum(0) for p, y in heads]))
-    return torch.stack(out)
+    (B, T, H, A), X = a.shape, x.shape[-1]
+    tiles = -(-A // 128) * -(-X // 128)  # of a head: few fill no GPU, so T is cut
+    if H < B or B * H * tiles <= 128:
+        G = math.gcd(T, 1 << (max(1, 132 // (B * tiles)).bit_length() - 1))
+        a, x = (y.unflatten(1, (G, -1)).flatten(0, 1) for y in (a, x))
+        heads = [torch.bmm(a[:, :, h].mT, x[:, :, h], out_dtype=full) for h in range(H)]
+        return torch.stack(heads, 1).unflatten(0, (B, G)).sum(1)
+    left, right = a.permute(0, 2, 3, 1), x.transpose(1, 2)
+    return torch.stack([torch.bmm(left[b], right[b], out_dtype=full) for b in range(B)])
 
 
 def _left(x: Inputs, o: Options, part: Part) -> _States:
     """What the rank leaves at its end; of sequences that begin here, from their initial states."""
     full = o.full(x.q)
-    log_i, log_f = gates.log_gates(x.i.double(), x.f.double(), o.activations)
+    logs = gates.log_gates(x.i.double(), x.f.double(), o.activations)
+    log_i, log_f = map(_mask, (part.tail, part.tail), logs, (-torch.inf, 0.0))
     log_i, log_f = (y.transpose(1, 2).contiguous() for y in (log_i, log_f))  # (B, H, T)
-    log_f = torch.where(part.tail, log_f, 0.0)
-    after = torch.cat([log_f[..., 1:], torch.zeros_like(log_f[..., :1])], -1)
-    power = torch.where(part.tail, log_i + after.flip(-1).cumsum(-1).flip(-1), -torch.inf)
+    power = log_i + gates.behind(log_f)
     m = power.amax(-1).clamp(min=GAUGE_MIN) if o.normalize else torch.zeros_like(power[..., 0])
     m, b = m.to(full), log_f.sum(-1)
-    w = (power - m[..., None]).exp().to(full).transpose(1, 2)[..., None]
-    k = (x.k * w).to(x.k.dtype if x.k.is_cuda else full)
+    w = (power - m[..., None]).exp().to(full).transpose(1, 2)
+    k = _weighted(x.k, w)
     C = _product(k, x.v, full)
     n = k.sum(1, dtype=full) if o.normalize else None
-    begins = part.starts[part.last]
-    if x.C is not None:
-        n = None if n is None or x.n is None else torch.stack([n, x.n[part.last]])
-        both = _States(torch.stack([C, x.C[part.last]]), n, m, b)
-        power = _choose(begins, b if x.m is None else x.m[part.last] + b, CUT)
+    begins = _pick(part.starts, part.last)
+    if x.C is not None and begins is not False:
+        n = None if n is None or x.n is None else torch.stack([n, _pick(x.n, part.last)])
+        both = _States(torch.stack([C, _pick(x.C, part.last)]), n, m, b)
+        power = _choose(begins, b if x.m is None else _pick(x.m, part.last) + b, CUT)
         C, n, m = _sum(both, torch.stack([m.double(), power]), o.normalize)
-    return _States(C, n, m, torch.where(begins[:, None], CUT, b))
-
-
-# ---------------------------------------------------------------- both directions
+    return _States(C, n, m, _choose(begins, torch.full_like(b, CUT), b))
 
 
 def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
@@ -194,7 +197,7 @@ def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
         states = arrives()
         if rank:
             before = states.ranks(0, rank)
-            C_r, n_r, m_r = _sum(before, before.m + _between(before.b), o.normalize)
+            C_r, n_r, m_r = _sum(before, before.m + gates.between(before.b), o.normalize)
             C = _choose(part.enters, C_r, C)
             if n is not None and n_r is not None and m is not None:
                 n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
@@ -208,7 +211,7 @@ def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
             own = [_choose(part.ends, s, 0.0) for s in own]
             ends[: len(own)] = _reduce(own, group)
         elif o.final:
-            *last, gauge = _sum(states, states.m + _between(states.b), o.normalize)
+            *last, gauge = _sum(states, states.m + gates.between(states.b), o.normalize)
             ends = [*last, gauge] if o.normalize else [last[0], *ends[1:]]
         # An operator's outputs are neither its inputs nor each other.
         kept = [C.new_empty(0) if y is None else y.clone() if not rank else y for y in (C, n, m)]
@@ -237,30 +240,31 @@ def backward(
             given = [_choose(part.ends, d, 0.0) for d in given]
 
         def exchange(grid: Any, column: Any) -> Callable[[], tuple[Tensor, Tensor | None]]:
-            packed = x.cu_seqlens is not None
-            w, d = o.leaf.reach(grid, column, part.first if packed else None)
-            enters = part.enters[part.first]
-            used = (part.head & enters[0])[None, :, None]
-            q = (x.q * torch.where(used, w, 0.0)[..., None]).to(x.q.dtype if x.q.is_cuda else full)
-            dC = _product(q, dh, full)
-            dn = None
-            if d is not None:
-                dn = (q * torch.where(used, d, 0.0)[..., None]).sum(1, dtype=full)
-            gauge = dC.new_zeros(dC.shape[:2]) if m is None else m[part.first]
-            if given:
+            enters = _pick(part.enters, part.first)
+            if enters is False:  # nothing to say to those before
+                dC, dn = torch.zeros_like(C), None if n is None else torch.zeros_like(n)
+            else:
+                w, d = o.leaf.reach(grid, column, part.first)
+                used = None if part.head is None else part.head & enters[0]
+                q = _weighted(x.q, _mask(used, w, 0.0))
+                dC = _product(q, dh, full)
+                d = None if d is None else _mask(used, d, 0.0).to(q.dtype)[..., None]
+                dn = None if d is None else _product(d, q, full)[:, :, 0]
+            gauge = dC.new_zeros(dC.shape[:2]) if m is None else _pick(m, part.first)
+            if given and enters is not False:
                 _, log_f = gates.log_gates(x.i.double(), x.f.double(), o.activations)
-                power = torch.where(part.head[None, :, None], log_f, 0.0).sum(1)
-                power = _choose(enters, power + gauge - m_last[part.first], CUT).exp().to(full)
-                dC = dC + power[..., None, None] * given[0][part.first]
-                dn = None if dn is None else dn + power[..., None] * given[1][part.first]
-            gauge = _choose(enters, gauge, -CUT)
-            arrives = _States(dC, dn, gauge, torch.zeros_like(b[0])).gather(group)
+                power = _mask(part.head, log_f, 0.0).sum(1) + gauge - _pick(m_last, part.first)
+                power = _choose(enters, power, CUT).exp().to(full)
+                dC = dC + power[..., None, None] * _pick(given[0], part.first)
+                dn = None if dn is None else dn + power[..., None] * _pick(given[1], part.first)
+            to_them = _States(dC, dn, _choose(enters, gauge, -CUT), torch.zeros_like(b[0]))
+            arrives = to_them.gather(group)
 
             def wait() -> tuple[Tensor, Tensor | None]:
                 behind = arrives().ranks(rank + 1, group.size())
                 passed = torch.cat([torch.zeros_like(b[:1]), b[rank + 1 : -1]]).cumsum(0)
                 # Where both are states of zeros their gauges are any: the weight must be finite.
-                power = m_last.double()[part.last] - behind.m + passed[: len(behind.m)]
+                power = _pick(m_last.double(), part.last) - behind.m + passed[: len(behind.m)]
                 dC, dn = _weigh(behind, power.clamp(max=80))
                 own: list[Any] = [*given, 0.0, 0.0]
                 dC = _choose(part.leaves, dC, own[0])
@@ -279,8 +283,8 @@ def _reduce(tensors: list[Tensor], group: Any) -> list[Tensor]:
     """The sum over the ranks, in one exchange."""
     flat = torch.cat([x.reshape(-1) for x in tensors])
     dist.all_reduce(flat, group=group)
-    parts = flat.split([x.numel() for x in tensors])
-    return [part.view_as(x).clone() for part, x in zip(parts, tensors, strict=True)]
+    parts = zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)
+    return [part.view_as(x).clone() for part, x in parts]
 
 
 _seen: dict[str, list[Any]] = {}  # by name: the group, the calls that agreed, comparisons so far
@@ -297,13 +301,15 @@ def _agree(x: Inputs, o: Options, group: Any) -> None:
                 f"cu_seqlens must ascend from 0 to T = {T}, that of the {group.size()} ranks of "
                 f"group together; got [{', '.join(map(str, offsets[:8]))}, ...]."
             )
-    shapes = {n: (*t.shape, t.dtype) for n, t in x._asdict().items() if t is not None}
-    said = str({"T": x.q.shape[1]} | shapes | o._replace(keep=True, backend="")._asdict())
+    options = o._replace(keep=True, backend="")
+    call = (options, *(None if t is None else (t.shape, t.dtype) for t in x))
     known = _seen.get(group.group_name)
     if known is None or known[0] is not group:
         known = _seen[group.group_name] = [group, set(), 0]
-    if said in known[1]:
+    if call in known[1]:
         return
+    shapes = {n: (*t.shape, t.dtype) for n, t in x._asdict().items() if t is not None}
+    said = str({"T": x.q.shape[1]} | shapes | options._asdict())
     store = dist.distributed_c10d._get_default_store()
     rank, key = group.rank(), f"tfla/{group.group_name}/{known[2]}"
     known[2] += 1
@@ -322,34 +328,31 @@ def _agree(x: Inputs, o: Options, group: Any) -> None:
                 "every rank of group must make the same call, with an equal share of T; got "
                 f"{theirs} on rank {other}, {said} on rank {rank}."
             )
-    known[1].add(said)
+    known[1].add(call)
 
 
-# ---------------------------------------------------------------- torch.library
+CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? C, Tensor? n, Tensor? m, Tensor? "
+    "cu_seqlens, float scale, bool sigmoid_i, bool sigmoid_f, bool normalize, bool final, bool "
+    "keep, str backend, str group) -> Tensor[]"
+)
 
 
-def _resolved(group: str) -> Any:
-    name: Any = group
-    return dist.distributed_c10d._resolve_process_group(name)
+def _call(*args: Any) -> tuple[Inputs, Options, Any]:
+    group = dist.distributed_c10d._resolve_process_group(args[16])
+    return Inputs(*args[:9]), Options(*args[9:16]), group
 
 
-@torch.library.custom_op("tfla::parallel_forward", mutates_args=())
-def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
-    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
-    normalize: bool, final: bool, keep: bool, backend: str, group: str,
-) -> list[Tensor]:  # fmt: skip
-    x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend)
-    return list(forward(x, o, _resolved(group)))
+@torch.library.custom_op("tfla::parallel_forward", mutates_args=(), schema=f"({CALL}")
+def _forward_op(*args: Any) -> list[Tensor]:
+    return list(forward(*_call(*args)))
 
 
 @_forward_op.register_fake
 def _(*args: Any) -> list[Tensor]:
-    x, o = Inputs(*args[:9]), Options(*args[9:16])
+    x, o, group = _call(*args)
     (B, _, H, K), V = x.q.shape, x.v.shape[-1]
-    N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    P = B if x.cu_seqlens is None else 1
+    N, P = (B, B) if x.cu_seqlens is None else (x.cu_seqlens.shape[0] - 1, 1)
 
     def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return x.q.new_empty(shape, dtype=dtype or o.full(x.q))
@@ -359,20 +362,16 @@ def _(*args: Any) -> list[Tensor]:
         return [new(N, H, K, V) if there else new(0), *n]
 
     saved = o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep, True)
-    b = new(_resolved(args[16]).size(), P, H, dtype=torch.float64)
+    b = new(group.size(), P, H, dtype=torch.float64)
     return [x.v.new_empty(x.v.shape), *state(o.final), saved, *state(True), new(N, H), b]
 
 
-@torch.library.custom_op("tfla::parallel_backward", mutates_args=())
-def _backward_op(
-    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, kept: list[Tensor], q: Tensor,
-    k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
-    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
-    normalize: bool, final: bool, keep: bool, backend: str, group: str,
-) -> list[Tensor]:  # fmt: skip
-    x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend)
-    return list(backward(dh, dC, dn, kept, x, o, _resolved(group)))
+BACK = f"(Tensor? dh, Tensor? dC, Tensor? dn, Tensor[] kept, {CALL}"
+
+
+@torch.library.custom_op("tfla::parallel_backward", mutates_args=(), schema=BACK)
+def _backward_op(dh: Any, dC: Any, dn: Any, kept: list[Tensor], *args: Any) -> list[Tensor]:
+    return list(backward(dh, dC, dn, kept, *_call(*args)))
 
 
 @_backward_op.register_fake

@@ -6,15 +6,17 @@
         optimizer.safetensors   AdamW's moments by parameter name, states of random generators
         tokenizer.json          only when the run has a tokenizer
 
-No pickle is written or read, so a checkpoint from a stranger can hold wrong numbers but no code. A
-folder is written beside its final place, flushed to the disk, and renamed: a process killed at any
-moment leaves the previous checkpoint as the last one and a `.tmp` folder that nobody reads and the
-next run removes.
+Of many ranks each writes the rows that it holds, to model-00000.safetensors and so on. No pickle is
+written or read, so a checkpoint from a stranger can hold wrong numbers but no code. A folder is
+written beside its final place, flushed to the disk, and renamed: a process killed at any moment
+leaves the previous checkpoint as the last one and `.tmp` folders that nobody reads and the next run
+removes.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 FORMAT = 1
+Seal = dict[str, Any]
 
 
 class RunError(Exception):
@@ -44,15 +48,22 @@ class Checkpoint:
     meta: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """All tensors of `name`.safetensors, on the CPU. RunError when it cannot be read."""
+        """All tensors of `name`.safetensors or of its shards, in whole, on the CPU. RunError when
+        one cannot be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        file = self.path / f"{name}.safetensors"
-        try:
-            return load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{file} cannot be read ({error}); {_way_out(self.path)}") from error
+        found: dict[str, list[Tensor]] = {}
+        for file in (self.path / part for part in sorted(self.meta["files"])):
+            if re.fullmatch(rf"{name}(-\d+)?\.safetensors", file.name):
+                try:
+                    for key, x in load_file(file).items():
+                        found.setdefault(key, []).append(x)
+                except (OSError, SafetensorError) as error:
+                    way = _way_out(self.path)
+                    raise RunError(f"{file} cannot be read ({error}); {way}") from error
+        # Ranks hold rows in their order.
+        return {n: x[0] if len(x) == 1 else torch.cat(x) for n, x in found.items()}
 
     def text(self, name: str) -> str | None:
         """The text of a further file of the checkpoint, None when it has none of that name."""
@@ -63,12 +74,12 @@ class Checkpoint:
         saved, own = self.tensors("model"), dict(module.named_parameters())
         for name in sorted(saved.keys() ^ own.keys()):
             lacks = "the checkpoint lacks" if name in own else "the model does not have"
-            raise RunError(f"{self.path}/model.safetensors: {lacks} {name}; it is of another model")
+            raise RunError(f"{self.path}: {lacks} {name}; it is of another model")
         for name, tensor in saved.items():
             want = own[name]
             if tensor.shape != want.shape:
                 raise RunError(
-                    f"{self.path}/model.safetensors: {name} is {tuple(tensor.shape)}, "
+                    f"{self.path}: {name} is {tuple(tensor.shape)}, "
                     f"the model wants {tuple(want.shape)}; it is of another model"
                 )
             want.data.copy_(tensor)
@@ -80,10 +91,12 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]],
     texts: Mapping[str, str],
     keep: int = 2,
+    shards: Mapping[Path, Seal] | None = None,
 ) -> Path:
     """Write the checkpoint of step meta["step"] under `run`, drop all but the last `keep`.
 
-    `tensors` become files of their name, `texts` files with that content. Returns the folder.
+    `tensors` become files of their name, `texts` files with that content, `shards` are files that
+    move in, with what `seal` says of them. Returns the folder.
     """
     from safetensors.torch import save_file
 
@@ -95,7 +108,10 @@ def save(
             save_file(flat, temporary / f"{name}.safetensors")
         for name, text in texts.items():
             (temporary / name).write_text(text, "utf-8")
-        files = {path.name: _seal(path) for path in sorted(temporary.iterdir())}
+        files = {path.name: seal(path) for path in sorted(temporary.iterdir())}
+        for path, known in (shards or {}).items():
+            files[path.name] = known
+            path.rename(temporary / path.name)
         body = {"format": FORMAT, **meta, "files": files}
         body["checksum"] = _checksum(body)
         (temporary / "checkpoint.json").write_text(json.dumps(body, indent=1), "utf-8")
@@ -142,16 +158,16 @@ def load(path: Path) -> Checkpoint:
         raise RunError(
             f"{file} has format {meta['format']}, this tfla reads {FORMAT}; upgrade tfla"
         )
-    for name, seal in meta["files"].items():
+    for name, stated in meta["files"].items():
         part = path / name
         if not part.exists():
             raise RunError(f"{part} is missing; {_way_out(path)}")
-        if part.stat().st_size != seal["bytes"]:
+        if part.stat().st_size != stated["bytes"]:
             raise RunError(
-                f"{part} is damaged: {part.stat().st_size} of {seal['bytes']} bytes; "
+                f"{part} is damaged: {part.stat().st_size} of {stated['bytes']} bytes; "
                 f"{_way_out(path)}"
             )
-        if _seal(part) != seal:
+        if seal(part) != stated:
             raise RunError(f"{part} is damaged: its SHA-256 is wrong; {_way_out(path)}")
     return Checkpoint(path, meta)
 
@@ -196,7 +212,8 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def _seal(path: Path) -> dict[str, Any]:
+def seal(path: Path) -> Seal:
+    """Size and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 

@@ -6,17 +6,18 @@
 Parameters, gradients and moments are sharded over all ranks (FSDP2); in bf16 runs the matrices of
 a block travel in bf16 and come back summed in fp32, everything else, the gates among it, stays in
 fp32. Every rank reads the windows that are its own from the corpus, which all must see, as they
-must see --out. Rank 0 talks and writes: checkpoints are those of one process, whatever the number
-of ranks, so any number of them goes on. The model and the loop know nothing of all this.
+must see --out. Rank 0 talks; each rank writes and reads its own part of a checkpoint, through
+torch.distributed.checkpoint, whoever wrote it: any number of them goes on, one process too. The
+model and the loop know nothing of all this.
 
 Whoever waits for a rank that is gone gives up after MINUTES; a rank that was killed is noticed at
 once by most of the others, and by torchrun, which ends them all.
 """
 
 import functools
+import itertools
 import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,13 +27,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
 from torch.utils.checkpoint import checkpoint as recompute
 
 from tfla.xlstm import checkpoint
@@ -44,28 +44,28 @@ from tfla.xlstm.run import Run
 from tfla.xlstm.train import Placement, Record, TrainState, autocast
 
 MINUTES = 10
-SPREAD = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 class Ranks(Placement):
     """This process as one of those that torchrun started.
 
     context_ranks: processes that share a sequence. recompute: keep only the inputs of blocks for
-    the backward pass, and compute the rest again. RunError: no rendezvous, or numbers that do not
-    fit.
+    the backward pass, and compute the rest again. compile: a block, between the hooks that gather
+    its matrices. RunError: no rendezvous, or numbers that do not fit.
     """
 
     drawn_on: torch.device | str = "cpu"  # the same numbers as in a run of one process
 
     def __init__(
         self, device: torch.device | str, context_ranks: int = 1, recompute: bool = False,
-        minutes: float = MINUTES,
+        compile: bool = False, minutes: float = MINUTES,
     ) -> None:  # fmt: skip
         device = torch.device(device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
-        super().__init__(device)
+        super().__init__(device, compile)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             if not dist.is_initialized():
@@ -95,9 +95,8 @@ class Ranks(Placement):
             kind, (self.rows, context_ranks), mesh_dim_names=("data", "context")
         )
         self.context = mesh.get_group("context") if context_ranks > 1 else None
-        self.split = True
-        self.writing: threading.Thread | None = None
-        self.failed: list[BaseException] = []
+        self.files = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+        self.writing: Any = None  # the future of a checkpoint
 
     def refuse(self, message: str | None) -> None:
         """RunError on rank 0, a silent end elsewhere, if there is a message on any rank."""
@@ -166,102 +165,137 @@ class Ranks(Placement):
         policy = MixedPrecisionPolicy(
             torch.bfloat16 if low else None, torch.float32 if low else None, None, False
         )
-        shard = functools.partial(fully_shard, mesh=self.ranks)
+        # Matrices that were gathered stay until their gradients are there, unless memory is short.
+        shard = functools.partial(
+            fully_shard, mesh=self.ranks, reshard_after_forward=self.recompute, mp_policy=policy
+        )
         blocks: Any = model.blocks
         for block in blocks:
-            layer, ffn = block.mlstm, block.ffn
-            shard([layer.qkvo, layer.out, ffn.up, ffn.down], mp_policy=policy)
-            if self.context is not None:
-                layer.register_forward_pre_hook(self._join, with_kwargs=True)
+            if self.compile:  # one graph, which all blocks share; hooks stay outside
+                block.forward = torch.compile(block.forward)
             if self.recompute:
                 block.forward = functools.partial(
                     recompute, block.forward, use_reentrant=False, preserve_rng_state=False,
                     early_stop=False,
                 )  # fmt: skip
+            layer, ffn = block.mlstm, block.ffn
+            matrices = {m.weight for m in (layer.qkvo, layer.out, ffn.up, ffn.down)}
+            shard(block, ignored_params=set(block.parameters()) - matrices)
+            if self.context is not None:
+                block.register_forward_pre_hook(self._join, with_kwargs=True)
+        for block, behind in itertools.pairwise(blocks):
+            block.set_modules_to_forward_prefetch([behind])
         if not tied:
-            shard(model.head, mp_policy=policy)
-        shard(model)  # the rest: embedding, norms, gates
+            shard(model.head)
+        few = {p for p in model.parameters() if not isinstance(p, DTensor)}  # norms and gates
+        fully_shard(model, mesh=self.ranks, ignored_params=few - {model.embedding.weight})
         register_fsdp_forward_method(model, "hidden")
         if tied:
             return model.to(self.device)
         model.to_empty(device=self.device)
-        dcp.set_model_state_dict(model, whole, options=SPREAD)
+        set_model_state_dict(model, whole, options=SPREAD)
         return model
 
     def _join(self, module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
-        return args, options | {"group": self.context} if self.split else options
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        self.split = False
-        try:
-            yield
-        finally:
-            self.split = True
+        """What is learnt from is split; what is evaluated, every rank reads in whole."""
+        return args, options | {"group": self.context} if torch.is_grad_enabled() else options
 
     def elapsed(self, seconds: float) -> float:
         clock = torch.tensor(seconds, dtype=torch.float64)
         dist.broadcast(clock, 0)
         return clock.item()
 
-    def mean(self, value: Tensor) -> Tensor:
-        value = value.clone()
-        dist.all_reduce(value)
-        return value / dist.get_world_size()
+    def own(self, x: Any) -> Tensor:
+        return x.detach().to_local() if hasattr(x, "to_local") else x
 
-    def clip(self, parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-        norm = super().clip(parameters, largest)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    @torch.no_grad()
+    def clip(self, state: TrainState, loss: Tensor, largest: float) -> Tensor:
+        """Two collectives: gradients of what every rank holds, with the loss; the norm's square."""
+        shards, copies = [loss.new_zeros(1)], [loss]
+        for name, x in state.own.items():
+            p: Any = state.parameters[name]
+            x.grad = self.own(p.grad)
+            (copies if p is x else shards).append(x.grad)
+        mean = torch.cat([x.flatten() for x in copies]) / dist.get_world_size()
+        dist.all_reduce(mean)
+        parts = mean.split([x.numel() for x in copies])
+        means = [part.view_as(x) for part, x in zip(parts, copies, strict=True)]
+        torch._foreach_copy_(copies[1:], means[1:])
+        square = nn.utils.get_total_norm(shards).square()
+        dist.all_reduce(square)
+        norm = (square + mean[1:].square().sum()).sqrt()
+        nn.utils.clip_grads_with_norm_(state.own.values(), largest, norm)
+        return torch.stack([mean[0], norm])
 
     def save(self, run: Path, meta: Record, state: TrainState, texts: dict[str, str]) -> None:
-        """Gathers on rank 0, which writes while training goes on."""
+        """Each rank writes what it holds, from a copy and while training goes on; then rank 0 makes
+        a checkpoint of the files."""
         self.finish()
-        tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        named: Any = {"model": dict(state.model.named_parameters()), "optimizer": state.moments()}
-        for file, group in named.items():
-            for name, x in group.items():
-                x = x.full_tensor() if isinstance(x, DTensor) else x
-                if self.main:  # a copy, whatever the device: training goes on
-                    tensors[file][name] = x.detach().to("cpu", copy=True)
-        if not self.main:
-            return
-
-        def write() -> None:
-            try:
-                checkpoint.save(run, meta, tensors, texts)
-            except BaseException as error:
-                self.failed.append(error)
-
-        self.writing = threading.Thread(target=write)
-        self.writing.start()
+        tensors: dict[str, Tensor] = {n: p.detach() for n, p in state.parameters.items()}
+        for key, x in state.moments().items():
+            like: Any = state.parameters.get(key.rpartition("/")[0])
+            if isinstance(like, DTensor) and x.dim():
+                whole: Any = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+                x = DTensor.from_local(x, like.device_mesh, like.placements, **whole)
+            tensors[key] = x
+        save = functools.partial(checkpoint.save, run, meta, {}, texts)
+        shards = run / "checkpoints" / f".shards-{meta['step']:08d}.tmp"
+        self.writing = dcp.async_save(
+            tensors, storage_writer=_Shards(shards, state.parameters, save),
+            process_group=self.files,
+        )  # fmt: skip
 
     def finish(self) -> None:
-        if self.writing is not None:
-            self.writing.join()
-            self.writing = None
-        if self.failed:
-            raise self.failed.pop()
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            try:
+                writing.result()
+            except dcp.CheckpointException as error:
+                rank, (cause, _) = next(iter(error.failures.items()))
+                raise RunError(f"rank {rank} wrote no checkpoint: {cause}") from error
 
     def load(self, saved: checkpoint.Checkpoint, state: TrainState) -> None:
-        """Rank 0 reads and hands out shards."""
-        whole: Any = saved.tensors("model") if self.main else {}
-        if whole and "head.weight" not in whole:  # tied
-            whole["head.weight"] = whole["embedding.weight"]
-        dcp.set_model_state_dict(state.model, whole, options=SPREAD)
-        named = dict(state.model.named_parameters())
-        moments = saved.tensors("optimizer") if self.main else {}
-        shapes: list[Any] = [{name: (x.shape, x.dtype) for name, x in moments.items()}]
-        dist.broadcast_object_list(shapes)
-        for name, (shape, dtype) in shapes[0].items():
-            like: Any = named.get(name.rpartition("/")[0])
-            at = "cpu" if name.startswith("random/") else self.device
-            x = moments[name].to(at) if self.main else torch.empty(shape, dtype=dtype, device=at)
-            if isinstance(like, DTensor) and x.shape == like.shape:
-                x = distribute_tensor(x, like.device_mesh, like.placements)
-            else:
-                dist.broadcast(x, 0)
-            moments[name] = x
-        state.restore_moments(moments)
+        """Each rank reads what it holds, whoever wrote it."""
+        reader = HuggingFaceStorageReader(str(saved.path))
+        wanted: dict[str, Any] = {n: p.detach() for n, p in state.parameters.items()}
+        moments: dict[str, Any] = {}
+        kept: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        for key in kept.keys() - wanted.keys():
+            like: Any = state.parameters.get(key.rpartition("/")[0])
+            size, dtype = kept[key].size, kept[key].properties.dtype
+            whole = like is None or like.shape != size
+            moments[key] = torch.empty(size, dtype=dtype) if whole else torch.zeros_like(like)
+        dcp.load(wanted | moments, storage_reader=reader, process_group=self.files)
+        state.restore_moments({name: self.own(x) for name, x in moments.items()})
+
+
+class _Shards(HuggingFaceStorageWriter):
+    """Files of `folder` that all ranks write, model-00000.safetensors and so on; `save` is called
+    on rank 0 with their seals once all are there."""
+
+    def __init__(self, folder: Path, names: Iterable[str], save: Callable[..., object]) -> None:
+        moments = ("step", "exp_avg", "exp_avg_sq")
+        files = {"random/cpu": 2, "random/cuda": 2}
+        for name in names:
+            files |= {name: 1} | {f"{name}/{moment}": 2 for moment in moments}
+        super().__init__(str(folder), files, save_distributed=True)
+        self.folder, self.save = folder, save
+
+    def write_data(self, plan: Any, planner: Any) -> Future[Any]:
+        seals, written = {}, super().write_data(plan, planner).wait()
+        for file in sorted({result.storage_data.relative_path for result in written}):
+            # A file's name is shard-00001-model-00002-of-00002.safetensors.
+            shard, index = map(int, re.findall(r"\d+", file)[:2])
+            path = self.folder / f"{('model', 'optimizer')[index - 1]}-{shard - 1:05d}.safetensors"
+            (self.folder / file).rename(path)
+            seals[path] = checkpoint.seal(path)
+        done: Future[Any] = Future()
+        done.set_result(seals)
+        return done
+
+    def finish(self, metadata: Any, results: list[Any]) -> None:
+        self.save(shards={path: seal for seals in results for path, seal in seals.items()})
+        self.folder.rmdir()
 
 
 def _line(error: BaseException) -> str:

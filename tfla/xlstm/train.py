@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -73,26 +73,20 @@ class Placement:
         """What the clock of the run says, when this process's says `seconds`."""
         return seconds
 
-    def whole(self) -> AbstractContextManager[Any]:
-        """In it the model reads whole sequences."""
-        return nullcontext()
+    def own(self, x: Tensor) -> Tensor:
+        """The part of a parameter or of its gradient that this process updates."""
+        return x
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of a scalar over all ranks."""
-        return value
-
-    def clip(self, parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-        """Scale the gradients down to norm `largest`; returns the norm that they had."""
-        return nn.utils.clip_grad_norm_(parameters, largest)
+    def clip(self, state: "TrainState", loss: Tensor, largest: float) -> Tensor:
+        """Scale the gradients down to norm `largest`; returns the mean of the loss over all ranks
+        and the norm that they had, as (2,): nothing waits for the device."""
+        norm = nn.utils.clip_grad_norm_(state.parameters.values(), largest)
+        return torch.stack([loss, norm])
 
     def save(self, run: Path, meta: Record, state: "TrainState", texts: dict[str, str]) -> None:
         """Write a checkpoint; it may be whole only once `finish` has been called."""
-        checkpoint.save(
-            run,
-            meta,
-            {"model": dict(state.model.named_parameters()), "optimizer": state.moments()},
-            texts,
-        )
+        tensors: Any = {"model": dict(state.parameters), "optimizer": state.moments()}
+        checkpoint.save(run, meta, tensors, texts)
 
     def load(self, saved: checkpoint.Checkpoint, state: "TrainState") -> None:
         """Read one back."""
@@ -106,30 +100,31 @@ class Placement:
 class TrainState:
     """Model and optimizer. Matrices decay; norms, biases, gates and embeddings do not."""
 
-    def __init__(self, model: nn.Module, options: TrainOptions) -> None:
+    def __init__(self, model: nn.Module, options: TrainOptions, placement: Placement) -> None:
         self.model = model
-        decayed = [p for name, p in model.named_parameters() if _decays(name, p)]
-        rest = [p for name, p in model.named_parameters() if not _decays(name, p)]
-        self.names = [name for name, p in model.named_parameters() if _decays(name, p)]
-        self.names += [name for name, p in model.named_parameters() if not _decays(name, p)]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": options.weight_decay},
-                {"params": rest, "weight_decay": 0.0},
-            ],
-            lr=options.lr,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        named = sorted(model.named_parameters(), key=lambda pair: not _decays(*pair))
+        self.parameters = dict(named)  # those that decay first
+        own = {name: placement.own(p) for name, p in named}
+        self.own = {name: x for name, x in own.items() if x.numel()}
+        decayed = [x for name, x in self.own.items() if _decays(name, self.parameters[name])]
+        groups = [
+            {"params": decayed, "weight_decay": options.weight_decay},
+            {"params": list(self.own.values())[len(decayed) :], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
+
+    def step(self, lr: float) -> None:
+        """One update, after which there are no gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for x in (*self.own.values(), *self.parameters.values()):
+            x.grad = None
 
     def moments(self) -> dict[str, Tensor]:
         """AdamW's state by parameter name, and the states of torch's random generators."""
-        state = self.optimizer.state_dict()["state"]
-        out = {
-            f"{self.names[index]}/{key}": x
-            for index, group in state.items()
-            for key, x in group.items()
-        }
+        state = self.optimizer.state
+        out = {f"{n}/{key}": x for n, p in self.own.items() for key, x in state[p].items()}
         out["random/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             out["random/cuda"] = torch.cuda.get_rng_state()
@@ -141,13 +136,11 @@ class TrainState:
         random = saved.pop("random/cuda", None)
         if random is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(random)
-        index = {name: number for number, name in enumerate(self.names)}
-        state: dict[int, dict[str, Tensor]] = {}
         for key, value in saved.items():
             name, _, field = key.rpartition("/")
-            state.setdefault(index[name], {})[field] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            if name in self.own:
+                own = self.own[name]
+                self.optimizer.state[own][field] = value.to(own.device)
 
 
 def train(run: Run, placement: Placement) -> Iterator[Record]:
@@ -159,7 +152,7 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
     """
     corpus, config, options = run.corpus, run.config, run.options
     torch.manual_seed(options.seed)
-    state = TrainState(placement.build(config, options.precision), options)
+    state = TrainState(placement.build(config, options.precision), options, placement)
     step, elapsed = 0, 0.0
     if run.saved is not None:
         placement.load(run.saved, state)
@@ -168,6 +161,7 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
     held_out, raw = corpus.held_out(options.eval_bytes)
     log = MetricsLog(run.folder / "metrics.jsonl", step) if placement.main else None
     logged_at, busy = step, 0.0
+    told: list[Tensor] = []  # by steps whose loss nobody has looked at: a look waits for the device
     began = time.monotonic() - elapsed
 
     def record(event: str, **values: Any) -> Record:
@@ -181,7 +175,21 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
         seconds = time.monotonic() - began
         return placement.elapsed(seconds) if options.seconds else seconds
 
+    def look() -> float:
+        """The loss of the last step, once all since the last look are found to be numbers."""
+        values = torch.stack(told).tolist()
+        for number, (loss, norm) in enumerate(values, step - len(told) + 1):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise RunError(
+                    f"the loss is {loss} and the gradient's norm {norm} at step {number}; "
+                    "resume with a smaller --lr"
+                )
+        told[:-1] = []
+        return values[-1][0]
+
     def save() -> Record:
+        if told:
+            look()
         meta = {
             "tfla": tfla.__version__,
             "step": step,
@@ -199,18 +207,19 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
     while not done:
         started = time.monotonic()
         lr = options.lr_at(options.progress(step, elapsed))
-        loss = _step(state, corpus, options, placement, step, lr)
+        told.append(_step(state, corpus, options, placement, step, lr))
         step += 1
+        if step % options.log_every == 0:
+            look()
         elapsed = clock()
         busy += time.monotonic() - started
         done = options.progress(step, elapsed) >= 1.0
         if step % options.log_every == 0 or done:
             speed = (step - logged_at) * options.tokens_per_step / max(busy, 1e-9)
-            yield record("train", loss=loss, lr=lr, tokens_per_second=round(speed, 1))
+            yield record("train", loss=look(), lr=lr, tokens_per_second=round(speed, 1))
             logged_at, busy = step, 0.0
         if step % options.eval_every == 0 or done:
-            with placement.whole():
-                bits = evaluate(state.model, held_out, len(raw), options, placement.device)
+            bits = evaluate(state.model, held_out, len(raw), options, placement.device)
             yield record("eval", bits_per_byte=bits)
         elapsed = clock()
         if step % options.save_every == 0 or done:
@@ -277,14 +286,10 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def _step(
-    state: TrainState,
-    corpus: Corpus,
-    options: TrainOptions,
-    placement: Placement,
-    step: int,
+    state: TrainState, corpus: Corpus, options: TrainOptions, placement: Placement, step: int,
     lr: float,
-) -> float:
-    """One update; returns the mean loss of its tokens in nats."""
+) -> Tensor:  # fmt: skip
+    """One update; returns the mean loss of its tokens in nats and the gradient's norm, (2,)."""
     rows = options.batch * options.accumulate
     own = np.arange(rows).reshape(options.accumulate, placement.rows, -1)[:, placement.row]
     windows = corpus.windows(
@@ -296,18 +301,9 @@ def _step(
             loss = mean_nats(state.model, micro) / options.accumulate
         loss.backward()
         total += loss.detach()
-    norm = placement.clip(state.model.parameters(), options.clip)
-    value = placement.mean(total).item()
-    if not (math.isfinite(value) and math.isfinite(norm.item())):
-        raise RunError(
-            f"the loss is {value} and the gradient's norm {norm.item()} at step {step + 1}; "
-            "resume with a smaller --lr"
-        )
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    return value
+    found = placement.clip(state, total, options.clip)
+    state.step(lr)
+    return found
 
 
 def mean_nats(model: nn.Module, windows: Tensor) -> Tensor:
