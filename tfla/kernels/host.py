@@ -1,15 +1,20 @@
-"""From tensors to launches: the plan of a call, the tables of packed sequences, and the call of a
-kernel."""
+"""From tensors to launches: the plan of a call, the tables of packed sequences, the call of a
+kernel, and calls that are played from a tape."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from tfla.kernels.layout import _tables_kernel
 from tfla.plan import Device, Plan, Problem, plan
@@ -103,6 +108,13 @@ def _aligned(x: Tensor) -> bool:
 _compiled: dict[tuple[Any, ...], tuple[Any, bool]] = {}  # and: does it want scratch memory?
 
 
+class _Now(threading.local):
+    recorder: _Recorder | None = None
+
+
+_now = _Now()
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], tensors: tuple[Tensor | None, ...],
     *numbers: float, **constants: Any,
@@ -122,25 +134,40 @@ def launch(
         tuple([None if x is None else x.dtype for x in tensors]), *[p & 15 for p in pointers],
     )  # fmt: skip
     known = _compiled.get(key)
-    # Triton launches on the current device, which need not be that of the tensors.
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+    recorder = _now.recorder
+    with _on(device):
         if known is None:
             triton.set_allocator(_allocate)
-            options = {"num_warps": shape[0], "num_stages": shape[1]}
-            compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+            options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
+            _now.recorder = None  # what the interpreter does is no part of the call
+            compiled = kernel[grid](*tensors, *numbers, **options)
+            _now.recorder = recorder
             if compiled is not None:  # not in the interpreter
                 if len(_compiled) >= 10_000:  # lengths without end
                     _compiled.clear()
                 _compiled[key] = compiled, getattr(compiled.metadata, "global_scratch_size", 0) > 0
+            if recorder is not None:
+                recorder.complete &= compiled is None
+                recorder.note(functools.partial(kernel[grid], **options), [*tensors, *numbers])
             return
         compiled, scratch = known
         if scratch:
             triton.set_allocator(_allocate)
-        compiled.run(
+        arguments = [
             *grid, *(1,) * (3 - len(grid)), _stream(device.index), compiled.function,
             compiled.packed_metadata, None, None, None, *pointers, *numbers, *constants.values(),
-        )  # fmt: skip
+        ]  # fmt: skip
+        compiled.run(*arguments)
+    if recorder is not None:
+        arguments[9 : 9 + len(tensors)] = [0 if x is None else x for x in tensors]
+        recorder.scratch |= scratch
+        recorder.note(compiled.run, arguments, compiled=True)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
 
 
 def _stream(index: int) -> int:
@@ -155,3 +182,243 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
         dtype=torch.int8,
         device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda",
     )
+
+
+# ---------------------------------------------------------------- calls from a tape
+#
+# Small problems wait for the Python between the launches. A call that comes again with nothing but
+# other addresses is recorded (the second time: lengths that never come again are not worth it) and
+# played from then on: allocate, put the addresses in, launch.
+
+Tensors = Sequence[Tensor | None]
+Results = tuple[Tensor | None, ...]
+
+_tapes: dict[tuple[Any, ...], _Tape | bool] = {}  # or: is the next call worth recording?
+
+
+def recorded(
+    function: Callable[..., Results], options: Any, inputs: Tensors, *key: Any
+) -> Results:
+    """``function(options, *inputs)``, from a tape where there is one. What the function does may
+    depend on its options, on ``key`` and on shapes, strides, dtypes and alignment of its inputs,
+    and on nothing else; where no tape can hold it, it is called every time."""
+    assert (first := inputs[0]) is not None
+    signature = [function, options, *key, first.device, precision(first)]
+    addresses = []
+    for x in inputs:
+        if x is None:
+            addresses.append(0)
+            signature.append(None)
+        else:
+            addresses.append(address := x.data_ptr())
+            signature += (x.shape, x.stride(), x.dtype, address & 15)
+    known = tuple(signature)
+    found = _tapes.get(known)
+    if found is None:
+        if len(_tapes) >= 2_000:
+            _tapes.clear()
+        _tapes[known] = not first.is_meta
+    if not found:
+        return function(options, *inputs)
+    if found is not True:
+        return found.play(inputs, addresses)
+    recorder = _Recorder(inputs)
+    results = recorder.run(function, options)
+    _tapes[known] = _Tape(recorder, results, first.device) if recorder.holds(results) else False
+    return results
+
+
+class _View(NamedTuple):
+    """A tensor as a place in a buffer."""
+
+    buffer: int
+    offset: int  # in bytes
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def of(self, base: Any) -> Tensor:
+        base = base if base.dtype == self.dtype else base.view(self.dtype)
+        start = base.storage_offset() + self.offset // self.dtype.itemsize
+        return base.as_strided(self.shape, self.stride, start)
+
+
+class _Step(NamedTuple):
+    run: Callable[..., Any]
+    arguments: list[Any]
+    views: list[tuple[int, _View]]  # the tensors among them
+    made: int  # the buffer that an operation of torch makes, or -1
+    compiled: bool  # a launch, which takes addresses
+
+
+_EMPTY = {"aten::" + name for name in ("empty", "new_empty", "empty_like", "empty_strided")}
+_PURE = {"aten::" + name for name in ("clone", "_to_copy", "zeros_like", "mul", "add", "sum")}
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes what a function launches, allocates and computes.
+
+    Storages tell which buffer a tensor lies in. Each input gets a storage of its own: that two of
+    them share memory may be true of this call alone.
+    """
+
+    def __init__(self, inputs: Tensors) -> None:
+        super().__init__()
+        self.complete, self.scratch = True, False
+        self.steps: list[_Step] = []
+        self.buffers: list[_View | None] = []  # each in whole; first those of the inputs
+        self.empty: dict[int, int] = {}  # buffers that are only allocated -> bytes
+        self.numbers: dict[int, int] = {}  # storages -> buffers
+        self.inputs: list[Tensor | None] = []
+        for x in inputs:
+            if x is None:
+                self.buffers.append(None)
+            else:
+                self.add(x := from_dlpack(to_dlpack(x.detach())).as_strided(x.shape, x.stride()))
+            self.inputs.append(x)
+
+    def run(self, function: Callable[..., Results], options: Any) -> Results:
+        _now.recorder = self
+        try:
+            with self:
+                return function(options, *self.inputs)
+        finally:
+            _now.recorder = None
+
+    def add(self, x: Tensor) -> int:
+        number = self.numbers[x.untyped_storage()._cdata] = len(self.buffers)
+        self.buffers.append(self.view(x))
+        return number
+
+    def view(self, x: Tensor) -> _View:
+        number = self.numbers.get(x.untyped_storage()._cdata, -1)
+        self.complete &= number >= 0
+        return _View(number, x.storage_offset() * x.element_size(), x.dtype, x.shape, x.stride())
+
+    def note(
+        self, run: Callable[..., Any], arguments: Sequence[Any], made: int = -1,
+        compiled: bool = False,
+    ) -> None:  # fmt: skip
+        views = [(n, self.view(x)) for n, x in enumerate(arguments) if isinstance(x, Tensor)]
+        rest = [None if isinstance(x, Tensor) else x for x in arguments]
+        self.steps.append(_Step(run, rest, views, made, compiled))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name, changes = func._schema.name, func._schema.is_mutable
+        if _now.recorder is not self:  # inside a launch
+            return out
+        if name in _EMPTY:
+            self.empty[self.add(out)] = out.untyped_storage().nbytes()
+        elif name in _PURE and not changes:
+            self.note(functools.partial(func, **(kwargs or {})), args, self.add(out))
+        else:  # nothing but views of the first argument
+            parts = [*(out if isinstance(out, (tuple, list)) else [out]), *args[:1]]
+            self.complete &= not changes and func is not torch.ops.aten.view.dtype
+            self.complete &= all(isinstance(x, Tensor) for x in parts) and (
+                len({x.untyped_storage()._cdata for x in parts}) == 1
+            )
+        return out
+
+    def holds(self, results: Results) -> bool:
+        """Are the steps all that happened, and the results new?"""
+        fresh = [self.view(x).buffer >= len(self.inputs) for x in results if x is not None]
+        return self.complete and all(fresh) and any(step.made < 0 for step in self.steps)
+
+
+class _Tape:
+    """The steps of a call. All that does not leave it shares one allocation."""
+
+    def __init__(self, recorder: _Recorder, results: Results, device: torch.device) -> None:
+        steps, given = recorder.steps, len(recorder.inputs)
+        ends = [None if x is None else recorder.view(x) for x in results]
+        leaving = {end.buffer for end in ends if end is not None}
+        life: dict[int, tuple[int, int]] = {}  # the first and the last step that uses a buffer
+        for at, step in enumerate(steps):
+            for _, view in step.views:
+                life[view.buffer] = life.get(view.buffer, (at, at))[0], at
+        passing = [n for n in recorder.empty if n in life and n not in leaving]
+        offsets, self.size = _fit({n: (recorder.empty[n], *life[n]) for n in passing})
+        new = [n for n in recorder.empty if n in leaving]
+        made = [step.made for step in steps if step.made >= 0]
+        slots = {n: n for n in range(given)} | dict.fromkeys(passing, given)
+        slots |= {n: given + 1 + k for k, n in enumerate(new + made)}
+
+        def move(view: _View) -> _View:
+            offset = view.offset + offsets.get(view.buffer, 0)
+            return view._replace(buffer=slots[view.buffer], offset=offset)
+
+        self.steps: list[tuple[Any, ...]] = []
+        for at, step in enumerate(steps):
+            gaps: list[tuple[int, int, Any]] = []
+            for n, view in step.views:
+                view = move(view)
+                gaps.append((n, view.buffer, view.offset if step.compiled else view))
+            spent = [slots[n] for n in made if n not in leaving and life.get(n, (at, at))[1] == at]
+            into = slots.get(step.made, 0)
+            self.steps.append((step.run, step.arguments, gaps, step.compiled, into, spent))
+        self.device, self.given, self.scratch = device, given, recorder.scratch
+        self.new = [recorder.buffers[n][2:] for n in new]  # type: ignore[index]
+        self.blank = [0] * len(made)
+        self.launches = any(step.compiled for step in steps)
+        self.ends = [
+            end and (slots[end.buffer], None if end in recorder.buffers else move(end))
+            for end in ends
+        ]
+
+    def play(self, inputs: Tensors, addresses: list[int]) -> Results:
+        device = self.device
+        with _on(device):
+            if self.scratch:
+                triton.set_allocator(_allocate)
+            stream = _stream(device.index) if self.launches else None
+            shared = torch.empty(self.size, dtype=torch.uint8, device=device)
+            tensors: list[Any] = [*inputs, shared]
+            for dtype, shape, stride in self.new:
+                tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
+            addresses += [x.data_ptr() for x in tensors[self.given :]]
+            tensors += self.blank
+            addresses += self.blank
+            for run, arguments, gaps, compiled, into, spent in self.steps:
+                arguments = arguments.copy()
+                if compiled:
+                    arguments[3] = stream
+                    for n, slot, offset in gaps:
+                        arguments[n] = addresses[slot] + offset
+                    run(*arguments)
+                else:
+                    for n, slot, view in gaps:
+                        arguments[n] = view.of(tensors[slot])
+                    result = run(*arguments)
+                    if into:
+                        tensors[into], addresses[into] = result, result.data_ptr()
+                for slot in spent:
+                    tensors[slot] = None
+            return tuple(
+                [
+                    end and (tensors[end[0]] if end[1] is None else end[1].of(tensors[end[0]]))
+                    for end in self.ends
+                ]
+            )
+
+
+def _fit(uses: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
+    """Offsets for buffers of (bytes, first step, last step), large ones first, and the size of all:
+    what is never used at the same time may lie in the same place."""
+    offsets: dict[int, int] = {}
+    size = 0
+    for n, (count, first, last) in sorted(uses.items(), key=lambda use: -use[1][0]):
+        at = 0
+        taken = [
+            (offsets[o], offsets[o] + uses[o][0])
+            for o in offsets if uses[o][1] <= last and first <= uses[o][2]
+        ]  # fmt: skip
+        for start, end in sorted(taken):
+            if at + count <= start:
+                break
+            at = max(at, -(-end // 512) * 512)
+        offsets[n] = at
+        size = max(size, at + count)
+    return offsets, -(-size // 512) * 512
