@@ -94,8 +94,7 @@ def scan_forward(x: Inputs, o: Options, ends: bool) -> tuple[Any, Any]:
 
 
 def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
-    """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not
-    there."""
+    """(h, C_T, n_T, m_T, saved); empty tensors for what is not wanted or not there."""
     return _filled(_called(_forward, o, x), o.full(x.q))
 
 
@@ -105,7 +104,7 @@ def _forward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
     C, n, m = result.final if o.final else None, None, None
     if o.final and o.normalize:
         n, m = grid.n_final.clone(), grid.m_final.clone()
-    return result.out, C, n, m, o.leaf.saved(grid)
+    return result.out, C, n, m, o.leaf.saved(grid) if o.keep else None
 
 
 def backward(
@@ -117,9 +116,11 @@ def backward(
     dn (see ``tfla.parallel``)."""
     tensors = *x, h, saved, dh, dC, dn
     if exchange is None:
-        return _filled(_called(_backward, o, tensors), o.full(x.q))
-    with no_autocast(x.q.device.type):
-        return _filled(_backward(o, *tensors, exchange), o.full(x.q))
+        grads = _called(_backward, o, tensors)
+    else:
+        with no_autocast(x.q.device.type):
+            grads = _backward(o, *tensors, exchange)
+    return _filled(grads, o.full(x.q))
 
 
 def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
@@ -160,12 +161,9 @@ def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
 
 def _called(function: Any, o: Options, tensors: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """``function(o, *tensors)``, which a backend may know from an earlier call: ``recorded``."""
-    device = tensors[0].device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):  # the dtypes of a backend are its own
-            return _called(function, o, tensors)
     recorded = getattr(o.leaf, "recorded", None)
-    return function(o, *tensors) if recorded is None else recorded(function, o, tensors)
+    with no_autocast(tensors[0].device.type):
+        return function(o, *tensors) if recorded is None else recorded(function, o, tensors)
 
 
 def _filled(results: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -174,7 +172,7 @@ def _filled(results: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Ten
     return tuple(first.new_empty(0, dtype=dtype) if t is None else t for t in results)
 
 
-def run(x: Inputs, o: Options) -> tuple[Tensor | None, ...]:
+def run(x: Inputs, o: Options) -> tuple[Any, ...]:
     """(h, C_T, n_T, m_T), differentiable; states that are not wanted may be None."""
     if torch.compiler.is_compiling():
         return torch.ops.tfla.forward(*x, *o)[:4]
@@ -288,13 +286,10 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
     C = new(N, H, K, V) if o.final else new(0)
     n, m = (new(N, H, K), new(N, H)) if o.final and o.normalize else (new(0), new(0))
-    return (
-        x.v.new_empty(x.v.shape),
-        C,
-        n,
-        m,
-        o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep, o.final),
-    )
+    saved = new(0)
+    if o.keep:
+        saved = o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep, o.final)
+    return x.v.new_empty(x.v.shape), C, n, m, saved
 
 
 @torch.library.custom_op("tfla::backward", mutates_args=())

@@ -134,14 +134,12 @@ def launch(
         tuple([None if x is None else x.dtype for x in tensors]), *[p & 15 for p in pointers],
     )  # fmt: skip
     known = _compiled.get(key)
-    recorder = _now.recorder
+    recorder, _now.recorder = _now.recorder, None  # what the launcher does is no part of the call
     with _on(device):
         if known is None:
             triton.set_allocator(_allocate)
             options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
-            _now.recorder = None  # what the interpreter does is no part of the call
             compiled = kernel[grid](*tensors, *numbers, **options)
-            _now.recorder = recorder
             if compiled is not None:  # not in the interpreter
                 if len(_compiled) >= 10_000:  # lengths without end
                     _compiled.clear()
@@ -149,19 +147,21 @@ def launch(
             if recorder is not None:
                 recorder.complete &= compiled is None
                 recorder.note(functools.partial(kernel[grid], **options), [*tensors, *numbers])
-            return
-        compiled, scratch = known
-        if scratch:
-            triton.set_allocator(_allocate)
-        arguments = [
-            *grid, *(1,) * (3 - len(grid)), _stream(device.index), compiled.function,
-            compiled.packed_metadata, None, None, None, *pointers, *numbers, *constants.values(),
-        ]  # fmt: skip
-        compiled.run(*arguments)
-    if recorder is not None:
-        arguments[9 : 9 + len(tensors)] = [0 if x is None else x for x in tensors]
-        recorder.scratch |= scratch
-        recorder.note(compiled.run, arguments, compiled=True)
+        else:
+            compiled, scratch = known
+            if scratch:
+                triton.set_allocator(_allocate)
+            arguments = [
+                *grid, *(1,) * (3 - len(grid)), _stream(device.index), compiled.function,
+                compiled.packed_metadata, None, None, None, *pointers, *numbers,
+                *constants.values(),
+            ]  # fmt: skip
+            compiled.run(*arguments)
+            if recorder is not None:
+                arguments[9 : 9 + len(tensors)] = [0 if x is None else x for x in tensors]
+                recorder.scratch |= scratch
+                recorder.note(compiled.run, arguments, compiled=True)
+    _now.recorder = recorder
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -197,8 +197,8 @@ _tapes: dict[tuple[Any, ...], _Tape | bool] = {}  # or: is the next call worth r
 
 
 def recorded(
-    function: Callable[..., Results], options: Any, inputs: Tensors, *key: Any
-) -> Results:
+    function: Callable[..., Results], options: Any, inputs: Tensors, *key: Any,
+) -> Results:  # fmt: skip
     """``function(options, *inputs)``, from a tape where there is one. What the function does may
     depend on its options, on ``key`` and on shapes, strides, dtypes and alignment of its inputs,
     and on nothing else; where no tape can hold it, it is called every time."""
@@ -293,7 +293,8 @@ class _Recorder(TorchDispatchMode):
     def view(self, x: Tensor) -> _View:
         number = self.numbers.get(x.untyped_storage()._cdata, -1)
         self.complete &= number >= 0
-        return _View(number, x.storage_offset() * x.element_size(), x.dtype, x.shape, x.stride())
+        offset = int(x.storage_offset()) * x.element_size()
+        return _View(number, offset, x.dtype, x.shape, x.stride())
 
     def note(
         self, run: Callable[..., Any], arguments: Sequence[Any], made: int = -1,
@@ -370,38 +371,37 @@ class _Tape:
 
     def play(self, inputs: Tensors, addresses: list[int]) -> Results:
         device = self.device
-        with _on(device):
-            if self.scratch:
-                triton.set_allocator(_allocate)
-            stream = _stream(device.index) if self.launches else None
-            shared = torch.empty(self.size, dtype=torch.uint8, device=device)
-            tensors: list[Any] = [*inputs, shared]
-            for dtype, shape, stride in self.new:
-                tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-            addresses += [x.data_ptr() for x in tensors[self.given :]]
-            tensors += self.blank
-            addresses += self.blank
-            for run, arguments, gaps, compiled, into, spent in self.steps:
-                arguments = arguments.copy()
-                if compiled:
-                    arguments[3] = stream
-                    for n, slot, offset in gaps:
-                        arguments[n] = addresses[slot] + offset
-                    run(*arguments)
-                else:
-                    for n, slot, view in gaps:
-                        arguments[n] = view.of(tensors[slot])
-                    result = run(*arguments)
-                    if into:
-                        tensors[into], addresses[into] = result, result.data_ptr()
-                for slot in spent:
-                    tensors[slot] = None
-            return tuple(
-                [
-                    end and (tensors[end[0]] if end[1] is None else end[1].of(tensors[end[0]]))
-                    for end in self.ends
-                ]
-            )
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.play(inputs, addresses)
+        if self.scratch:
+            triton.set_allocator(_allocate)
+        stream = _stream(device.index) if self.launches else None
+        tensors: list[Any] = [*inputs, torch.empty(self.size, dtype=torch.uint8, device=device)]
+        for dtype, shape, stride in self.new:
+            tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
+        addresses += [x.data_ptr() for x in tensors[self.given :]]
+        tensors += self.blank
+        addresses += self.blank
+        for run, arguments, gaps, compiled, into, spent in self.steps:
+            arguments = arguments.copy()
+            if compiled:
+                arguments[3] = stream
+                for n, slot, offset in gaps:
+                    arguments[n] = addresses[slot] + offset
+                run(*arguments)
+            else:
+                for n, slot, view in gaps:
+                    arguments[n] = view.of(tensors[slot])
+                result = run(*arguments)
+                if into:
+                    tensors[into], addresses[into] = result, result.data_ptr()
+            for slot in spent:
+                tensors[slot] = None
+        return tuple([
+            end and (tensors[end[0]] if end[1] is None else end[1].of(tensors[end[0]]))
+            for end in self.ends
+        ])  # fmt: skip
 
 
 def _fit(uses: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
