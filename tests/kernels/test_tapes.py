@@ -289,7 +289,7 @@ else:
             with mock.patch.object(kernels, "gate_gradients", side_effect=ValueError):
                 with pytest.raises(ValueError):
                     results(problem(1))
-            assert host._now.recorder is None and tapes(shelf) == 1
+            assert host._now.tape is None and tapes(shelf) == 1
             for call in range(2):
                 x = problem(call)
                 same(results(x), plain(x))

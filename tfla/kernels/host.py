@@ -109,7 +109,7 @@ _compiled: dict[tuple[Any, ...], tuple[Any, bool]] = {}  # and: does it want scr
 
 
 class _Now(threading.local):
-    recorder: _Recorder | None = None
+    tape: _Tape | None = None  # that is being recorded
 
 
 _now = _Now()
@@ -134,8 +134,10 @@ def launch(
         tuple([None if x is None else x.dtype for x in tensors]), *[p & 15 for p in pointers],
     )  # fmt: skip
     known = _compiled.get(key)
-    recorder, _now.recorder = _now.recorder, None  # what the launcher does is no part of the call
-    with _on(device):
+    tape, _now.tape = _now.tape, None  # what goes on in the launcher is no part of the call
+    # Triton launches on the current device, which need not be that of the tensors.
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         if known is None:
             triton.set_allocator(_allocate)
             options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
@@ -144,30 +146,24 @@ def launch(
                 if len(_compiled) >= 10_000:  # lengths without end
                     _compiled.clear()
                 _compiled[key] = compiled, getattr(compiled.metadata, "global_scratch_size", 0) > 0
-            if recorder is not None:
-                recorder.complete &= compiled is None
-                recorder.note(functools.partial(kernel[grid], **options), [*tensors, *numbers])
+            if tape is not None:
+                tape.complete &= compiled is None
+                tape.note(functools.partial(kernel[grid], **options), (*tensors, *numbers))
         else:
             compiled, scratch = known
             if scratch:
                 triton.set_allocator(_allocate)
-            arguments = [
+            head = (
                 *grid, *(1,) * (3 - len(grid)), _stream(device.index), compiled.function,
-                compiled.packed_metadata, None, None, None, *pointers, *numbers,
-                *constants.values(),
-            ]  # fmt: skip
-            compiled.run(*arguments)
-            if recorder is not None:
-                arguments[9 : 9 + len(tensors)] = [0 if x is None else x for x in tensors]
-                recorder.scratch |= scratch
-                recorder.note(compiled.run, arguments, compiled=True)
-    _now.recorder = recorder
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
+                compiled.packed_metadata, None, None, None,
+            )  # fmt: skip
+            compiled.run(*head, *pointers, *numbers, *constants.values())
+            if tape is not None:
+                tape.scratch |= scratch
+                tensors = tuple([0 if x is None else x for x in tensors])  # type: ignore[misc]
+                arguments = *head, *tensors, *numbers, *constants.values()
+                tape.note(compiled.run, arguments, launch=True)
+    _now.tape = tape
 
 
 def _stream(index: int) -> int:
@@ -222,9 +218,9 @@ def recorded(
         return function(options, *inputs)
     if found is not True:
         return found.play(inputs, addresses)
-    recorder = _Recorder(inputs)
-    results = recorder.run(function, options)
-    _tapes[known] = _Tape(recorder, results, first.device) if recorder.holds(results) else False
+    tape = _Tape(inputs)
+    results = tape.record(function, options, inputs)
+    _tapes[known] = tape if tape.complete else False
     return results
 
 
@@ -237,53 +233,67 @@ class _View(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
 
-    def of(self, base: Any) -> Tensor:
+    def of(self, base: Any, start: int) -> Tensor:
         base = base if base.dtype == self.dtype else base.view(self.dtype)
-        start = base.storage_offset() + self.offset // self.dtype.itemsize
+        start = base.storage_offset() + (start + self.offset) // self.dtype.itemsize
         return base.as_strided(self.shape, self.stride, start)
-
-
-class _Step(NamedTuple):
-    run: Callable[..., Any]
-    arguments: list[Any]
-    views: list[tuple[int, _View]]  # the tensors among them
-    made: int  # the buffer that an operation of torch makes, or -1
-    compiled: bool  # a launch, which takes addresses
 
 
 _EMPTY = {"aten::" + name for name in ("empty", "new_empty", "empty_like", "empty_strided")}
 _PURE = {"aten::" + name for name in ("clone", "_to_copy", "zeros_like", "mul", "add", "sum")}
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes what a function launches, allocates and computes.
+class _Tape(TorchDispatchMode):
+    """What a call launches and allocates, and the few other things that it may do.
 
-    Storages tell which buffer a tensor lies in. Each input gets a storage of its own: that two of
-    them share memory may be true of this call alone.
+    Storages tell which buffer a tensor lies in, the first of which are the inputs. While recording,
+    each of them has a storage of its own: that two share memory may be true of this call alone.
+    What does not leave the call shares one allocation.
     """
 
     def __init__(self, inputs: Tensors) -> None:
         super().__init__()
-        self.complete, self.scratch = True, False
-        self.steps: list[_Step] = []
-        self.buffers: list[_View | None] = []  # each in whole; first those of the inputs
-        self.empty: dict[int, int] = {}  # buffers that are only allocated -> bytes
-        self.numbers: dict[int, int] = {}  # storages -> buffers
-        self.inputs: list[Tensor | None] = []
+        self.complete, self.scratch, self.launches = True, False, False
+        self.given, self.device = len(inputs), next(x.device for x in inputs if x is not None)
+        self.buffers: list[Any] = []  # each in whole, a _View
+        self.numbers: dict[int, int] = {}  # of the buffers, by storage
+        self.bytes: dict[int, int] = {}  # of those that are only allocated
+        # What to run, its arguments, (argument, buffer, place) of the tensors among them, whether
+        # it takes addresses, the buffer that it makes (or 0), which of those are used no more.
+        self.steps: list[tuple[Any, list[Any], list[Any], bool, int, list[int]]] = []
+
+    def record(self, function: Callable[..., Results], options: Any, inputs: Tensors) -> Results:
+        aliases: list[Tensor | None] = []
         for x in inputs:
             if x is None:
                 self.buffers.append(None)
             else:
                 self.add(x := from_dlpack(to_dlpack(x.detach())).as_strided(x.shape, x.stride()))
-            self.inputs.append(x)
-
-    def run(self, function: Callable[..., Results], options: Any) -> Results:
-        _now.recorder = self
+            aliases.append(x)
+        _now.tape = self
         try:
             with self:
-                return function(options, *self.inputs)
+                results = function(options, *aliases)
         finally:
-            _now.recorder = None
+            _now.tape = None
+        ends = [None if x is None else self.view(x) for x in results]
+        self.ends = [end and (end, end in self.buffers) for end in ends]
+        leaving = {end.buffer for end in ends if end is not None}
+        self.complete &= (
+            any(not step[4] for step in self.steps) and min(leaving, default=0) >= self.given
+        )
+        self.numbers.clear()
+        life: dict[int, tuple[int, int]] = {}  # the first and the last step that uses a buffer
+        for at, (_, _, views, _, made, _) in enumerate(self.steps):
+            for n in [n for _, n, _ in views] + [made] * (made > 0):
+                life[n] = life.get(n, (at, at))[0], at
+        for made in [step[4] for step in self.steps if step[4] and step[4] not in leaving]:
+            self.steps[life[made][1]][5].append(made)
+        self.new = [(n, *self.buffers[n][2:]) for n in self.bytes if n in leaving]
+        passing = {n: (b, *life[n]) for n, b in self.bytes.items() if n in life.keys() - leaving}
+        self.offsets, self.size = _fit(passing)
+        self.blank = [0] * (len(self.buffers) - self.given)
+        return results
 
     def add(self, x: Tensor) -> int:
         number = self.numbers[x.untyped_storage()._cdata] = len(self.buffers)
@@ -296,78 +306,31 @@ class _Recorder(TorchDispatchMode):
         offset = int(x.storage_offset()) * x.element_size()
         return _View(number, offset, x.dtype, x.shape, x.stride())
 
-    def note(
-        self, run: Callable[..., Any], arguments: Sequence[Any], made: int = -1,
-        compiled: bool = False,
-    ) -> None:  # fmt: skip
+    def note(self, run: Any, arguments: Sequence[Any], made: int = 0, launch: bool = False) -> None:
         views = [(n, self.view(x)) for n, x in enumerate(arguments) if isinstance(x, Tensor)]
+        places = [(n, view.buffer, view.offset if launch else view) for n, view in views]
         rest = [None if isinstance(x, Tensor) else x for x in arguments]
-        self.steps.append(_Step(run, rest, views, made, compiled))
+        self.steps.append((run, rest, places, launch, made, []))
+        self.launches |= launch
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         name, changes = func._schema.name, func._schema.is_mutable
-        if _now.recorder is not self:  # inside a launch
+        if _now.tape is not self:
             return out
         if name in _EMPTY:
-            self.empty[self.add(out)] = out.untyped_storage().nbytes()
+            self.bytes[self.add(out)] = out.untyped_storage().nbytes()
         elif name in _PURE and not changes:
             self.note(functools.partial(func, **(kwargs or {})), args, self.add(out))
         else:  # nothing but views of the first argument
             parts = [*(out if isinstance(out, (tuple, list)) else [out]), *args[:1]]
-            self.complete &= not changes and func is not torch.ops.aten.view.dtype
-            self.complete &= all(isinstance(x, Tensor) for x in parts) and (
-                len({x.untyped_storage()._cdata for x in parts}) == 1
-            )
+            tensors = [x for x in parts if isinstance(x, Tensor)]
+            one = len({x.untyped_storage()._cdata for x in tensors}) == 1
+            self.complete &= one and len(tensors) == len(parts) and not changes
+            self.complete &= func is not torch.ops.aten.view.dtype
         return out
-
-    def holds(self, results: Results) -> bool:
-        """Are the steps all that happened, and the results new?"""
-        fresh = [self.view(x).buffer >= len(self.inputs) for x in results if x is not None]
-        return self.complete and all(fresh) and any(step.made < 0 for step in self.steps)
-
-
-class _Tape:
-    """The steps of a call. All that does not leave it shares one allocation."""
-
-    def __init__(self, recorder: _Recorder, results: Results, device: torch.device) -> None:
-        steps, given = recorder.steps, len(recorder.inputs)
-        ends = [None if x is None else recorder.view(x) for x in results]
-        leaving = {end.buffer for end in ends if end is not None}
-        life: dict[int, tuple[int, int]] = {}  # the first and the last step that uses a buffer
-        for at, step in enumerate(steps):
-            for _, view in step.views:
-                life[view.buffer] = life.get(view.buffer, (at, at))[0], at
-        passing = [n for n in recorder.empty if n in life and n not in leaving]
-        offsets, self.size = _fit({n: (recorder.empty[n], *life[n]) for n in passing})
-        new = [n for n in recorder.empty if n in leaving]
-        made = [step.made for step in steps if step.made >= 0]
-        slots = {n: n for n in range(given)} | dict.fromkeys(passing, given)
-        slots |= {n: given + 1 + k for k, n in enumerate(new + made)}
-
-        def move(view: _View) -> _View:
-            offset = view.offset + offsets.get(view.buffer, 0)
-            return view._replace(buffer=slots[view.buffer], offset=offset)
-
-        self.steps: list[tuple[Any, ...]] = []
-        for at, step in enumerate(steps):
-            gaps: list[tuple[int, int, Any]] = []
-            for n, view in step.views:
-                view = move(view)
-                gaps.append((n, view.buffer, view.offset if step.compiled else view))
-            spent = [slots[n] for n in made if n not in leaving and life.get(n, (at, at))[1] == at]
-            into = slots.get(step.made, 0)
-            self.steps.append((step.run, step.arguments, gaps, step.compiled, into, spent))
-        self.device, self.given, self.scratch = device, given, recorder.scratch
-        self.new = [recorder.buffers[n][2:] for n in new]  # type: ignore[index]
-        self.blank = [0] * len(made)
-        self.launches = any(step.compiled for step in steps)
-        self.ends = [
-            end and (slots[end.buffer], None if end in recorder.buffers else move(end))
-            for end in ends
-        ]
 
     def play(self, inputs: Tensors, addresses: list[int]) -> Results:
         device = self.device
@@ -377,29 +340,34 @@ class _Tape:
         if self.scratch:
             triton.set_allocator(_allocate)
         stream = _stream(device.index) if self.launches else None
-        tensors: list[Any] = [*inputs, torch.empty(self.size, dtype=torch.uint8, device=device)]
-        for dtype, shape, stride in self.new:
-            tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        addresses += [x.data_ptr() for x in tensors[self.given :]]
-        tensors += self.blank
+        tensors: list[Any] = [*inputs, *self.blank]
         addresses += self.blank
-        for run, arguments, gaps, compiled, into, spent in self.steps:
+        shared = torch.empty(self.size, dtype=torch.uint8, device=device)
+        start = shared.data_ptr()
+        for n, offset in self.offsets.items():
+            addresses[n] = start + offset
+        for n, dtype, shape, stride in self.new:
+            x = tensors[n] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            addresses[n] = x.data_ptr()
+        for run, arguments, places, launch, made, spent in self.steps:
             arguments = arguments.copy()
-            if compiled:
+            if launch:
                 arguments[3] = stream
-                for n, slot, offset in gaps:
-                    arguments[n] = addresses[slot] + offset
+                for n, buffer, offset in places:
+                    arguments[n] = addresses[buffer] + offset
                 run(*arguments)
             else:
-                for n, slot, view in gaps:
-                    arguments[n] = view.of(tensors[slot])
+                for n, buffer, view in places:
+                    passes = buffer in self.offsets
+                    base = shared if passes else tensors[buffer]
+                    arguments[n] = view.of(base, self.offsets[buffer] if passes else 0)
                 result = run(*arguments)
-                if into:
-                    tensors[into], addresses[into] = result, result.data_ptr()
-            for slot in spent:
-                tensors[slot] = None
+                if made:
+                    tensors[made], addresses[made] = result, result.data_ptr()
+            for n in spent:
+                tensors[n] = None
         return tuple([
-            end and (tensors[end[0]] if end[1] is None else end[1].of(tensors[end[0]]))
+            end and (tensors[end[0].buffer] if end[1] else end[0].of(tensors[end[0].buffer], 0))
             for end in self.ends
         ])  # fmt: skip
 
@@ -409,16 +377,13 @@ def _fit(uses: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
     what is never used at the same time may lie in the same place."""
     offsets: dict[int, int] = {}
     size = 0
-    for n, (count, first, last) in sorted(uses.items(), key=lambda use: -use[1][0]):
+    for n in sorted(uses, key=lambda n: -uses[n][0]):
+        count, first, last = uses[n]
+        beside = [o for o in offsets if uses[o][1] <= last and first <= uses[o][2]]
         at = 0
-        taken = [
-            (offsets[o], offsets[o] + uses[o][0])
-            for o in offsets if uses[o][1] <= last and first <= uses[o][2]
-        ]  # fmt: skip
-        for start, end in sorted(taken):
-            if at + count <= start:
+        for o in sorted(beside, key=lambda o: offsets[o]):
+            if at + count <= offsets[o]:
                 break
-            at = max(at, -(-end // 512) * 512)
-        offsets[n] = at
-        size = max(size, at + count)
+            at = max(at, -(-(offsets[o] + uses[o][0]) // 512) * 512)
+        offsets[n], size = at, max(size, at + count)
     return offsets, -(-size // 512) * 512
