@@ -170,14 +170,13 @@ def _stream(index: int) -> int:
     return triton.runtime.driver.active.get_current_stream(index)
 
 
+_scratch_device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     """Scratch memory for descriptors; the caching allocator keeps it until the stream is done with
     it."""
-    return torch.empty(
-        size,
-        dtype=torch.int8,
-        device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda",
-    )
+    return torch.empty(size, dtype=torch.int8, device=_scratch_device)
 
 
 # ---------------------------------------------------------------- calls from a tape
@@ -316,14 +315,17 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name, changes = func._schema.name, func._schema.is_mutable
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         if _now.tape is not self:
             return out
+        name, changes = func._schema.name, func._schema.is_mutable
         if name in _EMPTY:
+            self.complete &= out.device == self.device
             self.bytes[self.add(out)] = out.untyped_storage().nbytes()
         elif name in _PURE and not changes:
-            self.note(functools.partial(func, **(kwargs or {})), args, self.add(out))
+            self.complete &= not any(isinstance(x, Tensor) for x in kwargs.values())
+            self.note(functools.partial(func, **kwargs), args, self.add(out))
         else:  # nothing but views of the first argument
             parts = [*(out if isinstance(out, (tuple, list)) else [out]), *args[:1]]
             tensors = [x for x in parts if isinstance(x, Tensor)]
