@@ -1,5 +1,6 @@
 """Calls that are played from a tape: the same bits as without, whatever the call, in the
-interpreter; with tensors as it wants them, and with addresses as compiled kernels do.
+interpreter; with tensors as it wants them, and with addresses as compiled kernels do. And the same
+launches, where no kernel runs, of the plans for Hopper.
 """
 
 import contextlib
@@ -21,6 +22,12 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
+    from builds import DEVICES
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import tfla
+    from tfla import kernels
+    from tfla.kernels import host
 
     def test_tapes_in_the_interpreter(interpreter_env: dict[str, str]) -> None:
         """Run what follows below in an interpreter of its own; its report is this test's."""
@@ -28,6 +35,132 @@ if not INTERPRETED:
         done = subprocess.run(command, env=interpreter_env, capture_output=True, text=True)
         print(done.stdout[-6000:])
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+    Launch = tuple[tuple[Any, ...], tuple[int, ...], tuple[Any, ...]]  # what, pointers, numbers
+
+    class Log(dict[Any, Any]):
+        """Compiled kernels that do nothing but write down how they are called."""
+
+        def __init__(self) -> None:
+            self.launches: list[Launch] = []
+
+        def get(self, key: Any, default: Any = None) -> Any:
+            count = len(key[5])  # dtypes of the tensors
+
+            def run(*args: Any) -> None:
+                pointers, numbers = args[9 : 9 + count], args[9 + count :]
+                self.launches.append(((key[:3], args[:9]), pointers, numbers))
+
+            return SimpleNamespace(run=run, function=0, packed_metadata=0), False
+
+    class Kept(TorchDispatchMode):
+        """Nothing is freed, so that every address is that of one tensor."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.all: list[Tensor] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            self.all += [x for x in (out if isinstance(out, (list, tuple)) else [out])]
+            return out
+
+        def places(self) -> dict[int, int]:
+            """Address -> bytes."""
+            storages = [x.untyped_storage() for x in self.all if isinstance(x, Tensor)]
+            return {s.data_ptr(): s.nbytes() for s in storages}
+
+    def call(inputs: list[Tensor | None], gate: str, final: bool) -> list[Tensor]:
+        *x, C, n, m, cu_seqlens, dh = inputs
+        leaves = [t for t in (*x, C, n, m) if t is not None]
+        state = None if C is None else tfla.State(C, n, m)
+        h, end = tfla.mlstm(
+            *x, input_gate=gate, initial_state=state, output_final_state=final, backend="triton",
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        outs = [h] if end is None else [h, end.C]
+        grads = torch.autograd.grad(outs, leaves, [dh, *(torch.ones_like(t) for t in outs[1:])])
+        return [*outs, *grads]
+
+    def inside(address: int, places: dict[int, int]) -> tuple[int, int]:
+        """(start of the place, offset) of an address, the closest start below it."""
+        start = max(s for s in places if s <= address)
+        assert address - start < places[start]
+        return start, address - start
+
+    CALLS = [
+        (1, 8192, 1, 128, 256), (2, 200, 4, 128, 256), (1, 500, 2, 256, 512), (3, 70, 2, 48, 80),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("more", ["", "packed", "states", "packed, states"])
+    @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+    @pytest.mark.parametrize("shape", CALLS, ids=str)
+    def test_a_played_call_launches_what_the_plain_one_does(
+        shape: tuple[int, ...], gate: str, more: str, dtype: torch.dtype
+    ) -> None:
+        B, T, H, K, V = shape
+        B = 1 if "packed" in more else B
+        N = 3 if "packed" in more else B
+        log = Log()
+
+        def new(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=of, requires_grad=True)
+
+        def inputs() -> list[Tensor | None]:
+            x = [new(B, T, H, D, of=dtype) for D in (K, K, V)] + [new(B, T, H) for _ in "if"]
+            state = [new(N, H, K, V), new(N, H, K), new(N, H)] if "states" in more else [None] * 3
+            state = state if gate == "exp" else [state[0], None, None]
+            cu_seqlens = torch.tensor([0, 5, 5, T]) if "packed" in more else None
+            return [*x, *state, cu_seqlens, new(B, T, H, V, of=dtype).detach()]
+
+        def made(x: list[Tensor | None], y: list[Tensor]) -> tuple[list[Launch], list[int]]:
+            launches = list(log.launches)
+            log.launches.clear()
+            return launches, [t.data_ptr() for t in y]
+
+        with contextlib.ExitStack() as stack:
+            device = DEVICES["cuda", 90]
+            for name, value in (
+                ("_compiled", log), ("_tapes", {}), ("_plans", {}), ("_stream", lambda index: 7),
+                ("device_of", lambda x: device),
+            ):  # fmt: skip
+                stack.enter_context(mock.patch.object(host, name, value))
+            stack.enter_context(mock.patch("tfla.checks.why_not_triton", lambda q: None))
+            x = inputs()
+            with Kept() as kept:
+                y = call(x, gate, "states" in more)
+            plain, ends = made(x, y)
+            call(x, gate, "states" in more)
+            log.launches.clear()
+            assert [type(t) for t in host._tapes.values()] == [host._Tape] * 2
+            z = inputs()
+            y = call(z, gate, "states" in more)
+            played, played_ends = made(z, y)
+
+        ours = [{t.data_ptr(): t.nbytes for t in side if t is not None} for side in (x, z)]
+        order = [[0 if t is None else t.data_ptr() for t in side] for side in (x, z)]
+        places = kept.places()
+        moved: dict[int, int] = dict(zip(ends, played_ends, strict=True))
+        life: dict[int, list[int]] = {}
+        assert len(plain) == len(played) > 3
+        for at, (a, b) in enumerate(zip(plain, played, strict=True)):
+            assert a[0] == b[0] and a[2] == b[2]
+            for p, q in zip(a[1], b[1], strict=True):
+                given = [n for n, s in enumerate(order[0]) if s and 0 <= p - s < max(ours[0][s], 1)]
+                if not p:
+                    assert not q
+                elif given:
+                    assert p - order[0][given[0]] == q - order[1][given[0]]
+                else:
+                    start, offset = inside(p, places)
+                    assert moved.setdefault(start, q - offset) == q - offset
+                    life.setdefault(start, [at, at])[1] = at
+        for a, (first, last) in life.items():
+            for b, (begins, ends_) in life.items():
+                if a < b and first <= ends_ and begins <= last:
+                    low, high = sorted([(moved[a], places[a]), (moved[b], places[b])])
+                    assert low[0] + low[1] <= high[0]
 
 else:
     import checks
@@ -144,9 +277,11 @@ else:
         "half": ({"dtype": torch.float16, "gate_dtype": torch.float16}, {}, {}),
     }
 
-    @pytest.mark.parametrize("addresses", [False, True], ids=["tensors", "addresses"])
+    TENSORS = ("packed", "packed, segments, states")
+    WAYS = [(shape, True) for shape in SHAPES] + [(shape, False) for shape in TENSORS]
+
     @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
-    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize(("shape", "addresses"), WAYS)
     def test_a_played_call_is_the_plain_one_bit_for_bit(
         shape: str, gate: str, addresses: bool
     ) -> None:

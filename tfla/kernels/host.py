@@ -160,8 +160,8 @@ def launch(
             compiled.run(*head, *pointers, *numbers, *constants.values())
             if tape is not None:
                 tape.scratch |= scratch
-                tensors = tuple([0 if x is None else x for x in tensors])  # type: ignore[misc]
-                arguments = *head, *tensors, *numbers, *constants.values()
+                there = [p and x for p, x in zip(pointers, tensors, strict=True)]
+                arguments = *head, *there, *numbers, *constants.values()
                 tape.note(compiled.run, arguments, launch=True)
     _now.tape = tape
 
