@@ -8,8 +8,9 @@ registration with PyTorch.
 
 and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module
 with the functions ``exponents``, ``saved``, ``normalizer_backward``, ``scan``, ``gate_gradients``
-and ``initial_gradients`` (and ``reach``, for many processes, and ``update``, the decode step);
-nothing here knows which one it is, nor which gate.
+and ``initial_gradients`` (and ``reach``, for many processes, ``update``, the decode step, and
+``recorded``, if it can do a call again without these); nothing here knows which one it is, nor
+which gate.
 
 Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to
 dispatch); both run the same two functions below.

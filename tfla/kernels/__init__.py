@@ -3,7 +3,7 @@ backend has.
 
 One call allocates everything it needs and never asks the device for a value. Files: layout.py
 (where things lie), gates.py (exponents, gate gradients), normalizer.py, scan.py (the scan),
-step.py (decode), host.py (the plan of a call, descriptors).
+step.py (decode), host.py (the plan of a call, launches, tapes of them).
 """
 
 from __future__ import annotations

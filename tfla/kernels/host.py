@@ -239,7 +239,8 @@ class _View(NamedTuple):
 
 
 _EMPTY = {"aten::" + name for name in ("empty", "new_empty", "empty_like", "empty_strided")}
-_PURE = {"aten::" + name for name in ("clone", "_to_copy", "zeros_like", "mul", "add", "sum")}
+_PURE = {"aten::" + name for name in ("clone", "_to_copy", "mul", "add", "sum")}
+_PURE |= {"aten::" + name for name in ("zeros", "new_zeros", "zeros_like")}
 
 
 class _Tape(TorchDispatchMode):
