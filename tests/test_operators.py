@@ -56,6 +56,14 @@ def test_opcheck_of_the_forward_operator(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck_of_a_forward_that_keeps_nothing(case: Case) -> None:
+    flat = tuple(None if t is None else t.detach() for t in arguments(case)[0])
+    tests = ("test_schema", "test_faketensor")
+    forward = torch.ops.tfla.forward.default
+    torch.library.opcheck(forward, flat, options(case) | {"keep": False}, test_utils=tests)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck_of_the_backward_operator(case: Case) -> None:
     tensors, x = arguments(case)
     flat = [None if t is None else t.detach() for t in tensors]

@@ -8,8 +8,9 @@ registration with PyTorch.
 
 and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module
 with the functions ``exponents``, ``saved``, ``normalizer_backward``, ``scan``, ``gate_gradients``
-and ``initial_gradients`` (and ``reach``, for many processes, and ``update``, the decode step);
-nothing here knows which one it is, nor which gate.
+and ``initial_gradients`` (and ``reach``, for many processes, ``update``, the decode step, and
+``recorded``, if it can do a call again without these); nothing here knows which one it is, nor
+which gate.
 
 Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to
 dispatch); both run the same two functions below.
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tfla.gates import Activations
 
@@ -93,18 +95,17 @@ def scan_forward(x: Inputs, o: Options, ends: bool) -> tuple[Any, Any]:
 
 
 def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
-    """(h, C_T, n_T, m_T, saved); the states are empty tensors where they are not wanted or not
-    there."""
-    with no_autocast(x.q.device.type):
-        grid, result = scan_forward(x, o, o.final)
-        C, n, m = (
-            result.out.new_empty(0, dtype=o.full(x.q)) for _ in range(3)
-        )  # an operator's outputs are distinct
-        if o.final:
-            C = result.final
-            if o.normalize:
-                n, m = grid.n_final.clone(), grid.m_final.clone()
-        return result.out, C, n, m, o.leaf.saved(grid)
+    """(h, C_T, n_T, m_T, saved); empty tensors for what is not wanted or not there."""
+    return _filled(_called(_forward, o, x), o.full(x.q))
+
+
+def _forward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
+    x = Inputs(*tensors)
+    grid, result = scan_forward(x, o, o.final)
+    C, n, m = result.final if o.final else None, None, None
+    if o.final and o.normalize:
+        n, m = grid.n_final.clone(), grid.m_final.clone()
+    return result.out, C, n, m, o.leaf.saved(grid) if o.keep else None
 
 
 def backward(
@@ -114,48 +115,72 @@ def backward(
     """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial
     state. dq needs no final state: an ``exchange`` begins before it, and ends after it with dC and
     dn (see ``tfla.parallel``)."""
-    leaf = o.leaf
-    with no_autocast(x.q.device.type):
-        dh = torch.zeros_like(h) if dh is None else dh
-        # An output that was not wanted is empty, and so is its cotangent.
-        dC = dC if o.final else None
-        dn = dn if o.final and o.normalize else None
-        grid = leaf.exponents(
-            *x[:5], x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, True,
-            o.final or exchange is not None, saved,
-        )  # fmt: skip
+    tensors = *x, h, saved, dh, dC, dn
+    if exchange is None:
+        grads = _called(_backward, o, tensors)
+    else:
+        with no_autocast(x.q.device.type):
+            grads = _backward(o, *tensors, exchange)
+    return _filled(grads, o.full(x.q))
 
-        def normalizer(dn: Tensor | None) -> Any:
-            return leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
 
+def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
+    x, (h, saved, dh, dC, dn, *exchange), leaf = Inputs(*tensors[:9]), tensors[9:], o.leaf
+    dh = torch.zeros_like(h) if dh is None else dh
+    # An output that was not wanted is empty, and so is its cotangent.
+    dC = dC if o.final else None
+    dn = dn if o.final and o.normalize else None
+    grid = leaf.exponents(
+        *x[:5], x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, True,
+        o.final or bool(exchange), saved,
+    )  # fmt: skip
+
+    def normalizer(dn: Tensor | None) -> Any:
+        return leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
+
+    column = normalizer(dn)
+    arrives = exchange[0](grid, column) if exchange else None
+    C_T = None if x.C is None else x.C.mT
+    dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q)
+    if arrives is not None:
+        dC, dn = arrives()
         column = normalizer(dn)
-        arrives = None if exchange is None else exchange(grid, column)
-        C_T = None if x.C is None else x.C.mT
-        dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q)
-        if arrives is not None:
-            dC, dn = arrives()
-            column = normalizer(dn)
-        dC_T = None if dC is None else dC.mT
-        dv = leaf.scan("dv", x.k, x.q, dh, grid, dC, final=x.C is not None)
-        dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, column=column, dot=x.k, against=dq)
-        di, df = leaf.gate_gradients(x.i, x.f, dq, dk, grid, o.activations)
-        dC_0, dn_0, dm_0 = (di.new_empty(0) for _ in range(3))
-        if x.C is not None:
-            dC_0, dn = leaf.initial_gradients(dv, dk)
-            if x.n is not None and dn is not None:
-                wide = torch.float64  # the two cancel where the normaliser is active
-                dm_0 = (dC_0 * x.C).sum((-2, -1), dtype=wide) + (dn * x.n).sum(-1, dtype=wide)
-                dn_0, dm_0 = dn.contiguous(), dm_0.to(dn.dtype)
-        di, df = di.to(x.i.dtype).contiguous(), df.to(x.f.dtype).contiguous()
-        return dq.out, dk.out, dv.out, di, df, dC_0, dn_0, dm_0
+    dC_T = None if dC is None else dC.mT
+    dv = leaf.scan("dv", x.k, x.q, dh, grid, dC, final=x.C is not None)
+    dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, column=column, dot=x.k, against=dq)
+    di, df = leaf.gate_gradients(x.i, x.f, dq, dk, grid, o.activations)
+    dC_0, dn_0, dm_0 = None, None, None
+    if x.C is not None:
+        dC_0, dn = leaf.initial_gradients(dv, dk)
+        if x.n is not None and dn is not None:
+            wide = torch.float64  # the two cancel where the normaliser is active
+            dm_0 = (dC_0 * x.C).sum((-2, -1), dtype=wide) + (dn * x.n).sum(-1, dtype=wide)
+            dn_0, dm_0 = dn.contiguous(), dm_0.to(dn.dtype)
+    di, df = di.to(x.i.dtype).contiguous(), df.to(x.f.dtype).contiguous()
+    return dq.out, dk.out, dv.out, di, df, dC_0, dn_0, dm_0
 
 
-def run(x: Inputs, o: Options) -> tuple[Tensor, ...]:
-    """``forward``, differentiable."""
+def _called(function: Any, o: Options, tensors: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """``function(o, *tensors)``, which a backend may know from an earlier call: ``recorded``."""
+    recorded = getattr(o.leaf, "recorded", None)
+    with no_autocast(tensors[0].device.type):
+        return function(o, *tensors) if recorded is None else recorded(function, o, tensors)
+
+
+def _filled(results: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """An operator's results are tensors, and distinct."""
+    first: Any = results[0]
+    return tuple(first.new_empty(0, dtype=dtype) if t is None else t for t in results)
+
+
+def run(x: Inputs, o: Options) -> tuple[Any, ...]:
+    """(h, C_T, n_T, m_T), differentiable; states that are not wanted may be None."""
     if torch.compiler.is_compiling():
-        return torch.ops.tfla.forward(*x, *o)
+        return torch.ops.tfla.forward(*x, *o)[:4]
     _refuse_transforms()
-    return _Forward.apply(o, *x)
+    if o.keep or forward_ad._current_level >= 0:
+        return _Forward.apply(o, *x)
+    return _called(_forward, o, x)[:4]
 
 
 def step(
@@ -180,44 +205,44 @@ def step(
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, o: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        x = Inputs(*tensors)  # type: ignore[arg-type]
-        h, C, n, m, saved = forward(x, o)
+    def forward(ctx: Any, o: Options, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        h, C, n, m, saved = _called(_forward, o, tensors)
         ctx.options = o
-        ctx.save_for_backward(h, saved, *tensors)
-        ctx.mark_non_differentiable(m, saved)
+        ctx.save_for_backward(*tensors, h, saved)
+        if m is not None:
+            ctx.mark_non_differentiable(m)
         ctx.set_materialize_grads(False)
-        return h, C, n, m, saved
+        return h, C, n, m
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("tfla has no forward-mode derivatives: use torch.autograd.grad.")
 
     @staticmethod
-    def backward(
-        ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, *_: Tensor | None
-    ) -> Any:
-        h, saved, *tensors = ctx.saved_tensors
-        grads = _Backward.apply(ctx.options, dh, dC, dn, h, saved, *tensors)
-        return None, *match(grads, Inputs(*tensors)), None
+    def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, _: Any) -> Any:
+        tensors = *ctx.saved_tensors, dh, dC, dn
+        if torch.is_grad_enabled():  # create_graph: a node that refuses
+            grads = _Backward.apply(ctx.options, *tensors)
+        else:
+            grads = _called(_backward, ctx.options, tensors)
+        return None, *match(grads, tensors), None
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, o: Options, dh: Any, dC: Any, dn: Any, h: Tensor, saved: Tensor, *tensors: Any
-    ) -> Any:
-        return backward(dh, dC, dn, h, saved, Inputs(*tensors), o)
+    def forward(ctx: Any, o: Options, *tensors: Tensor | None) -> Any:
+        return _called(_backward, o, tensors)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
         refuse_second_derivative()
 
 
-def match(grads: tuple[Tensor, ...], x: Inputs) -> tuple[Tensor | None, ...]:
+def match(grads: tuple[Any, ...], x: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of the eight differentiable inputs, None for the states that were not given,
     in the dtypes given."""
-    return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, x[:8], strict=True))
+    pairs = zip(grads, x[:8], strict=True)
+    return tuple([t if t is None else g if g.dtype == t.dtype else g.to(t.dtype) for g, t in pairs])
 
 
 def _refuse_transforms() -> None:
@@ -262,13 +287,10 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
     C = new(N, H, K, V) if o.final else new(0)
     n, m = (new(N, H, K), new(N, H)) if o.final and o.normalize else (new(0), new(0))
-    return (
-        x.v.new_empty(x.v.shape),
-        C,
-        n,
-        m,
-        o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep, o.final),
-    )
+    saved = new(0)
+    if o.keep:
+        saved = o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep, o.final)
+    return x.v.new_empty(x.v.shape), C, n, m, saved
 
 
 @torch.library.custom_op("tfla::backward", mutates_args=())

@@ -3,19 +3,19 @@ backend has.
 
 One call allocates everything it needs and never asks the device for a value. Files: layout.py
 (where things lie), gates.py (exponents, gate gradients), normalizer.py, scan.py (the scan),
-step.py (decode), host.py (the plan of a call, descriptors).
+step.py (decode), host.py (the plan of a call, launches, tapes of them).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from tfla.gates import Activations
-from tfla.kernels import gates, normalizer
+from tfla.kernels import gates, host, normalizer
 from tfla.kernels.host import launch, padded, plan_of, precision, rows_of, tables
 from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
@@ -27,11 +27,20 @@ __all__ = [
     "initial_gradients",
     "normalizer_backward",
     "reach",
+    "recorded",
     "saved",
     "saved_like",
     "scan",
     "update",
 ]
+
+
+def recorded(function: Any, options: Any, inputs: Any) -> Any:
+    """See ``tfla.kernels.host``. Plans that are pinned have tapes of their own, launches that are
+    watched have none."""
+    if launch is not host.launch:
+        return function(options, *inputs)
+    return host.recorded(function, options, inputs, plan_of)
 
 
 class Grid(NamedTuple):

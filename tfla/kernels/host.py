@@ -1,15 +1,20 @@
-"""From tensors to launches: the plan of a call, the tables of packed sequences, and the call of a
-kernel."""
+"""From tensors to launches: the plan of a call, the tables of packed sequences, the call of a
+kernel, and calls that are played from a tape."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from tfla.kernels.layout import _tables_kernel
 from tfla.plan import Device, Plan, Problem, plan
@@ -103,6 +108,13 @@ def _aligned(x: Tensor) -> bool:
 _compiled: dict[tuple[Any, ...], tuple[Any, bool]] = {}  # and: does it want scratch memory?
 
 
+class _Now(threading.local):
+    tape: _Tape | None = None  # that is being recorded
+
+
+_now = _Now()
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], tensors: tuple[Tensor | None, ...],
     *numbers: float, **constants: Any,
@@ -122,36 +134,259 @@ def launch(
         tuple([None if x is None else x.dtype for x in tensors]), *[p & 15 for p in pointers],
     )  # fmt: skip
     known = _compiled.get(key)
+    tape, _now.tape = _now.tape, None  # what goes on in the launcher is no part of the call
     # Triton launches on the current device, which need not be that of the tensors.
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         if known is None:
             triton.set_allocator(_allocate)
-            options = {"num_warps": shape[0], "num_stages": shape[1]}
-            compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+            options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
+            compiled = kernel[grid](*tensors, *numbers, **options)
             if compiled is not None:  # not in the interpreter
                 if len(_compiled) >= 10_000:  # lengths without end
                     _compiled.clear()
                 _compiled[key] = compiled, getattr(compiled.metadata, "global_scratch_size", 0) > 0
-            return
-        compiled, scratch = known
-        if scratch:
-            triton.set_allocator(_allocate)
-        compiled.run(
-            *grid, *(1,) * (3 - len(grid)), _stream(device.index), compiled.function,
-            compiled.packed_metadata, None, None, None, *pointers, *numbers, *constants.values(),
-        )  # fmt: skip
+            if tape is not None:
+                tape.complete &= compiled is None
+                tape.note(functools.partial(kernel[grid], **options), (*tensors, *numbers))
+        else:
+            compiled, scratch = known
+            if scratch:
+                triton.set_allocator(_allocate)
+            head = (
+                *grid, *(1,) * (3 - len(grid)), _stream(device.index), compiled.function,
+                compiled.packed_metadata, None, None, None,
+            )  # fmt: skip
+            compiled.run(*head, *pointers, *numbers, *constants.values())
+            if tape is not None:
+                tape.scratch |= scratch
+                there = [p and x for p, x in zip(pointers, tensors, strict=True)]
+                arguments = *head, *there, *numbers, *constants.values()
+                tape.note(compiled.run, arguments, launch=True)
+    _now.tape = tape
 
 
 def _stream(index: int) -> int:
     return triton.runtime.driver.active.get_current_stream(index)
 
 
+_scratch_device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     """Scratch memory for descriptors; the caching allocator keeps it until the stream is done with
     it."""
-    return torch.empty(
-        size,
-        dtype=torch.int8,
-        device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda",
-    )
+    return torch.empty(size, dtype=torch.int8, device=_scratch_device)
+
+
+# ---------------------------------------------------------------- calls from a tape
+#
+# Small problems wait for the Python between the launches. A call that comes again with nothing but
+# other addresses is recorded (the second time: lengths that never come again are not worth it) and
+# played from then on: allocate, put the addresses in, launch.
+
+Tensors = Sequence[Tensor | None]
+Results = tuple[Tensor | None, ...]
+
+_tapes: dict[tuple[Any, ...], _Tape | bool] = {}  # or: is the next call worth recording?
+
+
+def recorded(
+    function: Callable[..., Results], options: Any, inputs: Tensors, *key: Any,
+) -> Results:  # fmt: skip
+    """``function(options, *inputs)``, from a tape where there is one. What the function does may
+    depend on its options, on ``key`` and on shapes, strides, dtypes and alignment of its inputs,
+    and on nothing else; where no tape can hold it, it is called every time."""
+    assert (first := inputs[0]) is not None
+    signature = [function, options, *key, first.device, precision(first)]
+    addresses = []
+    for x in inputs:
+        if x is None:
+            addresses.append(0)
+            signature.append(None)
+        else:
+            addresses.append(address := x.data_ptr())
+            signature += (x.shape, x.stride(), x.dtype, address & 15)
+    known = tuple(signature)
+    found = _tapes.get(known)
+    if found is None:
+        if len(_tapes) >= 2_000:
+            _tapes.clear()
+        _tapes[known] = not first.is_meta
+    if not found:
+        return function(options, *inputs)
+    if found is not True:
+        return found.play(inputs, addresses)
+    tape = _Tape(inputs)
+    results = tape.record(function, options, inputs)
+    _tapes[known] = tape if tape.complete else False
+    return results
+
+
+class _View(NamedTuple):
+    """A tensor as a place in a buffer."""
+
+    buffer: int
+    offset: int  # in bytes
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def of(self, base: Any, start: int) -> Tensor:
+        base = base if base.dtype == self.dtype else base.view(self.dtype)
+        start = base.storage_offset() + (start + self.offset) // self.dtype.itemsize
+        return base.as_strided(self.shape, self.stride, start)
+
+
+_EMPTY = {"aten::" + name for name in ("empty", "new_empty", "empty_like", "empty_strided")}
+_PURE = {"aten::" + name for name in ("clone", "_to_copy", "mul", "add", "sum")}
+_PURE |= {"aten::" + name for name in ("zeros", "new_zeros", "zeros_like")}
+
+
+class _Tape(TorchDispatchMode):
+    """What a call launches and allocates, and the few other things that it may do.
+
+    Storages tell which buffer a tensor lies in, the first of which are the inputs. While recording,
+    each of them has a storage of its own: that two share memory may be true of this call alone.
+    What does not leave the call shares one allocation.
+    """
+
+    def __init__(self, inputs: Tensors) -> None:
+        super().__init__()
+        self.complete, self.scratch, self.launches = True, False, False
+        self.given, self.device = len(inputs), next(x.device for x in inputs if x is not None)
+        self.buffers: list[Any] = []  # each in whole, a _View
+        self.numbers: dict[int, int] = {}  # of the buffers, by storage
+        self.bytes: dict[int, int] = {}  # of those that are only allocated
+        # What to run, its arguments, (argument, buffer, place) of the tensors among them, whether
+        # it takes addresses, the buffer that it makes (or 0), which of those are used no more.
+        self.steps: list[tuple[Any, list[Any], list[Any], bool, int, list[int]]] = []
+
+    def record(self, function: Callable[..., Results], options: Any, inputs: Tensors) -> Results:
+        aliases: list[Tensor | None] = []
+        for x in inputs:
+            if x is None:
+                self.buffers.append(None)
+            else:
+                self.add(x := from_dlpack(to_dlpack(x.detach())).as_strided(x.shape, x.stride()))
+            aliases.append(x)
+        _now.tape = self
+        try:
+            with self:
+                results = function(options, *aliases)
+        finally:
+            _now.tape = None
+        ends = [None if x is None else self.view(x) for x in results]
+        self.ends = [end and (end, end in self.buffers) for end in ends]
+        leaving = {end.buffer for end in ends if end is not None}
+        self.complete &= (
+            any(not step[4] for step in self.steps) and min(leaving, default=0) >= self.given
+        )
+        self.numbers.clear()
+        life: dict[int, tuple[int, int]] = {}  # the first and the last step that uses a buffer
+        for at, (_, _, views, _, made, _) in enumerate(self.steps):
+            for n in [n for _, n, _ in views] + [made] * (made > 0):
+                life[n] = life.get(n, (at, at))[0], at
+        for made in [step[4] for step in self.steps if step[4] and step[4] not in leaving]:
+            self.steps[life[made][1]][5].append(made)
+        self.new = [(n, *self.buffers[n][2:]) for n in self.bytes if n in leaving]
+        passing = {n: (b, *life[n]) for n, b in self.bytes.items() if n in life.keys() - leaving}
+        self.offsets, self.size = _fit(passing)
+        self.blank = [0] * (len(self.buffers) - self.given)
+        return results
+
+    def add(self, x: Tensor) -> int:
+        number = self.numbers[x.untyped_storage()._cdata] = len(self.buffers)
+        self.buffers.append(self.view(x))
+        return number
+
+    def view(self, x: Tensor) -> _View:
+        number = self.numbers.get(x.untyped_storage()._cdata, -1)
+        self.complete &= number >= 0
+        offset = int(x.storage_offset()) * x.element_size()
+        return _View(number, offset, x.dtype, x.shape, x.stride())
+
+    def note(self, run: Any, arguments: Sequence[Any], made: int = 0, launch: bool = False) -> None:
+        views = [(n, self.view(x)) for n, x in enumerate(arguments) if isinstance(x, Tensor)]
+        places = [(n, view.buffer, view.offset if launch else view) for n, view in views]
+        rest = [None if isinstance(x, Tensor) else x for x in arguments]
+        self.steps.append((run, rest, places, launch, made, []))
+        self.launches |= launch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if _now.tape is not self:
+            return out
+        name, changes = func._schema.name, func._schema.is_mutable
+        if name in _EMPTY:
+            self.complete &= out.device == self.device
+            self.bytes[self.add(out)] = out.untyped_storage().nbytes()
+        elif name in _PURE and not changes:
+            self.complete &= not any(isinstance(x, Tensor) for x in kwargs.values())
+            self.note(functools.partial(func, **kwargs), args, self.add(out))
+        else:  # nothing but views of the first argument
+            parts = [*(out if isinstance(out, (tuple, list)) else [out]), *args[:1]]
+            tensors = [x for x in parts if isinstance(x, Tensor)]
+            one = len({x.untyped_storage()._cdata for x in tensors}) == 1
+            self.complete &= one and len(tensors) == len(parts) and not changes
+            self.complete &= func is not torch.ops.aten.view.dtype
+        return out
+
+    def play(self, inputs: Tensors, addresses: list[int]) -> Results:
+        device = self.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.play(inputs, addresses)
+        if self.scratch:
+            triton.set_allocator(_allocate)
+        stream = _stream(device.index) if self.launches else None
+        tensors: list[Any] = [*inputs, *self.blank]
+        addresses += self.blank
+        shared = torch.empty(self.size, dtype=torch.uint8, device=device)
+        start = shared.data_ptr()
+        for n, offset in self.offsets.items():
+            addresses[n] = start + offset
+        for n, dtype, shape, stride in self.new:
+            x = tensors[n] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            addresses[n] = x.data_ptr()
+        for run, arguments, places, launch, made, spent in self.steps:
+            arguments = arguments.copy()
+            if launch:
+                arguments[3] = stream
+                for n, buffer, offset in places:
+                    arguments[n] = addresses[buffer] + offset
+                run(*arguments)
+            else:
+                for n, buffer, view in places:
+                    passes = buffer in self.offsets
+                    base = shared if passes else tensors[buffer]
+                    arguments[n] = view.of(base, self.offsets[buffer] if passes else 0)
+                result = run(*arguments)
+                if made:
+                    tensors[made], addresses[made] = result, result.data_ptr()
+            for n in spent:
+                tensors[n] = None
+        return tuple([
+            end and (tensors[end[0].buffer] if end[1] else end[0].of(tensors[end[0].buffer], 0))
+            for end in self.ends
+        ])  # fmt: skip
+
+
+def _fit(uses: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
+    """Offsets for buffers of (bytes, first step, last step), large ones first, and the size of all:
+    what is never used at the same time may lie in the same place."""
+    offsets: dict[int, int] = {}
+    size = 0
+    for n in sorted(uses, key=lambda n: -uses[n][0]):
+        count, first, last = uses[n]
+        beside = [o for o in offsets if uses[o][1] <= last and first <= uses[o][2]]
+        at = 0
+        for o in sorted(beside, key=lambda o: offsets[o]):
+            if at + count <= offsets[o]:
+                break
+            at = max(at, -(-(offsets[o] + uses[o][0]) // 512) * 512)
+        offsets[n], size = at, max(size, at + count)
+    return offsets, -(-size // 512) * 512
