@@ -154,7 +154,7 @@ def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
         dC_0, dn = leaf.initial_gradients(dv, dk)
         if x.n is not None and dn is not None:
             wide = torch.float64  # the two cancel where the normaliser is active
-            dm_0 = (dC_0 * x.C).sum((-2, -1), dtype=wide) + (dn * x.n).sum(-1, dtype=wide)
+            dm_0 = (dC_0.to(wide) * x.C).sum((-2, -1)) + (dn.to(wide) * x.n).sum(-1)
             dn_0, dm_0 = dn.contiguous(), dm_0.to(dn.dtype)
     di, df = di.to(x.i.dtype).contiguous(), df.to(x.f.dtype).contiguous()
     return dq.out, dk.out, dv.out, di, df, dC_0, dn_0, dm_0

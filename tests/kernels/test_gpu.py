@@ -359,6 +359,7 @@ def test_recorded_steps_run_at_the_same_time(shared: bool, warm: bool) -> None:
     assert not any(x.any() for x in step._arrivals.values())
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 def test_a_recorded_layer_of_a_step_is_four_products_and_six_kernels() -> None:
     def launches(layers: int) -> Counter[str]:
         model = make(XLSTMConfig(256, 512, layers, 2), torch.bfloat16).cuda()

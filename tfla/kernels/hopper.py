@@ -271,11 +271,10 @@ def _scan_hopper_kernel(
                 v_at = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
                 row_vector = gl.load(vector + (slot + c) * X + v_at, mask=v_at < X, other=0.0)
             if n_in is not None:  # the state's share of nu takes n as it is, in fp32
-                share = n_s.index(stage).load(gl.SliceLayout(0, ROWS))
-                valid = gl.arange(0, BLOCK_A, layout=gl.SliceLayout(0, ROWS)) < A
-                share = gl.where(valid, share, 0.0)
-                share = gl.sum(AA.load(ROWS).to(gl.float32) * share[None, :], 1)
-                nu_s.slice(0, L).store(share)
+                n_row = n_s.index(stage).load(gl.SliceLayout(0, ROWS))
+                there = gl.arange(0, BLOCK_A, layout=gl.SliceLayout(0, ROWS)) < A
+                n_row = gl.where(there, n_row, 0.0)
+                nu_s.slice(0, L).store(gl.sum(AA.load(ROWS).to(gl.float32) * n_row[None, :], 1))
             row_whole = gl.expand_dims(vectors.slice(ROW * L, L).load(TARGETS), TARGETS.dim)
             row_rest = gl.expand_dims(vectors.slice((ROW + 1) * L, L).load(TARGETS), TARGETS.dim)
             col_whole = gl.expand_dims(vectors.slice(COL * L, L).load(SOURCES), SOURCES.dim)
