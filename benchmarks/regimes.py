@@ -3,7 +3,7 @@
     small    one sequence of 512 to 4,096 tokens, 16 heads 128/256: the host decides
     packed   65,536 tokens as 1 to 16,384 documents of random lengths, 16 heads 128/256
     long     one sequence of 65,536 to 1,048,576 tokens, 8 heads 128/256: nanoseconds a token
-    dtypes   fp32 with products in TF32, fp32, fp16 and bf16 beside mlstm_kernels, 16,384 tokens
+    dtypes   fp32 with products in TF32 and fp16 beside mlstm_kernels, fp32 alone, 16,384 tokens
 
 One GPU. Timed in turns as in `tfla bench`, by events; calls one after the other and a graph beside
 them where the host decides. What is timed was held against fp64 first (its error is printed), a

@@ -23,14 +23,13 @@ class Grid(NamedTuple):
     tables: tuple[Tensor | None, ...]  # of chunks, spans and segments; None unless packed
     rows: int
     slots: int  # chunks a row
-    spans: int  # spans a row
+    spans: int  # kept states a row
     buffer: Tensor  # everything the backward pass needs, in one piece
     weights: Tensor  # (rows, slots, VECTORS, L)
     undivided: Tensor | None  # the same without the denominator, where the scan of h makes it
     decay: Tensor  # (rows, slots)
-    C_ends: (
-        Tensor | None
-    )  # (rows, spans, *plan.kept) C at the ends of spans, where the backward pass starts from
+    # (rows, spans, *plan.kept) C at the ends of spans, where the backward pass starts from
+    C_ends: Tensor | None
     dC_ends: Tensor | None  # the same of dC
     n_chunk: Tensor | None  # (rows, slots, K) n entering each chunk
     n_final: Tensor | None  # (N, H, K)

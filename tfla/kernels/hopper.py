@@ -293,7 +293,7 @@ def _scan_hopper_kernel(
             p_s.store(P.to(dtype))
             fence_async_shared()
             if n_in is not None:
-                nu_s.slice(L, L).store(gl.sum(P, 1))
+                nu_s.slice(L, L).store(gl.sum(P, TARGETS.dim))
             if WARPS > 4:
                 O = warpgroup_mma_wait(0, [O])
             if HALVES == 2:
