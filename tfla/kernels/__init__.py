@@ -140,7 +140,6 @@ class Column(NamedTuple):
     """The normaliser's share of the backward pass."""
 
     d: Tensor  # (rows, slots, L)
-    q_dq: Tensor  # (rows, slots, L) q . dq, known without dq
     dn_chunk: Tensor  # (rows, slots, K) dn at the end of each chunk
     dn_first: Tensor  # (N, H, K)
 
@@ -153,14 +152,14 @@ def normalizer_backward(
     B, T, H, K, V = grid.shape
     dh, h, q = rows_of(dh), rows_of(h), rows_of(q)
     dn = None if dn is None else dn.contiguous()
-    d, q_dq = _new(q, grid.size), _new(q, grid.size)
+    d = _new(q, grid.size)
     sums, dn_chunk = _new(q, grid.chunks() * K), _new(q, grid.chunks() * K)
     dn_first = q.new_empty(grid.N, H, K, dtype=torch.float32)
     packed = grid.cu_seqlens is not None
     block_k = min(64, grid.plan.block_k)
     launch(
         normalizer._column_kernel, (grid.chunks(),), (grid.plan.small_warps, 2),
-        (dh, h, q, grid.cu_seqlens, grid.tables[0], grid.weights, d, q_dq, sums),
+        (dh, h, q, grid.cu_seqlens, grid.tables[0], grid.weights, d, sums),
         *dh.stride()[:3], *h.stride()[:3], *q.stride()[:3], *grid.common(), K, V,
         L=grid.plan.L, BLOCK_K=grid.plan.block_k, BLOCK_V=grid.plan.block_v, PACKED=packed,
     )  # fmt: skip
@@ -170,7 +169,7 @@ def normalizer_backward(
         L=grid.plan.L, BLOCK=grid.plan.block_c, BLOCK_K=block_k, HAS_DN=dn is not None,
         PACKED=packed,
     )  # fmt: skip
-    return Column(d, q_dq, dn_chunk, dn_first)
+    return Column(d, dn_chunk, dn_first)
 
 
 def reach(grid: Grid, column: Column | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -231,8 +230,6 @@ def scan(
     )  # from one end of a sequence to the other, for dq and dk to follow span by span
     reverse = name in ("dk", "dv")
     a, b, x = (rows_of(t, tile.descriptor) for t in (a, b, x))
-    if column is not None and name == "dq":
-        dot = None  # the column knows q . dq already
     y = None if dot is None else rows_of(dot, tile.hopper)
     out = x.new_empty(B, T, H, X)
     end = _new(x, grid.N, H, A, X) if walks and final else None
@@ -259,8 +256,7 @@ def scan(
                 None if end is None else end[:, :, piece], kept, *walk, column if last else None,
             )  # fmt: skip
             previous = target
-    share = column.q_dq if column is not None and name == "dq" else dots
-    return Scan(out, share, end, column)
+    return Scan(out, dots, end, column)
 
 
 def _scan_piece(

@@ -243,13 +243,13 @@ def _denominator_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def _column_kernel(
-    dh, h, q, cu_seqlens, table, weights, d, q_dq, sums,
+    dh, h, q, cu_seqlens, table, weights, d, sums,
     stride_db, stride_dt, stride_dh, stride_hb, stride_ht, stride_hh, stride_qb, stride_qt,
     stride_qh, T, H, slots, K, V,
     L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, q_t . dq_t = dh_t . h_t where
-    it is not, and the chunk's sum of exp(m_in - M_t) d_t scale q_t / den_t, its share of dn."""
+    """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, and the chunk's sum of
+    exp(m_in - M_t) d_t scale q_t / den_t, its share of dn."""
     n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
     if j * L >= length:
         return
@@ -270,7 +270,6 @@ def _column_kernel(
     mark = tl.load(own + MARK * L)
     sign = tl.where(mark > 2.0, mark - 4.0, mark)
     tl.store(d + here, -sign * dot)
-    tl.store(q_dq + here, tl.where(sign == 0.0, dot, 0.0))
     weight = tl.load(own + 2 * L) * -sign * dot
     q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
     for block in range(0, K, BLOCK_K):
