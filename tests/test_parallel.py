@@ -5,7 +5,7 @@ import ranks
 import torch
 from parallel_worker import TRITON, checks
 
-from tfla import gates
+from tfla import gates, parallel
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -32,3 +32,17 @@ def test_the_sum_of_all_behind_is_the_same_in_pieces(T: int) -> None:
     assert found[..., -1].abs().max() == 0
     torch.testing.assert_close(found, whole, rtol=1e-14, atol=1e-10)
     torch.testing.assert_close(found[..., T // 2 :], whole[..., T // 2 :], rtol=0, atol=1e-10)
+
+
+def test_a_sum_of_tokens_in_bf16_is_exact_to_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU makes it, but for its product of bf16 with sums in fp32, which CPUs do not have."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 384, 3, 64, generator=g).bfloat16()
+    w = torch.rand(2, 384, 3, generator=g)
+    exact = torch.einsum("bth,bthx->bhx", w.double(), x.double())
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b, out_dtype: bmm(a.to(out_dtype), b.to(out_dtype)))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = parallel._sum_of(x, w, torch.float32)
+    monkeypatch.undo()
+    assert (found - exact).norm() < 1e-6 * exact.norm()

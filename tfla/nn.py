@@ -6,7 +6,6 @@ Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, N packed s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 import tfla
+from tfla.ops import no_autocast
 
 States = tuple[tfla.State, ...]
 
@@ -206,9 +206,7 @@ class _Layer(nn.Module):
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """i and f (B, T, H) in fp32 (fp64 for fp64 x): an error in f acts on all later tokens."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        device = x.device.type
-        knows_autocast = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if knows_autocast else nullcontext():
+        with no_autocast(x.device.type):
             y = F.linear(x.to(dtype), self.gates.weight.to(dtype), self.gates.bias.to(dtype))
         i, f = y.chunk(2, -1)
         return i, f

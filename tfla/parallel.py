@@ -159,6 +159,18 @@ def _product(a: Tensor, x: Tensor, full: torch.dtype) -> Tensor:
     return torch.stack([torch.bmm(left[b], right[b], out_dtype=full) for b in range(B)])
 
 
+def _sum_of(x: Tensor, w: Tensor, full: torch.dtype) -> Tensor:
+    """sum_t w_t x_t, (B, H, X), with weights in fp32: n . q may be next to 0 and must stay exact.
+    Three numbers of bf16 hold what one of fp32 does."""
+    if x.dtype != torch.bfloat16 or not x.is_cuda:
+        return torch.einsum("bth,bthx->bhx", w.to(full), x.to(full))
+    parts = []
+    for _ in range(3):
+        parts.append(w.to(x.dtype))
+        w = w - parts[-1]
+    return _product(torch.stack(parts, -1), x, full).sum(2)
+
+
 def _left(x: Inputs, o: Options, part: Part) -> _States:
     """What the rank leaves at its end; of sequences that begin here, from their initial states."""
     full = o.full(x.q)
@@ -169,9 +181,8 @@ def _left(x: Inputs, o: Options, part: Part) -> _States:
     m = power.amax(-1).clamp(min=GAUGE_MIN) if o.normalize else torch.zeros_like(power[..., 0])
     m, b = m.to(full), log_f.sum(-1)
     w = (power - m[..., None]).exp().to(full).transpose(1, 2)
-    k = _weighted(x.k, w)
-    C = _product(k, x.v, full)
-    n = k.sum(1, dtype=full) if o.normalize else None
+    C = _product(_weighted(x.k, w), x.v, full)
+    n = _sum_of(x.k, w, full) if o.normalize else None
     begins = _pick(part.starts, part.last)
     if x.C is not None and begins is not False:
         n = None if n is None or x.n is None else torch.stack([n, _pick(x.n, part.last)])
@@ -246,10 +257,9 @@ def backward(
             else:
                 w, d = o.leaf.reach(grid, column, part.first)
                 used = None if part.head is None else part.head & enters[0]
-                q = _weighted(x.q, _mask(used, w, 0.0))
-                dC = _product(q, dh, full)
-                d = None if d is None else _mask(used, d, 0.0).to(q.dtype)[..., None]
-                dn = None if d is None else _product(d, q, full)[:, :, 0]
+                w = _mask(used, w, 0.0)
+                dC = _product(_weighted(x.q, w), dh, full)
+                dn = None if d is None else _sum_of(x.q, w * _mask(used, d, 0.0), full)
             gauge = dC.new_zeros(dC.shape[:2]) if m is None else _pick(m, part.first)
             if given and enters is not False:
                 _, log_f = gates.log_gates(x.i.double(), x.f.double(), o.activations)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 import tfla
 from tfla import checks
+from tfla.ops import no_autocast
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.generate import Generation, Prompts, Stream, generate
 
@@ -74,9 +74,7 @@ class MLSTMLayer(nn.Module):
         if x.dim() == 2 and (kernels := fused(x, weight)):  # a library's product of few rows waits
             return kernels.gates(x, weight, bias, cap, active, CLOSED).chunk(2, -1)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        device = x.device.type
-        knows_autocast = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if knows_autocast else nullcontext():
+        with no_autocast(x.device.type):
             if _sums_in_fp32(x, weight):  # products of 16 bits are exact in fp32: no copies in fp32
                 y = torch.mm(x.flatten(0, -2), weight.T, out_dtype=dtype).unflatten(0, x.shape[:-1])
                 y = y + bias
