@@ -3,7 +3,9 @@
     small    one sequence of 512 to 4,096 tokens, 16 heads 128/256: the host decides
     packed   65,536 tokens as 1 to 16,384 documents of random lengths, 16 heads 128/256
     long     one sequence of 65,536 to 1,048,576 tokens, 8 heads 128/256: nanoseconds a token
-    dtypes   fp32 with products in TF32 and fp16 beside mlstm_kernels, fp32 alone, 16,384 tokens
+    tf32     fp32 with products in TF32, 4 sequences of 4,096 tokens, beside mlstm_kernels
+    fp16     the same in fp16
+    fp32     with products in fp32, alone
 
 One GPU. Timed in turns as in `tfla bench`, by events; calls one after the other and a graph beside
 them where the host decides. What is timed was held against fp64 first (its error is printed), a
@@ -177,20 +179,22 @@ def long() -> list[Row]:
     return rows
 
 
-def dtypes() -> list[Row]:
-    names = ["tfla exp", "tfla sigmoid", "mlstm_kernels xl exp", "mlstm_kernels xl sigmoid"]
-    rows = []
-    for dtype, tf32 in ((torch.float32, True), (torch.float32, False), (torch.float16, False)):
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        found = compare(names if tf32 or dtype == torch.float16 else names[:2],
-                        Shape(4, 4096, 16, 128, 256), dtype)  # fmt: skip
-        rows += [row | {"products": "TF32" if tf32 else "as they are"} for row in found]
+def dtypes(dtype: torch.dtype, precision: str, others: bool) -> list[Row]:
+    torch.set_float32_matmul_precision(precision)
+    names = ["tfla exp", "tfla sigmoid"]
+    names += ["mlstm_kernels xl exp", "mlstm_kernels xl sigmoid"] if others else []
+    rows = compare(names, Shape(4, 4096, 16, 128, 256), dtype)
     torch.set_float32_matmul_precision("highest")
     return rows
 
 
 def main() -> None:
-    studies = {"small": small, "packed": packed, "long": long, "dtypes": dtypes}
+    studies: dict[str, Callable[[], list[Row]]] = {
+        "small": small, "packed": packed, "long": long,
+        "tf32": lambda: dtypes(torch.float32, "high", True),
+        "fp16": lambda: dtypes(torch.float16, "highest", True),
+        "fp32": lambda: dtypes(torch.float32, "highest", False),
+    }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(studies))
     parser.add_argument("--out", type=Path, default=Path("runs/regimes.json"))

@@ -223,7 +223,6 @@ TRITON = {
 }
 
 
-
 def checks(world: int) -> dict[str, Callable[[Any], None]]:
     """What takes long or does not depend on the number of ranks, on two of them."""
     if os.environ.get("TRITON_INTERPRET"):

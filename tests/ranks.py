@@ -33,7 +33,9 @@ def run(worker: str, world: int, seconds: float = 120, **environment: str) -> Ou
             subprocess.Popen(
                 [sys.executable, "-W", "error", str(tests / f"{worker}.py")],
                 env=environment | {"RANK": str(rank)},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )  # fmt: skip
             for rank in range(world)
         ]

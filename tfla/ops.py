@@ -135,18 +135,20 @@ def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
         o.final or bool(exchange), saved,
     )  # fmt: skip
 
-    def normalizer(dn: Tensor | None) -> Any:
-        return leaf.normalizer_backward(dh, h, x.q, x.n, dn, grid) if o.normalize else None
+    def value(dC: Tensor | None, dot: Tensor | None) -> Any:
+        return leaf.scan("dv", x.k, x.q, dh, grid, dC, final=x.C is not None, dot=dot)
 
-    column = normalizer(dn)
+    # dv reads dh anyway: where nothing is exchanged, dh . h comes with it.
+    dv: Any = None if exchange else value(dC, h if o.normalize else None)
+    column = leaf.normalizer_backward(dh, h, x.q, x.n, grid, dv) if o.normalize else None
     arrives = exchange[0](grid, column) if exchange else None
     C_T = None if x.C is None else x.C.mT
     dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q)
     if arrives is not None:
         dC, dn = arrives()
-        column = normalizer(dn)
+        dv = value(dC, None)
+    column = leaf.normalizer_carried(column, dn, grid) if o.normalize else None
     dC_T = None if dC is None else dC.mT
-    dv = leaf.scan("dv", x.k, x.q, dh, grid, dC, final=x.C is not None)
     dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, column=column, dot=x.k, against=dq)
     di, df = leaf.gate_gradients(x.i, x.f, dq, dk, grid, o.activations)
     dC_0, dn_0, dm_0 = None, None, None

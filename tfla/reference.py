@@ -255,13 +255,19 @@ class Column(NamedTuple):
 
 
 def normalizer_backward(
-    dh: Tensor, h: Tensor, q: Tensor, n: Tensor | None, dn: Tensor | None, grid: Grid
+    dh: Tensor, h: Tensor, q: Tensor, n: Tensor | None, grid: Grid, dv: Scan | None
 ) -> Column:
-    """The gradient of the division. dh, h: (B, T, H, V). n, dn: (N, H, K) or None."""
+    """The gradient of the division. dh, h: (B, T, H, V). n: (N, H, K) or None. dv: its scan, if it
+    came first; this backend has made nothing of use in it."""
     assert grid.nu is not None
     dot = (dh.to(grid.dtype) * h.to(grid.dtype)).sum(-1)
     nu, dot = (grid.layout.cut(x, grid.dtype, grid.layout.whole) for x in (grid.nu, dot))
-    return Column(torch.where(nu.abs() > grid.floor, -nu.sign() * dot, 0.0), n, dn)
+    return Column(torch.where(nu.abs() > grid.floor, -nu.sign() * dot, 0.0), n, None)
+
+
+def normalizer_carried(column: Column, dn: Tensor | None, grid: Grid) -> Column:
+    """With what the final n was worth: dn (N, H, K) or None, which the scan of dk needs."""
+    return column._replace(dn=dn)
 
 
 def reach(grid: Grid, column: Column | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -289,9 +295,11 @@ def scan(
 
     name: which of the calls this is: "h", "dv", "dq" or "dk"; dv and dk run in reverse.
     a, b: (B, T, H, A). x: (B, T, H, X). state: (N, H, A, X) or None (zeros). column: appended to
-    the contraction. dot: (B, T, H, X), for the gate gradients. against: the scan of dq, for dk.
-    final: is the state after the last chunk wanted? out has the dtype of x.
+    the contraction. dot: (B, T, H, X), for the gate gradients; with dv it is h, and a backend may
+    return dh . h, which it is reading. against: the scan of dq, for dk. final: is the state after
+    the last chunk wanted? out has the dtype of x.
     """
+    dot = None if name == "dv" else dot
     layout, dtype = grid.layout, grid.dtype
     (B, T, H, A), X, N = a.shape, x.shape[-1], len(layout.rank)
     reverse, divide = name in ("dv", "dk"), name == "h" and grid.normalize

@@ -184,8 +184,9 @@ def roofline(
     gate: Annotated[str, _option("exp (normalised) or sigmoid (not).")] = "exp",
     dtype: Dtype = "",
     plot: Annotated[Path | None, _option("Draw PATH.png and PATH.svg.", default=False)] = None,
-    gpus: Annotated[int, _option(
-        "Instead: what training xLSTM 7B costs on up to so many.", default="")] = 0,
+    gpus: Annotated[
+        int, _option("Instead: what training xLSTM 7B costs on up to so many.", default="")
+    ] = 0,
     tokens: Annotated[int, _option("With --gpus: tokens on each.")] = 16384,
 ) -> None:
     """FLOPs, bytes, intensity and least time of each kernel that a call takes, here or on a named

@@ -27,6 +27,7 @@ __all__ = [
     "gate_gradients",
     "initial_gradients",
     "normalizer_backward",
+    "normalizer_carried",
     "reach",
     "recorded",
     "saved",
@@ -140,36 +141,45 @@ class Column(NamedTuple):
     """The normaliser's share of the backward pass."""
 
     d: Tensor  # (rows, slots, L)
-    dn_chunk: Tensor  # (rows, slots, K) dn at the end of each chunk
-    dn_first: Tensor  # (N, H, K)
+    sums: Tensor  # (rows, slots, K) of each chunk, for dn
+    dn_chunk: Tensor | None = None  # (rows, slots, K) dn at the end of each chunk
+    dn_first: Tensor | None = None  # (N, H, K)
 
 
 def normalizer_backward(
-    dh: Tensor, h: Tensor, q: Tensor, n: Tensor | None, dn: Tensor | None, grid: Grid
+    dh: Tensor, h: Tensor, q: Tensor, n: Tensor | None, grid: Grid, dv: Scan | None
 ) -> Column:
     """The column that makes the gradient of the division exact; see
-    ``tfla.reference.normalizer_backward``."""
-    B, T, H, K, V = grid.shape
+    ``tfla.reference.normalizer_backward``. The scan of dv may have made dh . h."""
+    K, V = grid.shape[3:]
     dh, h, q = rows_of(dh), rows_of(h), rows_of(q)
-    dn = None if dn is None else dn.contiguous()
-    d = _new(q, grid.size)
-    sums, dn_chunk = _new(q, grid.chunks() * K), _new(q, grid.chunks() * K)
-    dn_first = q.new_empty(grid.N, H, K, dtype=torch.float32)
-    packed = grid.cu_seqlens is not None
-    block_k = min(64, grid.plan.block_k)
+    column = Column(_new(q, grid.size), _new(q, grid.chunks() * K))
+    dh_h = None if dv is None else dv.dot
     launch(
         normalizer._column_kernel, (grid.chunks(),), (grid.plan.small_warps, 2),
-        (dh, h, q, grid.cu_seqlens, grid.tables[0], grid.weights, d, sums),
-        *dh.stride()[:3], *h.stride()[:3], *q.stride()[:3], *grid.common(), K, V,
-        L=grid.plan.L, BLOCK_K=grid.plan.block_k, BLOCK_V=grid.plan.block_v, PACKED=packed,
+        (dh, h, q, dh_h, grid.cu_seqlens, grid.tables[0], grid.weights, column.d, column.sums),
+        *dh.stride()[:3], *h.stride()[:3], *q.stride()[:3], *grid.common(), grid.size, K, V,
+        L=grid.plan.L, BLOCK_K=grid.plan.block_k, BLOCK_V=grid.plan.block_v,
+        PARTS=0 if dh_h is None else dh_h.numel() // max(grid.size, 1),
+        PACKED=grid.cu_seqlens is not None,
     )  # fmt: skip
+    return column
+
+
+def normalizer_carried(column: Column, dn: Tensor | None, grid: Grid) -> Column:
+    """dn from the end of each sequence to its start; see ``tfla.reference.normalizer_carried``."""
+    H, K = grid.shape[2:4]
+    dn = None if dn is None else dn.contiguous()
+    dn_chunk = torch.empty_like(column.sums)
+    dn_first = column.d.new_empty(grid.N, H, K)
+    block_k = min(64, grid.plan.block_k)
     launch(
         normalizer._column_state_kernel, (grid.N * H, triton.cdiv(K, block_k)), (4, 2),
-        (grid.cu_seqlens, sums, grid.decay, dn, dn_chunk, dn_first), *grid.common(), K,
+        (grid.cu_seqlens, column.sums, grid.decay, dn, dn_chunk, dn_first), *grid.common(), K,
         L=grid.plan.L, BLOCK=grid.plan.block_c, BLOCK_K=block_k, HAS_DN=dn is not None,
-        PACKED=packed,
+        PACKED=grid.cu_seqlens is not None,
     )  # fmt: skip
-    return Column(d, dn_chunk, dn_first)
+    return column._replace(dn_chunk=dn_chunk, dn_first=dn_first)
 
 
 def reach(grid: Grid, column: Column | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -230,6 +240,8 @@ def scan(
     )  # from one end of a sequence to the other, for dq and dk to follow span by span
     reverse = name in ("dk", "dv")
     a, b, x = (rows_of(t, tile.descriptor) for t in (a, b, x))
+    if name == "dv" and not tile.hopper:
+        dot = None
     y = None if dot is None else rows_of(dot, tile.hopper)
     out = x.new_empty(B, T, H, X)
     end = _new(x, grid.N, H, A, X) if walks and final else None
@@ -290,7 +302,10 @@ def _scan_piece(
     if tile.hopper:
         from tfla.kernels.hopper import _scan_hopper_kernel
 
-        kernel, forms = _scan_hopper_kernel, {"STAGES": tile.stages}
+        kernel, forms = (
+            _scan_hopper_kernel,
+            {"STAGES": tile.stages, "OF_X": walks and y is not None},
+        )
         divides = None, None
         if walks and not reverse and grid.undivided is not None:
             weights = grid.undivided

@@ -97,9 +97,11 @@ def _scan_hopper_kernel(
     stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, T, H, slots, spans, UNIT,
     size, stride_e, A, X, L: gl.constexpr, BLOCK_A: gl.constexpr, BLOCK_X: gl.constexpr,
     SPAN: gl.constexpr, STRIDE_EA: gl.constexpr, STRIDE_EX: gl.constexpr, REVERSE: gl.constexpr,
-    CUT: gl.constexpr, KEEP: gl.constexpr, ENDS: gl.constexpr, STAGES: gl.constexpr,
+    CUT: gl.constexpr, KEEP: gl.constexpr, ENDS: gl.constexpr, OF_X: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout."""
+    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: dot is that
+    of x with y, not of out with y."""
     PACKED: gl.constexpr = cu_seqlens is not None
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
@@ -270,6 +272,10 @@ def _scan_hopper_kernel(
             if vector is not None:
                 v_at = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
                 row_vector = gl.load(vector + (slot + c) * X + v_at, mask=v_at < X, other=0.0)
+            if OF_X:
+                product = XX.load(ROWS).to(gl.float32) * y_s.index(stage).load(ROWS).to(gl.float32)
+                o_l = gl.arange(0, L, layout=gl.SliceLayout(1, ROWS))
+                gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(product, 1))
             if n_in is not None:  # the state's share of nu takes n as it is, in fp32
                 n_row = n_s.index(stage).load(gl.SliceLayout(0, ROWS))
                 there = gl.arange(0, BLOCK_A, layout=gl.SliceLayout(0, ROWS)) < A
@@ -358,7 +364,7 @@ def _scan_hopper_kernel(
                 _store(out_rows, [c * L, first_x], out_s)
             else:
                 gl.store(out + token, O, mask=seen)
-            if y is not None:
+            if y is not None and not OF_X:
                 Y = y_s.index(stage).permute((1, 0)).load(OUTPUT)
                 share = gl.sum(O * Y.to(gl.float32), 0)
                 o_l = gl.arange(0, L, layout=gl.SliceLayout(0, OUTPUT))

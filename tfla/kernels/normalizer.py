@@ -243,13 +243,15 @@ def _denominator_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def _column_kernel(
-    dh, h, q, cu_seqlens, table, weights, d, sums,
+    dh, h, q, dh_h, cu_seqlens, table, weights, d, sums,
     stride_db, stride_dt, stride_dh, stride_hb, stride_ht, stride_hh, stride_qb, stride_qt,
-    stride_qh, T, H, slots, K, V,
-    L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr,
+    stride_qh, T, H, slots, size, K, V,
+    L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, and the chunk's sum of
-    exp(m_in - M_t) d_t scale q_t / den_t, its share of dn."""
+    exp(m_in - M_t) d_t scale q_t / den_t, its share of dn. dh_h: dh . h in PARTS to be added; with
+    none it is made here."""
     n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
     if j * L >= length:
         return
@@ -258,9 +260,11 @@ def _column_kernel(
     t = start + j * L + l
     here = slot * L + l
     dot = tl.zeros([L], tl.float32)
+    for part in tl.static_range(PARTS):
+        dot += tl.load(dh_h + part * size + here)
     dh_rows = dh + batch * stride_db + t * stride_dt + head * stride_dh
     h_rows = h + batch * stride_hb + t * stride_ht + head * stride_hh
-    for block in range(0, V, BLOCK_V):
+    for block in range(0, 0 if PARTS else V, BLOCK_V):
         column = block + tl.arange(0, BLOCK_V)
         seen = inside[:, None] & (column < V)[None, :]
         dh_tile = tl.load(dh_rows[:, None] + column[None, :], mask=seen, other=0.0)
