@@ -94,13 +94,26 @@ def scan_forward(x: Inputs, o: Options, ends: bool) -> tuple[Any, Any]:
     return grid, o.leaf.scan("h", x.q, x.k, x.v, grid, x.C, final=o.final)
 
 
+def _one(x: Inputs, o: Options) -> bool:
+    """Are packed sequences one to the backend? They may be where they neither start from states
+    nor leave any: each begins by forgetting everything, exp(log_f + m - m') = 0, and df there is 0.
+    One sequence is as fast whatever their number and lengths."""
+    return x.cu_seqlens is not None and x.C is None and not o.final and hasattr(o.leaf, "joined")
+
+
+def _joined(x: Inputs, o: Options) -> Inputs:
+    if not _one(x, o):
+        return x
+    return x._replace(f=o.leaf.joined(x.f, x.cu_seqlens), cu_seqlens=None)
+
+
 def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); empty tensors for what is not wanted or not there."""
     return _filled(_called(_forward, o, x), o.full(x.q))
 
 
 def _forward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
-    x = Inputs(*tensors)
+    x = _joined(Inputs(*tensors), o)
     grid, result = scan_forward(x, o, o.final)
     C, n, m = result.final if o.final else None, None, None
     if o.final and o.normalize:
@@ -125,7 +138,8 @@ def backward(
 
 
 def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
-    x, (h, saved, dh, dC, dn, *exchange), leaf = Inputs(*tensors[:9]), tensors[9:], o.leaf
+    given, (h, saved, dh, dC, dn, *exchange), leaf = Inputs(*tensors[:9]), tensors[9:], o.leaf
+    x = _joined(given, o)
     dh = torch.zeros_like(h) if dh is None else dh
     # An output that was not wanted is empty, and so is its cotangent.
     dC = dC if o.final else None
@@ -158,7 +172,7 @@ def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
             wide = torch.float64  # the two cancel where the normaliser is active
             dm_0 = (dC_0.to(wide) * x.C).sum((-2, -1)) + (dn.to(wide) * x.n).sum(-1)
             dn_0, dm_0 = dn.contiguous(), dm_0.to(dn.dtype)
-    di, df = di.to(x.i.dtype).contiguous(), df.to(x.f.dtype).contiguous()
+    di, df = di.to(x.i.dtype).contiguous(), df.to(given.f.dtype).contiguous()
     return dq.out, dk.out, dv.out, di, df, dC_0, dn_0, dm_0
 
 
@@ -291,7 +305,8 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     n, m = (new(N, H, K), new(N, H)) if o.final and o.normalize else (new(0), new(0))
     saved = new(0)
     if o.keep:
-        saved = o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep, o.final)
+        cu_seqlens = None if _one(x, o) else x.cu_seqlens
+        saved = o.leaf.saved_like(x.q, x.v, cu_seqlens, o.normalize, o.keep, o.final)
     return x.v.new_empty(x.v.shape), C, n, m, saved
 
 

@@ -72,18 +72,14 @@ def test_every_length(gate: str, T: int) -> None:
 
 @pytest.mark.parametrize("lengths", [(0, 5, 0, 300, 33), (1,) * 50, (700,)])
 @pytest.mark.parametrize("gate", GATES)
-def test_packed(gate: str, lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("final", [True, False])
+def test_packed(gate: str, lengths: tuple[int, ...], final: bool) -> None:
     checks.check_against_recurrence(
         packed(
-            *lengths,
-            K=64,
-            V=128,
-            dtype=torch.bfloat16,
-            input_gate=gate,
-            device="cuda",
-            backend="triton",
+            *lengths, K=64, V=128, dtype=torch.bfloat16, input_gate=gate, device="cuda",
+            backend="triton", state=final, final=final,
         )
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -117,6 +113,26 @@ def gradients(
 
 
 NAMES = ("h", "dq", "dk", "dv", "di", "df")
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_thousands_of_documents(gate: str) -> None:
+    """As one sequence, which they are where nobody wants their states, as right as one by one."""
+    T = 20000
+    inputs = problem(1, T, 2, 64, 128, torch.bfloat16)
+    dh = torch.randn_like(inputs[2])
+    cuts = (
+        torch.randint(0, T + 1, (4999,), generator=torch.Generator().manual_seed(0)).sort().values
+    )
+    ends = torch.cat([torch.tensor([0]), cuts, torch.tensor([T])]).cuda()
+    options = {"input_gate": gate, "cu_seqlens": ends}
+    exact = [x.double() for x in inputs]
+    true = gradients(exact, dh.double(), **options, backend="reference")
+    one = gradients(inputs, dh, **options, backend="triton")
+    each = gradients(inputs, dh, **options, backend="triton", output_final_state=True)
+    for name, x, y, z in zip(NAMES, one, each, true, strict=True):
+        off, usual = ((t.double() - z).norm() / z.norm() for t in (x, y))
+        assert off < 1.5 * usual + 1e-4, f"{name}: {off}, document by document {usual}"
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -110,9 +110,32 @@ else:
     @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
     @pytest.mark.parametrize("segment", [0, 32])
     def test_packed_with_empty_ones(gate: str, segment: int, final: bool) -> None:
-        fields = {k: v for k, v in SMALL.items() if k not in ("T", "B")} | {"final": final}
+        fields = {k: v for k, v in SMALL.items() if k not in ("T", "B")}
+        fields |= {"final": final, "state": final}  # without any they are one sequence
         with planned(segment=segment):
             checks.check_against_recurrence(packed(0, 5, 0, 40, 33, 0, **fields, input_gate=gate))
+
+    @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+    @pytest.mark.parametrize("silent", [-1e6, -float("inf"), -2e5])
+    def test_short_documents_as_one_sequence(gate: str, silent: float) -> None:
+        """What wants no states at the ends equals what does, where some documents begin with
+        tokens that weigh nothing."""
+        lengths = [1, 2, 1, 5, 3, 1, 1, 1, 30, 9, 1, 4, 2, 1]
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        g = torch.Generator().manual_seed(5)
+        shapes = [(12,), (12,), (20,), (), (), (20,)]
+        *x, dh = (torch.randn(1, sum(lengths), 2, *d, generator=g) for d in shapes)
+        x[3][:, ends[3:10]] = silent
+        found = []
+        with planned():
+            for final in (False, True):
+                leaves = [y.clone().requires_grad_() for y in x]
+                h, _ = tfla.mlstm(*leaves, input_gate=gate, cu_seqlens=ends, backend="triton",
+                                  output_final_state=final)  # fmt: skip
+                found.append([h, *torch.autograd.grad(h, leaves, dh)])
+        assert found[0][5][:, ends[:-1]].abs().max() < 1e-30  # df where a document begins
+        for one, each in zip(*found, strict=True):
+            torch.testing.assert_close(one, each, rtol=2e-5, atol=2e-6)
 
     @pytest.mark.parametrize("T", [32, 53, 64, 70])
     def test_without_a_final_state(T: int) -> None:

@@ -76,26 +76,50 @@ def first_kept(n, start, SPAN, PACKED: tl.constexpr, ENDS: tl.constexpr):
         return start * 0
 
 
+@triton.jit
+def _last(cu_seqlens, at, U, T, N, SLOTS: tl.constexpr):
+    """The last n with c_n // U <= at, or with c_n // U + n <= at where sequences have slots;
+    found by bisection."""
+    low = at * 0
+    high = low + N
+    span = N
+    while span > 0:
+        middle = (low + high) // 2
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle).to(tl.int64), 0), T) // U
+        before = (start + middle if SLOTS else start) <= at
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+        span = span // 2
+    return low
+
+
 @triton.jit(
     do_not_specialize=["T", "N", "unit_0", "unit_1", "unit_2", "size_0", "size_1", "size_2"]
 )
 def _tables_kernel(
     cu_seqlens, table, T, N, unit_0, unit_1, unit_2, size_0, size_1, size_2, BLOCK: tl.constexpr
 ):
-    """The sequence of every slot, for three units at once: the last n with c_n // U + n <= slot,
-    found by bisection."""
+    """The sequence of every slot, for three units at once."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which = (slot >= size_0).to(tl.int32) + (slot >= size_0 + size_1).to(tl.int32)
     U = tl.where(which == 0, unit_0, tl.where(which == 1, unit_1, unit_2)).to(tl.int64)
     w = slot - tl.where(which == 0, 0, tl.where(which == 1, size_0, size_0 + size_1))
-    low = tl.zeros([BLOCK], tl.int32)
-    high = low + N
-    span = N
-    while span > 0:
-        middle = (low + high) // 2
-        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle).to(tl.int64), 0), T)
-        before = start // U + middle <= w
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-        span = span // 2
-    tl.store(table + slot, tl.minimum(low, N - 1), mask=slot < size_0 + size_1 + size_2)
+    n = tl.minimum(_last(cu_seqlens, w, U, T, N, True), N - 1)
+    tl.store(table + slot, n, mask=slot < size_0 + size_1 + size_2)
+
+
+@triton.jit(do_not_specialize=["T", "N", "H", "stride_ft", "stride_fh"])
+def _joined_kernel(
+    f, cu_seqlens, out, T, N, H, stride_ft, stride_fh, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """f (T, H), closed at tokens where a sequence begins."""
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = _last(cu_seqlens, t, 1, T, N, False)
+    begins = tl.load(cu_seqlens + n) == t
+    for first in range(0, H, BLOCK_H):
+        head = first + tl.arange(0, BLOCK_H)
+        inside = (t < T)[:, None] & (head < H)[None, :]
+        at = t.to(tl.int64)[:, None] * stride_ft + head.to(tl.int64)[None, :] * stride_fh
+        x = tl.load(f + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(begins[:, None], -1e30, x)
+        tl.store(out + t.to(tl.int64)[:, None] * H + head[None, :], x, mask=inside)
