@@ -70,16 +70,13 @@ def test_every_length(gate: str, T: int) -> None:
     checks.check_against_recurrence(on_gpu(T=T, K=64, V=64, dtype=torch.bfloat16, input_gate=gate))
 
 
-@pytest.mark.parametrize("lengths", [(0, 5, 0, 300, 33), (1,) * 50, (700,)])
+@pytest.mark.parametrize("lengths", [(0, 5, 0, 300, 33), (1, 2) * 20, (700,)])
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("final", [True, False])
-def test_packed(gate: str, lengths: tuple[int, ...], final: bool) -> None:
-    checks.check_against_recurrence(
-        packed(
-            *lengths, K=64, V=128, dtype=torch.bfloat16, input_gate=gate, device="cuda",
-            backend="triton", state=final, final=final,
-        )
-    )  # fmt: skip
+@pytest.mark.parametrize("states", [True, False])  # without any they are one sequence
+def test_packed(gate: str, lengths: tuple[int, ...], states: bool) -> None:
+    fields = {"K": 64, "V": 128, "dtype": torch.bfloat16, "input_gate": gate, "device": "cuda"}
+    case = packed(*lengths, **fields, backend="triton", state=states, final=states)
+    checks.check_against_recurrence(case)
 
 
 @pytest.mark.parametrize(
