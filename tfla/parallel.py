@@ -6,13 +6,11 @@ leave at its end, b_j the sum of its log_f,
     state that enters rank r  = sum_{j<r} E_j e^(b_{j+1} + ... + b_{r-1})        one all-gather of
     dC at the end of rank r   = sum_{j>r} dE_j e^(b_{r+1} + ... + b_{j-1})       (C, n, m, b), each
 
-where dE_j is what the loss of rank j says of the state that enters it. Both E and dE are one
-weighted product over the rank's tokens, k^T v and q^T dh. Everything else is the forward and the
-backward pass of one process (``tfla.ops``), from that state and with that cotangent.
+where dE_j is what the loss of rank j says of the state that enters it. E and dE are one weighted
+product over the rank's tokens, k^T v and q^T dh. The rest are the passes of one process.
 
-The exchange is K V + K + 3 numbers a sequence and head, each way, for any T; backward it runs while
-dq is computed. Of packed sequences one crosses a border: it is found on the device. A rank in which
-it begins lets nothing through: its b is ``CUT``.
+The exchange is K V + K + 3 numbers a sequence and head, each way; backward it runs beside dq. Of
+packed sequences one crosses a border: it is found on the device, and where it begins b is ``CUT``.
 """
 
 from __future__ import annotations
@@ -137,19 +135,16 @@ def _weigh(states: _States, power: Tensor) -> tuple[Tensor, Tensor | None]:
     return (w[..., None] * states.C).sum(0), None if states.n is None else (w * states.n).sum(0)
 
 
-def _weighted(x: Tensor, w: Tensor) -> Tensor:
-    """x (B, T, H, X) times w (B, T, H). In bf16 the weight is rounded too: fp32 in between would
-    be 6 passes over x in place of 2."""
-    low = x.is_cuda and x.dtype == torch.bfloat16  # fp16 might not hold the weights
-    return x * (w.to(x.dtype) if low else w)[..., None]
-
-
-def _product(a: Tensor, x: Tensor, full: torch.dtype) -> Tensor:
-    """sum_t a_t x_t^T. a: (B, T, H, A), as ``_weighted`` returns it. x: (B, T, H, X)."""
-    if a.dtype != torch.bfloat16 or not a.is_cuda:
+def _product(a: Tensor, w: Tensor | None, x: Tensor, full: torch.dtype) -> Tensor:
+    """sum_t w_t a_t x_t^T. a: (B, T, H, A). w: (B, T, H). x: (B, T, H, X). In bf16 the weight is
+    rounded too, as in the scan: fp32 in between would be 6 passes over a in place of 2."""
+    low = a.is_cuda and a.dtype == torch.bfloat16  # fp16 might not hold the weights
+    if w is not None:
+        a = a * (w.to(a.dtype) if low else w)[..., None]
+    if not low:
         return torch.einsum("btha,bthx->bhax", a.to(full), x.to(full))
-    (B, T, H, A), X = a.shape, x.shape[-1]
-    tiles = -(-A // 128) * -(-X // 128)  # of a head: few fill no GPU, so T is cut
+    B, T, H, A = a.shape
+    tiles = -(-A // 128) * -(-x.shape[-1] // 128)  # of a head: few fill no GPU, so T is cut
     if H < B or B * H * tiles <= 128:
         G = math.gcd(T, 1 << (max(1, 132 // (B * tiles)).bit_length() - 1))
         a, x = (y.unflatten(1, (G, -1)).flatten(0, 1) for y in (a, x))
@@ -160,15 +155,12 @@ def _product(a: Tensor, x: Tensor, full: torch.dtype) -> Tensor:
 
 
 def _sum_of(x: Tensor, w: Tensor, full: torch.dtype) -> Tensor:
-    """sum_t w_t x_t, (B, H, X), with weights in fp32: n . q may be next to 0 and must stay exact.
-    Three numbers of bf16 hold what one of fp32 does."""
-    if x.dtype != torch.bfloat16 or not x.is_cuda:
-        return torch.einsum("bth,bthx->bhx", w.to(full), x.to(full))
-    parts = []
-    for _ in range(3):
-        parts.append(w.to(x.dtype))
-        w = w - parts[-1]
-    return _product(torch.stack(parts, -1), x, full).sum(2)
+    """sum_t w_t x_t, (B, H, X), weights in fp32: n . q may be next to 0 and must stay exact."""
+    parts = [w]
+    while x.is_cuda and x.dtype == torch.bfloat16 and len(parts) < 3:  # which hold all of fp32
+        parts.append(parts[-1] - parts[-1].bfloat16())
+    w = torch.stack(parts, -1).to(x.dtype if len(parts) == 3 else full)
+    return _product(w, None, x, full).sum(2)
 
 
 def _left(x: Inputs, o: Options, part: Part) -> _States:
@@ -181,7 +173,7 @@ def _left(x: Inputs, o: Options, part: Part) -> _States:
     m = power.amax(-1).clamp(min=GAUGE_MIN) if o.normalize else torch.zeros_like(power[..., 0])
     m, b = m.to(full), log_f.sum(-1)
     w = (power - m[..., None]).exp().to(full).transpose(1, 2)
-    C = _product(_weighted(x.k, w), x.v, full)
+    C = _product(x.k, w, x.v, full)
     n = _sum_of(x.k, w, full) if o.normalize else None
     begins = _pick(part.starts, part.last)
     if x.C is not None and begins is not False:
@@ -258,7 +250,7 @@ def backward(
                 w, d = o.leaf.reach(grid, column, part.first)
                 used = None if part.head is None else part.head & enters[0]
                 w = _mask(used, w, 0.0)
-                dC = _product(_weighted(x.q, w), dh, full)
+                dC = _product(x.q, w, dh, full)
                 dn = None if d is None else _sum_of(x.q, w * _mask(used, d, 0.0), full)
             gauge = dC.new_zeros(dC.shape[:2]) if m is None else _pick(m, part.first)
             if given and enters is not False:
@@ -301,8 +293,7 @@ _seen: dict[str, list[Any]] = {}  # by name: the group, the calls that agreed, c
 
 
 def _agree(x: Inputs, o: Options, group: Any) -> None:
-    """ValueError in every rank unless all make the same call. Compared once for each new one, over
-    the store of the rendezvous: no collective waits for a rank that does something else."""
+    """ValueError in every rank unless all make the same call: compared once, by no collective."""
     if x.cu_seqlens is not None and x.cu_seqlens.device.type == "cpu":
         T = x.q.shape[1] * group.size()
         offsets = x.cu_seqlens.tolist()

@@ -19,8 +19,8 @@ from tfla.gates import Activations
 
 # Tokens a chunk. On a CPU (AVX2, heads of 64) chunks of 32 and 128 take 1.5 and 1.4 times as long.
 L = 64
-# Numbers in each matrix of the chunks that are worked on at once: few enough that temporary memory
-# is reused (1.6 times as fast at 65,536 tokens as all at once), enough that threads meet rarely.
+# Numbers in each matrix of the chunks that are worked on at once: few enough that memory is reused
+# (1.6 times as fast at 65,536 tokens as all at once), enough that threads meet rarely.
 BLOCK = 2**20
 
 
@@ -89,9 +89,7 @@ class Layout(NamedTuple):
     whole: Block
 
     @staticmethod
-    def make(
-        B: int, T: int, cu_seqlens: Tensor | None, numbers: int, device: torch.device
-    ) -> Layout:
+    def make(B: int, T: int, cu_seqlens: Any, numbers: int, device: torch.device) -> Layout:
         """numbers: those in the largest matrix of a chunk, all heads."""
         if cu_seqlens is None:
             start, length = torch.arange(B) * T, torch.full((B,), T)
@@ -257,16 +255,14 @@ class Column(NamedTuple):
 def normalizer_backward(
     dh: Tensor, h: Tensor, q: Tensor, n: Tensor | None, grid: Grid, dv: Scan | None
 ) -> Column:
-    """The gradient of the division. dh, h: (B, T, H, V). n: (N, H, K) or None. dv: its scan, if it
-    came first; this backend has made nothing of use in it."""
-    assert grid.nu is not None
+    """The gradient of the division. dh, h: (B, T, H, V). n: (N, H, K) or None. dv: its scan."""
     dot = (dh.to(grid.dtype) * h.to(grid.dtype)).sum(-1)
-    nu, dot = (grid.layout.cut(x, grid.dtype, grid.layout.whole) for x in (grid.nu, dot))
+    nu, dot = (grid.layout.cut(x, grid.dtype, grid.layout.whole) for x in (saved(grid), dot))
     return Column(torch.where(nu.abs() > grid.floor, -nu.sign() * dot, 0.0), n, None)
 
 
 def normalizer_carried(column: Column, dn: Tensor | None, grid: Grid) -> Column:
-    """With what the final n was worth: dn (N, H, K) or None, which the scan of dk needs."""
+    """With dn (N, H, K), what the final n was worth, for the scan of dk."""
     return column._replace(dn=dn)
 
 
@@ -295,11 +291,9 @@ def scan(
 
     name: which of the calls this is: "h", "dv", "dq" or "dk"; dv and dk run in reverse.
     a, b: (B, T, H, A). x: (B, T, H, X). state: (N, H, A, X) or None (zeros). column: appended to
-    the contraction. dot: (B, T, H, X), for the gate gradients; with dv it is h, and a backend may
-    return dh . h, which it is reading. against: the scan of dq, for dk. final: is the state after
-    the last chunk wanted? out has the dtype of x.
+    the contraction. dot: (B, T, H, X), for the gate gradients; h with dv, which may return dh . h
+    (not here). against: the scan of dq, for dk. final: is the state after the last chunk wanted?
     """
-    dot = None if name == "dv" else dot
     layout, dtype = grid.layout, grid.dtype
     (B, T, H, A), X, N = a.shape, x.shape[-1], len(layout.rank)
     reverse, divide = name in ("dv", "dk"), name == "h" and grid.normalize
@@ -339,7 +333,7 @@ def scan(
             layout.join(y[..., -1], nu, block)
             y = y[..., :-1] / torch.maximum(y[..., -1].abs(), grid.floor[c])[..., None]
         layout.join(y, out, block)
-        if dot is not None:
+        if dot is not None and name != "dv":
             z = layout.cut(dot, dtype, block)
             dots[c] = (from_state * z).sum(-1)
             if against is not None and against.states is not None:
@@ -385,8 +379,7 @@ def gate_gradients(
 
 def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
     """(dC_0, dn_0): what the reverse scans leave at the start of the sequences."""
-    assert dv.final is not None
-    return dv.final, dk.column
+    return dv.final, dk.column  # type: ignore[return-value]
 
 
 def update(
@@ -394,14 +387,13 @@ def update(
     m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations,
 ) -> Tensor:  # fmt: skip
     """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(q.dtype, torch.float32)
     log_i, log_f = gates.log_gates(i.to(dtype), f.to(dtype), activations)
     rows = slice(None) if slots is None else slots
     states = [None if s is None else s[rows].to(dtype) for s in (C, n, m)]
-    q, k, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
-    # In place where it can be: on a CPU fresh memory for C takes five times the arithmetic (64 MiB)
-    inplace = slots is None and C.dtype == dtype
-    h, *new = step(q, k, v_, log_i, log_f, *states, scale, inplace)  # type: ignore
+    inplace = slots is None and C.dtype == dtype  # fresh memory takes five times the arithmetic
+    tokens = (x.to(dtype) for x in (q, k, v))
+    h, *new = step(*tokens, log_i, log_f, *states, scale, inplace)  # type: ignore
     for state, value in zip((C, n, m), new, strict=True):
         if state is not None and value is not None and not (inplace and state is C):
             state[rows] = value.to(state.dtype)

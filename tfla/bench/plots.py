@@ -47,7 +47,9 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
 
 def _lengths(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     """Runtime over the length at a constant number of tokens, a panel a set-up and pass."""
-    setups = sorted({_dims(row) for row in rows}, reverse=True)
+    lengths = {(_dims(row), row["shape"]["T"]) for row in rows}
+    several = [dims for dims, _ in lengths if sum(dims == other for other, _ in lengths) > 1]
+    setups = sorted(set(several or [dims for dims, _ in lengths]), reverse=True)
     figure, axes = _panels(len(setups), 2)
     for (H, K, V), line in zip(setups, axes, strict=True):
         for (part, name), ax in zip(PASSES.items(), line, strict=True):
@@ -126,6 +128,8 @@ def _errors(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
             )  # fmt: skip
     limit = check.bound("h", DTYPES[rows[0]["dtype"]])
     ax.axvline(limit, color=LIMIT, ls="--", label=f"bound for ours: {limit:.1e}")
+    limit = check.bound("df", DTYPES[rows[0]["dtype"]])
+    ax.axvline(limit, color=LIMIT, ls=":", label=f"of the forget gate's gradient: {limit:.1e}")
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.set_xscale("log")

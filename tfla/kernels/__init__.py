@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tfla.gates import Activations
 from tfla.kernels import gates, host, normalizer
-from tfla.kernels.grid import Grid, _geometry, _new, _split
-from tfla.kernels.host import joined, launch, padded, plan_of, precision, rows_of, tables
+from tfla.kernels.grid import Grid, _geometry, _new, _split, joined
+from tfla.kernels.host import launch, padded, plan_of, precision, rows_of, tables
 from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
 from tfla.plan import Tile

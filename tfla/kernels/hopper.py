@@ -1,9 +1,8 @@
 """The scan on Hopper's own instructions, for 16-bit operands: the body of scan.py with every step
 placed by hand.
 
-    copies     the next one or two chunks are on their way while this one is worked on
-    products   asynchronous: the scores beside the state's share of the output, the update of the
-               state beside the output's way out
+    copies     of the next one or two chunks run while this one is worked on
+    products   the scores beside the state's share of the output, its update beside the way out
     the state  as (X, A), in the registers that the next product takes it from
 
 The compiler's own pipeline sends for copies at the end of an iteration and waits for each product
@@ -89,6 +88,13 @@ def _fold(folded, vectors, sign, factor, slot, L: gl.constexpr, WARPS: gl.conste
     gl.store(here + MARK * L, vectors.slice(MARK * L, L).load(FLAT) + sign)
 
 
+@gluon.jit
+def _keep(at, S, S_2, HALVES: gl.constexpr, SECOND: gl.constexpr):
+    gl.store(at, S)
+    if HALVES == 2:
+        gl.store(at + SECOND, S_2)
+
+
 @gluon.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _scan_hopper_kernel(
     a, b, x, out, partial, y, dot, weights, decay, d, vector, n_in, folded, state, final, ends,
@@ -100,8 +106,7 @@ def _scan_hopper_kernel(
     CUT: gl.constexpr, KEEP: gl.constexpr, ENDS: gl.constexpr, OF_X: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: dot is that
-    of x with y, not of out with y."""
+    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: x . y."""
     PACKED: gl.constexpr = cu_seqlens is not None
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
@@ -209,6 +214,7 @@ def _scan_hopper_kernel(
     # The state, (X, A). Entries of kept states lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, HALF, layout=gl.SliceLayout(0, STATE))
+    SECOND: gl.constexpr = HALF * STRIDE_EA
     entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
     if ends is not None:
         ends += span * stride_e + first_x * STRIDE_EX
@@ -228,11 +234,10 @@ def _scan_hopper_kernel(
     if WHOLE and CUT:
         if (high < chunks) if REVERSE else (low > 0):
             before = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e + entry
-            kept = (columns < X)[:, None] & (lanes < A)[None, :]
-            S = gl.load(before, mask=kept, other=0.0)
+            S = gl.load(before, mask=(columns < X)[:, None] & (lanes < A)[None, :], other=0.0)
             if HALVES == 2:
-                kept = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
-                S_2 = gl.load(before + HALF * STRIDE_EA, mask=kept, other=0.0)
+                valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
+                S_2 = gl.load(before + SECOND, mask=valid, other=0.0)
     remains = 1.0
 
     first = gl.maximum(high - 1, low) if REVERSE else low
@@ -273,9 +278,9 @@ def _scan_hopper_kernel(
                 v_at = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
                 row_vector = gl.load(vector + (slot + c) * X + v_at, mask=v_at < X, other=0.0)
             if OF_X:
-                product = XX.load(ROWS).to(gl.float32) * y_s.index(stage).load(ROWS).to(gl.float32)
+                Y = XX.load(ROWS).to(gl.float32) * y_s.index(stage).load(ROWS).to(gl.float32)
                 o_l = gl.arange(0, L, layout=gl.SliceLayout(1, ROWS))
-                gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(product, 1))
+                gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(Y, 1))
             if n_in is not None:  # the state's share of nu takes n as it is, in fp32
                 n_row = n_s.index(stage).load(gl.SliceLayout(0, ROWS))
                 there = gl.arange(0, BLOCK_A, layout=gl.SliceLayout(0, ROWS)) < A
@@ -322,10 +327,7 @@ def _scan_hopper_kernel(
                 edge |= c + 1 == chunks
             if REVERSE:
                 if edge:
-                    gl.store(ends + (c * L // SPAN) * stride_e + entry, S)
-                    if HALVES == 2:
-                        second = ends + (c * L // SPAN) * stride_e + HALF * STRIDE_EA + entry
-                        gl.store(second, S_2)
+                    _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
         # Not before: its 16 registers are what the products above lack.
         col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, SOURCE))
         X_low = XX.permute((1, 0)).load(SOURCE)
@@ -376,10 +378,7 @@ def _scan_hopper_kernel(
         _barrier()
         if KEEP and not REVERSE:
             if edge:
-                gl.store(ends + (c * L // SPAN) * stride_e + entry, S)
-                if HALVES == 2:
-                    second = ends + (c * L // SPAN) * stride_e + HALF * STRIDE_EA + entry
-                    gl.store(second, S_2)
+                _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
         if left is not None:
             remains *= keep
 
@@ -389,9 +388,7 @@ def _scan_hopper_kernel(
     else:
         # What this piece makes of an empty state, to where the next one starts from.
         behind = ends + ((low if REVERSE else high) * L // SPAN - 1) * stride_e + entry
-        gl.store(behind, S)
-        if HALVES == 2:
-            gl.store(behind + HALF * STRIDE_EA, S_2)
+        _keep(behind, S, S_2, HALVES, SECOND)
         gl.store(left + w * H + head, remains)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):

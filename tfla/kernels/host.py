@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from tfla.kernels.layout import _joined_kernel, _tables_kernel
+from tfla.kernels.layout import _tables_kernel
 from tfla.plan import Device, Plan, Problem, plan
 
 _devices: dict[torch.device, Device] = {}
@@ -82,17 +82,6 @@ def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, .
         BLOCK=256,
     )
     return table.split(sizes)
-
-
-def joined(f: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The forget gates of packed sequences as of one, in fp32. See ``tfla.ops``."""
-    _, T, H = f.shape
-    out = torch.empty(1, T, H, dtype=torch.float32, device=f.device)
-    launch(
-        _joined_kernel, (triton.cdiv(T, 64),), (4, 1), (f, cu_seqlens, out), T,
-        cu_seqlens.shape[0] - 1, H, *f.stride()[1:], BLOCK=64, BLOCK_H=16,
-    )  # fmt: skip
-    return out
 
 
 def padded(size: int) -> int:
