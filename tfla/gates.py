@@ -77,19 +77,20 @@ def gate_gradients(
     return di, df
 
 
-def between(x: Tensor) -> Tensor:
-    """(S, ...) -> the sum of those behind each."""
-    if len(x) == 1:
+def between(x: Tensor, dim: int = 0) -> Tensor:
+    """The sum of those behind each along ``dim``."""
+    size = x.shape[dim]
+    if size == 1:
         return torch.zeros_like(x)
-    return torch.cat([x[1:], torch.zeros_like(x[:1])]).flip(0).cumsum(0).flip(0)
+    ends = x.narrow(dim, 1, size - 1), torch.zeros_like(x.narrow(dim, 0, 1))
+    return torch.cat(ends, dim).flip(dim).cumsum(dim).flip(dim)
 
 
 def behind(x: Tensor) -> Tensor:
-    """The same along the T of (..., T), in pieces: a GPU sums one long row slowly."""
+    """The same along the T of (..., T), in pieces: a GPU sums one long row slowly, and slower still
+    along an axis that is not the last."""
     pieces = x.unflatten(-1, (math.gcd(x.shape[-1], 1024), -1))
-    sums = pieces.flip(-1).cumsum(-1)
-    within = torch.cat([torch.zeros_like(sums[..., :1]), sums[..., :-1]], -1).flip(-1)
-    return (within + between(sums[..., -1].movedim(-1, 0)).movedim(0, -1)[..., None]).flatten(-2)
+    return (between(pieces, -1) + between(pieces.sum(-1), -1)[..., None]).flatten(-2)
 
 
 def pair(x: Tensor) -> Tensor:

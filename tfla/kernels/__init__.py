@@ -189,20 +189,20 @@ def reach(grid: Grid, column: Column | None, first: Tensor | None) -> tuple[Tens
     B, T, H, _, _ = grid.shape
     L, chunks = grid.plan.L, triton.cdiv(T, grid.plan.L)
     rows = grid.weights.view(grid.rows, grid.slots, -1, L)
-    parts = [rows[:, :, 2], grid.decay.view(grid.rows, grid.slots, 1)]
+    parts = [rows[:, :, 2], grid.decay.view(grid.rows, grid.slots)]
     if column is not None:
         parts.append(column.d.view(grid.rows, grid.slots, L))
     if first is not None:  # its first slot is its own number: what came before it is empty
         chosen = (first + torch.arange(chunks, device=first.device)).clamp(max=grid.slots - 1)
         parts = [part.index_select(1, chosen) for part in parts]
     edge, decay, *d = parts
-    before = decay.double().cumprod(1).roll(1, 1)
+    before = decay.double().cumprod(1).roll(1, 1)  # along the last axis, as GPUs do it well
     before[:, :1] = 1.0
 
     def tokens(x: Tensor) -> Tensor:
         return x.reshape(B, H, -1)[..., :T].transpose(1, 2)
 
-    return tokens((edge * before).float()), tokens(d[0]) if d else None
+    return tokens((edge * before[..., None]).float()), tokens(d[0]) if d else None
 
 
 class Scan(NamedTuple):
