@@ -254,6 +254,20 @@ def test_gates_are_as_exact_without_gradients_on_a_gpu(shape: tuple[int, ...]) -
     torch.testing.assert_close(got.double(), 15 * torch.tanh(exact / 15), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_a_block_is_one_graph_under_autocast_on_a_gpu() -> None:
+    """Torch 2.11 breaks a graph where one asks whether a device knows autocast: five graphs a block
+    in place of one, and a training step on many GPUs that waits for the host."""
+    block = make(SMALL, torch.float32).blocks[0].cuda()
+    compiled = torch.compile(block.forward, fullgraph=True)
+    x = torch.randn(2, 70, SMALL.hidden_size, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        (got, _), (wanted, _) = compiled(x), block(x)
+    torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
+    got.square().sum().backward()
+    assert x.grad is not None and bool(x.grad.isfinite().all())
+
+
 def rounded_once(x: Tensor, exact: Tensor) -> bool:
     """Whether bf16 x is within half a spacing of exact, plus what fp32 arithmetic adds."""
     half = torch.exp2(exact.abs().log2().floor() - 8)
