@@ -59,7 +59,7 @@ def mlstm(
             None for an empty memory.
         output_final_state: also return the state after the last token.
         cu_seqlens: (N + 1,) int32 or int64 offsets 0 = c_0 <= ... <= c_N = T of sequences packed
-            along T; B must be 1. Without states one that is not finite may spoil those behind it.
+            along T; B must be 1. Without states, what is not finite in one may spoil all of them.
         backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
         group: a torch.distributed process group (or DeviceMesh of one dimension) over whose ranks T
             is split evenly, in rank order: each rank gives and gets its own tokens, but the whole

@@ -7,10 +7,11 @@ registration with PyTorch.
                 dv = reverse scan(k, q, dh; dC_T)
 
 and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module
-with the functions ``exponents``, ``saved``, ``normalizer_backward``, ``scan``, ``gate_gradients``
-and ``initial_gradients`` (and ``reach``, for many processes, ``update``, the decode step, and
-``recorded``, if it can do a call again without these); nothing here knows which one it is, nor
-which gate.
+with the functions ``exponents``, ``saved``, ``normalizer_backward``, ``normalizer_carried``,
+``scan``, ``gate_gradients`` and ``initial_gradients`` (and ``saved_like``, for graphs, ``reach``,
+for many processes, ``update``, the decode step, ``recorded``, if it can do a call again without
+these, ``joined``, if packed sequences may be one); nothing here knows which one it is, nor which
+gate.
 
 Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to
 dispatch); both run the same two functions below.
@@ -95,10 +96,12 @@ def scan_forward(x: Inputs, o: Options, ends: bool) -> tuple[Any, Any]:
 
 
 def _one(x: Inputs, o: Options) -> bool:
-    """Are packed sequences one to the backend? They may be where they neither start from states
-    nor leave any: each begins by forgetting everything, exp(log_f + m - m') = 0, and df there is 0.
-    One sequence is as fast whatever their number and lengths."""
-    return x.cu_seqlens is not None and x.C is None and not o.final and hasattr(o.leaf, "joined")
+    """Are packed sequences one to the backend, as fast whatever their number and lengths? They may
+    be where they neither start from states nor leave any: each begins by forgetting everything,
+    exp(log_f + m - m') = 0, and df there is 0. A log_f above 0 could raise m beyond any log_f."""
+    if x.cu_seqlens is None or x.C is not None or o.final or not hasattr(o.leaf, "joined"):
+        return False
+    return o.sigmoid_f or not o.normalize
 
 
 def _joined(x: Inputs, o: Options) -> Inputs:

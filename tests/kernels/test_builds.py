@@ -42,6 +42,7 @@ OTHERS = {
     "7b layer": ((4, 16384, 8, 256, 512), {}),
     "one sequence": ((1, 65536, 16, 128, 256), {"state": True}),
     "packed": ((1, 65536, 4, 64, 64), {"packed": 100}),
+    "packed, states": ((1, 65536, 4, 64, 64), {"packed": 100, "state": True}),
     "odd dims": ((2, 1000, 3, 92, 184), {"dtype": torch.float16}),
     "fp32": ((2, 4096, 8, 64, 64), {"dtype": torch.float32}),
 }

@@ -72,10 +72,11 @@ def test_every_length(gate: str, T: int) -> None:
 
 @pytest.mark.parametrize("lengths", [(0, 5, 0, 300, 33), (1, 2) * 20, (700,)])
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("states", [True, False])  # without any they are one sequence
-def test_packed(gate: str, lengths: tuple[int, ...], states: bool) -> None:
+@pytest.mark.parametrize("states", [(True, True), (True, False), (False, False)], ids=str)
+def test_packed(gate: str, lengths: tuple[int, ...], states: tuple[bool, bool]) -> None:
+    """With states before, behind, or none at all, which makes one sequence of them."""
     fields = {"K": 64, "V": 128, "dtype": torch.bfloat16, "input_gate": gate, "device": "cuda"}
-    case = packed(*lengths, **fields, backend="triton", state=states, final=states)
+    case = packed(*lengths, **fields, backend="triton", state=states[0], final=states[1])
     checks.check_against_recurrence(case)
 
 

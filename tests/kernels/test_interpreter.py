@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -106,12 +107,13 @@ else:
         with planned(tile, **fields):
             checks.check_against_recurrence(Case(**SMALL | sizes, input_gate=gate))
 
-    @pytest.mark.parametrize("final", [True, False])
+    @pytest.mark.parametrize("states", [(True, True), (True, False), (False, False)], ids=str)
     @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
     @pytest.mark.parametrize("segment", [0, 32])
-    def test_packed_with_empty_ones(gate: str, segment: int, final: bool) -> None:
+    def test_packed_with_empty_ones(gate: str, segment: int, states: tuple[bool, bool]) -> None:
+        """With states before, behind, or none at all, which makes one sequence of them."""
         fields = {k: v for k, v in SMALL.items() if k not in ("T", "B")}
-        fields |= {"final": final, "state": final}  # without any they are one sequence
+        fields |= {"state": states[0], "final": states[1]}
         with planned(segment=segment):
             checks.check_against_recurrence(packed(0, 5, 0, 40, 33, 0, **fields, input_gate=gate))
 
@@ -199,6 +201,35 @@ else:
             ).errors
         assert errors["df"] < 2 * max(errors["dq"], errors["dk"])
 
+    def test_a_scan_of_dv_that_makes_dh_h(monkeypatch: pytest.MonkeyPatch) -> None:
+        """As hopper.py does, in parts to be added; then nobody reads dh and h for it again."""
+        g = torch.Generator().manual_seed(4)
+        shapes = [(16,), (16,), (20,), (), (), (20,)]
+        *x, dh = (torch.randn(1, 40, 2, *d, generator=g) for d in shapes)
+        leaves = [y.requires_grad_() for y in x]
+        real, column = kernels.scan, kernels.normalizer_backward
+
+        def scan(name: str, *args: Any, dot: Any = None, **options: Any) -> Any:
+            found = real(name, *args, dot=dot, **options)
+            if name == "dv":
+                grid = args[3]
+                share = torch.zeros(2, grid.rows, grid.slots * grid.plan.L)
+                share[:, :, :40] = (dh * dot)[0].sum(-1).T * torch.tensor([0.3, 0.7])[:, None, None]
+                found = found._replace(dot=share)
+            return found
+
+        def blind(dh: Any, h: Any, *args: Any) -> Any:
+            return column(dh * torch.nan, h * torch.nan, *args)
+
+        with planned():
+            h, _ = tfla.mlstm(*leaves, backend="triton")
+            wanted = torch.autograd.grad(h, leaves, dh)
+            monkeypatch.setattr(kernels, "scan", scan)
+            monkeypatch.setattr(kernels, "normalizer_backward", blind)
+            h, _ = tfla.mlstm(*leaves, backend="triton")
+            for one, other in zip(torch.autograd.grad(h, leaves, dh), wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
     def spread(x: torch.Tensor) -> torch.Tensor:
         """The same numbers with a gap after each: the last axis is not contiguous."""
         return x.repeat_interleave(2, -1)[..., ::2]
@@ -236,7 +267,10 @@ else:
             assert checks.distance(ours.double(), truth) <= 1e-5 * truth.norm()
 
     @pytest.mark.parametrize("lengths", [(0, -9, 50, 80, 30), (5, 100, 20, 70, 64), (40, 64)])
-    def test_offsets_out_of_range_write_nothing_outside(lengths: tuple[int, ...]) -> None:
+    @pytest.mark.parametrize("final", [True, False])
+    def test_offsets_out_of_range_write_nothing_outside(
+        lengths: tuple[int, ...], final: bool
+    ) -> None:
         """The host never reads the offsets on a GPU: wrong ones give wrong numbers, inside the
         buffers."""
         q, k, v = (torch.randn(1, 64, 1, 16) for _ in range(3))
@@ -244,7 +278,9 @@ else:
         offsets = torch.tensor(lengths, dtype=torch.int32)
         with planned(segment=32):
             inputs = [x.requires_grad_() for x in (q, k, v, gate)]
-            h, _ = tfla.mlstm(*inputs, gate, cu_seqlens=offsets, backend="triton")
+            h, _ = tfla.mlstm(
+                *inputs, gate, cu_seqlens=offsets, backend="triton", output_final_state=final
+            )
             grads = torch.autograd.grad(h.nan_to_num().sum(), inputs)
         assert h.shape == v.shape and all(
             g.shape == x.shape for g, x in zip(grads, inputs, strict=True)

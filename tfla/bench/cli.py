@@ -264,7 +264,7 @@ def show_plan(
     device: Annotated[str, _option(f"this or a named one: {', '.join(r.MACHINES)}.")] = "this",
     dtype: Annotated[str, _option("bf16, fp16 or fp32.")] = "bf16",
     tf32: Annotated[bool, _option("fp32 products in TF32, if torch is set to it.")] = False,
-    packed: Annotated[int, _option("Sequences packed along T; B is then 1.")] = 0,
+    packed: Annotated[int, _option("Sequences packed along T, with states; B is 1.")] = 0,
 ) -> None:
     """Chunk, spans, segments and tiles of the kernels that serve a call: chosen from these integers
     and the device's alone, never by trial.

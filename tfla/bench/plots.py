@@ -46,10 +46,12 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _lengths(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
-    """Runtime over the length at a constant number of tokens, a panel a set-up and pass."""
+    """Runtime over the length at a constant number of tokens, a panel a pass and set-up; set-ups of
+    one length are left out where others have several."""
     lengths = {(_dims(row), row["shape"]["T"]) for row in rows}
-    several = [dims for dims, _ in lengths if sum(dims == other for other, _ in lengths) > 1]
-    setups = sorted(set(several or [dims for dims, _ in lengths]), reverse=True)
+    several = {dims for dims, _ in lengths if sum(dims == other for other, _ in lengths) > 1}
+    rows = [row for row in rows if not several or _dims(row) in several]
+    setups = sorted({_dims(row) for row in rows}, reverse=True)
     figure, axes = _panels(len(setups), 2)
     for (H, K, V), line in zip(setups, axes, strict=True):
         for (part, name), ax in zip(PASSES.items(), line, strict=True):

@@ -165,14 +165,15 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
     if not train:
         return found
     if normalize:
-        moved = tokens * (2 * p.V + p.K) * e + 4 * vector + n_chunk
-        small("column", True, tokens * (2 * p.V + 2 * p.K), moved)
+        with_dv = plan.h.hopper  # dh . h comes with dv
+        width = p.K if with_dv else 2 * p.V + p.K
+        moved = tokens * width * e + (4 + plan.h.tiles * with_dv) * vector + n_chunk
+        small("column", True, tokens * (width + p.K), moved)
         small("column states", True, 4 * chunks * p.K, 2 * n_chunk)
-    scan("dv", False)
-    scan("dq", not normalize)
+    scan("dv", normalize and plan.h.hopper)
+    scan("dq", True)
     scan("dk", True)
-    parts = plan.dq.tiles + (1 if normalize else plan.dq.tiles)
-    moved = (parts + 1) * vector + 2 * tokens * g + 2 * spans * state
+    moved = (2 * plan.dq.tiles + 1) * vector + 2 * tokens * g + 2 * spans * state
     small("gate gradients", True, 2 * spans * state // FP32, moved)
     return found
 

@@ -1,6 +1,6 @@
 """What many GPUs cost each other: a model of the exchange of states, the shards and the memory.
 
-It knows three numbers of a machine and takes a step to reach 0.3 of the matmul peak (measured,
+It knows three numbers of a machine and takes a step to reach REACHED of the matmul peak (measured,
 as WAIT: two H100, docs/performance.md):
 
     a collective that brings S bytes to a GPU     WAIT + ranks HOP + S / link seconds

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tfla.gates import Activations
 from tfla.kernels import gates, host, normalizer
-from tfla.kernels.grid import Grid, _geometry, _new, _split, joined
+from tfla.kernels.grid import Grid, _geometry, _new, _split
 from tfla.kernels.host import launch, padded, plan_of, precision, rows_of, tables
+from tfla.kernels.layout import _joined_kernel
 from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
 from tfla.plan import Tile
@@ -58,6 +59,17 @@ def saved_like(
 def saved(grid: Grid) -> Tensor:
     """What the backward pass needs of the forward's grid."""
     return grid.buffer
+
+
+def joined(f: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The forget gates of packed sequences as of one, in fp32. See ``tfla.ops``."""
+    _, T, H = f.shape
+    out = _new(f, 1, T, H)
+    launch(
+        _joined_kernel, (triton.cdiv(T, 64),), (4, 1), (f, cu_seqlens, out), T,
+        cu_seqlens.shape[0] - 1, H, *f.stride()[1:], BLOCK=64, BLOCK_H=16,
+    )  # fmt: skip
+    return out
 
 
 def exponents(
@@ -153,9 +165,10 @@ def normalizer_backward(
     """The column that makes the gradient of the division exact; see
     ``tfla.reference.normalizer_backward``. The scan of dv may have made dh . h."""
     K, V = grid.shape[3:]
-    dh, h, q = rows_of(dh), rows_of(h), rows_of(q)
+    dh_h, q = None if dv is None else dv.dot, rows_of(q)
+    if dh_h is None:
+        dh, h = rows_of(dh), rows_of(h)
     column = Column(_new(q, grid.size), _new(q, grid.chunks() * K))
-    dh_h = None if dv is None else dv.dot
     launch(
         normalizer._column_kernel, (grid.chunks(),), (grid.plan.small_warps, 2),
         (dh, h, q, dh_h, grid.cu_seqlens, grid.tables[0], grid.weights, column.d, column.sums),
@@ -305,7 +318,7 @@ def _scan_piece(
 
         kernel, forms = (
             _scan_hopper_kernel,
-            {"STAGES": tile.stages, "OF_X": walks and y is not None},
+            {"OF_X": walks and y is not None, "STAGES": tile.stages},
         )
         divides = None, None
         if walks and not reverse and grid.undivided is not None:

@@ -6,12 +6,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from tfla.kernels import gates
-from tfla.kernels.host import launch, padded
-from tfla.kernels.layout import _joined_kernel
+from tfla.kernels.host import padded
 from tfla.plan import Plan
 
 
@@ -80,14 +78,3 @@ def _split(buffer: Tensor, sizes: list[int]) -> list[Tensor]:
 
 def _new(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def joined(f: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The forget gates of packed sequences as of one, in fp32. See ``tfla.ops``."""
-    _, T, H = f.shape
-    out = torch.empty(1, T, H, dtype=torch.float32, device=f.device)
-    launch(
-        _joined_kernel, (triton.cdiv(T, 64),), (4, 1), (f, cu_seqlens, out), T,
-        cu_seqlens.shape[0] - 1, H, *f.stride()[1:], BLOCK=64, BLOCK_H=16,
-    )  # fmt: skip
-    return out

@@ -261,7 +261,7 @@ def _column_kernel(
     here = slot * L + l
     dot = tl.zeros([L], tl.float32)
     for part in tl.static_range(PARTS):
-        dot += tl.load(dh_h + part * size + here)
+        dot += tl.load(dh_h + part * size.to(tl.int64) + here)
     dh_rows = dh + batch * stride_db + t * stride_dt + head * stride_dh
     h_rows = h + batch * stride_hb + t * stride_ht + head * stride_hh
     for block in range(0, 0 if PARTS else V, BLOCK_V):
