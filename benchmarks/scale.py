@@ -92,8 +92,8 @@ class Session:
             rest = ", ".join(f"{k} {v}" for k, v in row.items() if k not in skip)
             print(f"{row['name']:28} {rest}")
 
-    def add(self, row: Row | None) -> None:
-        if row is not None and self.main:
+    def add(self, row: Row) -> None:
+        if self.main:
             self.rows.append(row)
             print(json.dumps(row), flush=True)
 
@@ -212,7 +212,7 @@ def weak_scaling(session: Session) -> None:
         row = timed_steps(session, place, config, (B, T), True, limit)
         every = speed(session, row, config, f"train, sharded{name}", world, B * T * world)
         alone = one[name]
-        if alone and "tokens_per_s" in alone and "tokens_per_s" in every:
+        if "tokens_per_s" in alone and "tokens_per_s" in every:
             ratio = every["tokens_per_s"] / alone["tokens_per_s"] / world
             every["of_one_gpu_times_n"] = round(ratio, 4)
         session.add(every)
@@ -241,7 +241,7 @@ def long_sequences(session: Session) -> None:
         place = Ranks(session.device, context_ranks=world, recompute=True)
         row = timed_steps(session, place, small, (1, own), True, need / 4)
         split = speed(session, row, small, f"one sequence of {length:,}", world, length)
-        if one and "tokens_per_s" in one and "tokens_per_s" in split:
+        if "tokens_per_s" in one and "tokens_per_s" in split:
             ratio = split["us_a_token_and_gpu"] / one["us_a_token_and_gpu"]
             split["time_a_token_of_one_gpu"] = round(ratio, 4)
         session.add(split)

@@ -1,6 +1,9 @@
 """What every test shares. Nothing here imports Triton, so a test decides itself how it runs."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -38,9 +41,16 @@ def root() -> Path:
 
 
 @pytest.fixture
-def interpreter_env() -> dict[str, str]:
-    """The environment of a subprocess in which Triton interprets its kernels on the CPU.
+def interpret() -> Callable[[str], None]:
+    """Run the tests of a file where Triton interprets its kernels on the CPU: it reads the variable
+    when a kernel is decorated, hence a process of its own, whose report is the caller's."""
 
-    Triton reads the variable when a kernel is decorated, hence the subprocess.
-    """
-    return {**os.environ, "TRITON_INTERPRET": "1"}
+    def run(path: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
+            env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        print(done.stdout[-6000:])
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+    return run

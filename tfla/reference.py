@@ -290,9 +290,9 @@ def scan(
         out_s = sum_{t>=s} D_ts (a_s . b_t) x_t + w_s a_s^T S_T  reverse: the same D, other index
 
     name: which of the calls this is: "h", "dv", "dq" or "dk"; dv and dk run in reverse.
-    a, b: (B, T, H, A). x: (B, T, H, X). state: (N, H, A, X) or None (zeros). column: appended to
-    the contraction. dot: (B, T, H, X), for the gate gradients; h with dv, which may return dh . h
-    (not here). against: the scan of dq, for dk. final: is the state after the last chunk wanted?
+    a, b: (B, T, H, A). x: (B, T, H, X), dtype of out. state: (N, H, A, X) or None. column: part of
+    the contraction. dot: (B, T, H, X), for gate gradients; h with dv, which may return dh . h (not
+    here). against: the scan of dq, for dk. final: is the state after the last chunk wanted?
     """
     layout, dtype = grid.layout, grid.dtype
     (B, T, H, A), X, N = a.shape, x.shape[-1], len(layout.rank)

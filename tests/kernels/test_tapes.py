@@ -7,10 +7,8 @@ import contextlib
 import ctypes
 import gc
 import os
-import subprocess
-import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -29,12 +27,8 @@ if not INTERPRETED:
     from tfla import kernels
     from tfla.kernels import host
 
-    def test_tapes_in_the_interpreter(interpreter_env: dict[str, str]) -> None:
-        """Run what follows below in an interpreter of its own; its report is this test's."""
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=interpreter_env, capture_output=True, text=True)
-        print(done.stdout[-6000:])
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    def test_tapes_in_the_interpreter(interpret: Callable[[str], None]) -> None:
+        interpret(__file__)
 
     Launch = tuple[tuple[Any, ...], tuple[int, ...], tuple[Any, ...]]  # what, pointers, numbers
 

@@ -24,7 +24,7 @@ from tfla.bench.measure import synchronize
 # 0.3 of a machine epsilon in 16 bits; plain PyTorch in fp32 comes to 1.1e-5 where n . q is near 0.
 # The gradient of the forget gate is a sum over all later tokens.
 BOUNDS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-16}
-TF32 = 2**-8  # cut off, not rounded: 2^-11 in the mean and to one side, of each of up to 8 operands
+TF32 = 2**-9
 SUMS = {"df": 4.0, "dlog_f": 4.0, "ddt": 4.0}  # times the bound
 NOT_THE_FUNCTION = 0.1  # a peer whose h is further away computes something else: no speed
 CPU_TOKENS, VECTOR_TOKENS = 512, 256
