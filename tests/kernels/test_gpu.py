@@ -140,14 +140,16 @@ def test_long_sequences_with_few_heads(gate: str) -> None:
     checks.check_against_recurrence(case)
 
 
+@pytest.mark.parametrize("opened", [0.0, 3.0], ids=["fades within a piece", "does not"])
 @pytest.mark.parametrize("gate", GATES)
-def test_the_longest_sequence(gate: str) -> None:
+def test_the_longest_sequence(gate: str, opened: float) -> None:
     """65,536 tokens, against the chunked reference in fp64: the recurrence would take minutes.
 
     The bounds are three units of bf16's last place for a rounded result, and ten for df, a sum over
     what may be thousands of tokens of differences of rounded terms (docs/math.md).
     """
     inputs = problem(1, 65536, 2, 64, 128, torch.bfloat16)
+    inputs[4] += opened
     dh = torch.randn_like(inputs[2])
     truth = gradients([x.double() for x in inputs], dh, input_gate=gate, backend="reference")
     ours = gradients(inputs, dh, input_gate=gate, backend="triton")

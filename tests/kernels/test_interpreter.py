@@ -101,6 +101,15 @@ else:
         with planned(tile, **fields):
             checks.check_against_recurrence(Case(**SMALL | sizes, input_gate=gate))
 
+    @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+    @pytest.mark.parametrize("lengths", [(300,), (7, 0, 290)])
+    def test_a_cut_sequence_that_forgets(lengths: tuple[int, ...], gate: str) -> None:
+        """What fades within a piece of 16 chunks is not walked over for the state behind it."""
+        fields = {k: v for k, v in SMALL.items() if k not in ("T", "B")}
+        case = packed(*lengths, **fields, input_gate=gate, gates="f=-1")
+        with planned(segment=256):  # the recurrence knows df as exp(f) of something, we as a sum
+            checks.check_against_recurrence(case, floor_eps=torch.finfo(torch.float32).eps)
+
     @pytest.mark.parametrize("states", [(True, True), (True, False), (False, False)], ids=str)
     @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
     @pytest.mark.parametrize("segment", [0, 32])

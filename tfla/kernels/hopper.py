@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tfla.kernels.gates import FIRST_SOURCE, FLOOR, MARK, VECTORS
-from tfla.kernels.layout import first_kept, first_slot, sequence, unit
+from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 
 # The same functions under the names of Triton 3.6 and of later ones.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -137,6 +137,8 @@ def _scan_hopper_kernel(
     X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], dtype)
     P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, L], dtype)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    BY_WARP: gl.constexpr = gl.BlockedLayout([WARPS, 2], [1, 32], [1, WARPS], [1, 0])
+    ROW_MAJOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
     tiles = (X + BLOCK_X - 1) // BLOCK_X
     tile = gl.program_id(0) % tiles
@@ -160,6 +162,10 @@ def _scan_hopper_kernel(
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
     span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
+    remains = 1.0
+    if left is not None:
+        behind = (low if REVERSE else high) * L // SPAN - 1
+        low, high, remains = reaching(decay + slot, low, high, REVERSE)
     first_x = tile * BLOCK_X
     n_rows = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
 
@@ -172,7 +178,7 @@ def _scan_hopper_kernel(
     v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     a_rows, a_s, y_rows, y_s, d_s = None, None, None, None, None
-    n_s, nu_s = None, None
+    n_s, nu_s, dot_s = None, None, None
     WIDTH: gl.constexpr = BLOCK_A * (2 if WHOLE else 1) + BLOCK_X * (1 if y is None else 2)
     BYTES: gl.constexpr = 2 * L * WIDTH
     if WHOLE:
@@ -192,6 +198,8 @@ def _scan_hopper_kernel(
                 y, [n_rows, X], [stride_yt, 1], [L, BLOCK_X], X_TILE
             )
             y_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_X], X_TILE)
+            if not OF_X:
+                dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
         if d is not None:
             d_s = gl.allocate_shared_memory(gl.float32, [STAGES, L], FLAT)
             d += slot * L
@@ -238,7 +246,6 @@ def _scan_hopper_kernel(
             if HALVES == 2:
                 valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
                 S_2 = gl.load(before + SECOND, mask=valid, other=0.0)
-    remains = 1.0
 
     first = gl.maximum(high - 1, low) if REVERSE else low
     keep_next = gl.load(decay + slot + first)
@@ -368,14 +375,15 @@ def _scan_hopper_kernel(
                 gl.store(out + token, O, mask=seen)
             if y is not None and not OF_X:
                 Y = y_s.index(stage).permute((1, 0)).load(OUTPUT)
-                share = gl.sum(O * Y.to(gl.float32), 0)
-                o_l = gl.arange(0, L, layout=gl.SliceLayout(0, OUTPUT))
-                gl.store(dot + tile * size + (slot + c) * L + o_l, share)
+                dot_s.store(gl.sum((O * Y.to(gl.float32)).reshape([WARPS, 16, L]), 1))
         if HALVES == 2:
             S, S_2 = warpgroup_mma_wait(0, [S, S_2])
         else:
             S = warpgroup_mma_wait(0, [S])
         _barrier()
+        if dot_s is not None:
+            o_l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
+            gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(dot_s.load(BY_WARP), 0))
         if KEEP and not REVERSE:
             if edge:
                 _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
@@ -387,8 +395,7 @@ def _scan_hopper_kernel(
         tma.store_wait(0)
     else:
         # What this piece makes of an empty state, to where the next one starts from.
-        behind = ends + ((low if REVERSE else high) * L // SPAN - 1) * stride_e + entry
-        _keep(behind, S, S_2, HALVES, SECOND)
+        _keep(ends + behind * stride_e + entry, S, S_2, HALVES, SECOND)
         gl.store(left + w * H + head, remains)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):

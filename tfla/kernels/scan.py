@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power
-from tfla.kernels.layout import first_kept, first_slot, sequence, unit
+from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 
 
 @triton.jit
@@ -73,6 +73,10 @@ def _scan_kernel(
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
     span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
+    remains = 1.0
+    if left is not None:
+        behind = (low if REVERSE else high) * L // SPAN - 1
+        low, high, remains = reaching(decay + slot, low, high, REVERSE)
 
     first_x = tile * BLOCK_X
     columns = first_x + tl.arange(0, BLOCK_X)
@@ -122,7 +126,6 @@ def _scan_kernel(
             before = (high if REVERSE else low) * L // SPAN - 1
             kept = ends + (span + before) * stride_e + first_x * STRIDE_EX + entry
             S = tl.load(kept, mask=inside, other=0.0)
-    remains = 1.0
 
     l = tl.arange(0, L)
     for step in range(0, high - low):
@@ -212,7 +215,6 @@ def _scan_kernel(
 
     if out is None:
         # What this piece makes of an empty state, to where the next one starts from.
-        behind = (low if REVERSE else high) * L // SPAN - 1
         tl.store(ends + (span + behind) * stride_e + first_x * STRIDE_EX + entry, S)
         tl.store(left + w * H + head, remains)
     if final is not None:
