@@ -70,7 +70,7 @@ def test_every_length(gate: str, T: int) -> None:
     checks.check_against_recurrence(on_gpu(T=T, K=64, V=64, dtype=torch.bfloat16, input_gate=gate))
 
 
-@pytest.mark.parametrize("lengths", [(0, 5, 0, 300, 33), (1, 2) * 20, (700,)])
+@pytest.mark.parametrize("lengths", [(0, 5, 0, 300, 33), (2, 5) * 20, (700,)])
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("states", [(True, True), (True, False), (False, False)], ids=str)
 def test_packed(gate: str, lengths: tuple[int, ...], states: tuple[bool, bool]) -> None:

@@ -105,6 +105,18 @@ def _at(x, position, BLOCK: tl.constexpr):
         return tl.sum(tl.where(chosen, x, 0.0), 0)
 
 
+@triton.jit
+def _sums_of(sums, chunk_f, chunk_p, c, chunks, column, K):
+    """What _sums_kernel left of the chunks c of a sequence."""
+    inside = c < chunks
+    seen = inside[:, None] & (column < K)[None, :]
+    return (
+        tl.load(chunk_f + c, mask=inside, other=0.0),
+        tl.load(chunk_p + c, mask=inside, other=-1e30),
+        tl.load(sums + c.to(tl.int64)[:, None] * K + column[None, :], mask=seen, other=0.0),
+    )
+
+
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def _gauge_kernel(
     cu_seqlens, sums, chunk_f, chunk_p, n_first, m_first, gauge, decay, n_chunk, n_last, m_last,
@@ -131,33 +143,36 @@ def _gauge_kernel(
     if chunks > 0:
         tl.store(gauge + first, m)
         tl.store(n_chunk + first * K + column, normalizer, mask=column < K)
+    sums += first * K
+    chunk_f += first
+    chunk_p += first
+    l = tl.arange(0, BLOCK)
+    log_f, p_max, tile = _sums_of(sums, chunk_f, chunk_p, l, chunks, column, K)
     for block in range(0, chunks, BLOCK):
-        c = block + tl.arange(0, BLOCK)
+        c = block + l
         inside = c < chunks
         more = c + 1 < chunks
         last = tl.minimum(chunks - block, BLOCK) - 1
         slot = first + c
-        log_f = tl.load(chunk_f + slot, mask=inside, other=0.0)
-        p_max = tl.load(chunk_p + slot, mask=inside, other=-1e30)
+        # The next chunks are on their way while these are worked on.
+        next_f, next_p, next_tile = _sums_of(sums, chunk_f, chunk_p, c + BLOCK, chunks, column, K)
         total, top = tl.associative_scan((log_f, p_max + log_f), 0, _max_plus)
         m_out = tl.maximum(m.to(tl.float64) + total, top).to(tl.float32)
         tl.store(gauge + slot + 1, m_out, mask=more)
-        tl.debug_barrier()  # the gauge before a chunk is the one after the last, bit for bit
-        m_in = tl.load(gauge + slot, mask=inside, other=0.0)
+        # The gauge before a chunk is the one after the last, bit for bit.
+        m_in = tl.where(l == 0, m, tl.gather(m_out, tl.maximum(l - 1, 0), 0))
         M_out = m_out.to(tl.float64) - log_f
         keep = _exp(m_in.to(tl.float64) - M_out)
         take = _exp(p_max - M_out)
         tl.store(decay + slot, keep, mask=inside)
-        seen = inside[:, None] & (column < K)[None, :]
-        tile = tl.load(sums + slot[:, None] * K + column[None, :], mask=seen, other=0.0)
+        seen = more[:, None] & (column < K)[None, :]
         factor = tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K])
         factor, value = tl.associative_scan((factor, take[:, None] * tile), 0, _affine)
         value += factor * normalizer[None, :]
-        tl.store(
-            n_chunk + (slot + 1)[:, None] * K + column[None, :], value, mask=seen & more[:, None]
-        )
+        tl.store(n_chunk + (slot + 1)[:, None] * K + column[None, :], value, mask=seen)
         m = _at(m_out, last, BLOCK)
         normalizer = _at(value, last, BLOCK)
+        log_f, p_max, tile = next_f, next_p, next_tile
     tl.store(n_last + state * K + column, normalizer, mask=column < K)
     tl.store(m_last + state, tl.where(m <= -1e30, 0.0, m))  # the gauge of zeros may as well be 0
 
@@ -290,6 +305,16 @@ def _column_kernel(
         )
 
 
+@triton.jit
+def _kept_of(sums, decay, c, column, K):
+    """Decay of the chunks c of a sequence and what _column_kernel left of them."""
+    seen = (c >= 0)[:, None] & (column < K)[None, :]
+    return (
+        tl.load(decay + c, mask=c >= 0, other=0.0),
+        tl.load(sums + c.to(tl.int64)[:, None] * K + column[None, :], mask=seen, other=0.0),
+    )
+
+
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def _column_state_kernel(
     cu_seqlens, sums, decay, dn_last, dn_chunk, dn_first, T, H, slots, K,
@@ -310,20 +335,18 @@ def _column_state_kernel(
         dn = tl.load(dn_last + state * K + column, mask=column < K, other=0.0)
     if chunks > 0:
         tl.store(dn_chunk + (first + chunks - 1) * K + column, dn, mask=column < K)
+    sums += first * K
+    c = chunks - 1 - tl.arange(0, BLOCK)
+    keep, tile = _kept_of(sums, decay + first, c, column, K)
     for block in range(0, chunks, BLOCK):
         c = chunks - 1 - block - tl.arange(0, BLOCK)
-        slot = first + c
-        keep = tl.load(decay + slot, mask=c >= 0, other=0.0)
-        seen = (c >= 0)[:, None] & (column < K)[None, :]
-        tile = tl.load(sums + slot[:, None] * K + column[None, :], mask=seen, other=0.0)
+        next_keep, next_tile = _kept_of(sums, decay + first, c - BLOCK, column, K)
         factor, value = tl.associative_scan(
             (tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K]), tile), 0, _affine
         )
         value += factor * dn[None, :]
-        tl.store(
-            dn_chunk + (slot - 1)[:, None] * K + column[None, :],
-            value,
-            mask=seen & (c >= 1)[:, None],
-        )
+        seen = (c >= 1)[:, None] & (column < K)[None, :]
+        tl.store(dn_chunk + (first + c - 1)[:, None] * K + column[None, :], value, mask=seen)
         dn = _at(value, tl.minimum(chunks - block, BLOCK) - 1, BLOCK)
+        keep, tile = next_keep, next_tile
     tl.store(dn_first + state * K + column, dn, mask=column < K)
