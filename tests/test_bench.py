@@ -212,6 +212,23 @@ def test_a_pinned_chunk_is_taken_and_given_back() -> None:
     torch.testing.assert_close(x.run(leaves), OURS["exp"].run(leaves), rtol=1e-4, atol=1e-5)
 
 
+def test_a_pinned_span_is_that_of_a_gpus_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was planned before, with a tape of its own, which knows the function that plans."""
+    pytest.importorskip("triton")
+    from tfla import kernels
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    q, usual = torch.empty(8, 512, 2, 16, dtype=torch.bfloat16), kernels.plan_of
+    planners = set()
+    for x in cases.with_chunks([OURS["exp"], OURS["sigmoid"]], [64, 128, 4096]) * 2:
+        with x.pinned():
+            plan = kernels.plan_of(q, q, None)
+            planners.add(kernels.plan_of)
+        assert plan.span == x.chunk and plan == x.planned(usual(q, q, None))
+    assert len(planners) == 6 and kernels.plan_of is usual
+    assert usual(q, q, None).span not in (64, 128, 4096)
+
+
 def test_peers_are_chosen_by_parts_of_their_names() -> None:
     assert [x.name for x in cases.chosen("none")] == ["tfla exp", "tfla sigmoid"]
     assert cases.chosen("all") == cases.IMPLEMENTATIONS

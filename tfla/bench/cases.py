@@ -7,6 +7,7 @@ copy before the clock runs, and `canonical` turns its results back.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import tfla
 from tfla import reference
 from tfla.bench import roofline
+from tfla.plan import Plan
 
 Leaves = dict[str, Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -120,6 +122,13 @@ class Implementation:
         moved = (tokens, s.H, s.K, s.V, size, gates.get(self.function, 0), backward)
         return {"flops": flops, "bytes": roofline.least_bytes(*moved)}
 
+    def planned(self, plan: Plan) -> Plan:
+        """Our own plan with a state kept every `chunk` tokens."""
+        if self.chunk is None or not self.ours:
+            return plan
+        span = max(self.chunk, plan.L)
+        return replace(plan, span=span, segment=plan.segment and max(plan.segment, span))
+
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
         """Make our own plan keep a state every `chunk` tokens: on a GPU the span after which states
@@ -127,17 +136,10 @@ class Implementation:
         if self.chunk is None or not self.ours:
             yield
             return
-        chunk = self.chunk
-        places: list[tuple[Any, str, Any]] = [(reference, "L", chunk)]
+        places: list[tuple[Any, str, Any]] = [(reference, "L", self.chunk)]
         if torch.cuda.is_available():
-            host: Any = importlib.import_module("tfla.kernels.host")
-            planned = host.plan
-
-            def plan(*problem: Any) -> Any:
-                p = planned(*problem)
-                return replace(p, span=max(chunk, p.L), segment=p.segment and max(p.segment, chunk))
-
-            places.append((host, "plan", plan))
+            kernels: Any = importlib.import_module("tfla.kernels")
+            places.append((kernels, "plan_of", _plan_of(self)))
         before = [(module, name, getattr(module, name)) for module, name, _ in places]
         try:
             for module, name, value in places:
@@ -146,6 +148,12 @@ class Implementation:
         finally:
             for module, name, value in before:
                 setattr(module, name, value)
+
+
+@functools.lru_cache(maxsize=64)  # one function an implementation, as calls that come again ask for
+def _plan_of(x: Implementation) -> Any:
+    host: Any = importlib.import_module("tfla.kernels.host")
+    return lambda q, v, cu_seqlens: x.planned(host.plan_of(q, v, cu_seqlens))
 
 
 # ---------------------------------------------------------------- the implementations

@@ -247,8 +247,7 @@ def _plan(
     q = torch.empty(0, dtype=dtype, device=device)
     B, T, H, K, V = dataclasses.astuple(shape)
     problem = Problem(B, T, H, K, V, B, False, dtype.itemsize, host.precision(q))
-    with x.pinned():
-        planned = host.plan(problem, host.device_of(q))
+    planned = x.planned(host.plan(problem, host.device_of(q)))
     found = roofline.kernels(problem, planned, x.function == "exp", train=backward)
     moved, flops = sum(kernel.bytes for kernel in found), sum(kernel.flops for kernel in found)
     return {"plan": str(planned), "plan_bytes": moved, "plan_flops": flops}
