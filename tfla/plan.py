@@ -37,9 +37,7 @@ class Problem:
     N: int  # sequences: B, or as many as are packed
     packed: bool
     bytes: int  # of an element of q, k, v
-    precision: (
-        str  # of fp32 products: "ieee" or "tf32"; "ieee" for 16-bit operands, where it says nothing
-    )
+    precision: str  # of fp32 products: "ieee" or "tf32"; says nothing of 16-bit operands ("ieee")
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,7 @@ class Tile:
     X: int
     block_a: int
     block_x: int
-    splits: (
-        int  # the contraction is done in so many launches of block_a each, each adding to the last
-    )
+    splits: int  # launches, each with block_a of the contraction and adding to the last
     warps: int
     stages: int
     transposed: bool

@@ -73,21 +73,10 @@ def joined(f: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def exponents(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    activations: Activations,
-    normalize: bool,
-    keep: bool,
-    ends: bool,
-    saved: Tensor | None = None,
-) -> Grid:
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, n: Tensor | None, m: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, activations: Activations, normalize: bool, keep: bool,
+    ends: bool, saved: Tensor | None = None,
+) -> Grid:  # fmt: skip
     """The weights of every chunk, the denominator folded into the target side; see
     ``tfla.reference.exponents``."""
     B, T, H, K = q.shape
@@ -228,18 +217,10 @@ class Scan(NamedTuple):
 
 
 def scan(
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    x: Tensor,
-    grid: Grid,
-    state: Tensor | None = None,
-    *,
-    column: Column | None = None,
-    dot: Tensor | None = None,
-    against: Scan | None = None,
+    name: str, a: Tensor, b: Tensor, x: Tensor, grid: Grid, state: Tensor | None = None, *,
+    column: Column | None = None, dot: Tensor | None = None, against: Scan | None = None,
     final: bool = True,
-) -> Scan:
+) -> Scan:  # fmt: skip
     """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans,
     dq and dk start from them.
 
@@ -248,10 +229,8 @@ def scan(
     B, T, H, _, _ = grid.shape
     A, X = a.shape[-1], x.shape[-1]
     tile = grid.plan.tile(name)
-    walks = name in (
-        "h",
-        "dv",
-    )  # from one end of a sequence to the other, for dq and dk to follow span by span
+    # From one end of a sequence to the other, for dq and dk to follow span by span.
+    walks = name in ("h", "dv")
     reverse = name in ("dk", "dv")
     a, b, x = (rows_of(t, tile.descriptor) for t in (a, b, x))
     if name == "dv" and not tile.hopper:
@@ -308,18 +287,16 @@ def _scan_piece(
     stride_ea, stride_ex = (plan.kept[1], 1) if walks else (1, plan.kept[1])
     strides_s, strides_f = ((0, 0, 0, 0) if t is None else t.stride() for t in (state, final))
 
-    kernel, forms = _scan_kernel, {
-        "TRANSPOSED": tile.transposed, "DESCRIPTOR": tile.descriptor, "PRECISION": precision(x)
-    }  # fmt: skip
+    kernel = _scan_kernel
+    forms: dict[str, Any] = {"TRANSPOSED": tile.transposed, "DESCRIPTOR": tile.descriptor,
+                             "PRECISION": precision(x)}  # fmt: skip
     weights = grid.weights
     divides: tuple[Tensor | None, ...] = ()  # by what the scan of h divides, and where it notes it
     if tile.hopper:
         from tfla.kernels.hopper import _scan_hopper_kernel
 
-        kernel, forms = (
-            _scan_hopper_kernel,
-            {"OF_X": walks and y is not None, "STAGES": tile.stages},
-        )
+        kernel = _scan_hopper_kernel
+        forms = {"OF_X": walks and y is not None, "STAGES": tile.stages}
         divides = None, None
         if walks and not reverse and grid.undivided is not None:
             weights = grid.undivided

@@ -166,11 +166,8 @@ def _gradients_kernel(
         state = tl.where((j + 1) * SPAN < length, state, 0)
     first = row * slots + first_slot(n, start, L, PACKED)
     # Tokens from the last to the first: the scan runs forward.
-    position = (
-        tl.minimum((j + 1) * SPAN, ((length + L - 1) // L * L).to(tl.int32))
-        - 1
-        - tl.arange(0, SPAN)
-    )
+    behind = tl.minimum((j + 1) * SPAN, ((length + L - 1) // L * L).to(tl.int32))
+    position = behind - 1 - tl.arange(0, SPAN)
     inside = (position >= j * SPAN) & (position < length)
     here = first * L + position
     dlog_i = tl.zeros([SPAN], tl.float32)

@@ -51,11 +51,10 @@ def _fetch(
         _load(y_rows, [c * L, first_x], bar, y_s.index(stage), pred=wanted)
     if wanted:
         FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-        at = gl.arange(0, VECTORS * L, layout=FLAT)
-        _copy(v_s.index(stage), here + c * (VECTORS * L) + at)
+        here += c * (VECTORS * L)
+        _copy(v_s.index(stage), here + gl.arange(0, VECTORS * L, layout=FLAT))
         if d is not None:
-            at = gl.arange(0, L, layout=FLAT)
-            _copy(d_s.index(stage), d + c * L + at)
+            _copy(d_s.index(stage), d + c * L + gl.arange(0, L, layout=FLAT))
         if n_in is not None:
             at = gl.arange(0, BLOCK_A, layout=FLAT)
             _copy(n_s.index(stage), n_in + c * A + at, mask=at < A)
@@ -119,8 +118,7 @@ def _scan_hopper_kernel(
         [3, 0], [4, WARPS // 4], [16, L * 4 // WARPS, 16]
     )
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, L, 16])
-    # A state of 256 rows comes in two halves: with all of it as an operand at once, the assembler
-    # runs out of registers and waits after every product.
+    # A state of 256 rows comes in two halves: of one, the assembler waits after every product.
     HALF: gl.constexpr = min(BLOCK_A, 128)
     HALVES: gl.constexpr = BLOCK_A // HALF
     # Which way round the scores lie: beside a state of two halves the assembler has registers left
@@ -139,7 +137,6 @@ def _scan_hopper_kernel(
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BY_WARP: gl.constexpr = gl.BlockedLayout([WARPS, 2], [1, 32], [1, WARPS], [1, 0])
     ROW_MAJOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-
     tiles = (X + BLOCK_X - 1) // BLOCK_X
     tile = gl.program_id(0) % tiles
     head = ((gl.program_id(0) // tiles) % H).to(gl.int64)
@@ -177,10 +174,10 @@ def _scan_hopper_kernel(
     x_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_X], X_TILE)
     v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    a_rows, a_s, y_rows, y_s, d_s = None, None, None, None, None
-    n_s, nu_s, dot_s = None, None, None
-    WIDTH: gl.constexpr = BLOCK_A * (2 if WHOLE else 1) + BLOCK_X * (1 if y is None else 2)
-    BYTES: gl.constexpr = 2 * L * WIDTH
+    a_rows, a_s, y_rows, y_s = None, None, None, None
+    d_s, n_s, nu_s, dot_s = None, None, None, None
+    OTHERS: gl.constexpr = (BLOCK_A if WHOLE else 0) + (0 if y is None else BLOCK_X)
+    BYTES: gl.constexpr = 2 * L * (BLOCK_A + BLOCK_X + OTHERS)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
         a_rows = tma.make_tensor_descriptor(a, [n_rows, A], [stride_at, 1], [L, BLOCK_A], A_TILE)
@@ -218,7 +215,6 @@ def _scan_hopper_kernel(
             (high - 1 - chunk) if REVERSE else (low + chunk), chunk, first_x, A, low + chunk < high,
             BYTES, L, BLOCK_A, WARPS, STAGES,
         )  # fmt: skip
-
     # The state, (X, A). Entries of kept states lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, HALF, layout=gl.SliceLayout(0, STATE))
@@ -246,7 +242,6 @@ def _scan_hopper_kernel(
             if HALVES == 2:
                 valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
                 S_2 = gl.load(before + SECOND, mask=valid, other=0.0)
-
     first = gl.maximum(high - 1, low) if REVERSE else low
     keep_next = gl.load(decay + slot + first)
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
@@ -318,7 +313,6 @@ def _scan_hopper_kernel(
                 S_low = gl.convert_layout(S_2.to(dtype), OPERAND)
                 A_2 = AA.slice(HALF, HALF, dim=1).permute((1, 0))
                 O = warpgroup_mma(S_low, A_2, O, is_async=True)
-        if WHOLE:
             row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
             if HALVES == 2:
                 O = warpgroup_mma_wait(0, [O])
@@ -389,7 +383,6 @@ def _scan_hopper_kernel(
                 _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
         if left is not None:
             remains *= keep
-
     async_copy.wait_group(0)
     if WHOLE:
         tma.store_wait(0)

@@ -293,16 +293,10 @@ def _column_kernel(
     q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
     for block in range(0, K, BLOCK_K):
         column = block + tl.arange(0, BLOCK_K)
-        tile = tl.load(
-            q_rows[:, None] + column[None, :],
-            mask=inside[:, None] & (column < K)[None, :],
-            other=0.0,
-        )
-        tl.store(
-            sums + slot * K + column,
-            tl.sum(tile.to(tl.float32) * weight[:, None], 0),
-            mask=column < K,
-        )
+        seen = inside[:, None] & (column < K)[None, :]
+        tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
+        total = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
+        tl.store(sums + slot * K + column, total, mask=column < K)
 
 
 @triton.jit

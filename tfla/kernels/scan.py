@@ -145,39 +145,30 @@ def _scan_kernel(
             col_rest = tl.load(here + (COL + 1) * L)
             if TRANSPOSED:
                 P = tl.dot(B, tl.trans(AA), input_precision=PRECISION)
-                D = power(
-                    row_whole[None, :] + col_whole[:, None],
-                    row_rest[None, :] + col_rest[:, None],
-                    PRECISE,
-                )
-                causal = (l[None, :] <= l[:, None]) if REVERSE else (l[None, :] >= l[:, None])
+                whole = row_whole[None, :] + col_whole[:, None]
+                rest = row_rest[None, :] + col_rest[:, None]
+                target, source = l[None, :], l[:, None]
             else:
                 P = tl.dot(AA, tl.trans(B), input_precision=PRECISION)
-                D = power(
-                    row_whole[:, None] + col_whole[None, :],
-                    row_rest[:, None] + col_rest[None, :],
-                    PRECISE,
-                )
-                causal = (l[:, None] <= l[None, :]) if REVERSE else (l[:, None] >= l[None, :])
+                whole = row_whole[:, None] + col_whole[None, :]
+                rest = row_rest[:, None] + col_rest[None, :]
+                target, source = l[:, None], l[None, :]
+            causal = (target <= source) if REVERSE else (target >= source)
             if d is not None:
                 d_here = tl.load(d + (slot + c) * L + l)
                 if REVERSE == TRANSPOSED:
                     P += d_here[:, None]
                 else:
                     P += d_here[None, :]
-            P = tl.where(causal, P * D, 0.0).to(XX.dtype)
+            P = tl.where(causal, P * power(whole, rest, PRECISE), 0.0).to(XX.dtype)
             if TRANSPOSED:
-                O = (
-                    tl.dot(S.to(B.dtype), tl.trans(AA), input_precision=PRECISION)
-                    * row_edge[None, :]
-                )
+                O = tl.dot(S.to(B.dtype), tl.trans(AA), input_precision=PRECISION)
+                O *= row_edge[None, :]
                 O = tl.trans(tl.dot(tl.trans(XX), P, O, input_precision=PRECISION))
             else:
                 O = tl.dot(AA, S.to(B.dtype), input_precision=PRECISION) * row_edge[:, None]
                 O = tl.dot(P, XX, O, input_precision=PRECISION)
-            if (
-                d is not None
-            ):  # last, when the low-precision copy of the state has left the registers
+            if d is not None:  # last: the state in low precision has left the registers
                 row_vector = tl.load(vector + (slot + c) * X + columns, mask=columns < X, other=0.0)
                 O += (row_edge if REVERSE else row_edge * d_here)[:, None] * row_vector[None, :]
             seen = (t + l < length)[:, None] & (columns < X)[None, :]
@@ -242,11 +233,8 @@ def _join_kernel(
     row = head if PACKED else batch * H + head
     span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
     pieces = ((length + UNIT - 1) // UNIT).to(tl.int32)
-    first = (
-        first_slot(n, start, UNIT, PACKED)
-        if PACKED
-        else n.to(tl.int64) * tl.maximum((T + UNIT - 1) // UNIT, 1)
-    )
+    each = tl.maximum((T + UNIT - 1) // UNIT, 1)
+    first = first_slot(n, start, UNIT, PACKED) if PACKED else n.to(tl.int64) * each
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     lane, column = entry // X, entry % X
     inside = entry < A * X
