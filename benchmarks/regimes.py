@@ -7,6 +7,9 @@
     tf32     fp32 with products in TF32, 4 sequences of 4,096 tokens, beside mlstm_kernels
     fp16     the same in fp16
     fp32     with products in fp32, alone
+    launches where the time of forward + backward goes, by the profiler, beside the bytes of each
+             launch by its plan
+    host     until the host is back from a call of 512 or 2,048 tokens, each alone and in a row
 
 One GPU. Timed in turns as in `tfla bench`, by events; calls one after the other and a graph beside
 them where the host decides. What is timed was held against fp64 first (its error is printed), a
@@ -26,8 +29,10 @@ import torch
 from torch import Tensor
 
 import tfla
-from tfla.bench import cases, check, measure
+from tfla.bench import cases, check, measure, roofline
 from tfla.bench.cases import Shape
+from tfla.kernels import host as host_of_calls
+from tfla.plan import Plan, Problem, plan
 
 DEVICE = torch.device("cuda")
 Row = dict[str, Any]
@@ -181,6 +186,117 @@ def long() -> list[Row]:
     return rows
 
 
+def launches() -> list[Row]:
+    ceiling = measure.ceiling(DEVICE, torch.bfloat16)["bytes_per_s"]
+    rows = []
+    for B, T, H, K, V in (
+        (4, 16384, 16, 128, 256),
+        (1, 65536, 16, 128, 256),
+        (4, 16384, 8, 256, 512),
+    ):
+        problem = Problem(B, T, H, K, V, B, False, 2, "ieee")
+        planned = plan(problem, host_of_calls.device_of(torch.empty(0, device=DEVICE)))
+        for gate in ("exp", "sigmoid"):
+            x = known(f"tfla {gate}")
+            leaves = x.leaves(Shape(B, T, H, K, V), torch.bfloat16, DEVICE, 11)
+            run = passes(x, leaves)[f"{x.name}|with backward"]
+            seen, found = by_launch(run), dict[str, float]()
+            for label, (_, us) in zip(labels([k for k, _ in seen], planned), seen, strict=True):
+                found[label] = found.get(label, 0.0) + us
+            moved = {k.name: k.bytes for k in roofline.kernels(problem, planned, gate == "exp")}
+            for label, us in found.items():
+                row = {
+                    "name": x.name,
+                    "shape": str(Shape(B, T, H, K, V)),
+                    "launch": label,
+                    "us": us,
+                }
+                if label in moved:
+                    row["GB/s by plan"] = moved[label] / us / 1e3
+                    row["share of a copy"] = moved[label] / us * 1e6 / ceiling
+                rows.append(row)
+            del leaves, run
+            torch.cuda.empty_cache()
+    return rows
+
+
+def by_launch(run: Callable[[], object], calls: int = 8) -> list[tuple[str, float]]:
+    """(kernel, median microseconds) of the launches of a call, in order."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    events = [e for e in seen.events() if e.device_type == on_device]
+    events.sort(key=lambda e: e.time_range.start)
+    each = len(events) // calls
+    return [
+        (events[n].name, statistics.median(e.time_range.elapsed_us() for e in events[n::each]))
+        for n in range(each)
+    ]
+
+
+def labels(kernels: list[str], planned: Plan) -> list[str]:
+    """The names that the model of cost has for launches; h, dv, dq and dk come in this order, each
+    in as many launches as its contraction is split into, behind two that cut it."""
+    small = {f"_{name}_kernel": name for name in ("sums", "gauge", "weights", "column")}
+    small |= {"_denominator_kernel": "weights", "_column_state_kernel": "column states"}
+    small |= {"_gradients_kernel": "gate gradients"}
+    scans: list[str] = []
+    for name in ("h", "dv", "dq", "dk"):
+        cut = [f"{name}: cut"] * 2 if planned.segment and name in ("h", "dv") else []
+        scans += [*cut, name] * planned.tile(name).splits
+    ours = iter(scans)
+    return [
+        next(ours) if k.startswith(("_scan", "_join")) else small.get(k, k[:40]) for k in kernels
+    ]
+
+
+def host() -> list[Row]:
+    rows = []
+    for T in (512, 2048):
+        for name in ("tfla sigmoid", "tfla exp", "attention cudnn"):
+            x, shape = known(name), Shape(1, T, 16, 128, 256)
+            leaves = x.leaves(shape, torch.bfloat16, DEVICE, 11)
+            tensors = list(leaves.values())
+            dh = torch.randn_like(leaves["v"])
+
+            def call(leaves: Any = leaves, x: Any = x) -> Tensor:
+                return x.call(leaves)
+
+            def back(h: Tensor, tensors: Any = tensors, dh: Tensor = dh) -> object:
+                return torch.autograd.grad(h, tensors, dh.to(h.dtype))
+
+            def until_back(run: Callable[[Any], object], prepare: Callable[[], Any]) -> float:
+                times = []
+                for _ in range(200):
+                    given = prepare()
+                    torch.cuda.synchronize()
+                    began = time.perf_counter()
+                    run(given)
+                    times.append(time.perf_counter() - began)
+                return statistics.median(times) * 1e6
+
+            row: Row = {"name": name, "T": T}
+            with torch.no_grad():
+                row["forward us"] = until_back(call, lambda leaves=leaves: leaves)
+            row["forward with gradients us"] = until_back(call, lambda leaves=leaves: leaves)
+            row["backward us"] = until_back(back, call)
+            with torch.autograd.set_multithreading_enabled(False):
+                row["backward in the caller's thread us"] = until_back(back, call)
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(50):  # fewer than a GPU's queue takes
+                back(call())
+            row["both in a row us"] = (time.perf_counter() - began) / 50 * 1e6
+            torch.cuda.synchronize()
+            rows.append(row)
+    return rows
+
+
 def dtypes(dtype: torch.dtype, precision: str, others: bool) -> list[Row]:
     torch.set_float32_matmul_precision(precision)
     names = ["tfla exp", "tfla sigmoid"]
@@ -196,6 +312,7 @@ def main() -> None:
         "tf32": lambda: dtypes(torch.float32, "high", True),
         "fp16": lambda: dtypes(torch.float16, "highest", True),
         "fp32": lambda: dtypes(torch.float32, "highest", False),
+        "launches": launches, "host": host,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(studies))
