@@ -133,6 +133,8 @@ def cancellation(name: str, case: Case, inputs: Inputs, truth: Results) -> list[
     df_t is a sum over all later tokens of q . dq - k . dk, and dm0 the sum of <C0, dC0> and
     <n0, dn0>. Either may be any number of orders of magnitude smaller than its terms (f = -12:
     e^-12), and no rounding of the terms can be undone by it. Every other result is a plain sum: 0.
+    The terms of dm0 are entries of dC0 and dn0, each rounded by itself: their roundings add up in
+    squares.
     """
     if name == "df":
         terms = rows("dq", (inputs.q.double() * truth["dq"]).abs(), case)
@@ -140,9 +142,9 @@ def cancellation(name: str, case: Case, inputs: Inputs, truth: Results) -> list[
         return [t.sum().item() * math.sqrt(n) for t, n in zip(terms, T, strict=True)]
     if name == "dm0":
         C, n, _ = inputs.memory  # type: ignore[misc]
-        parts = [(x.double() * truth[f"d{y}0"]).abs() for x, y in ((C, "C"), (n, "n"))]
-        sums = [[row.sum().item() for row in rows("dC0", part, case)] for part in parts]
-        return [a + b for a, b in zip(*sums, strict=True)]
+        parts = [x.double() * truth[f"d{y}0"] for x, y in ((C, "C"), (n, "n"))]
+        norms = [[row.norm().item() for row in rows("dC0", part, case)] for part in parts]
+        return [math.hypot(a, b) for a, b in zip(*norms, strict=True)]
     return [0.0] * len(rows(name, truth[name], case))
 
 
@@ -172,7 +174,9 @@ def failures(
         sides = [rows(name, x[name], case) for x in (ours, truth, plain or truth)]
         terms = cancellation(name, case, inputs, truth)
         for x, y, z, term in zip(*sides, terms, strict=True):
-            floor = max(floor_eps * term, eps * y.norm().item(), kind.tiny * math.sqrt(y.numel()))
+            # dm0 is one number a row: how well the recurrence happens to hit it judges nothing.
+            own = max(floor_eps, kind.eps) if name == "dm0" else floor_eps
+            floor = max(own * term, eps * y.norm().item(), kind.tiny * math.sqrt(y.numel()))
             err, yardstick = distance(x, y), max(distance(z, y), floor / RATIO)
             if not math.isfinite(yardstick):
                 lines.append(f"{name}: the plain recurrence is not finite and judges nothing")
@@ -231,8 +235,8 @@ def check_against_recurrence(
 
     plain_dtype: what the plain recurrence computes in (default: the case's dtype; fp32 makes a
     harder yardstick of a bf16 case, since then only its results are rounded). floor_eps: the
-    rounding of one term of df and dm0 (default: that of the state's dtype; 0 below fp64 unless the
-    gates are CANCELLING).
+    rounding of one term of df, and of dm0 if it is more than that of its dtype (default: that of
+    the state's dtype; 0 below fp64 unless the gates are CANCELLING).
     """
     inputs = make_inputs(case)
     truth, c = run_recurrence(case, inputs, torch.float64)
