@@ -13,7 +13,8 @@
 
 One GPU. Timed in turns as in `tfla bench`, by events; calls one after the other and a graph beside
 them where the host decides. What is timed was held against fp64 first (its error is printed), a
-packed document against the same one alone. `mlstm_kernels` only has to be importable.
+packed document against the same one alone; long, launches and host take what `tfla bench`
+checks. `mlstm_kernels` only has to be importable.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from torch import Tensor
 import tfla
 from tfla.bench import cases, check, measure, roofline
 from tfla.bench.cases import Shape
-from tfla.kernels import host as host_of_calls
+from tfla.kernels.host import device_of
 from tfla.plan import Plan, Problem, plan
 
 DEVICE = torch.device("cuda")
@@ -189,28 +190,21 @@ def long() -> list[Row]:
 def launches() -> list[Row]:
     ceiling = measure.ceiling(DEVICE, torch.bfloat16)["bytes_per_s"]
     rows = []
-    for B, T, H, K, V in (
-        (4, 16384, 16, 128, 256),
-        (1, 65536, 16, 128, 256),
-        (4, 16384, 8, 256, 512),
-    ):
-        problem = Problem(B, T, H, K, V, B, False, 2, "ieee")
-        planned = plan(problem, host_of_calls.device_of(torch.empty(0, device=DEVICE)))
+    for shape in (
+        Shape(4, 16384, 16, 128, 256), Shape(1, 65536, 16, 128, 256), Shape(4, 16384, 8, 256, 512)
+    ):  # fmt: skip
+        problem = Problem(shape.B, shape.T, shape.H, shape.K, shape.V, shape.B, False, 2, "ieee")
+        planned = plan(problem, device_of(torch.empty(0, device=DEVICE)))
         for gate in ("exp", "sigmoid"):
             x = known(f"tfla {gate}")
-            leaves = x.leaves(Shape(B, T, H, K, V), torch.bfloat16, DEVICE, 11)
+            leaves = x.leaves(shape, torch.bfloat16, DEVICE, 11)
             run = passes(x, leaves)[f"{x.name}|with backward"]
             seen, found = by_launch(run), dict[str, float]()
             for label, (_, us) in zip(labels([k for k, _ in seen], planned), seen, strict=True):
                 found[label] = found.get(label, 0.0) + us
             moved = {k.name: k.bytes for k in roofline.kernels(problem, planned, gate == "exp")}
             for label, us in found.items():
-                row = {
-                    "name": x.name,
-                    "shape": str(Shape(B, T, H, K, V)),
-                    "launch": label,
-                    "us": us,
-                }
+                row: Row = {"name": x.name, "shape": str(shape), "launch": label, "us": us}
                 if label in moved:
                     row["GB/s by plan"] = moved[label] / us / 1e3
                     row["share of a copy"] = moved[label] / us * 1e6 / ceiling
@@ -255,42 +249,34 @@ def labels(kernels: list[str], planned: Plan) -> list[str]:
     ]
 
 
-def host() -> list[Row]:
+def host(calls: int = 100) -> list[Row]:
     rows = []
     for T in (512, 2048):
         for name in ("tfla sigmoid", "tfla exp", "attention cudnn"):
-            x, shape = known(name), Shape(1, T, 16, 128, 256)
-            leaves = x.leaves(shape, torch.bfloat16, DEVICE, 11)
-            tensors = list(leaves.values())
-            dh = torch.randn_like(leaves["v"])
+            x = known(name)
+            leaves = x.leaves(Shape(1, T, 16, 128, 256), torch.bfloat16, DEVICE, 11)
+            tensors, dh = list(leaves.values()), torch.randn_like(leaves["v"])
 
-            def call(leaves: Any = leaves, x: Any = x) -> Tensor:
+            def forward(_: int, x: Any = x, leaves: Any = leaves) -> Tensor:
                 return x.call(leaves)
 
-            def back(h: Tensor, tensors: Any = tensors, dh: Tensor = dh) -> object:
+            def backward(h: Tensor, tensors: Any = tensors, dh: Tensor = dh) -> object:
                 return torch.autograd.grad(h, tensors, dh.to(h.dtype))
 
-            def until_back(run: Callable[[Any], object], prepare: Callable[[], Any]) -> float:
-                times = []
-                for _ in range(200):
-                    given = prepare()
-                    torch.cuda.synchronize()
-                    began = time.perf_counter()
-                    run(given)
-                    times.append(time.perf_counter() - began)
-                return statistics.median(times) * 1e6
+            def of_backward(forward: Any = forward, backward: Any = backward) -> float | None:
+                done = [forward(turn) for turn in range(calls)]
+                return measure.host_us(lambda turn: backward(done[turn]), DEVICE, calls)
 
             row: Row = {"name": name, "T": T}
             with torch.no_grad():
-                row["forward us"] = until_back(call, lambda leaves=leaves: leaves)
-            row["forward with gradients us"] = until_back(call, lambda leaves=leaves: leaves)
-            row["backward us"] = until_back(back, call)
+                row["forward us"] = measure.host_us(forward, DEVICE, calls)
+            row["forward with gradients us"] = measure.host_us(forward, DEVICE, calls)
+            row["backward us"] = of_backward()
             with torch.autograd.set_multithreading_enabled(False):
-                row["backward in the caller's thread us"] = until_back(back, call)
-            torch.cuda.synchronize()
+                row["backward in the caller's thread us"] = of_backward()
             began = time.perf_counter()
-            for _ in range(50):  # fewer than a GPU's queue takes
-                back(call())
+            for turn in range(50):  # fewer launches than wait in a GPU's queue
+                backward(forward(turn))
             row["both in a row us"] = (time.perf_counter() - began) / 50 * 1e6
             torch.cuda.synchronize()
             rows.append(row)

@@ -70,11 +70,14 @@ def test_every_length(gate: str, T: int) -> None:
     checks.check_against_recurrence(on_gpu(T=T, K=64, V=64, dtype=torch.bfloat16, input_gate=gate))
 
 
-@pytest.mark.parametrize("lengths", [(0, 5, 0, 300, 33), (2, 5) * 20, (700,)])
+@pytest.mark.parametrize("lengths", [(0, 5, 0, 300, 33), (1, 2) * 20, (2, 5) * 20, (700,)])
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("states", [(True, True), (True, False), (False, False)], ids=str)
 def test_packed(gate: str, lengths: tuple[int, ...], states: tuple[bool, bool]) -> None:
     """With states before, behind, or none at all, which makes one sequence of them."""
+    if gate == "exp" and not any(states) and lengths[0] == 1:
+        # The recurrence has di of one token exactly, 0. test_thousands_of_documents has such too.
+        pytest.skip("nothing to compare the rounding of di with")
     fields = {"K": 64, "V": 128, "dtype": torch.bfloat16, "input_gate": gate, "device": "cuda"}
     case = packed(*lengths, **fields, backend="triton", state=states[0], final=states[1])
     checks.check_against_recurrence(case)

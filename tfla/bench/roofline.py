@@ -144,7 +144,7 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
             moved += spans * state
             through += spans * state
         found.append(Kernel(name, backward, tile.splits, flops, moved, through))
-        if plan.segment and name in ("h", "dv"):
+        if plan.segment and name in ("h", "dv"):  # at most: what has faded is not read
             flops = tokens * 2 * tile.splits * tile.block_a * tile.tiles * tile.block_x
             ends = math.ceil(p.T / plan.segment) * rows * state
             shared, own = tokens * tile.A * e + 2 * vector, tokens * tile.X * e * tile.splits
