@@ -159,10 +159,10 @@ def _scan_hopper_kernel(
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
     span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
-    remains = 1.0
     if left is not None:
         behind = (low if REVERSE else high) * L // SPAN - 1
         low, high, remains = reaching(decay + slot, low, high, REVERSE)
+        gl.store(left + w * H + head, remains)
     first_x = tile * BLOCK_X
     n_rows = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
 
@@ -381,15 +381,12 @@ def _scan_hopper_kernel(
         if KEEP and not REVERSE:
             if edge:
                 _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
-        if left is not None:
-            remains *= keep
     async_copy.wait_group(0)
     if WHOLE:
         tma.store_wait(0)
     else:
         # What this piece makes of an empty state, to where the next one starts from.
         _keep(ends + behind * stride_e + entry, S, S_2, HALVES, SECOND)
-        gl.store(left + w * H + head, remains)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(gl.int64) * stride_fn + head * stride_fh

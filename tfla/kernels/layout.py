@@ -78,17 +78,16 @@ def first_kept(n, start, SPAN, PACKED: tl.constexpr, ENDS: tl.constexpr):
 
 @triton.jit
 def reaching(decay, low, high, REVERSE: tl.constexpr):
-    """(low, high, remains): the part of chunks [low, high) that the state behind them still knows.
-    What came before (in reverse, after) is multiplied by decays whose product is 0 in fp32; the
-    product over all of them is then 0 times that of the part, ``remains``, else 1 times."""
-    left = (low * 0 + 1).to(tl.float32)
+    """(low, high, remains): the part of chunks [low, high) that the state behind them still knows,
+    and what it leaves of a state before them. What came before that part (in reverse, after) is
+    multiplied by decays whose product is 0 in fp32."""
+    remains = (low * 0 + 1).to(tl.float32)
     known = low * 0
-    while (known < high - low) & (left > 0.0):
+    while (known < high - low) & (remains > 0.0):
         for each in tl.static_range(8):  # loads that wait for none of each other
             c = (low + known + each) if REVERSE else (high - 1 - known - each)
-            left *= tl.load(decay + c, mask=(c >= low) & (c < high), other=1.0)
+            remains *= tl.load(decay + c, mask=(c >= low) & (c < high), other=1.0)
         known += 8
-    remains = tl.where(known < high - low, 0.0, 1.0)
     if REVERSE:
         return low, tl.minimum(low + known, high), remains
     else:

@@ -73,10 +73,10 @@ def _scan_kernel(
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
     span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
-    remains = 1.0
     if left is not None:
         behind = (low if REVERSE else high) * L // SPAN - 1
         low, high, remains = reaching(decay + slot, low, high, REVERSE)
+        tl.store(left + w * H + head, remains)
 
     first_x = tile * BLOCK_X
     columns = first_x + tl.arange(0, BLOCK_X)
@@ -201,13 +201,10 @@ def _scan_kernel(
         if KEEP and not REVERSE:
             if edge:
                 tl.store(kept, S)
-        if left is not None:
-            remains *= keep
 
     if out is None:
         # What this piece makes of an empty state, to where the next one starts from.
         tl.store(ends + (span + behind) * stride_e + first_x * STRIDE_EX + entry, S)
-        tl.store(left + w * H + head, remains)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(tl.int64) * stride_fn + head * stride_fh
