@@ -133,19 +133,23 @@ def cancellation(name: str, case: Case, inputs: Inputs, truth: Results) -> list[
     df_t is a sum over all later tokens of q . dq - k . dk, and dm0 the sum of <C0, dC0> and
     <n0, dn0>. Either may be any number of orders of magnitude smaller than its terms (f = -12:
     e^-12), and no rounding of the terms can be undone by it. Every other result is a plain sum: 0.
-    The terms of dm0 are entries of dC0 and dn0, each rounded by itself: their roundings add up in
-    squares.
     """
     if name == "df":
         terms = rows("dq", (inputs.q.double() * truth["dq"]).abs(), case)
         T = [len(row) for row in rows("df", truth["df"], case)]
         return [t.sum().item() * math.sqrt(n) for t, n in zip(terms, T, strict=True)]
     if name == "dm0":
-        C, n, _ = inputs.memory  # type: ignore[misc]
-        parts = [x.double() * truth[f"d{y}0"] for x, y in ((C, "C"), (n, "n"))]
-        norms = [[row.norm().item() for row in rows("dC0", part, case)] for part in parts]
-        return [math.hypot(a, b) for a, b in zip(*norms, strict=True)]
+        return terms_of_dm0(case, inputs, truth["dC0"], truth["dn0"])
     return [0.0] * len(rows(name, truth[name], case))
+
+
+def terms_of_dm0(case: Case, inputs: Inputs, dC: Tensor, dn: Tensor) -> list[float]:
+    """Row by row, the norm of the terms of dm0: the entries of dC0 and dn0 are rounded one by one,
+    so what that makes of dm0 adds up in squares."""
+    C, n, _ = inputs.memory  # type: ignore[misc]
+    parts = C.double() * dC, n.double() * dn
+    norms = [[row.norm().item() for row in rows("dC0", part, case)] for part in parts]
+    return [math.hypot(a, b) for a, b in zip(*norms, strict=True)]
 
 
 def failures(
@@ -173,11 +177,16 @@ def failures(
         logs, squares, bad = [], [], 0.0
         sides = [rows(name, x[name], case) for x in (ours, truth, plain or truth)]
         terms = cancellation(name, case, inputs, truth)
-        for x, y, z, term in zip(*sides, terms, strict=True):
-            # dm0 is one number a row: how well the recurrence happens to hit it judges nothing.
+        missed = [0.0] * len(terms)
+        if name == "dm0" and plain is not None:
+            # One number a row: how well the recurrence happens to hit it judges nothing, how well
+            # it hits what that is a sum of does.
+            off = (plain[x] - truth[x] for x in ("dC0", "dn0"))
+            missed = terms_of_dm0(case, inputs, *off)
+        for x, y, z, term, miss in zip(*sides, terms, missed, strict=True):
             own = max(floor_eps, kind.eps) if name == "dm0" else floor_eps
             floor = max(own * term, eps * y.norm().item(), kind.tiny * math.sqrt(y.numel()))
-            err, yardstick = distance(x, y), max(distance(z, y), floor / RATIO)
+            err, yardstick = distance(x, y), max(distance(z, y), miss, floor / RATIO)
             if not math.isfinite(yardstick):
                 lines.append(f"{name}: the plain recurrence is not finite and judges nothing")
                 break
