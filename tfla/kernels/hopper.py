@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -29,36 +28,53 @@ from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 # The same functions under the names of Triton 3.6 and of later ones.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+LINE = gl.constexpr(256)  # what a copy moves is at most so wide
 
 
 @gluon.jit
 def _fetch(
-    a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, n_in, v_s, d_s, n_s, c,
-    chunk, first_x, A, wanted, BYTES: gl.constexpr, L: gl.constexpr, BLOCK_A: gl.constexpr,
-    WARPS: gl.constexpr, STAGES: gl.constexpr,
+    a_rows, b_rows, x_rows, y_rows, v_rows, d_rows, n_rows, u_rows, a_s, b_s, x_s, y_s, v_s, d_s,
+    n_s, u_s, ready, c, chunk, first_x, wanted, BYTES: gl.constexpr, L: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Send for the tiles and the vectors of chunk c, the ``chunk``-th of this program."""
     stage = chunk % STAGES
     bar = ready.index(stage)
     mbarrier.expect(bar, BYTES, pred=wanted)
     _load(b_rows, [c * L, 0], bar, b_s.index(stage), pred=wanted)
-    _load(x_rows, [c * L, first_x], bar, x_s.index(stage), pred=wanted)
     if a_rows is not None:
         _load(a_rows, [c * L, 0], bar, a_s.index(stage), pred=wanted)
+    _load(v_rows, [c * (VECTORS * L // LINE), 0], bar, v_s.index(stage), pred=wanted)
+    _load(x_rows, [c * L, first_x], bar, x_s.index(stage), pred=wanted)
+    if d_rows is not None:
+        _load(d_rows, [c, 0], bar, d_s.index(stage), pred=wanted)
+    if n_rows is not None:
+        _load(n_rows, [c, 0], bar, n_s.index(stage), pred=wanted)
+    if u_rows is not None:
+        _load(u_rows, [c, first_x], bar, u_s.index(stage), pred=wanted)
     if y_rows is not None:
         _load(y_rows, [c * L, first_x], bar, y_s.index(stage), pred=wanted)
-    if wanted:
-        FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-        here += c * (VECTORS * L)
-        _copy(v_s.index(stage), here + gl.arange(0, VECTORS * L, layout=FLAT))
-        if d is not None:
-            _copy(d_s.index(stage), d + c * L + gl.arange(0, L, layout=FLAT))
-        if n_in is not None:
-            at = gl.arange(0, BLOCK_A, layout=FLAT)
-            _copy(n_s.index(stage), n_in + c * A + at, mask=at < A)
-    async_copy.commit_group()
+
+
+@gluon.jit
+def _flat(vectors, SIZE: gl.constexpr):
+    """What lies in lines of a copy, as one vector."""
+    return vectors._reinterpret(gl.float32, [SIZE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def _updated(
+    S, S_2, X_rows, B, col_edge, keep, HALF: gl.constexpr, HALVES: gl.constexpr,
+    SOURCE: gl.constexpr,
+):  # fmt: skip
+    """The state after a chunk, while it is being made."""
+    X_low = X_rows.permute((1, 0)).load(SOURCE)
+    X_low = (X_low.to(gl.float32) * col_edge[None, :]).to(X_rows.dtype)
+    S = warpgroup_mma(X_low, B.slice(0, HALF, dim=1), S * keep, is_async=True)
+    if HALVES == 2:
+        S_2 = warpgroup_mma(X_low, B.slice(HALF, HALF, dim=1), S_2 * keep, is_async=True)
+    return S, S_2
 
 
 @gluon.jit
@@ -121,6 +137,9 @@ def _scan_hopper_kernel(
     # A state of 256 rows comes in two halves: of one, the assembler waits after every product.
     HALF: gl.constexpr = min(BLOCK_A, 128)
     HALVES: gl.constexpr = BLOCK_A // HALF
+    # The update of the state is worked on beside the scores, where registers are left for it.
+    FIRST: gl.constexpr = HALVES == 1
+    AFTER: gl.constexpr = 1 if FIRST else 0
     # Which way round the scores lie: beside a state of two halves the assembler has registers left
     # with the one (dk 0.76 against 0.94 ms); sums over sources, for nu, want the other.
     SOURCE_FIRST: gl.constexpr = HALVES == 2
@@ -135,6 +154,9 @@ def _scan_hopper_kernel(
     X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], dtype)
     P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, L], dtype)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    LINES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    V_LINES: gl.constexpr = VECTORS * L // LINE
+    WIDE_A: gl.constexpr = max(BLOCK_A, 32)  # copies arrive at multiples of 128 bytes
     BY_WARP: gl.constexpr = gl.BlockedLayout([WARPS, 2], [1, 32], [1, WARPS], [1, 0])
     ROW_MAJOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     tiles = (X + BLOCK_X - 1) // BLOCK_X
@@ -164,56 +186,67 @@ def _scan_hopper_kernel(
         low, high, remains = reaching(decay + slot, low, high, REVERSE)
         gl.store(left + w * H + head, remains)
     first_x = tile * BLOCK_X
-    n_rows = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
+    tokens = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
+    lines = gl.maximum(chunks, 1)
 
     b += batch * stride_bb + start * stride_bt + head * stride_bh
     x += batch * stride_xb + start * stride_xt + head * stride_xh
-    b_rows = tma.make_tensor_descriptor(b, [n_rows, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
-    x_rows = tma.make_tensor_descriptor(x, [n_rows, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
+    b_rows = tma.make_tensor_descriptor(b, [tokens, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
+    x_rows = tma.make_tensor_descriptor(x, [tokens, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
     b_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_A], A_TILE)
     x_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_X], X_TILE)
-    v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
+    weights += slot * VECTORS * L
+    v_rows = tma.make_tensor_descriptor(
+        weights, [lines * V_LINES, LINE], [LINE, 1], [V_LINES, LINE], LINES
+    )
+    v_s = gl.allocate_shared_memory(gl.float32, [STAGES, V_LINES, LINE], LINES)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     a_rows, a_s, y_rows, y_s = None, None, None, None
-    d_s, n_s, nu_s, dot_s = None, None, None, None
+    d_rows, d_s, n_rows, n_s, u_rows, u_s = None, None, None, None, None, None
+    nu_s, dot_s = None, None
     OTHERS: gl.constexpr = (BLOCK_A if WHOLE else 0) + (0 if y is None else BLOCK_X)
-    BYTES: gl.constexpr = 2 * L * (BLOCK_A + BLOCK_X + OTHERS)
+    SINGLE: gl.constexpr = VECTORS * L + (0 if n_in is None else WIDE_A)
+    COLUMN: gl.constexpr = 0 if vector is None else L + BLOCK_X
+    BYTES: gl.constexpr = 2 * L * (BLOCK_A + BLOCK_X + OTHERS) + 4 * (SINGLE + COLUMN)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
-        a_rows = tma.make_tensor_descriptor(a, [n_rows, A], [stride_at, 1], [L, BLOCK_A], A_TILE)
+        a_rows = tma.make_tensor_descriptor(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE)
         a_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_A], A_TILE)
         out_at = ((batch * T + start) * H + head) * X
         p_s = gl.allocate_shared_memory(dtype, [L, L], P_TILE)
         if out.dtype.element_ty == dtype:
             out_rows = tma.make_tensor_descriptor(
-                out + out_at, [n_rows, X], [H.to(gl.int64) * X, 1], [L, BLOCK_X], X_TILE
+                out + out_at, [tokens, X], [H.to(gl.int64) * X, 1], [L, BLOCK_X], X_TILE
             )
             out_s = gl.allocate_shared_memory(dtype, [L, BLOCK_X], X_TILE)
         if y is not None:
             y += batch * stride_yb + start * stride_yt + head * stride_yh
             y_rows = tma.make_tensor_descriptor(
-                y, [n_rows, X], [stride_yt, 1], [L, BLOCK_X], X_TILE
+                y, [tokens, X], [stride_yt, 1], [L, BLOCK_X], X_TILE
             )
             y_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_X], X_TILE)
             if not OF_X:
                 dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
-        if d is not None:
-            d_s = gl.allocate_shared_memory(gl.float32, [STAGES, L], FLAT)
-            d += slot * L
+        if vector is not None:
+            d_rows = tma.make_tensor_descriptor(d + slot * L, [lines, L], [L, 1], [1, L], LINES)
+            d_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, L], LINES)
+            vector += slot * X
+            u_rows = tma.make_tensor_descriptor(vector, [lines, X], [X, 1], [1, BLOCK_X], LINES)
+            u_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_X], LINES)
         if n_in is not None:
-            n_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_A], FLAT)
-            nu_s = gl.allocate_shared_memory(gl.float32, [2 * L], FLAT)
             n_in += slot * A
+            n_rows = tma.make_tensor_descriptor(n_in, [lines, A], [A, 1], [1, WIDE_A], LINES)
+            n_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, WIDE_A], LINES)
+            nu_s = gl.allocate_shared_memory(gl.float32, [2 * L], FLAT)
     for bar in gl.static_range(STAGES):
         mbarrier.init(ready.index(bar), count=1)
     fence_async_shared()
     _barrier()
-    here = weights + slot * VECTORS * L
     for chunk in gl.static_range(STAGES - 1):
         _fetch(
-            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, n_in, v_s, d_s, n_s,
-            (high - 1 - chunk) if REVERSE else (low + chunk), chunk, first_x, A, low + chunk < high,
-            BYTES, L, BLOCK_A, WARPS, STAGES,
+            a_rows, b_rows, x_rows, y_rows, v_rows, d_rows, n_rows, u_rows, a_s, b_s, x_s, y_s, v_s,
+            d_s, n_s, u_s, ready, (high - 1 - chunk) if REVERSE else (low + chunk), chunk, first_x,
+            low + chunk < high, BYTES, L, STAGES,
         )  # fmt: skip
     # The state, (X, A). Entries of kept states lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
@@ -253,10 +286,16 @@ def _scan_hopper_kernel(
         keep = keep_next
         following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
         keep_next = gl.load(decay + slot + following)
-        B, XX, vectors = b_s.index(stage), x_s.index(stage), v_s.index(stage)
+        B, XX, vectors = b_s.index(stage), x_s.index(stage), _flat(v_s.index(stage), VECTORS * L)
+        if KEEP:
+            # The state at the end of the chunk, unless it is where another piece starts from.
+            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high)
+            if ENDS:
+                edge |= c + 1 == chunks
+            if REVERSE:
+                if edge:
+                    _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-        async_copy.wait_group(STAGES - 2)
-        _barrier()
         if WHOLE:
             AA = a_s.index(stage)
             P = gl.zeros([L, L], gl.float32, layout=SCORES)
@@ -271,22 +310,20 @@ def _scan_hopper_kernel(
         # The stage of the chunk before has been free since the last iteration's end.
         ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
         _fetch(
-            a_rows, b_rows, x_rows, y_rows, a_s, b_s, x_s, y_s, ready, here, d, n_in, v_s, d_s, n_s,
-            ahead, step + STAGES - 1, first_x, A, (ahead >= low) if REVERSE else (ahead < high),
-            BYTES, L, BLOCK_A, WARPS, STAGES,
+            a_rows, b_rows, x_rows, y_rows, v_rows, d_rows, n_rows, u_rows, a_s, b_s, x_s, y_s, v_s,
+            d_s, n_s, u_s, ready, ahead, step + STAGES - 1, first_x,
+            (ahead >= low) if REVERSE else (ahead < high), BYTES, L, STAGES,
         )  # fmt: skip
+        if FIRST:
+            col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, SOURCE))
+            S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if WHOLE:
-            if vector is not None:
-                v_at = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
-                row_vector = gl.load(vector + (slot + c) * X + v_at, mask=v_at < X, other=0.0)
             if OF_X:
                 Y = XX.load(ROWS).to(gl.float32) * y_s.index(stage).load(ROWS).to(gl.float32)
                 o_l = gl.arange(0, L, layout=gl.SliceLayout(1, ROWS))
                 gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(Y, 1))
             if n_in is not None:  # the state's share of nu takes n as it is, in fp32
-                n_row = n_s.index(stage).load(gl.SliceLayout(0, ROWS))
-                there = gl.arange(0, BLOCK_A, layout=gl.SliceLayout(0, ROWS)) < A
-                n_row = gl.where(there, n_row, 0.0)
+                n_row = _flat(n_s.index(stage), WIDE_A).slice(0, BLOCK_A).load(gl.SliceLayout(0, ROWS))
                 nu_s.slice(0, L).store(gl.sum(AA.load(ROWS).to(gl.float32) * n_row[None, :], 1))
             row_whole = gl.expand_dims(vectors.slice(ROW * L, L).load(TARGETS), TARGETS.dim)
             row_rest = gl.expand_dims(vectors.slice((ROW + 1) * L, L).load(TARGETS), TARGETS.dim)
@@ -298,17 +335,18 @@ def _scan_hopper_kernel(
             if WARPS == 4:
                 P, O = warpgroup_mma_wait(0, [P, O])
             else:
-                P = warpgroup_mma_wait(1, [P])
-            if d is not None:
+                P = warpgroup_mma_wait(1 + AFTER, [P])
+            if vector is not None:
+                d_now = _flat(d_s.index(stage), L)
                 QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
-                P += gl.expand_dims(d_s.index(stage).load(QUERIES), QUERIES.dim)
+                P += gl.expand_dims(d_now.load(QUERIES), QUERIES.dim)
             P = gl.where(causal, P * D, 0.0)
             p_s.store(P.to(dtype))
             fence_async_shared()
             if n_in is not None:
                 nu_s.slice(L, L).store(gl.sum(P, TARGETS.dim))
             if WARPS > 4:
-                O = warpgroup_mma_wait(0, [O])
+                O = warpgroup_mma_wait(AFTER, [O])
             if HALVES == 2:
                 S_low = gl.convert_layout(S_2.to(dtype), OPERAND)
                 A_2 = AA.slice(HALF, HALF, dim=1).permute((1, 0))
@@ -321,27 +359,13 @@ def _scan_hopper_kernel(
             _barrier()
             P_low = p_s if SOURCE_FIRST else p_s.permute((1, 0))
             O = warpgroup_mma(XX.permute((1, 0)), P_low, O, is_async=True)
-        if KEEP:
-            # The state at the end of the chunk, unless it is where another piece starts from.
-            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high)
-            if ENDS:
-                edge |= c + 1 == chunks
-            if REVERSE:
-                if edge:
-                    _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
-        # Not before: its 16 registers are what the products above lack.
-        col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, SOURCE))
-        X_low = XX.permute((1, 0)).load(SOURCE)
-        X_low = (X_low.to(gl.float32) * col_edge[None, :]).to(dtype)
-        S *= keep
-        S = warpgroup_mma(X_low, B.slice(0, HALF, dim=1), S, is_async=True)
-        if HALVES == 2:
-            S_2 *= keep
-            S_2 = warpgroup_mma(X_low, B.slice(HALF, HALF, dim=1), S_2, is_async=True)
+        if not FIRST:
+            col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, SOURCE))
+            S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if n_in is not None:
             sign, factor = _over_den(vectors, nu_s, L, PAIRS)
         if WHOLE:
-            O = warpgroup_mma_wait(HALVES, [O])
+            O = warpgroup_mma_wait(0 if FIRST else HALVES, [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if folded is not None:
@@ -351,7 +375,8 @@ def _scan_hopper_kernel(
                 # Loaded again: it would take 16 registers all the while.
                 share = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
                 if not REVERSE:
-                    share *= d_s.index(stage).load(gl.SliceLayout(0, OUTPUT))
+                    share *= d_now.load(gl.SliceLayout(0, OUTPUT))
+                row_vector = _flat(u_s.index(stage), BLOCK_X).load(gl.SliceLayout(1, OUTPUT))
                 O += row_vector[:, None] * share[None, :]
             if (partial is not None) or (out.dtype.element_ty != dtype):
                 o_x = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
@@ -381,7 +406,6 @@ def _scan_hopper_kernel(
         if KEEP and not REVERSE:
             if edge:
                 _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
-    async_copy.wait_group(0)
     if WHOLE:
         tma.store_wait(0)
     else:

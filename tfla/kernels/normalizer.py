@@ -274,29 +274,32 @@ def _column_kernel(
     inside = j * L + l < length
     t = start + j * L + l
     here = slot * L + l
+    # The first tile is on its way while the vectors are worked on.
+    rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
+    column = tl.arange(0, BLOCK_K)
+    seen = inside[:, None] & (column < K)[None, :]
+    tile = tl.load(rows[:, None] + column[None, :], mask=seen, other=0.0)
     dot = tl.zeros([L], tl.float32)
     for part in tl.static_range(PARTS):
         dot += tl.load(dh_h + part * size.to(tl.int64) + here)
     dh_rows = dh + batch * stride_db + t * stride_dt + head * stride_dh
     h_rows = h + batch * stride_hb + t * stride_ht + head * stride_hh
     for block in range(0, 0 if PARTS else V, BLOCK_V):
-        column = block + tl.arange(0, BLOCK_V)
-        seen = inside[:, None] & (column < V)[None, :]
-        dh_tile = tl.load(dh_rows[:, None] + column[None, :], mask=seen, other=0.0)
-        h_tile = tl.load(h_rows[:, None] + column[None, :], mask=seen, other=0.0)
+        value = block + tl.arange(0, BLOCK_V)
+        seen = inside[:, None] & (value < V)[None, :]
+        dh_tile = tl.load(dh_rows[:, None] + value[None, :], mask=seen, other=0.0)
+        h_tile = tl.load(h_rows[:, None] + value[None, :], mask=seen, other=0.0)
         dot += tl.sum(dh_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
     own = weights + slot * VECTORS * L + l
     mark = tl.load(own + MARK * L)
     sign = tl.where(mark > 2.0, mark - 4.0, mark)
     tl.store(d + here, -sign * dot)
     weight = tl.load(own + 2 * L) * -sign * dot
-    q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
     for block in range(0, K, BLOCK_K):
-        column = block + tl.arange(0, BLOCK_K)
-        seen = inside[:, None] & (column < K)[None, :]
-        tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
         total = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
-        tl.store(sums + slot * K + column, total, mask=column < K)
+        tl.store(sums + slot * K + block + column, total, mask=block + column < K)
+        seen = inside[:, None] & (block + BLOCK_K + column < K)[None, :]
+        tile = tl.load(rows[:, None] + block + BLOCK_K + column[None, :], mask=seen, other=0.0)
 
 
 @triton.jit
