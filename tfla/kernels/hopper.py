@@ -2,14 +2,15 @@
 placed by hand.
 
     copies     of the next one or two chunks run while this one is worked on
-    products   the scores beside the state's share of the output, its update beside the way out
+    products   the scores beside the state's share of the output and, of states up to 128 wide,
+               beside its update; wider ones are updated beside the way out
     the state  as (X, A), in the registers that the next product takes it from
 
 The compiler's own pipeline sends for copies at the end of an iteration and waits for each product
 where it stands; the tensor cores then rest two thirds of the time.
 """
 
-# mypy: disable-error-code="union-attr"
+# mypy: disable-error-code="union-attr,assignment"
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -31,44 +32,44 @@ _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 LINE = gl.constexpr(256)  # what a copy moves is at most so wide
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def _fetch(
-    a_rows, b_rows, x_rows, y_rows, v_rows, d_rows, n_rows, u_rows, a_s, b_s, x_s, y_s, v_s, d_s,
-    n_s, u_s, ready, c, chunk, first_x, wanted, BYTES: gl.constexpr, L: gl.constexpr, STAGES: gl.constexpr,
+def _channel(
+    base, n, width, stride, first, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Send for the tiles and the vectors of chunk c, the ``chunk``-th of this program."""
-    stage = chunk % STAGES
-    bar = ready.index(stage)
-    mbarrier.expect(bar, BYTES, pred=wanted)
-    _load(b_rows, [c * L, 0], bar, b_s.index(stage), pred=wanted)
-    if a_rows is not None:
-        _load(a_rows, [c * L, 0], bar, a_s.index(stage), pred=wanted)
-    _load(v_rows, [c * (VECTORS * L // LINE), 0], bar, v_s.index(stage), pred=wanted)
-    _load(x_rows, [c * L, first_x], bar, x_s.index(stage), pred=wanted)
-    if d_rows is not None:
-        _load(d_rows, [c, 0], bar, d_s.index(stage), pred=wanted)
-    if n_rows is not None:
-        _load(n_rows, [c, 0], bar, n_s.index(stage), pred=wanted)
-    if u_rows is not None:
-        _load(u_rows, [c, first_x], bar, u_s.index(stage), pred=wanted)
-    if y_rows is not None:
-        _load(y_rows, [c * L, first_x], bar, y_s.index(stage), pred=wanted)
+    """An operand (n, width) that comes chunk by chunk, BLOCK_N x BLOCK of it from column ``first``
+    on: where from, and where to."""
+    rows = tma.make_tensor_descriptor(base, [n, width], [stride, 1], [BLOCK_N, BLOCK], LAYOUT)
+    tiles = gl.allocate_shared_memory(base.dtype.element_ty, [STAGES, BLOCK_N, BLOCK], LAYOUT)
+    return rows, tiles, first
 
 
 @gluon.jit
-def _flat(vectors, SIZE: gl.constexpr):
-    """What lies in lines of a copy, as one vector."""
-    return vectors._reinterpret(gl.float32, [SIZE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+def _fetch(channels, ready, c, chunk, wanted, BYTES: gl.constexpr, STAGES: gl.constexpr):
+    """Send for chunk c, the ``chunk``-th of this program, by one barrier: with one for each
+    operand the compiler stops the warps less often, and it takes longer."""
+    bar = ready.index(chunk % STAGES)
+    mbarrier.expect(bar, BYTES, pred=wanted)
+    for n in gl.static_range(len(channels)):
+        rows, tiles, first = channels[n]
+        _load(rows, [c * rows.block_shape[0], first], bar, tiles.index(chunk % STAGES), pred=wanted)
+
+
+@gluon.jit
+def _flat(channel, stage, SIZE: gl.constexpr):
+    """What came of an operand of a few lines, as one vector."""
+    return channel[1].index(stage)._reinterpret(gl.float32, [SIZE], FLAT)
 
 
 @gluon.jit
 def _updated(
-    S, S_2, X_rows, B, col_edge, keep, HALF: gl.constexpr, HALVES: gl.constexpr,
-    SOURCE: gl.constexpr,
+    S, S_2, X_rows, B, edge, keep, HALF: gl.constexpr, HALVES: gl.constexpr, SOURCE: gl.constexpr
 ):  # fmt: skip
     """The state after a chunk, while it is being made."""
+    col_edge = edge.load(gl.SliceLayout(0, SOURCE))
     X_low = X_rows.permute((1, 0)).load(SOURCE)
     X_low = (X_low.to(gl.float32) * col_edge[None, :]).to(X_rows.dtype)
     S = warpgroup_mma(X_low, B.slice(0, HALF, dim=1), S * keep, is_async=True)
@@ -89,18 +90,17 @@ def _over_den(vectors, nu_s, L: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _fold(folded, vectors, sign, factor, slot, L: gl.constexpr, WARPS: gl.constexpr):
+def _fold(folded, vectors, sign, factor, slot, L: gl.constexpr, LAYOUT: gl.constexpr):
     """The vectors of a chunk with the denominator in them, for the backward pass."""
-    FLAT: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])
-    here = folded + slot * (VECTORS * L) + gl.arange(0, L, layout=FLAT)
-    rest = vectors.slice(L, L).load(FLAT) + gl.log2(factor)
+    here = folded + slot * (VECTORS * L) + gl.arange(0, L, layout=LAYOUT)
+    rest = vectors.slice(L, L).load(LAYOUT) + gl.log2(factor)
     carry = gl.floor(rest + 0.5)
-    gl.store(here, vectors.slice(0, L).load(FLAT) + carry)
+    gl.store(here, vectors.slice(0, L).load(LAYOUT) + carry)
     gl.store(here + L, rest - carry)
-    gl.store(here + 2 * L, vectors.slice(2 * L, L).load(FLAT) * factor)
+    gl.store(here + 2 * L, vectors.slice(2 * L, L).load(LAYOUT) * factor)
     for each in gl.static_range(FIRST_SOURCE, MARK):
-        gl.store(here + each * L, vectors.slice(each * L, L).load(FLAT))
-    gl.store(here + MARK * L, vectors.slice(MARK * L, L).load(FLAT) + sign)
+        gl.store(here + each * L, vectors.slice(each * L, L).load(LAYOUT))
+    gl.store(here + MARK * L, vectors.slice(MARK * L, L).load(LAYOUT) + sign)
 
 
 @gluon.jit
@@ -139,7 +139,7 @@ def _scan_hopper_kernel(
     HALVES: gl.constexpr = BLOCK_A // HALF
     # The update of the state is worked on beside the scores, where registers are left for it.
     FIRST: gl.constexpr = HALVES == 1
-    AFTER: gl.constexpr = 1 if FIRST else 0
+    AFTER: gl.constexpr = 1 if FIRST else 0  # products sent for after the state's share
     # Which way round the scores lie: beside a state of two halves the assembler has registers left
     # with the one (dk 0.76 against 0.94 ms); sums over sources, for nu, want the other.
     SOURCE_FIRST: gl.constexpr = HALVES == 2
@@ -153,7 +153,6 @@ def _scan_hopper_kernel(
     A_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_A], dtype)
     X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], dtype)
     P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, L], dtype)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     LINES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     V_LINES: gl.constexpr = VECTORS * L // LINE
     WIDE_A: gl.constexpr = max(BLOCK_A, 32)  # copies arrive at multiples of 128 bytes
@@ -188,30 +187,21 @@ def _scan_hopper_kernel(
     first_x = tile * BLOCK_X
     tokens = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
     lines = gl.maximum(chunks, 1)
-
     b += batch * stride_bb + start * stride_bt + head * stride_bh
     x += batch * stride_xb + start * stride_xt + head * stride_xh
-    b_rows = tma.make_tensor_descriptor(b, [tokens, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
-    x_rows = tma.make_tensor_descriptor(x, [tokens, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
-    b_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_A], A_TILE)
-    x_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_X], X_TILE)
     weights += slot * VECTORS * L
-    v_rows = tma.make_tensor_descriptor(
-        weights, [lines * V_LINES, LINE], [LINE, 1], [V_LINES, LINE], LINES
-    )
-    v_s = gl.allocate_shared_memory(gl.float32, [STAGES, V_LINES, LINE], LINES)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    a_rows, a_s, y_rows, y_s = None, None, None, None
-    d_rows, d_s, n_rows, n_s, u_rows, u_s = None, None, None, None, None, None
-    nu_s, dot_s = None, None
+    b_in = _channel(b, tokens, A, stride_bt, 0, L, BLOCK_A, STAGES, A_TILE)
+    x_in = _channel(x, tokens, X, stride_xt, first_x, L, BLOCK_X, STAGES, X_TILE)
+    v_in = _channel(weights, lines * V_LINES, LINE, LINE, 0, V_LINES, LINE, STAGES, LINES)
+    channels = b_in, v_in, x_in
     OTHERS: gl.constexpr = (BLOCK_A if WHOLE else 0) + (0 if y is None else BLOCK_X)
     SINGLE: gl.constexpr = VECTORS * L + (0 if n_in is None else WIDE_A)
     COLUMN: gl.constexpr = 0 if vector is None else L + BLOCK_X
     BYTES: gl.constexpr = 2 * L * (BLOCK_A + BLOCK_X + OTHERS) + 4 * (SINGLE + COLUMN)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
-        a_rows = tma.make_tensor_descriptor(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE)
-        a_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_A], A_TILE)
+        a_in = _channel(a, tokens, A, stride_at, 0, L, BLOCK_A, STAGES, A_TILE)
+        channels = b_in, a_in, v_in, x_in
         out_at = ((batch * T + start) * H + head) * X
         p_s = gl.allocate_shared_memory(dtype, [L, L], P_TILE)
         if out.dtype.element_ty == dtype:
@@ -219,35 +209,28 @@ def _scan_hopper_kernel(
                 out + out_at, [tokens, X], [H.to(gl.int64) * X, 1], [L, BLOCK_X], X_TILE
             )
             out_s = gl.allocate_shared_memory(dtype, [L, BLOCK_X], X_TILE)
+        if vector is not None:
+            d_in = _channel(d + slot * L, lines, L, L, 0, 1, L, STAGES, LINES)
+            vector_in = _channel(vector + slot * X, lines, X, X, first_x, 1, BLOCK_X, STAGES, LINES)
+            channels += (d_in, vector_in)
+        if n_in is not None:
+            n_in = _channel(n_in + slot * A, lines, A, A, 0, 1, WIDE_A, STAGES, LINES)
+            channels += (n_in,)
+            nu_s = gl.allocate_shared_memory(gl.float32, [2 * L], FLAT)
         if y is not None:
             y += batch * stride_yb + start * stride_yt + head * stride_yh
-            y_rows = tma.make_tensor_descriptor(
-                y, [tokens, X], [stride_yt, 1], [L, BLOCK_X], X_TILE
-            )
-            y_s = gl.allocate_shared_memory(dtype, [STAGES, L, BLOCK_X], X_TILE)
+            y_in = _channel(y, tokens, X, stride_yt, first_x, L, BLOCK_X, STAGES, X_TILE)
+            channels += (y_in,)
             if not OF_X:
                 dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
-        if vector is not None:
-            d_rows = tma.make_tensor_descriptor(d + slot * L, [lines, L], [L, 1], [1, L], LINES)
-            d_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, L], LINES)
-            vector += slot * X
-            u_rows = tma.make_tensor_descriptor(vector, [lines, X], [X, 1], [1, BLOCK_X], LINES)
-            u_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_X], LINES)
-        if n_in is not None:
-            n_in += slot * A
-            n_rows = tma.make_tensor_descriptor(n_in, [lines, A], [A, 1], [1, WIDE_A], LINES)
-            n_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, WIDE_A], LINES)
-            nu_s = gl.allocate_shared_memory(gl.float32, [2 * L], FLAT)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for bar in gl.static_range(STAGES):
         mbarrier.init(ready.index(bar), count=1)
     fence_async_shared()
     _barrier()
     for chunk in gl.static_range(STAGES - 1):
-        _fetch(
-            a_rows, b_rows, x_rows, y_rows, v_rows, d_rows, n_rows, u_rows, a_s, b_s, x_s, y_s, v_s,
-            d_s, n_s, u_s, ready, (high - 1 - chunk) if REVERSE else (low + chunk), chunk, first_x,
-            low + chunk < high, BYTES, L, STAGES,
-        )  # fmt: skip
+        c = (high - 1 - chunk) if REVERSE else (low + chunk)
+        _fetch(channels, ready, c, chunk, low + chunk < high, BYTES, STAGES)
     # The state, (X, A). Entries of kept states lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, HALF, layout=gl.SliceLayout(0, STATE))
@@ -275,8 +258,7 @@ def _scan_hopper_kernel(
             if HALVES == 2:
                 valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
                 S_2 = gl.load(before + SECOND, mask=valid, other=0.0)
-    first = gl.maximum(high - 1, low) if REVERSE else low
-    keep_next = gl.load(decay + slot + first)
+    keep_next = gl.load(decay + slot + (gl.maximum(high - 1, low) if REVERSE else low))
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
     source = gl.expand_dims(gl.arange(0, L, layout=SOURCES), SOURCES.dim)
     causal = (target <= source) if REVERSE else (target >= source)
@@ -286,7 +268,9 @@ def _scan_hopper_kernel(
         keep = keep_next
         following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
         keep_next = gl.load(decay + slot + following)
-        B, XX, vectors = b_s.index(stage), x_s.index(stage), _flat(v_s.index(stage), VECTORS * L)
+        B, XX = b_in[1].index(stage), x_in[1].index(stage)
+        vectors = _flat(v_in, stage, VECTORS * L)
+        col_edge = vectors.slice((COL + 2) * L, L)
         if KEEP:
             # The state at the end of the chunk, unless it is where another piece starts from.
             edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high)
@@ -297,7 +281,7 @@ def _scan_hopper_kernel(
                     _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         if WHOLE:
-            AA = a_s.index(stage)
+            AA = a_in[1].index(stage)
             P = gl.zeros([L, L], gl.float32, layout=SCORES)
             if SOURCE_FIRST:
                 P = warpgroup_mma(B, AA.permute((1, 0)), P, use_acc=False, is_async=True)
@@ -309,21 +293,17 @@ def _scan_hopper_kernel(
             O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
         # The stage of the chunk before has been free since the last iteration's end.
         ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
-        _fetch(
-            a_rows, b_rows, x_rows, y_rows, v_rows, d_rows, n_rows, u_rows, a_s, b_s, x_s, y_s, v_s,
-            d_s, n_s, u_s, ready, ahead, step + STAGES - 1, first_x,
-            (ahead >= low) if REVERSE else (ahead < high), BYTES, L, STAGES,
-        )  # fmt: skip
+        wanted = (ahead >= low) if REVERSE else (ahead < high)
+        _fetch(channels, ready, ahead, step + STAGES - 1, wanted, BYTES, STAGES)
         if FIRST:
-            col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, SOURCE))
             S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if WHOLE:
             if OF_X:
-                Y = XX.load(ROWS).to(gl.float32) * y_s.index(stage).load(ROWS).to(gl.float32)
+                Y = XX.load(ROWS).to(gl.float32) * y_in[1].index(stage).load(ROWS).to(gl.float32)
                 o_l = gl.arange(0, L, layout=gl.SliceLayout(1, ROWS))
                 gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(Y, 1))
             if n_in is not None:  # the state's share of nu takes n as it is, in fp32
-                n_row = _flat(n_s.index(stage), WIDE_A).slice(0, BLOCK_A).load(gl.SliceLayout(0, ROWS))
+                n_row = _flat(n_in, stage, WIDE_A).slice(0, BLOCK_A).load(gl.SliceLayout(0, ROWS))
                 nu_s.slice(0, L).store(gl.sum(AA.load(ROWS).to(gl.float32) * n_row[None, :], 1))
             row_whole = gl.expand_dims(vectors.slice(ROW * L, L).load(TARGETS), TARGETS.dim)
             row_rest = gl.expand_dims(vectors.slice((ROW + 1) * L, L).load(TARGETS), TARGETS.dim)
@@ -337,7 +317,7 @@ def _scan_hopper_kernel(
             else:
                 P = warpgroup_mma_wait(1 + AFTER, [P])
             if vector is not None:
-                d_now = _flat(d_s.index(stage), L)
+                d_now = _flat(d_in, stage, L)
                 QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
                 P += gl.expand_dims(d_now.load(QUERIES), QUERIES.dim)
             P = gl.where(causal, P * D, 0.0)
@@ -360,7 +340,6 @@ def _scan_hopper_kernel(
             P_low = p_s if SOURCE_FIRST else p_s.permute((1, 0))
             O = warpgroup_mma(XX.permute((1, 0)), P_low, O, is_async=True)
         if not FIRST:
-            col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, SOURCE))
             S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if n_in is not None:
             sign, factor = _over_den(vectors, nu_s, L, PAIRS)
@@ -370,13 +349,13 @@ def _scan_hopper_kernel(
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if folded is not None:
                     if tile == 0:
-                        _fold(folded, vectors, sign, factor, slot + c, L, WARPS)
+                        _fold(folded, vectors, sign, factor, slot + c, L, PAIRS)
             if vector is not None:
                 # Loaded again: it would take 16 registers all the while.
                 share = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
                 if not REVERSE:
                     share *= d_now.load(gl.SliceLayout(0, OUTPUT))
-                row_vector = _flat(u_s.index(stage), BLOCK_X).load(gl.SliceLayout(1, OUTPUT))
+                row_vector = _flat(vector_in, stage, BLOCK_X).load(gl.SliceLayout(1, OUTPUT))
                 O += row_vector[:, None] * share[None, :]
             if (partial is not None) or (out.dtype.element_ty != dtype):
                 o_x = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
@@ -393,14 +372,14 @@ def _scan_hopper_kernel(
             else:
                 gl.store(out + token, O, mask=seen)
             if y is not None and not OF_X:
-                Y = y_s.index(stage).permute((1, 0)).load(OUTPUT)
+                Y = y_in[1].index(stage).permute((1, 0)).load(OUTPUT)
                 dot_s.store(gl.sum((O * Y.to(gl.float32)).reshape([WARPS, 16, L]), 1))
         if HALVES == 2:
             S, S_2 = warpgroup_mma_wait(0, [S, S_2])
         else:
             S = warpgroup_mma_wait(0, [S])
         _barrier()
-        if dot_s is not None:
+        if WHOLE and y is not None and not OF_X:
             o_l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
             gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(dot_s.load(BY_WARP), 0))
         if KEEP and not REVERSE:

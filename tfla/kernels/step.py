@@ -13,7 +13,8 @@ from tfla.gates import Activations
 from tfla.kernels.gates import GATE_STRIDES, _log_sigmoid
 from tfla.kernels.host import launch
 
-REGISTERS = 8192  # fp32 entries of the state that one program holds: 64 registers a thread
+REGISTERS = 8192  # fp32 entries of the state that one program holds
+WARPS = 4  # with these 64 registers a thread
 
 
 @triton.jit(do_not_specialize=["H", "rows", *GATE_STRIDES])
@@ -122,7 +123,7 @@ def update(
     arrived = None if m is None or tiles == 1 else _arrived(m)
     strides = (0,) * 5 if n is None or m is None else (*n.stride(), *m.stride())
     launch(
-        _step_kernel, (B * H * tiles,), (4, 1),
+        _step_kernel, (B * H * tiles,), (WARPS, 1),
         (q, k, v, i, f, C, n, m, slots, h, arrived), scale, *q.stride()[:2], *k.stride()[:2],
         *v.stride()[:2], *i.stride(), *f.stride(), *C.stride()[:2], C.stride(3), *strides,
         H, K, V, C.shape[0], BLOCK_K=block_k, BLOCK_V=block_v, STRIDE_CK=C.stride(2),
