@@ -79,10 +79,10 @@ def _updated(
 
 
 @gluon.jit
-def _over_den(vectors, nu_s, L: gl.constexpr, LAYOUT: gl.constexpr):
+def _over_den(vectors, n_q_s, sums_s, L: gl.constexpr, LAYOUT: gl.constexpr):
     """(sign of nu where it is above the floor of den, 1 / den) of a chunk's tokens."""
     edge = vectors.slice(2 * L, L).load(LAYOUT)
-    nu = edge * nu_s.slice(0, L).load(LAYOUT) + nu_s.slice(L, L).load(LAYOUT)
+    nu = edge * n_q_s.load(LAYOUT) + gl.sum(sums_s.load(LAYOUT.parent), 0)
     floor = vectors.slice(FLOOR * L, L).load(LAYOUT)
     sign = gl.where(gl.abs(nu) > floor, gl.where(nu > 0.0, 1.0, -1.0), 0.0)
     # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
@@ -127,12 +127,11 @@ def _scan_hopper_kernel(
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
     WARPS: gl.constexpr = BLOCK_X // 16
+    GROUPS: gl.constexpr = WARPS // 4
     dtype: gl.constexpr = x.dtype.element_ty
 
     # Products: scores (source, target) or (target, source), output (X, target), state (X, A).
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, WARPS // 4], [16, L * 4 // WARPS, 16]
-    )
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, L // GROUPS, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, L, 16])
     # A state of 256 rows comes in two halves: of one, the assembler waits after every product.
     HALF: gl.constexpr = min(BLOCK_A, 128)
@@ -148,7 +147,8 @@ def _scan_hopper_kernel(
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    PAIRS: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])  # of a chunk: in every warp
+    PAIRS: gl.constexpr = gl.BlockedLayout([GROUPS, 2], [1, 32], [1, WARPS], [1, 0])
+    EACH: gl.constexpr = gl.SliceLayout(0, PAIRS)  # of a chunk: in every warp
     SOURCE: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     A_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_A], dtype)
     X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], dtype)
@@ -194,10 +194,10 @@ def _scan_hopper_kernel(
     x_in = _channel(x, tokens, X, stride_xt, first_x, L, BLOCK_X, STAGES, X_TILE)
     v_in = _channel(weights, lines * V_LINES, LINE, LINE, 0, V_LINES, LINE, STAGES, LINES)
     channels = b_in, v_in, x_in
-    OTHERS: gl.constexpr = (BLOCK_A if WHOLE else 0) + (0 if y is None else BLOCK_X)
+    TILES: gl.constexpr = (2 if WHOLE else 1) * BLOCK_A + (1 if y is None else 2) * BLOCK_X
     SINGLE: gl.constexpr = VECTORS * L + (0 if n_in is None else WIDE_A)
     COLUMN: gl.constexpr = 0 if vector is None else L + BLOCK_X
-    BYTES: gl.constexpr = 2 * L * (BLOCK_A + BLOCK_X + OTHERS) + 4 * (SINGLE + COLUMN)
+    BYTES: gl.constexpr = 2 * L * TILES + 4 * (SINGLE + COLUMN)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
         a_in = _channel(a, tokens, A, stride_at, 0, L, BLOCK_A, STAGES, A_TILE)
@@ -216,7 +216,8 @@ def _scan_hopper_kernel(
         if n_in is not None:
             n_in = _channel(n_in + slot * A, lines, A, A, 0, 1, WIDE_A, STAGES, LINES)
             channels += (n_in,)
-            nu_s = gl.allocate_shared_memory(gl.float32, [2 * L], FLAT)
+            n_q_s = gl.allocate_shared_memory(gl.float32, [L], FLAT)
+            sums_s = gl.allocate_shared_memory(gl.float32, [GROUPS, L], ROW_MAJOR)
         if y is not None:
             y += batch * stride_yb + start * stride_yt + head * stride_yh
             y_in = _channel(y, tokens, X, stride_yt, first_x, L, BLOCK_X, STAGES, X_TILE)
@@ -241,9 +242,8 @@ def _scan_hopper_kernel(
     S = gl.zeros([BLOCK_X, HALF], gl.float32, layout=STATE)
     S_2 = S
     if WHOLE and state is not None:
-        rows = A
-        if CUT:  # the pieces after the first start from what was kept
-            rows = gl.where((high == chunks) if REVERSE else (low == 0), A, 0)
+        at_first = (high == chunks) if REVERSE else (low == 0)
+        rows = gl.where(at_first, A, 0) if CUT else A  # the other pieces start from what was kept
         state += n.to(gl.int64) * stride_sn + head * stride_sh
         first_at = state + columns[:, None] * stride_sx + lanes[None, :] * stride_sa
         valid = (columns < X)[:, None] & (lanes < rows)[None, :]
@@ -304,7 +304,7 @@ def _scan_hopper_kernel(
                 gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(Y, 1))
             if n_in is not None:  # the state's share of nu takes n as it is, in fp32
                 n_row = _flat(n_in, stage, WIDE_A).slice(0, BLOCK_A).load(gl.SliceLayout(0, ROWS))
-                nu_s.slice(0, L).store(gl.sum(AA.load(ROWS).to(gl.float32) * n_row[None, :], 1))
+                n_q_s.store(gl.sum(AA.load(ROWS).to(gl.float32) * n_row[None, :], 1))
             row_whole = gl.expand_dims(vectors.slice(ROW * L, L).load(TARGETS), TARGETS.dim)
             row_rest = gl.expand_dims(vectors.slice((ROW + 1) * L, L).load(TARGETS), TARGETS.dim)
             col_whole = gl.expand_dims(vectors.slice(COL * L, L).load(SOURCES), SOURCES.dim)
@@ -324,7 +324,7 @@ def _scan_hopper_kernel(
             p_s.store(P.to(dtype))
             fence_async_shared()
             if n_in is not None:
-                nu_s.slice(L, L).store(gl.sum(P, TARGETS.dim))
+                sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
             if WARPS > 4:
                 O = warpgroup_mma_wait(AFTER, [O])
             if HALVES == 2:
@@ -342,14 +342,14 @@ def _scan_hopper_kernel(
         if not FIRST:
             S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if n_in is not None:
-            sign, factor = _over_den(vectors, nu_s, L, PAIRS)
+            sign, factor = _over_den(vectors, n_q_s, sums_s, L, EACH)
         if WHOLE:
             O = warpgroup_mma_wait(0 if FIRST else HALVES, [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if folded is not None:
-                    if tile == 0:
-                        _fold(folded, vectors, sign, factor, slot + c, L, PAIRS)
+                    if tile == c % tiles:
+                        _fold(folded, vectors, sign, factor, slot + c, L, EACH)
             if vector is not None:
                 # Loaded again: it would take 16 registers all the while.
                 share = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
