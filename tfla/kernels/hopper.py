@@ -30,21 +30,16 @@ from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
+_rows = tma.make_tensor_descriptor
 LINE = gl.constexpr(256)  # what a copy moves is at most so wide
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def _channel(
-    base, n, width, stride, first, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """An operand (n, width) that comes chunk by chunk, BLOCK_N x BLOCK of it from column ``first``
-    on: where from, and where to."""
-    rows = tma.make_tensor_descriptor(base, [n, width], [stride, 1], [BLOCK_N, BLOCK], LAYOUT)
-    tiles = gl.allocate_shared_memory(base.dtype.element_ty, [STAGES, BLOCK_N, BLOCK], LAYOUT)
-    return rows, tiles, first
+def _channel(rows, first, STAGES: gl.constexpr):
+    """What comes chunk by chunk, from column ``first`` on: from where, to where."""
+    SHAPE: gl.constexpr = [STAGES, rows.block_shape[0], rows.block_shape[1]]
+    return rows, gl.allocate_shared_memory(rows.dtype, SHAPE, rows.layout), first
 
 
 @gluon.jit
@@ -79,10 +74,10 @@ def _updated(
 
 
 @gluon.jit
-def _over_den(vectors, n_q_s, sums_s, L: gl.constexpr, LAYOUT: gl.constexpr):
+def _over_den(vectors, nu_s, L: gl.constexpr, LAYOUT: gl.constexpr):
     """(sign of nu where it is above the floor of den, 1 / den) of a chunk's tokens."""
     edge = vectors.slice(2 * L, L).load(LAYOUT)
-    nu = edge * n_q_s.load(LAYOUT) + gl.sum(sums_s.load(LAYOUT.parent), 0)
+    nu = edge * nu_s.slice(0, L).load(LAYOUT) + nu_s.slice(L, L).load(LAYOUT)
     floor = vectors.slice(FLOOR * L, L).load(LAYOUT)
     sign = gl.where(gl.abs(nu) > floor, gl.where(nu > 0.0, 1.0, -1.0), 0.0)
     # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
@@ -147,8 +142,7 @@ def _scan_hopper_kernel(
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    PAIRS: gl.constexpr = gl.BlockedLayout([GROUPS, 2], [1, 32], [1, WARPS], [1, 0])
-    EACH: gl.constexpr = gl.SliceLayout(0, PAIRS)  # of a chunk: in every warp
+    PAIRS: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])  # of a chunk: in every warp
     SOURCE: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     A_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_A], dtype)
     X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], dtype)
@@ -189,49 +183,53 @@ def _scan_hopper_kernel(
     lines = gl.maximum(chunks, 1)
     b += batch * stride_bb + start * stride_bt + head * stride_bh
     x += batch * stride_xb + start * stride_xt + head * stride_xh
+    b_rows = _rows(b, [tokens, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
+    x_rows = _rows(x, [tokens, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
+    b_in, x_in = _channel(b_rows, 0, STAGES), _channel(x_rows, first_x, STAGES)
     weights += slot * VECTORS * L
-    b_in = _channel(b, tokens, A, stride_bt, 0, L, BLOCK_A, STAGES, A_TILE)
-    x_in = _channel(x, tokens, X, stride_xt, first_x, L, BLOCK_X, STAGES, X_TILE)
-    v_in = _channel(weights, lines * V_LINES, LINE, LINE, 0, V_LINES, LINE, STAGES, LINES)
+    v_rows = _rows(weights, [lines * V_LINES, LINE], [LINE, 1], [V_LINES, LINE], LINES)
+    v_in = _channel(v_rows, 0, STAGES)
     channels = b_in, v_in, x_in
-    TILES: gl.constexpr = (2 if WHOLE else 1) * BLOCK_A + (1 if y is None else 2) * BLOCK_X
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    OTHERS: gl.constexpr = (BLOCK_A if WHOLE else 0) + (0 if y is None else BLOCK_X)
     SINGLE: gl.constexpr = VECTORS * L + (0 if n_in is None else WIDE_A)
     COLUMN: gl.constexpr = 0 if vector is None else L + BLOCK_X
-    BYTES: gl.constexpr = 2 * L * TILES + 4 * (SINGLE + COLUMN)
+    BYTES: gl.constexpr = 2 * L * (BLOCK_A + BLOCK_X + OTHERS) + 4 * (SINGLE + COLUMN)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
-        a_in = _channel(a, tokens, A, stride_at, 0, L, BLOCK_A, STAGES, A_TILE)
+        a_in = _channel(_rows(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE), 0, STAGES)
         channels = b_in, a_in, v_in, x_in
         out_at = ((batch * T + start) * H + head) * X
         p_s = gl.allocate_shared_memory(dtype, [L, L], P_TILE)
         if out.dtype.element_ty == dtype:
-            out_rows = tma.make_tensor_descriptor(
-                out + out_at, [tokens, X], [H.to(gl.int64) * X, 1], [L, BLOCK_X], X_TILE
-            )
+            each = H.to(gl.int64) * X
+            out_rows = _rows(out + out_at, [tokens, X], [each, 1], [L, BLOCK_X], X_TILE)
             out_s = gl.allocate_shared_memory(dtype, [L, BLOCK_X], X_TILE)
-        if vector is not None:
-            d_in = _channel(d + slot * L, lines, L, L, 0, 1, L, STAGES, LINES)
-            vector_in = _channel(vector + slot * X, lines, X, X, first_x, 1, BLOCK_X, STAGES, LINES)
-            channels += (d_in, vector_in)
-        if n_in is not None:
-            n_in = _channel(n_in + slot * A, lines, A, A, 0, 1, WIDE_A, STAGES, LINES)
-            channels += (n_in,)
-            n_q_s = gl.allocate_shared_memory(gl.float32, [L], FLAT)
-            sums_s = gl.allocate_shared_memory(gl.float32, [GROUPS, L], ROW_MAJOR)
         if y is not None:
             y += batch * stride_yb + start * stride_yt + head * stride_yh
-            y_in = _channel(y, tokens, X, stride_yt, first_x, L, BLOCK_X, STAGES, X_TILE)
-            channels += (y_in,)
+            y_rows = _rows(y, [tokens, X], [stride_yt, 1], [L, BLOCK_X], X_TILE)
+            y_in = _channel(y_rows, first_x, STAGES)
             if not OF_X:
                 dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        if vector is not None:
+            d_in = _channel(_rows(d + slot * L, [lines, L], [L, 1], [1, L], LINES), 0, STAGES)
+            vector += slot * X
+            vector_rows = _rows(vector, [lines, X], [X, 1], [1, BLOCK_X], LINES)
+            vector_in = _channel(vector_rows, first_x, STAGES)
+            channels += (d_in, vector_in)
+        if n_in is not None:
+            n_in += slot * A
+            n_in = _channel(_rows(n_in, [lines, A], [A, 1], [1, WIDE_A], LINES), 0, STAGES)
+            channels += (n_in,)
+            nu_s = gl.allocate_shared_memory(gl.float32, [2 * L], FLAT)
+        channels += () if y is None else (y_in,)
     for bar in gl.static_range(STAGES):
         mbarrier.init(ready.index(bar), count=1)
     fence_async_shared()
     _barrier()
     for chunk in gl.static_range(STAGES - 1):
-        c = (high - 1 - chunk) if REVERSE else (low + chunk)
-        _fetch(channels, ready, c, chunk, low + chunk < high, BYTES, STAGES)
+        early = (high - 1 - chunk) if REVERSE else (low + chunk)
+        _fetch(channels, ready, early, chunk, low + chunk < high, BYTES, STAGES)
     # The state, (X, A). Entries of kept states lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, HALF, layout=gl.SliceLayout(0, STATE))
@@ -258,7 +256,8 @@ def _scan_hopper_kernel(
             if HALVES == 2:
                 valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
                 S_2 = gl.load(before + SECOND, mask=valid, other=0.0)
-    keep_next = gl.load(decay + slot + (gl.maximum(high - 1, low) if REVERSE else low))
+    first = gl.maximum(high - 1, low) if REVERSE else low
+    keep_next = gl.load(decay + slot + first)
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
     source = gl.expand_dims(gl.arange(0, L, layout=SOURCES), SOURCES.dim)
     causal = (target <= source) if REVERSE else (target >= source)
@@ -293,8 +292,9 @@ def _scan_hopper_kernel(
             O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
         # The stage of the chunk before has been free since the last iteration's end.
         ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
+        nth = step + STAGES - 1
         wanted = (ahead >= low) if REVERSE else (ahead < high)
-        _fetch(channels, ready, ahead, step + STAGES - 1, wanted, BYTES, STAGES)
+        _fetch(channels, ready, ahead, nth, wanted, BYTES, STAGES)
         if FIRST:
             S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if WHOLE:
@@ -304,7 +304,7 @@ def _scan_hopper_kernel(
                 gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(Y, 1))
             if n_in is not None:  # the state's share of nu takes n as it is, in fp32
                 n_row = _flat(n_in, stage, WIDE_A).slice(0, BLOCK_A).load(gl.SliceLayout(0, ROWS))
-                n_q_s.store(gl.sum(AA.load(ROWS).to(gl.float32) * n_row[None, :], 1))
+                nu_s.slice(0, L).store(gl.sum(AA.load(ROWS).to(gl.float32) * n_row[None, :], 1))
             row_whole = gl.expand_dims(vectors.slice(ROW * L, L).load(TARGETS), TARGETS.dim)
             row_rest = gl.expand_dims(vectors.slice((ROW + 1) * L, L).load(TARGETS), TARGETS.dim)
             col_whole = gl.expand_dims(vectors.slice(COL * L, L).load(SOURCES), SOURCES.dim)
@@ -324,7 +324,7 @@ def _scan_hopper_kernel(
             p_s.store(P.to(dtype))
             fence_async_shared()
             if n_in is not None:
-                sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
+                nu_s.slice(L, L).store(gl.sum(P, TARGETS.dim))
             if WARPS > 4:
                 O = warpgroup_mma_wait(AFTER, [O])
             if HALVES == 2:
@@ -342,14 +342,14 @@ def _scan_hopper_kernel(
         if not FIRST:
             S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if n_in is not None:
-            sign, factor = _over_den(vectors, n_q_s, sums_s, L, EACH)
+            sign, factor = _over_den(vectors, nu_s, L, PAIRS)
         if WHOLE:
             O = warpgroup_mma_wait(0 if FIRST else HALVES, [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if folded is not None:
-                    if tile == c % tiles:
-                        _fold(folded, vectors, sign, factor, slot + c, L, EACH)
+                    if tile == 0:
+                        _fold(folded, vectors, sign, factor, slot + c, L, PAIRS)
             if vector is not None:
                 # Loaded again: it would take 16 registers all the while.
                 share = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
