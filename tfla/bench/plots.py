@@ -92,10 +92,16 @@ def _chunks(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
         here = [row for row in rows if _plain(row) == name and row["pass"] == "forward+backward"]
         x, y = [report.median(r) or 0 for r in here], [r["peak_bytes"] / 2**20 for r in here]
         ax.plot(x, y, color=COLOURS[name], marker="o", linewidth=1.8, label=name)
+        left = "sigmoid" in name  # the two gates lie side by side
         for row, a, b in zip(here, x, y, strict=True):
-            where: dict[str, Any] = {"xytext": (5, 5), "textcoords": "offset points"}
+            where: dict[str, Any] = {
+                "xytext": (-7 if left else 7, 0),
+                "textcoords": "offset points",
+            }
+            where |= {"ha": "right" if left else "left", "va": "center", "fontsize": 9}
             ax.annotate(str(row["chunk"]), (a, b), color=COLOURS[name], **where)
-    ax.set_ylim(bottom=0)
+    _plain_log(ax, "x")
+    _plain_log(ax)
     _name(ax, "", "forward + backward, ms", "peak memory over the inputs, MiB")
     text = "Memory against runtime over the tokens a kept state"
     return _finish(figure, [[ax]], f"{text}\n{Shape(**rows[0]['shape'])}, {about}")
@@ -205,18 +211,19 @@ def _curves(ax: Axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
         )  # fmt: skip
 
 
-def _plain_log(ax: Axes) -> None:
-    """A logarithmic y axis with numbers that one reads without thinking."""
+def _plain_log(ax: Axes, which: str = "y") -> None:
+    """A logarithmic axis with numbers that one reads without thinking."""
     from matplotlib.ticker import NullFormatter
 
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
+    ax.set(**{f"{which}scale": "log"})
+    axis = ax.yaxis if which == "y" else ax.xaxis
+    low, high = axis.get_view_interval()
     low, high = low / 1.3, high * 1.3
     marks = [m * 10.0**p for p in range(-5, 7) for m in (1, 2, 5) if low < m * 10.0**p < high]
     marks = marks if len(marks) < 10 else [m for m in marks if f"{m:e}"[0] == "1"]
-    ax.set_yticks(marks, [f"{m:,.10g}" for m in marks])
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_ylim(low, high)
+    axis.set_ticks(marks, labels=[f"{m:,.10g}" for m in marks])
+    axis.set_minor_formatter(NullFormatter())
+    ax.set(**{f"{which}lim": (low, high)})
 
 
 def _name(ax: Axes, title: str, x: str, y: str) -> None:
