@@ -2,9 +2,9 @@
 
 Two processes on one GPU differ by up to 8% with the same kernels, as their memory lies elsewhere;
 here all versions work on the same tensors. For each case and version the median microseconds of
-every launch of forward + backward, and how far its gradients are from those of the first version
-(0: the same bits). The versions may differ in hopper.py alone; the rest is the package that is
-imported. One GPU of compute capability 9.0.
+every launch of forward + backward, and how far h and the gradients are from those of the first
+version (0: the same bits). The versions may differ in hopper.py alone: what it takes from other
+files, and what is asked of it, are those of the package. One GPU of compute capability 9.0.
 """
 
 import argparse
@@ -32,9 +32,9 @@ CASES = {
 HOPPER = "tfla.kernels.hopper"
 
 
-def load(path: Path) -> Any:
+def load(number: int, path: Path) -> Any:
     """The module in a file, under a name of its own, by which its kernels are compiled."""
-    name = f"hopper_{path.stem}"
+    name = f"hopper_{number}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, f"{path} is no Python file"
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -51,7 +51,7 @@ def compare(versions: dict[str, Any], case: str, rounds: int) -> None:
     name, shape = CASES[case]
     x = known(name)
     leaves = x.leaves(shape, torch.bfloat16, DEVICE, 11)
-    run = passes(x, leaves)[f"{name}|with backward"]
+    forward, run = passes(x, leaves).values()
     times: dict[str, dict[Any, list[float]]] = {v: collections.defaultdict(list) for v in versions}
     off: dict[str, float] = {}
     first: list[torch.Tensor] = []
@@ -59,10 +59,11 @@ def compare(versions: dict[str, Any], case: str, rounds: int) -> None:
         for version in list(versions)[:: 1 if turn % 2 == 0 else -1]:
             use(versions[version])
             if version not in off:
-                gradients: Any = run()
-                first = first or list(gradients)
-                pairs = zip(gradients, first, strict=True)
-                off[version] = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+                results: list[Any] = [forward(), *run()]  # type: ignore[misc]
+                first = first or results
+                pairs = zip(results, first, strict=True)
+                apart = torch.stack([((a - b).norm() / b.norm()).float() for a, b in pairs])
+                off[version] = apart.max().item()  # NaN, if one is
             for place, (launch, us) in enumerate(by_launch(run)):
                 times[version][place, launch].append(us)
     for version, seen in times.items():
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--cases", default="sigmoid 128/256;exp 128/256", help="; ".join(CASES))
     parser.add_argument("--rounds", type=int, default=4)
     options = parser.parse_args()
-    versions = {path.stem: load(path) for path in options.files}
+    versions = {f"{n}: {path}": load(n, path) for n, path in enumerate(options.files, 1)}
     for case in options.cases.split(";"):
         compare(versions, case.strip(), options.rounds)
 

@@ -286,9 +286,9 @@ def _column_kernel(
     h_rows = h + batch * stride_hb + t * stride_ht + head * stride_hh
     for block in range(0, 0 if PARTS else V, BLOCK_V):
         value = block + tl.arange(0, BLOCK_V)
-        seen = inside[:, None] & (value < V)[None, :]
-        dh_tile = tl.load(dh_rows[:, None] + value[None, :], mask=seen, other=0.0)
-        h_tile = tl.load(h_rows[:, None] + value[None, :], mask=seen, other=0.0)
+        there = inside[:, None] & (value < V)[None, :]
+        dh_tile = tl.load(dh_rows[:, None] + value[None, :], mask=there, other=0.0)
+        h_tile = tl.load(h_rows[:, None] + value[None, :], mask=there, other=0.0)
         dot += tl.sum(dh_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
     own = weights + slot * VECTORS * L + l
     mark = tl.load(own + MARK * L)
