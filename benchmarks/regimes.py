@@ -187,14 +187,19 @@ def long() -> list[Row]:
     return rows
 
 
+def planned_for(shape: Shape) -> tuple[Problem, Plan]:
+    """In bf16."""
+    problem = Problem(shape.B, shape.T, shape.H, shape.K, shape.V, shape.B, False, 2, "ieee")
+    return problem, plan(problem, device_of(torch.empty(0, device=DEVICE)))
+
+
 def launches() -> list[Row]:
     ceiling = measure.ceiling(DEVICE, torch.bfloat16)["bytes_per_s"]
     rows = []
     for shape in (
         Shape(4, 16384, 16, 128, 256), Shape(1, 65536, 16, 128, 256), Shape(4, 16384, 8, 256, 512)
     ):  # fmt: skip
-        problem = Problem(shape.B, shape.T, shape.H, shape.K, shape.V, shape.B, False, 2, "ieee")
-        planned = plan(problem, device_of(torch.empty(0, device=DEVICE)))
+        problem, planned = planned_for(shape)
         for gate in ("exp", "sigmoid"):
             x = known(f"tfla {gate}")
             leaves = x.leaves(shape, torch.bfloat16, DEVICE, 11)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from regimes import DEVICE, by_launch, known, passes
+from regimes import DEVICE, by_launch, known, labels, passes, planned_for
 
 import tfla.kernels
 from tfla.bench.cases import Shape
@@ -64,12 +64,14 @@ def compare(versions: dict[str, Any], case: str, rounds: int) -> None:
                 pairs = zip(results, first, strict=True)
                 apart = torch.stack([((a - b).norm() / b.norm()).float() for a, b in pairs])
                 off[version] = apart.max().item()  # NaN, if one is
-            for place, (launch, us) in enumerate(by_launch(run)):
+            seen = by_launch(run)
+            names = labels([kernel for kernel, _ in seen], planned_for(shape)[1])
+            for place, (launch, (_, us)) in enumerate(zip(names, seen, strict=True)):
                 times[version][place, launch].append(us)
-    for version, seen in times.items():
-        each = {launch: statistics.median(us) for launch, us in seen.items()}
+    for version, launches in times.items():
+        each = {launch: statistics.median(us) for launch, us in launches.items()}
         print(f"{case}, {version}: {sum(each.values()):.0f} us, off {off[version]:.0e}:", end=" ")
-        print(", ".join(f"{launch.strip('_')[:20]} {us:.0f}" for (_, launch), us in each.items()))
+        print(", ".join(f"{launch} {us:.0f}" for (_, launch), us in each.items()))
 
 
 def main() -> None:

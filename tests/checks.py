@@ -184,8 +184,7 @@ def failures(
             off = (plain[x] - truth[x] for x in ("dC0", "dn0"))
             missed = terms_of_dm0(case, inputs, *off)
         for x, y, z, term, miss in zip(*sides, terms, missed, strict=True):
-            own = max(floor_eps, kind.eps) if name == "dm0" else floor_eps
-            floor = max(own * term, eps * y.norm().item(), kind.tiny * math.sqrt(y.numel()))
+            floor = max(floor_eps * term, eps * y.norm().item(), kind.tiny * math.sqrt(y.numel()))
             err, yardstick = distance(x, y), max(distance(z, y), miss, floor / RATIO)
             if not math.isfinite(yardstick):
                 lines.append(f"{name}: the plain recurrence is not finite and judges nothing")
@@ -244,8 +243,8 @@ def check_against_recurrence(
 
     plain_dtype: what the plain recurrence computes in (default: the case's dtype; fp32 makes a
     harder yardstick of a bf16 case, since then only its results are rounded). floor_eps: the
-    rounding of one term of df, and of dm0 if it is more than that of its dtype (default: that of
-    the state's dtype; 0 below fp64 unless the gates are CANCELLING).
+    rounding of one term of df and dm0 (default: that of the state's dtype; 0 below fp64 unless the
+    gates are CANCELLING).
     """
     inputs = make_inputs(case)
     truth, c = run_recurrence(case, inputs, torch.float64)

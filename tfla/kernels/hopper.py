@@ -30,6 +30,8 @@ from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_memory = gl.shared_memory_descriptor
+_as = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 _rows = tma.make_tensor_descriptor
 LINE = gl.constexpr(256)  # what a copy moves is at most so wide
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -42,12 +44,16 @@ def _channel(rows, first, STAGES: gl.constexpr):
     return rows, gl.allocate_shared_memory(rows.dtype, SHAPE, rows.layout), first
 
 
+@gluon.constexpr_function
+def _bytes(channels):
+    return sum(rows.block_type.nbytes for rows, _, _ in channels)
+
+
 @gluon.jit
-def _fetch(channels, ready, c, chunk, wanted, BYTES: gl.constexpr, STAGES: gl.constexpr):
-    """Send for chunk c, the ``chunk``-th of this program, by one barrier: with one for each
-    operand the compiler stops the warps less often, and it takes longer."""
+def _fetch(channels, ready, c, chunk, wanted, STAGES: gl.constexpr):
+    """Send for chunk c, the ``chunk``-th of this program, by one barrier (one each is slower)."""
     bar = ready.index(chunk % STAGES)
-    mbarrier.expect(bar, BYTES, pred=wanted)
+    mbarrier.expect(bar, _bytes(channels), pred=wanted)
     for n in gl.static_range(len(channels)):
         rows, tiles, first = channels[n]
         _load(rows, [c * rows.block_shape[0], first], bar, tiles.index(chunk % STAGES), pred=wanted)
@@ -56,7 +62,7 @@ def _fetch(channels, ready, c, chunk, wanted, BYTES: gl.constexpr, STAGES: gl.co
 @gluon.jit
 def _flat(channel, stage, SIZE: gl.constexpr):
     """What came of an operand of a few lines, as one vector."""
-    return channel[1].index(stage)._reinterpret(gl.float32, [SIZE], FLAT)
+    return _as(channel[1].index(stage), gl.float32, [SIZE], FLAT)
 
 
 @gluon.jit
@@ -133,7 +139,6 @@ def _scan_hopper_kernel(
     HALVES: gl.constexpr = BLOCK_A // HALF
     # The update of the state is worked on beside the scores, where registers are left for it.
     FIRST: gl.constexpr = HALVES == 1
-    AFTER: gl.constexpr = 1 if FIRST else 0  # products sent for after the state's share
     # Which way round the scores lie: beside a state of two halves the assembler has registers left
     # with the one (dk 0.76 against 0.94 ms); sums over sources, for nu, want the other.
     SOURCE_FIRST: gl.constexpr = HALVES == 2
@@ -191,10 +196,6 @@ def _scan_hopper_kernel(
     v_in = _channel(v_rows, 0, STAGES)
     channels = b_in, v_in, x_in
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    OTHERS: gl.constexpr = (BLOCK_A if WHOLE else 0) + (0 if y is None else BLOCK_X)
-    SINGLE: gl.constexpr = VECTORS * L + (0 if n_in is None else WIDE_A)
-    COLUMN: gl.constexpr = 0 if vector is None else L + BLOCK_X
-    BYTES: gl.constexpr = 2 * L * (BLOCK_A + BLOCK_X + OTHERS) + 4 * (SINGLE + COLUMN)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
         a_in = _channel(_rows(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE), 0, STAGES)
@@ -229,7 +230,7 @@ def _scan_hopper_kernel(
     _barrier()
     for chunk in gl.static_range(STAGES - 1):
         early = (high - 1 - chunk) if REVERSE else (low + chunk)
-        _fetch(channels, ready, early, chunk, low + chunk < high, BYTES, STAGES)
+        _fetch(channels, ready, early, chunk, low + chunk < high, STAGES)
     # The state, (X, A). Entries of kept states lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, HALF, layout=gl.SliceLayout(0, STATE))
@@ -294,7 +295,7 @@ def _scan_hopper_kernel(
         ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
         nth = step + STAGES - 1
         wanted = (ahead >= low) if REVERSE else (ahead < high)
-        _fetch(channels, ready, ahead, nth, wanted, BYTES, STAGES)
+        _fetch(channels, ready, ahead, nth, wanted, STAGES)
         if FIRST:
             S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if WHOLE:
@@ -315,7 +316,7 @@ def _scan_hopper_kernel(
             if WARPS == 4:
                 P, O = warpgroup_mma_wait(0, [P, O])
             else:
-                P = warpgroup_mma_wait(1 + AFTER, [P])
+                P = warpgroup_mma_wait(2 if FIRST else 1, [P])
             if vector is not None:
                 d_now = _flat(d_in, stage, L)
                 QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
@@ -326,11 +327,10 @@ def _scan_hopper_kernel(
             if n_in is not None:
                 nu_s.slice(L, L).store(gl.sum(P, TARGETS.dim))
             if WARPS > 4:
-                O = warpgroup_mma_wait(AFTER, [O])
+                O = warpgroup_mma_wait(1 if FIRST else 0, [O])
             if HALVES == 2:
                 S_low = gl.convert_layout(S_2.to(dtype), OPERAND)
-                A_2 = AA.slice(HALF, HALF, dim=1).permute((1, 0))
-                O = warpgroup_mma(S_low, A_2, O, is_async=True)
+                O = warpgroup_mma(S_low, AA.permute((1, 0)).slice(HALF, HALF), O, is_async=True)
             row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
             if HALVES == 2:
                 O = warpgroup_mma_wait(0, [O])

@@ -42,6 +42,16 @@ def _running_max(top_1, before_1, top_2, before_2):
     return tl.maximum(top_1, top_2), tl.maximum(top_1, before_2)
 
 
+@triton.jit
+def _sum_up(rows, tile, weight, inside, column, sums, slot, K, BLOCK_K: tl.constexpr):
+    """The weighted sum of a chunk's rows (L, K), whose first ``tile`` is there already."""
+    for block in range(0, K, BLOCK_K):
+        total = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
+        tl.store(sums + slot * K + block + column, total, mask=block + column < K)
+        seen = inside[:, None] & (block + BLOCK_K + column < K)[None, :]
+        tile = tl.load(rows[:, None] + block + BLOCK_K + column[None, :], mask=seen, other=0.0)
+
+
 @triton.jit(do_not_specialize=["T", "H", "slots", *GATE_STRIDES])
 def _sums_kernel(
     k, i, f, cu_seqlens, table, sums, chunk_f, chunk_p, weights,
@@ -83,11 +93,7 @@ def _sums_kernel(
     tl.store(chunk_f + slot, tl.sum(log_f, 0))
     tl.store(chunk_p + slot, p_max)
     weight = _exp(p - p_max)
-    for block in range(0, K, BLOCK_K):
-        total = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
-        tl.store(sums + slot * K + block + column, total, mask=block + column < K)
-        seen = inside[:, None] & (block + BLOCK_K + column < K)[None, :]
-        tile = tl.load(rows[:, None] + block + BLOCK_K + column[None, :], mask=seen, other=0.0)
+    _sum_up(rows, tile, weight, inside, column, sums, slot, K, BLOCK_K)
 
 
 @triton.jit
@@ -295,11 +301,7 @@ def _column_kernel(
     sign = tl.where(mark > 2.0, mark - 4.0, mark)
     tl.store(d + here, -sign * dot)
     weight = tl.load(own + 2 * L) * -sign * dot
-    for block in range(0, K, BLOCK_K):
-        total = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
-        tl.store(sums + slot * K + block + column, total, mask=block + column < K)
-        seen = inside[:, None] & (block + BLOCK_K + column < K)[None, :]
-        tile = tl.load(rows[:, None] + block + BLOCK_K + column[None, :], mask=seen, other=0.0)
+    _sum_up(rows, tile, weight, inside, column, sums, slot, K, BLOCK_K)
 
 
 @triton.jit
