@@ -124,8 +124,8 @@ def test_short_documents_keep_no_states() -> None:
 @pytest.mark.parametrize("gate", INPUT_GATES)
 @pytest.mark.parametrize("target", DEVICES, ids=lambda t: f"{t[0]}{t[1]}")
 def test_a_step_builds(target: tuple[str, int | str], gate: str, state: torch.dtype) -> None:
-    """At the sizes of xLSTM 7B. On Hopper with 16 bytes to a load of the state, and so that three
-    programs fit a multiprocessor, or four (Triton 3.6 takes 168 registers for what 3.7 has 126)."""
+    """At the sizes of xLSTM 7B. On Hopper with 16 bytes to a load of the state, all of it in
+    registers."""
     seen: list[Launch] = []
 
     def recorder(kernel, grid, shape, tensors, *numbers, **constants) -> None:
@@ -147,9 +147,8 @@ def test_a_step_builds(target: tuple[str, int | str], gate: str, state: torch.dt
     check(launch, target, STACK[target])
     if target == ("cuda", 90):
         built = build(launch, *target)
-        new_enough = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-        assert resources(built, "cuda").registers <= (128 if new_enough else 168)
-        loads = 256 * 32 * state.itemsize // (16 * 32 * launch.warps)  # a thread
+        assert resources(built, "cuda").stack == 0
+        loads = step.REGISTERS * state.itemsize // (16 * 32 * launch.warps)  # a thread
         assert built.asm["ptx"].count("ld.global.v4.b32") >= loads
 
 

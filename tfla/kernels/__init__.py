@@ -159,7 +159,8 @@ def normalizer_backward(
         dh, h = rows_of(dh), rows_of(h)
     column = Column(_new(q, grid.size), _new(q, grid.chunks() * K))
     launch(
-        normalizer._column_kernel, (grid.chunks(),), (grid.plan.small_warps, 2),
+        normalizer._column_kernel, (grid.chunks(),),
+        (grid.plan.small_warps if dh_h is None else grid.plan.gate_warps, 2),
         (dh, h, q, dh_h, grid.cu_seqlens, grid.tables[0], grid.weights, column.d, column.sums),
         *dh.stride()[:3], *h.stride()[:3], *q.stride()[:3], *grid.common(), grid.size, K, V,
         L=grid.plan.L, BLOCK_K=grid.plan.block_k, BLOCK_V=grid.plan.block_v,

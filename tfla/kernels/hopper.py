@@ -80,10 +80,10 @@ def _updated(
 
 
 @gluon.jit
-def _over_den(vectors, nu_s, L: gl.constexpr, LAYOUT: gl.constexpr):
+def _over_den(vectors, n_q_s, sums_s, L: gl.constexpr, LAYOUT: gl.constexpr):
     """(sign of nu where it is above the floor of den, 1 / den) of a chunk's tokens."""
     edge = vectors.slice(2 * L, L).load(LAYOUT)
-    nu = edge * nu_s.slice(0, L).load(LAYOUT) + nu_s.slice(L, L).load(LAYOUT)
+    nu = edge * n_q_s.load(LAYOUT) + gl.sum(sums_s.load(LAYOUT.parent), 0)
     floor = vectors.slice(FLOOR * L, L).load(LAYOUT)
     sign = gl.where(gl.abs(nu) > floor, gl.where(nu > 0.0, 1.0, -1.0), 0.0)
     # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
@@ -147,7 +147,8 @@ def _scan_hopper_kernel(
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    PAIRS: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])  # of a chunk: in every warp
+    PAIRS: gl.constexpr = gl.BlockedLayout([GROUPS, 2], [1, 32], [1, WARPS], [1, 0])
+    EACH: gl.constexpr = gl.SliceLayout(0, PAIRS)  # of a chunk: in every warp
     SOURCE: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     A_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_A], dtype)
     X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], dtype)
@@ -222,7 +223,8 @@ def _scan_hopper_kernel(
             n_in += slot * A
             n_in = _channel(_rows(n_in, [lines, A], [A, 1], [1, WIDE_A], LINES), 0, STAGES)
             channels += (n_in,)
-            nu_s = gl.allocate_shared_memory(gl.float32, [2 * L], FLAT)
+            n_q_s = gl.allocate_shared_memory(gl.float32, [L], FLAT)
+            sums_s = gl.allocate_shared_memory(gl.float32, [GROUPS, L], ROW_MAJOR)
         channels += () if y is None else (y_in,)
     for bar in gl.static_range(STAGES):
         mbarrier.init(ready.index(bar), count=1)
@@ -257,8 +259,7 @@ def _scan_hopper_kernel(
             if HALVES == 2:
                 valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
                 S_2 = gl.load(before + SECOND, mask=valid, other=0.0)
-    first = gl.maximum(high - 1, low) if REVERSE else low
-    keep_next = gl.load(decay + slot + first)
+    keep_next = gl.load(decay + slot + (gl.maximum(high - 1, low) if REVERSE else low))
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
     source = gl.expand_dims(gl.arange(0, L, layout=SOURCES), SOURCES.dim)
     causal = (target <= source) if REVERSE else (target >= source)
@@ -293,9 +294,8 @@ def _scan_hopper_kernel(
             O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
         # The stage of the chunk before has been free since the last iteration's end.
         ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
-        nth = step + STAGES - 1
         wanted = (ahead >= low) if REVERSE else (ahead < high)
-        _fetch(channels, ready, ahead, nth, wanted, STAGES)
+        _fetch(channels, ready, ahead, step + STAGES - 1, wanted, STAGES)
         if FIRST:
             S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if WHOLE:
@@ -305,7 +305,7 @@ def _scan_hopper_kernel(
                 gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(Y, 1))
             if n_in is not None:  # the state's share of nu takes n as it is, in fp32
                 n_row = _flat(n_in, stage, WIDE_A).slice(0, BLOCK_A).load(gl.SliceLayout(0, ROWS))
-                nu_s.slice(0, L).store(gl.sum(AA.load(ROWS).to(gl.float32) * n_row[None, :], 1))
+                n_q_s.store(gl.sum(AA.load(ROWS).to(gl.float32) * n_row[None, :], 1))
             row_whole = gl.expand_dims(vectors.slice(ROW * L, L).load(TARGETS), TARGETS.dim)
             row_rest = gl.expand_dims(vectors.slice((ROW + 1) * L, L).load(TARGETS), TARGETS.dim)
             col_whole = gl.expand_dims(vectors.slice(COL * L, L).load(SOURCES), SOURCES.dim)
@@ -325,7 +325,7 @@ def _scan_hopper_kernel(
             p_s.store(P.to(dtype))
             fence_async_shared()
             if n_in is not None:
-                nu_s.slice(L, L).store(gl.sum(P, TARGETS.dim))
+                sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
             if WARPS > 4:
                 O = warpgroup_mma_wait(1 if FIRST else 0, [O])
             if HALVES == 2:
@@ -342,14 +342,14 @@ def _scan_hopper_kernel(
         if not FIRST:
             S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if n_in is not None:
-            sign, factor = _over_den(vectors, nu_s, L, PAIRS)
+            sign, factor = _over_den(vectors, n_q_s, sums_s, L, EACH)
         if WHOLE:
             O = warpgroup_mma_wait(0 if FIRST else HALVES, [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if folded is not None:
-                    if tile == 0:
-                        _fold(folded, vectors, sign, factor, slot + c, L, PAIRS)
+                    if tile == c % tiles:
+                        _fold(folded, vectors, sign, factor, slot + c, L, EACH)
             if vector is not None:
                 # Loaded again: it would take 16 registers all the while.
                 share = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
