@@ -137,9 +137,9 @@ def launches(
     with contextlib.ExitStack() as stack:
         for module in (kernels, kernels.step):
             stack.enter_context(mock.patch.object(module, "launch", recorder))
-        stack.enter_context(mock.patch("tfla.kernels.host.launch", recorder))
-        stack.enter_context(mock.patch("tfla.kernels.host.device_of", lambda _: device))
-        stack.enter_context(mock.patch.dict("tfla.kernels.host._plans", clear=True))
+        stack.enter_context(mock.patch("tfla.kernels.grid.launch", recorder))
+        stack.enter_context(mock.patch("tfla.kernels.grid.device_of", lambda _: device))
+        stack.enter_context(mock.patch.dict("tfla.kernels.grid._plans", clear=True))
         if override is not None:
             real = kernels.plan_of
             stack.enter_context(

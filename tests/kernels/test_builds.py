@@ -14,7 +14,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
-import triton
 from builds import DEVICES, Launch, build, launches, record, resources
 
 from tfla import kernels
@@ -114,7 +113,7 @@ def test_short_documents_keep_no_states() -> None:
         cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta")
         return 4 * kernels.saved_like(q, v, cu_seqlens, True, True, ends).numel() / 2**20
 
-    with mock.patch("tfla.kernels.host.device_of", lambda _: DEVICES["cuda", 90]):
+    with mock.patch("tfla.kernels.grid.device_of", lambda _: DEVICES["cuda", 90]):
         assert kept(10_000) < kept(1) + 10_000 * 0.1
         assert kept(10_000, ends=True) > 10_000 * 2
 

@@ -152,8 +152,8 @@ class Implementation:
 
 @functools.lru_cache(maxsize=64)  # one function an implementation, as calls that come again ask for
 def _plan_of(x: Implementation) -> Any:
-    host: Any = importlib.import_module("tfla.kernels.host")
-    return lambda q, v, cu_seqlens: x.planned(host.plan_of(q, v, cu_seqlens))
+    grid: Any = importlib.import_module("tfla.kernels.grid")
+    return lambda q, v, cu_seqlens: x.planned(grid.plan_of(q, v, cu_seqlens))
 
 
 # ---------------------------------------------------------------- the implementations

@@ -243,11 +243,11 @@ def _plan(
     x: Implementation, shape: Shape, dtype: torch.dtype, device: torch.device, backward: bool
 ) -> Row:
     """What our kernels cost by their plan: more than the function, which reads nothing twice."""
-    host: Any = importlib.import_module("tfla.kernels.host")
+    grid: Any = importlib.import_module("tfla.kernels.grid")
     q = torch.empty(0, dtype=dtype, device=device)
     B, T, H, K, V = dataclasses.astuple(shape)
-    problem = Problem(B, T, H, K, V, B, False, dtype.itemsize, host.precision(q))
-    planned = x.planned(host.plan(problem, host.device_of(q)))
+    problem = Problem(B, T, H, K, V, B, False, dtype.itemsize, grid.precision(q))
+    planned = x.planned(grid.plan(problem, grid.device_of(q)))
     found = roofline.kernels(problem, planned, x.function == "exp", train=backward)
     moved, flops = sum(kernel.bytes for kernel in found), sum(kernel.flops for kernel in found)
     return {"plan": str(planned), "plan_bytes": moved, "plan_flops": flops}

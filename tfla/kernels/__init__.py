@@ -3,7 +3,7 @@ backend has.
 
 One call allocates everything it needs and never asks the device for a value. Files: layout.py
 (where things lie), gates.py (exponents, gate gradients), normalizer.py, scan.py (the scan),
-step.py (decode), host.py (the plan of a call, launches, tapes of them).
+step.py (decode), grid.py (the plan of a call, its buffers), host.py (launches, tapes of them).
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ from torch import Tensor
 
 from tfla.gates import Activations
 from tfla.kernels import gates, host, normalizer
-from tfla.kernels.grid import Grid, _geometry, _new, _split
-from tfla.kernels.host import launch, padded, plan_of, precision, rows_of, tables
+from tfla.kernels.grid import (
+    Grid,
+    _geometry,
+    _new,
+    _split,
+    padded,
+    plan_of,
+    precision,
+    rows_of,
+    tables,
+)
+from tfla.kernels.host import launch
 from tfla.kernels.layout import _joined_kernel
 from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
@@ -44,7 +54,7 @@ def recorded(function: Any, options: Any, inputs: Any) -> Any:
     watched have none."""
     if launch is not host.launch:
         return function(options, *inputs)
-    return host.recorded(function, options, inputs, plan_of)
+    return host.recorded(function, options, inputs, plan_of, precision(inputs[0]))
 
 
 def saved_like(

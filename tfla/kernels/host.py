@@ -1,13 +1,14 @@
-"""From tensors to launches: the plan of a call, the tables of packed sequences, the call of a
-kernel, and calls that are played from a tape."""
+"""From tensors to launches: the call of a kernel, and calls that are played from a tape."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
+import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,96 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from tfla.kernels.layout import _tables_kernel
-from tfla.plan import Device, Plan, Problem, plan
-
-_devices: dict[torch.device, Device] = {}
-
-
-def device_of(x: Tensor) -> Device:
-    """The integers of x's device; a small part where there is none (the interpreter)."""
-    if x.device not in _devices:
-        if x.device.type == "cuda":
-            p = torch.cuda.get_device_properties(x.device)
-            capability = (0, 0) if torch.version.hip else (p.major, p.minor)
-            shared = getattr(p, "shared_memory_per_block_optin", 65536)
-            _devices[x.device] = Device(capability, p.multi_processor_count, shared)
-        else:
-            _devices[x.device] = Device((0, 0), 4, 65536)
-    return _devices[x.device]
-
-
-def precision(x: Tensor) -> str:
-    """How fp32 products are done: as torch's own matrix products on this device are set to be."""
-    if x.dtype != torch.float32 or torch.version.hip:
-        return "ieee"
-    matmul: Any = torch.backends.cuda.matmul  # allow_tf32 raises where the newer name was used
-    return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-
-
-_plans: dict[tuple[Any, ...], Plan] = {}
-
-
-def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
-    """The plan that serves tensors of these shapes."""
-    # A compiled graph is made for its sizes: int() turns symbols into guards.
-    B, T, H, K, V = (int(size) for size in (*q.shape, v.shape[-1]))
-    N = B if cu_seqlens is None else int(cu_seqlens.shape[0]) - 1
-    numbers = (B, T, H, K, V, N, cu_seqlens is not None, q.element_size(), precision(q))
-    found = _plans.get((q.device, *numbers))
-    if found is None:
-        found = plan(Problem(*numbers), device_of(q))
-        if len(_plans) >= 10_000:
-            _plans.clear()
-        _plans[q.device, *numbers] = found
-    return found
-
-
-def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, ...]:
-    """Of packed sequences: which one each slot of chunks, spans and segments belongs to, in one
-    launch."""
-    if cu_seqlens is None:
-        return None, None, None
-    N = cu_seqlens.shape[0] - 1
-    units = (p.L, p.span, p.segment or p.span)
-    sizes = [padded(T // unit + N) for unit in units]
-    table = torch.empty(sum(sizes), dtype=torch.int32, device=cu_seqlens.device)
-    launch(
-        _tables_kernel,
-        (triton.cdiv(sum(sizes), 256),),
-        (4, 1),
-        (cu_seqlens, table),
-        T,
-        N,
-        *units,
-        *sizes,
-        BLOCK=256,
-    )
-    return table.split(sizes)
-
-
-def padded(size: int) -> int:
-    """The least multiple of 32 that is at least ``size``: what follows in a buffer is then aligned
-    for every length, and no kernel is compiled anew, or slower, for want of it."""
-    return -(-size // 32) * 32
-
-
-def rows_of(x: Tensor, descriptor: bool = False) -> Tensor:
-    """x with a contiguous last axis; where a ``descriptor`` shall walk over it, with rows that
-    start at multiples of 16 bytes. Copied if it must be."""
-    dense = x.stride(-1) == 1 or x.shape[-1] == 1
-    if dense and (not descriptor or _aligned(x)):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _aligned(x: Tensor) -> bool:
-    size = x.element_size()
-    b, t, h = x.stride()[:3]
-    return t > 0 and x.data_ptr() % 16 == 0 and (b | t | h) * size % 16 == 0
-
-
-_compiled: dict[tuple[Any, ...], tuple[Any, bool]] = {}  # and: does it want scratch memory?
+_compiled: dict[tuple[Any, ...], _Bound] = {}
 
 
 class _Now(threading.local):
@@ -130,7 +42,7 @@ def launch(
     pointers = [0 if x is None else x.data_ptr() for x in tensors]
     device = next(x.device for x in tensors if x is not None)
     key = (
-        id(kernel), shape, device, numbers, tuple(constants.values()),
+        id(kernel), grid, shape, device, numbers, tuple(constants.values()),
         tuple([None if x is None else x.dtype for x in tensors]), *[p & 15 for p in pointers],
     )  # fmt: skip
     known = _compiled.get(key)
@@ -142,27 +54,21 @@ def launch(
             triton.set_allocator(_allocate)
             options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
             compiled = kernel[grid](*tensors, *numbers, **options)
-            if compiled is not None:  # not in the interpreter
+            # Not in the interpreter, and other drivers than CUDA's are left to Triton.
+            if compiled is not None and compiled.metadata.target.backend == "cuda":
                 if len(_compiled) >= 10_000:  # lengths without end
                     _compiled.clear()
-                _compiled[key] = compiled, getattr(compiled.metadata, "global_scratch_size", 0) > 0
+                values = *pointers, *numbers, *constants.values()
+                _compiled[key] = _Bound(compiled, (*grid, 1, 1)[:3], device.index, values)
             if tape is not None:
                 tape.complete &= compiled is None
                 tape.note(functools.partial(kernel[grid], **options), (*tensors, *numbers))
         else:
-            compiled, scratch = known
-            if scratch:
-                triton.set_allocator(_allocate)
-            head = (
-                *grid, *(1,) * (3 - len(grid)), _stream(device.index), compiled.function,
-                compiled.packed_metadata, None, None, None,
-            )  # fmt: skip
-            compiled.run(*head, *pointers, *numbers, *constants.values())
+            there = [(p, x) for p, x in zip(pointers, tensors, strict=True) if x is not None]
+            scratch = _allocate(known.scratch, 0, None).data_ptr() if known.scratch else 0
+            known(_stream(device.index), scratch, [p for p, _ in there])
             if tape is not None:
-                tape.scratch |= scratch
-                there = [p and x for p, x in zip(pointers, tensors, strict=True)]
-                arguments = *head, *there, *numbers, *constants.values()
-                tape.note(compiled.run, arguments, launch=True)
+                tape.note(known, [x for _, x in there], launch=True)
     _now.tape = tape
 
 
@@ -177,6 +83,73 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     """Scratch memory for descriptors; the caching allocator keeps it until the stream is done with
     it."""
     return torch.empty(size, dtype=torch.int8, device=_scratch_device)
+
+
+# ---------------------------------------------------------------- launches that only want addresses
+
+
+class _Config(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+@functools.cache
+def _driver() -> Any:
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    return driver
+
+
+def parameters(signature: Iterable[str]) -> str:
+    """What a kernel reads, for ``struct``: pointers, numbers, where its scratch memory lies, and
+    the profiler's."""
+    forms = {"i32": "i", "i64": "q", "fp32": "f", "constexpr": ""}
+    return "".join(["Q" if kind[0] == "*" else forms[kind] for kind in signature]) + "QQ"
+
+
+class _Bound:
+    """A launch that only wants a stream, scratch memory and the addresses of its tensors: through
+    Triton's own launcher it takes 7 to 24 us. values: of all parameters."""
+
+    def __init__(self, compiled: Any, grid: tuple[int, ...], device: Any, values: Sequence[Any]):
+        about, at = compiled.metadata, ctypes.addressof
+        pairs = list(zip(compiled.src.signature.values(), values, strict=True))
+        form = parameters(kind for kind, _ in pairs)
+        self.memory = ctypes.create_string_buffer(struct.calcsize(form))
+        there = [value for kind, value in pairs if kind != "constexpr"]
+        struct.pack_into(form, self.memory, 0, *there, 0, 0)
+        self.put = struct.Struct(f"{sum(kind[0] == '*' for kind, _ in pairs)}Q").pack_into
+        self.put_scratch = struct.Struct("Q").pack_into
+        self.size = ctypes.c_size_t(len(self.memory))
+        self.extra = (ctypes.c_void_p * 5)(1, at(self.memory), 2, at(self.size), 0)
+        threads = about.num_warps * about.target.warp_size, 1, 1
+        self.config = _Config(grid, threads, about.shared)
+        self.arguments = at(self.config), compiled.function, None, at(self.extra)
+        self.scratch = about.global_scratch_size * grid[0] * grid[1] * grid[2]
+        self.run, self.compiled = _driver().cuLaunchKernelEx, compiled  # which is kept alive
+        self.device, self.lock = device, threading.Lock()
+
+    def __call__(self, stream: int, scratch: int, addresses: Sequence[int]) -> None:
+        with self.lock:
+            self.config.stream = stream
+            self.put(self.memory, 0, *addresses)
+            if scratch:
+                self.put_scratch(self.memory, len(self.memory) - 16, scratch)
+            error = self.run(*self.arguments)
+            if error == 201:  # a thread that has no context yet
+                context = ctypes.c_void_p()
+                _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), self.device)
+                _driver().cuCtxSetCurrent(context)
+                error = self.run(*self.arguments)
+        if error:
+            what = ctypes.c_char_p()
+            _driver().cuGetErrorString(error, ctypes.byref(what))
+            name = self.compiled.metadata.name
+            raise RuntimeError(f"CUDA does not launch {name}: {(what.value or b'').decode()}")
 
 
 # ---------------------------------------------------------------- calls from a tape
@@ -198,7 +171,7 @@ def recorded(
     depend on its options, on ``key`` and on shapes, strides, dtypes and alignment of its inputs,
     and on nothing else; where no tape can hold it, it is called every time."""
     assert (first := inputs[0]) is not None
-    signature = [function, options, *key, first.device, precision(first)]
+    signature = [function, options, *key, first.device]
     addresses = []
     for x in inputs:
         if x is None:
@@ -253,7 +226,7 @@ class _Tape(TorchDispatchMode):
 
     def __init__(self, inputs: Tensors) -> None:
         super().__init__()
-        self.complete, self.scratch, self.launches = True, False, False
+        self.complete, self.scratch, self.launches = True, 0, False
         self.given, self.device = len(inputs), next(x.device for x in inputs if x is not None)
         self.buffers: list[Any] = []  # each in whole, a _View
         self.numbers: dict[int, int] = {}  # of the buffers, by storage
@@ -312,6 +285,7 @@ class _Tape(TorchDispatchMode):
         rest = [None if isinstance(x, Tensor) else x for x in arguments]
         self.steps.append((run, rest, places, launch, made, []))
         self.launches |= launch
+        self.scratch = max(self.scratch, run.scratch if launch else 0)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -340,12 +314,10 @@ class _Tape(TorchDispatchMode):
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.play(inputs, addresses)
-        if self.scratch:
-            triton.set_allocator(_allocate)
         stream = _stream(device.index) if self.launches else None
         tensors: list[Any] = [*inputs, *self.blank]
         addresses += self.blank
-        shared = torch.empty(self.size, dtype=torch.uint8, device=device)
+        shared = torch.empty(self.size + self.scratch, dtype=torch.uint8, device=device)
         start = shared.data_ptr()
         for n, offset in self.offsets.items():
             addresses[n] = start + offset
@@ -353,13 +325,11 @@ class _Tape(TorchDispatchMode):
             x = tensors[n] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
             addresses[n] = x.data_ptr()
         for run, arguments, places, launch, made, spent in self.steps:
-            arguments = arguments.copy()
             if launch:
-                arguments[3] = stream
-                for n, buffer, offset in places:
-                    arguments[n] = addresses[buffer] + offset
-                run(*arguments)
+                found = [addresses[buffer] + offset for _, buffer, offset in places]
+                run(stream, start + self.size, found)
             else:
+                arguments = arguments.copy()
                 for n, buffer, view in places:
                     passes = buffer in self.offsets
                     base = shared if passes else tensors[buffer]
