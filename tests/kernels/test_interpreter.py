@@ -32,7 +32,7 @@ else:
     from tfla.bench import cases
     from tfla.bench import check as bench
     from tfla.gates import Activations
-    from tfla.kernels import pointwise
+    from tfla.kernels import gates, pointwise
     from tfla.plan import Plan, Tile
 
     pytestmark = [
@@ -83,6 +83,46 @@ else:
                     **SMALL | {"T": 37, "B": 2, "H": 2}, input_gate=input_gate, normalize=normalize
                 )
             )
+
+    @pytest.mark.parametrize("lengths", [(53,), (300, 0, 7, 140)])
+    def test_vectors_without_den_are_those_with_it_but_for_den(lengths: tuple[int, ...]) -> None:
+        """Where the scan of h makes nu, its launch with the gauge makes the vectors. With q = 0
+        den is its floor."""
+        T, H, K = sum(lengths), 2, 40
+        g = torch.Generator().manual_seed(0)
+        i, f = (torch.randn(1, T, H, generator=g) * 3 for _ in range(2))
+        i[:, 5:9], f[:, 20:23] = -float("inf"), -float("inf")
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0) if len(lengths) > 1 else None
+        m = torch.randn(len(lengths), H, generator=g)
+
+        def vectors(dtype: torch.dtype) -> torch.Tensor:
+            zeros = torch.zeros(1, T, H, K, dtype=dtype)
+            with planned(divides=True):
+                grid = kernels.exponents(
+                    zeros, zeros, zeros, i, f, torch.zeros(len(lengths), H, K), m, cu_seqlens, 0.5,
+                    Activations(False, True), True, True, True,
+                )  # fmt: skip
+            assert (grid.undivided is None) == (dtype == torch.float32)
+            found = grid.weights if grid.undivided is None else grid.undivided
+            found = found.view(H, grid.slots, gates.VECTORS.value, 16)
+            used = [
+                start // 16 + n + j
+                for n, (start, length) in enumerate(zip([0, *cumulated], lengths, strict=False))
+                for j in range(-(-length // 16))
+            ]
+            return found[:, used].double()
+
+        cumulated = torch.tensor(lengths).cumsum(0).tolist()
+        with_den, without = vectors(torch.float32), vectors(torch.bfloat16)
+        floor = without[:, :, gates.FLOOR.value]
+        assert floor.min() < 0.1 and floor.max() > 10.0
+        target = without[:, :, 0] + without[:, :, 1] - floor.log2()
+        inside = without[:, :, 0] > gates.NOTHING.value
+        assert inside.sum() == T * H
+        divided = with_den[:, :, 0] + with_den[:, :, 1]
+        torch.testing.assert_close(target[inside], divided[inside], rtol=1e-7, atol=1e-5)
+        torch.testing.assert_close(without[:, :, 2] / floor, with_den[:, :, 2], rtol=1e-5, atol=0.0)
+        assert torch.equal(without[:, :, 3:7], with_den[:, :, 3:7])
 
     STRUCTURES = {
         "cut": ({}, {"segment": 32}),

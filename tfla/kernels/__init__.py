@@ -49,6 +49,9 @@ __all__ = [
 ]
 
 
+COLUMNS = 16  # of n to a program of the scans over chunks
+
+
 def recorded(function: Any, options: Any, inputs: Any) -> Any:
     """See ``tfla.kernels.host``. Plans that are pinned have tapes of their own, launches that are
     watched have none."""
@@ -123,9 +126,10 @@ def exponents(
             L=plan.L, **forms,
         )  # fmt: skip
         return grid
-    sums, gauge = _new(q, grid.chunks() * K), _new(q, grid.chunks())
+    sums = _new(q, grid.chunks() * K)
+    gauge = None if undivided is not None else _new(q, grid.chunks())
     chunk_f, chunk_p = (q.new_empty(grid.chunks(), dtype=torch.float64) for _ in range(2))
-    block_k = min(64, plan.block_k)
+    block_k = min(COLUMNS, plan.block_k)
     vectors = weights if undivided is None else undivided
     launch(
         normalizer._sums_kernel, (grid.chunks(),), (plan.gate_warps, 2),
@@ -134,18 +138,17 @@ def exponents(
     )  # fmt: skip
     launch(
         normalizer._gauge_kernel, (N * H, triton.cdiv(K, block_k)), (4, 2),
-        (cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, decay, n_chunk, n_final, m_final),
-        *grid.common(), K, L=plan.L, BLOCK=plan.block_c, BLOCK_K=block_k, HAS_N=n is not None,
-        HAS_M=m is not None, PACKED=packed,
+        (cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, vectors, decay, n_chunk, n_final,
+         m_final), *grid.common(), K, scale, L=plan.L, BLOCK=plan.block_c, BLOCK_K=block_k,
+        HAS_N=n is not None, HAS_M=m is not None, PACKED=packed,
     )  # fmt: skip
-    launch(
-        normalizer._denominator_kernel, (grid.chunks(),),
-        (plan.small_warps if undivided is None else plan.gate_warps, 2),
-        (*((q, k) if undivided is None else (None, None)), cu_seqlens, chunk_table, gauge, m_final,
-         n_chunk, chunk_f, vectors),
-        *q.stride()[:3], *k.stride()[:3], *grid.common(), K, scale, L=plan.L,
-        BLOCK_K=plan.block_k, PACKED=packed, PRECISION=precision(q),
-    )  # fmt: skip
+    if gauge is not None:
+        launch(
+            normalizer._denominator_kernel, (grid.chunks(),), (plan.small_warps, 2),
+            (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f, vectors),
+            *q.stride()[:3], *k.stride()[:3], *grid.common(), K, scale, L=plan.L,
+            BLOCK_K=plan.block_k, PACKED=packed, PRECISION=precision(q),
+        )  # fmt: skip
     return grid
 
 
@@ -186,7 +189,7 @@ def normalizer_carried(column: Column, dn: Tensor | None, grid: Grid) -> Column:
     dn = None if dn is None else dn.contiguous()
     dn_chunk = torch.empty_like(column.sums)
     dn_first = column.d.new_empty(grid.N, H, K)
-    block_k = min(64, grid.plan.block_k)
+    block_k = min(COLUMNS, grid.plan.block_k)
     launch(
         normalizer._column_state_kernel, (grid.N * H, triton.cdiv(K, block_k)), (4, 2),
         (grid.cu_seqlens, column.sums, grid.decay, dn, dn_chunk, dn_first), *grid.common(), K,

@@ -123,15 +123,61 @@ def _sums_of(sums, chunk_f, chunk_p, c, chunks, column, K):
     )
 
 
+@triton.jit
+def _in_gauge(here, m_in, L: tl.constexpr):
+    """What waits for the gauge of the incoming state, and what it says of each token: its own
+    gauge M, exp(m_in - M), the floor exp(-m) of den, the mark and p."""
+    top, top_rest = tl.load(here), tl.load(here + L)
+    b, b_rest = tl.load(here + B_PAIR * L), tl.load(here + (B_PAIR + 1) * L)
+    p, p_rest = tl.load(here + FIRST_SOURCE * L), tl.load(here + (FIRST_SOURCE + 1) * L)
+    raised = tl.load(here + RAISED * L)
+    m_in = m_in.to(tl.float64) * LOG2E
+    top = top.to(tl.float64) + top_rest.to(tl.float64)
+    M = tl.maximum(top, m_in)
+    erased = tl.maximum(top + raised.to(tl.float64), m_in) - M < SMALLEST * LOG2E
+    floor = _exp2(-(b.to(tl.float64) + b_rest.to(tl.float64) + M))
+    floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
+    p = p.to(tl.float64) + p_rest.to(tl.float64)
+    return M, _exp2(m_in - M), floor, tl.where(erased, 4.0, 0.0), p
+
+
+@triton.jit
+def _store(here, M, M_out, weight, factor, p, mark, inside, scale, L: tl.constexpr):
+    """The vectors, over what waited, once all have read it. factor: scale / den, fp64 or fp32."""
+    # The logarithm of no 0: `used` tells.
+    target = tl.log2(tl.maximum(factor, 2.0**-126)).to(tl.float64) - M
+    tl.debug_barrier()
+    source = _exp2(p - M_out * LOG2E)
+    store_weights(here, target, weight, p, source, mark, inside, inside & (scale > 0.0), L)
+
+
+@triton.jit
+def _undivided(weights, slot, last, token, length, m_in, M_out, scale, L: tl.constexpr):
+    """The vectors of the chunks up to ``last`` of a block, without den, its floor beside them. The
+    programs of a sequence share them, eight at a time; the last one is done again where there are
+    no more."""
+    for nth in range(tl.program_id(1) * 8, last + 1, tl.num_programs(1) * 8):
+        c = tl.minimum(nth + tl.arange(0, 8), last)
+        l = tl.arange(0, L)[None, :]
+        here = weights + (slot + c)[:, None] * (VECTORS * L) + l
+        inside = token + c[:, None] * L + l < length
+        before, after = tl.gather(m_in, c, 0)[:, None], tl.gather(M_out, c, 0)[:, None]
+        M, weight, floor, mark, p = _in_gauge(here, before, L)
+        factor = tl.maximum(scale, 1e-30).to(tl.float64)
+        _store(here, M, after, weight * scale, factor, p, mark, inside, scale, L)
+        tl.store(here + FLOOR * L, floor)
+
+
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def _gauge_kernel(
-    cu_seqlens, sums, chunk_f, chunk_p, n_first, m_first, gauge, decay, n_chunk, n_last, m_last,
-    T, H, slots, K,
+    cu_seqlens, sums, chunk_f, chunk_p, n_first, m_first, gauge, weights, decay, n_chunk, n_last,
+    m_last, T, H, slots, K, scale,
     L: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_N: tl.constexpr,
     HAS_M: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Over the chunks of each sequence: the gauge m_in (a max-plus scan, fp64) and the normaliser
-    n that enter each of them."""
+    n that enter each of them. Where gauge is None the scan of h makes nu itself, and the vectors
+    are made here."""
     n = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
@@ -147,7 +193,8 @@ def _gauge_kernel(
     if HAS_N:
         normalizer = tl.load(n_first + state * K + column, mask=column < K, other=0.0)
     if chunks > 0:
-        tl.store(gauge + first, m)
+        if gauge is not None:
+            tl.store(gauge + first, m)
         tl.store(n_chunk + first * K + column, normalizer, mask=column < K)
     sums += first * K
     chunk_f += first
@@ -164,7 +211,8 @@ def _gauge_kernel(
         next_f, next_p, next_tile = _sums_of(sums, chunk_f, chunk_p, c + BLOCK, chunks, column, K)
         total, top = tl.associative_scan((log_f, p_max + log_f), 0, _max_plus)
         m_out = tl.maximum(m.to(tl.float64) + total, top).to(tl.float32)
-        tl.store(gauge + slot + 1, m_out, mask=more)
+        if gauge is not None:
+            tl.store(gauge + slot + 1, m_out, mask=more)
         # The gauge before a chunk is the one after the last, bit for bit.
         m_in = tl.where(l == 0, m, tl.gather(m_out, tl.maximum(l - 1, 0), 0))
         M_out = m_out.to(tl.float64) - log_f
@@ -178,6 +226,8 @@ def _gauge_kernel(
         tl.store(n_chunk + (slot + 1)[:, None] * K + column[None, :], value, mask=seen)
         m = _at(m_out, last, BLOCK)
         normalizer = _at(value, last, BLOCK)
+        if gauge is None:
+            _undivided(weights, first + block, last, block * L, length, m_in, M_out, scale, L)
         log_f, p_max, tile = next_f, next_p, next_tile
     tl.store(n_last + state * K + column, normalizer, mask=column < K)
     tl.store(m_last + state, tl.where(m <= -1e30, 0.0, m))  # the gauge of zeros may as well be 0
@@ -189,77 +239,50 @@ def _denominator_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, T, H, slots, K, scale,
     L: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """nu and den of every token, and with them the seven vectors of the chunk. Where q is None the
-    scan of h makes nu itself: the vectors are left without den, the floor of den beside them."""
+    """nu and den of every token, and with them the seven vectors of the chunk."""
     n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
     if j * L >= length:
         return
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l
-    if q is not None:
-        PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
-        scores = tl.zeros([L, L], tl.float32)
-        nu = tl.zeros([L], tl.float32)
-        q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
-        k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
-        for block in range(0, K, BLOCK_K):
-            column = block + tl.arange(0, BLOCK_K)
-            seen = inside[:, None] & (column < K)[None, :]
-            q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
-            k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
-            n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
-            if PRECISE:  # sums of BLOCK_K terms, added: half the rounding of one sum of 512
-                scores += tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-            else:
-                scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
-            nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
+    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    scores = tl.zeros([L, L], tl.float32)
+    nu = tl.zeros([L], tl.float32)
+    q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
+    k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
+    for block in range(0, K, BLOCK_K):
+        column = block + tl.arange(0, BLOCK_K)
+        seen = inside[:, None] & (column < K)[None, :]
+        q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
+        k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
+        n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
+        if PRECISE:  # sums of BLOCK_K terms, added: half the rounding of one sum of 512
+            scores += tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        else:
+            scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
+        nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
     here = weights + slot * VECTORS * L + l
-    m_in = tl.load(gauge + slot)
     if (j + 1) * L >= length:
         m_out = tl.load(m_last + n.to(tl.int64) * H + head)
     else:
         m_out = tl.load(gauge + slot + 1)
-    b_last = tl.load(chunk_f + slot)
-    top, top_rest = tl.load(here), tl.load(here + L)
-    b, b_rest = tl.load(here + B_PAIR * L), tl.load(here + (B_PAIR + 1) * L)
-    col, col_rest = tl.load(here + FIRST_SOURCE * L), tl.load(here + (FIRST_SOURCE + 1) * L)
-    raised = tl.load(here + RAISED * L)
-    m_in = m_in.to(tl.float64) * LOG2E
-    M_out = (m_out.to(tl.float64) - b_last) * LOG2E
-    top = top.to(tl.float64) + top_rest.to(tl.float64)
-    M = tl.maximum(top, m_in)
-    erased = tl.maximum(top + raised.to(tl.float64), m_in) - M < SMALLEST * LOG2E
-    mark = tl.where(erased, 4.0, 0.0)
-    weight = _exp2(m_in - M)
-    floor = _exp2(-(b.to(tl.float64) + b_rest.to(tl.float64) + M))
-    floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
-    if q is None:
-        factor = scale.to(tl.float64)
-        weight *= scale
-    else:
-        minus, minus_rest = _pair(-M)
-        D = power(minus[:, None] + col[None, :], minus_rest[:, None] + col_rest[None, :], PRECISE)
-        if not PRECISE:
-            scores *= scale
-        nu = nu * scale * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1)
-        den = tl.maximum(tl.abs(nu), floor)
-        mark += tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
-        # Where q is 0, den may be 2^-126: what it multiplies is 0 and must stay so.
-        factor = tl.minimum(scale / den, 2.0**126)
-        weight *= factor
-        if PRECISE:  # the fp32 logarithm is off by 2e-7
-            factor = factor.to(tl.float64)
-    # The logarithm of no 0: `used` tells.
-    target = tl.log2(tl.maximum(factor, 2.0**-126)).to(tl.float64) - M
-    p = col.to(tl.float64) + col_rest.to(tl.float64)
-    # What waited has been read by all before it is written over.
-    tl.debug_barrier()
-    store_weights(
-        here, target, weight, p, _exp2(p - M_out), mark, inside, inside & (scale > 0.0), L
-    )
-    if q is None:
-        tl.store(here + FLOOR * L, floor)
+    M_out = m_out.to(tl.float64) - tl.load(chunk_f + slot)
+    M, weight, floor, mark, p = _in_gauge(here, tl.load(gauge + slot), L)
+    minus, minus_rest = _pair(-M)
+    col, col_rest = _pair(p)
+    D = power(minus[:, None] + col[None, :], minus_rest[:, None] + col_rest[None, :], PRECISE)
+    if not PRECISE:
+        scores *= scale
+    nu = nu * scale * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1)
+    den = tl.maximum(tl.abs(nu), floor)
+    mark += tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
+    # Where q is 0, den may be 2^-126: what it multiplies is 0 and must stay so.
+    factor = tl.minimum(scale / den, 2.0**126)
+    weight *= factor
+    if PRECISE:  # the fp32 logarithm is off by 2e-7
+        factor = factor.to(tl.float64)
+    _store(here, M, M_out, weight, factor, p, mark, inside, scale, L)
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
