@@ -71,7 +71,8 @@ class Plan:
     dq: Tile  # dq and dk: V -> K
     block_k: int  # head dim block of the small kernels
     block_v: int
-    block_c: int  # chunks that the scans over chunks take at once
+    block_c: int  # chunks that the scans over chunks take at once,
+    block_n: int  # and columns of n
     small_warps: int
     gate_warps: int  # of kernels over the gates of a chunk
     divides: bool  # the scan of h makes the denominator of bf16 operands itself
@@ -159,8 +160,13 @@ def plan(problem: Problem, device: Device) -> Plan:
     # A state of two halves leaves no registers for it (256 -> 512: 1.32 ms against 0.83 and 0.29).
     divides = h.hopper and h.A <= 128
     small = min(32 if p.bytes == 4 else 64, power_of_two(max(p.K, p.V)))
+    # The scans over chunks: far at a stride where there is far to go, else as wide as fills the
+    # machine (1,048,576 tokens 631 us, 64 and 16 at once 1,261; 64 x 1,024 tokens 49 and 65).
+    block_c, block_n = 64, 16 if p.N * p.H <= device.multiprocessors else 32
+    if mean >= 512 * L:
+        block_c, block_n = 256, 8
     return Plan(
-        L, span, segment, h, dq, small, small, block_c=64, small_warps=4, gate_warps=2,
+        L, span, segment, h, dq, small, small, block_c, block_n, small_warps=4, gate_warps=2,
         divides=divides,
     )  # fmt: skip
 

@@ -49,9 +49,6 @@ __all__ = [
 ]
 
 
-COLUMNS = 16  # of n to a program of the scans over chunks
-
-
 def recorded(function: Any, options: Any, inputs: Any) -> Any:
     """See ``tfla.kernels.host``. Plans that are pinned have tapes of their own, launches that are
     watched have none."""
@@ -129,7 +126,7 @@ def exponents(
     sums = _new(q, grid.chunks() * K)
     gauge = None if undivided is not None else _new(q, grid.chunks())
     chunk_f, chunk_p = (q.new_empty(grid.chunks(), dtype=torch.float64) for _ in range(2))
-    block_k = min(COLUMNS, plan.block_k)
+    block_k = min(plan.block_n, plan.block_k)
     vectors = weights if undivided is None else undivided
     launch(
         normalizer._sums_kernel, (grid.chunks(),), (plan.gate_warps, 2),
@@ -189,7 +186,7 @@ def normalizer_carried(column: Column, dn: Tensor | None, grid: Grid) -> Column:
     dn = None if dn is None else dn.contiguous()
     dn_chunk = torch.empty_like(column.sums)
     dn_first = column.d.new_empty(grid.N, H, K)
-    block_k = min(COLUMNS, grid.plan.block_k)
+    block_k = min(grid.plan.block_n, grid.plan.block_k)
     launch(
         normalizer._column_state_kernel, (grid.N * H, triton.cdiv(K, block_k)), (4, 2),
         (grid.cu_seqlens, column.sums, grid.decay, dn, dn_chunk, dn_first), *grid.common(), K,
