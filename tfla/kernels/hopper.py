@@ -10,7 +10,7 @@ The compiler's own pipeline sends for copies at the end of an iteration and wait
 where it stands; the tensor cores then rest two thirds of the time.
 """
 
-# mypy: disable-error-code="union-attr,assignment"
+# mypy: disable-error-code="union-attr,assignment,index"
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -23,92 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tfla.kernels.gates import FIRST_SOURCE, FLOOR, MARK, VECTORS
+from tfla.kernels import hopper_parts as part
+from tfla.kernels.gates import FIRST_SOURCE, VECTORS
 from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 
-# The same functions under the names of Triton 3.6 and of later ones.
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_memory = gl.shared_memory_descriptor
-_as = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 _rows = tma.make_tensor_descriptor
-LINE = gl.constexpr(256)  # what a copy moves is at most so wide
-FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-@gluon.jit
-def _channel(rows, first, STAGES: gl.constexpr):
-    """What comes chunk by chunk, from column ``first`` on: from where, to where."""
-    SHAPE: gl.constexpr = [STAGES, rows.block_shape[0], rows.block_shape[1]]
-    return rows, gl.allocate_shared_memory(rows.dtype, SHAPE, rows.layout), first
-
-
-@gluon.constexpr_function
-def _bytes(channels):
-    return sum(rows.block_type.nbytes for rows, _, _ in channels)
-
-
-@gluon.jit
-def _fetch(channels, ready, c, chunk, wanted, STAGES: gl.constexpr):
-    """Send for chunk c, the ``chunk``-th of this program, by one barrier (one each is slower)."""
-    bar = ready.index(chunk % STAGES)
-    mbarrier.expect(bar, _bytes(channels), pred=wanted)
-    for n in gl.static_range(len(channels)):
-        rows, tiles, first = channels[n]
-        _load(rows, [c * rows.block_shape[0], first], bar, tiles.index(chunk % STAGES), pred=wanted)
-
-
-@gluon.jit
-def _flat(channel, stage, SIZE: gl.constexpr):
-    """What came of an operand of a few lines, as one vector."""
-    return _as(channel[1].index(stage), gl.float32, [SIZE], FLAT)
-
-
-@gluon.jit
-def _updated(
-    S, S_2, X_rows, B, edge, keep, HALF: gl.constexpr, HALVES: gl.constexpr, SOURCE: gl.constexpr
-):  # fmt: skip
-    """The state after a chunk, while it is being made."""
-    col_edge = edge.load(gl.SliceLayout(0, SOURCE))
-    X_low = X_rows.permute((1, 0)).load(SOURCE)
-    X_low = (X_low.to(gl.float32) * col_edge[None, :]).to(X_rows.dtype)
-    S = warpgroup_mma(X_low, B.slice(0, HALF, dim=1), S * keep, is_async=True)
-    if HALVES == 2:
-        S_2 = warpgroup_mma(X_low, B.slice(HALF, HALF, dim=1), S_2 * keep, is_async=True)
-    return S, S_2
-
-
-@gluon.jit
-def _over_den(vectors, n_q_s, sums_s, L: gl.constexpr, LAYOUT: gl.constexpr):
-    """(sign of nu where it is above the floor of den, 1 / den) of a chunk's tokens."""
-    edge = vectors.slice(2 * L, L).load(LAYOUT)
-    nu = edge * n_q_s.load(LAYOUT) + gl.sum(sums_s.load(LAYOUT.parent), 0)
-    floor = vectors.slice(FLOOR * L, L).load(LAYOUT)
-    sign = gl.where(gl.abs(nu) > floor, gl.where(nu > 0.0, 1.0, -1.0), 0.0)
-    # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
-    return sign, gl.minimum(1.0 / gl.maximum(gl.abs(nu), floor), 2.0**126)
-
-
-@gluon.jit
-def _fold(folded, vectors, sign, factor, slot, L: gl.constexpr, LAYOUT: gl.constexpr):
-    """The vectors of a chunk with the denominator in them, for the backward pass."""
-    here = folded + slot * (VECTORS * L) + gl.arange(0, L, layout=LAYOUT)
-    rest = vectors.slice(L, L).load(LAYOUT) + gl.log2(factor)
-    carry = gl.floor(rest + 0.5)
-    gl.store(here, vectors.slice(0, L).load(LAYOUT) + carry)
-    gl.store(here + L, rest - carry)
-    gl.store(here + 2 * L, vectors.slice(2 * L, L).load(LAYOUT) * factor)
-    for each in gl.static_range(FIRST_SOURCE, MARK):
-        gl.store(here + each * L, vectors.slice(each * L, L).load(LAYOUT))
-    gl.store(here + MARK * L, vectors.slice(MARK * L, L).load(LAYOUT) + sign)
-
-
-@gluon.jit
-def _keep(at, S, S_2, HALVES: gl.constexpr, SECOND: gl.constexpr):
-    gl.store(at, S)
-    if HALVES == 2:
-        gl.store(at + SECOND, S_2)
 
 
 @gluon.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
@@ -142,6 +61,11 @@ def _scan_hopper_kernel(
     # Which way round the scores lie: beside a state of two halves the assembler has registers left
     # with the one (dk 0.76 against 0.94 ms); sums over sources, for nu, want the other.
     SOURCE_FIRST: gl.constexpr = HALVES == 2
+    # With row products to be made, what they and the exponents are made of is loaded before the
+    # copies, where registers are left; with a column, the scores are not needed as soon as O.
+    ROW_PRODUCTS: gl.constexpr = n_in is not None or OF_X
+    EARLY: gl.constexpr = ROW_PRODUCTS and FIRST and not CUT
+    STATE_FIRST: gl.constexpr = vector is not None
     TARGETS: gl.constexpr = gl.SliceLayout(0 if SOURCE_FIRST else 1, SCORES)
     SOURCES: gl.constexpr = gl.SliceLayout(1 if SOURCE_FIRST else 0, SCORES)
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
@@ -154,7 +78,7 @@ def _scan_hopper_kernel(
     X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], dtype)
     P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, L], dtype)
     LINES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    V_LINES: gl.constexpr = VECTORS * L // LINE
+    V_LINES: gl.constexpr = VECTORS * L // part.LINE
     WIDE_A: gl.constexpr = max(BLOCK_A, 32)  # copies arrive at multiples of 128 bytes
     BY_WARP: gl.constexpr = gl.BlockedLayout([WARPS, 2], [1, 32], [1, WARPS], [1, 0])
     ROW_MAJOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -191,15 +115,17 @@ def _scan_hopper_kernel(
     x += batch * stride_xb + start * stride_xt + head * stride_xh
     b_rows = _rows(b, [tokens, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
     x_rows = _rows(x, [tokens, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
-    b_in, x_in = _channel(b_rows, 0, STAGES), _channel(x_rows, first_x, STAGES)
+    b_in, x_in = part.channel(b_rows, 0, STAGES), part.channel(x_rows, first_x, STAGES)
     weights += slot * VECTORS * L
-    v_rows = _rows(weights, [lines * V_LINES, LINE], [LINE, 1], [V_LINES, LINE], LINES)
-    v_in = _channel(v_rows, 0, STAGES)
+    v_rows = _rows(
+        weights, [lines * V_LINES, part.LINE], [part.LINE, 1], [V_LINES, part.LINE], LINES
+    )
+    v_in = part.channel(v_rows, 0, STAGES)
     channels = b_in, v_in, x_in
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
-        a_in = _channel(_rows(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE), 0, STAGES)
+        a_in = part.channel(_rows(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE), 0, STAGES)
         channels = b_in, a_in, v_in, x_in
         out_at = ((batch * T + start) * H + head) * X
         p_s = gl.allocate_shared_memory(dtype, [L, L], P_TILE)
@@ -207,32 +133,33 @@ def _scan_hopper_kernel(
             each = H.to(gl.int64) * X
             out_rows = _rows(out + out_at, [tokens, X], [each, 1], [L, BLOCK_X], X_TILE)
             out_s = gl.allocate_shared_memory(dtype, [L, BLOCK_X], X_TILE)
+        y_in = None
         if y is not None:
             y += batch * stride_yb + start * stride_yt + head * stride_yh
             y_rows = _rows(y, [tokens, X], [stride_yt, 1], [L, BLOCK_X], X_TILE)
-            y_in = _channel(y_rows, first_x, STAGES)
+            y_in = part.channel(y_rows, first_x, STAGES)
             if not OF_X:
                 dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
         if vector is not None:
-            d_in = _channel(_rows(d + slot * L, [lines, L], [L, 1], [1, L], LINES), 0, STAGES)
+            d_in = part.channel(_rows(d + slot * L, [lines, L], [L, 1], [1, L], LINES), 0, STAGES)
             vector += slot * X
             vector_rows = _rows(vector, [lines, X], [X, 1], [1, BLOCK_X], LINES)
-            vector_in = _channel(vector_rows, first_x, STAGES)
+            vector_in = part.channel(vector_rows, first_x, STAGES)
             channels += (d_in, vector_in)
         if n_in is not None:
             n_in += slot * A
-            n_in = _channel(_rows(n_in, [lines, A], [A, 1], [1, WIDE_A], LINES), 0, STAGES)
+            n_in = part.channel(_rows(n_in, [lines, A], [A, 1], [1, WIDE_A], LINES), 0, STAGES)
             channels += (n_in,)
-            n_q_s = gl.allocate_shared_memory(gl.float32, [L], FLAT)
+            n_q_s = gl.allocate_shared_memory(gl.float32, [L], part.FLAT)
             sums_s = gl.allocate_shared_memory(gl.float32, [GROUPS, L], ROW_MAJOR)
         channels += () if y is None else (y_in,)
     for bar in gl.static_range(STAGES):
         mbarrier.init(ready.index(bar), count=1)
     fence_async_shared()
-    _barrier()
+    part.barrier()
     for chunk in gl.static_range(STAGES - 1):
         early = (high - 1 - chunk) if REVERSE else (low + chunk)
-        _fetch(channels, ready, early, chunk, low + chunk < high, STAGES)
+        part.fetch(channels, ready, early, chunk, low + chunk < high, STAGES)
     # The state, (X, A). Entries of kept states lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, HALF, layout=gl.SliceLayout(0, STATE))
@@ -270,7 +197,7 @@ def _scan_hopper_kernel(
         following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
         keep_next = gl.load(decay + slot + following)
         B, XX = b_in[1].index(stage), x_in[1].index(stage)
-        vectors = _flat(v_in, stage, VECTORS * L)
+        vectors = part.flat(v_in, stage, VECTORS * L)
         col_edge = vectors.slice((COL + 2) * L, L)
         if KEEP:
             # The state at the end of the chunk, unless it is where another piece starts from.
@@ -279,54 +206,63 @@ def _scan_hopper_kernel(
                 edge |= c + 1 == chunks
             if REVERSE:
                 if edge:
-                    _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
+                    part.keep_state(
+                        ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND
+                    )
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         if WHOLE:
             AA = a_in[1].index(stage)
+            S_low = gl.convert_layout(S.to(dtype), OPERAND)
+            A_1 = AA.slice(0, HALF, dim=1).permute((1, 0))
+            O = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
+            if STATE_FIRST:
+                O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
             P = gl.zeros([L, L], gl.float32, layout=SCORES)
             if SOURCE_FIRST:
                 P = warpgroup_mma(B, AA.permute((1, 0)), P, use_acc=False, is_async=True)
             else:
                 P = warpgroup_mma(AA, B.permute((1, 0)), P, use_acc=False, is_async=True)
-            O = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
-            S_low = gl.convert_layout(S.to(dtype), OPERAND)
-            A_1 = AA.slice(0, HALF, dim=1).permute((1, 0))
-            O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
+            if not STATE_FIRST:
+                O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
+            if EARLY:
+                one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
+                exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
         # The stage of the chunk before has been free since the last iteration's end.
         ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
         wanted = (ahead >= low) if REVERSE else (ahead < high)
-        _fetch(channels, ready, ahead, step + STAGES - 1, wanted, STAGES)
+        part.fetch(channels, ready, ahead, step + STAGES - 1, wanted, STAGES)
         if FIRST:
-            S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
+            S, S_2 = part.updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if WHOLE:
-            if OF_X:
-                Y = XX.load(ROWS).to(gl.float32) * y_in[1].index(stage).load(ROWS).to(gl.float32)
-                o_l = gl.arange(0, L, layout=gl.SliceLayout(1, ROWS))
-                gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(Y, 1))
-            if n_in is not None:  # the state's share of nu takes n as it is, in fp32
-                n_row = _flat(n_in, stage, WIDE_A).slice(0, BLOCK_A).load(gl.SliceLayout(0, ROWS))
-                n_q_s.store(gl.sum(AA.load(ROWS).to(gl.float32) * n_row[None, :], 1))
-            row_whole = gl.expand_dims(vectors.slice(ROW * L, L).load(TARGETS), TARGETS.dim)
-            row_rest = gl.expand_dims(vectors.slice((ROW + 1) * L, L).load(TARGETS), TARGETS.dim)
-            col_whole = gl.expand_dims(vectors.slice(COL * L, L).load(SOURCES), SOURCES.dim)
-            col_rest = gl.expand_dims(vectors.slice((COL + 1) * L, L).load(SOURCES), SOURCES.dim)
+            if ROW_PRODUCTS:
+                if not EARLY:
+                    one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
+                products = gl.sum(one.to(gl.float32) * other.to(gl.float32), 1)
+                if OF_X:
+                    o_l = gl.arange(0, L, layout=gl.SliceLayout(1, ROWS))
+                    gl.store(dot + tile * size + (slot + c) * L + o_l, products)
+                else:
+                    n_q_s.store(products)
+            if not EARLY:
+                exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
+            row_whole, row_rest, col_whole, col_rest = exponents
             D = gl.exp2((row_whole + col_whole) + (row_rest + col_rest))
             # Two programs a multiprocessor overlap by themselves, and the assembler of CUDA 12.8
             # crashes on one of their variants if more is asked for.
             if WARPS == 4:
                 P, O = warpgroup_mma_wait(0, [P, O])
+            elif STATE_FIRST:
+                P, O = warpgroup_mma_wait(1 if FIRST else 0, [P, O])
             else:
                 P = warpgroup_mma_wait(2 if FIRST else 1, [P])
             if vector is not None:
-                d_now = _flat(d_in, stage, L)
+                d_now = part.flat(d_in, stage, L)
                 QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
                 P += gl.expand_dims(d_now.load(QUERIES), QUERIES.dim)
             P = gl.where(causal, P * D, 0.0)
             p_s.store(P.to(dtype))
             fence_async_shared()
-            if n_in is not None:
-                sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
-            if WARPS > 4:
+            if WARPS > 4 and not STATE_FIRST:
                 O = warpgroup_mma_wait(1 if FIRST else 0, [O])
             if HALVES == 2:
                 S_low = gl.convert_layout(S_2.to(dtype), OPERAND)
@@ -334,29 +270,31 @@ def _scan_hopper_kernel(
             row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
             if HALVES == 2:
                 O = warpgroup_mma_wait(0, [O])
+            if vector is not None:  # n d^T for dq, dn 1^T for dk, weighted as the state is
+                row_vector = part.flat(vector_in, stage, BLOCK_X).load(gl.SliceLayout(1, OUTPUT))
+                if REVERSE:
+                    O += row_vector[:, None]
+                else:
+                    O += row_vector[:, None] * d_now.load(gl.SliceLayout(0, OUTPUT))[None, :]
             O *= row_edge[None, :]
             tma.store_wait(0)
-            _barrier()
+            part.barrier()
             P_low = p_s if SOURCE_FIRST else p_s.permute((1, 0))
             O = warpgroup_mma(XX.permute((1, 0)), P_low, O, is_async=True)
+            if n_in is not None:  # beside the last product
+                sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
+                part.barrier()
         if not FIRST:
-            S, S_2 = _updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
+            S, S_2 = part.updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if n_in is not None:
-            sign, factor = _over_den(vectors, n_q_s, sums_s, L, EACH)
+            sign, factor = part.over_den(vectors, n_q_s, sums_s, L, EACH)
         if WHOLE:
             O = warpgroup_mma_wait(0 if FIRST else HALVES, [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if folded is not None:
-                    if tile == c % tiles:
-                        _fold(folded, vectors, sign, factor, slot + c, L, EACH)
-            if vector is not None:
-                # Loaded again: it would take 16 registers all the while.
-                share = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
-                if not REVERSE:
-                    share *= d_now.load(gl.SliceLayout(0, OUTPUT))
-                row_vector = _flat(vector_in, stage, BLOCK_X).load(gl.SliceLayout(1, OUTPUT))
-                O += row_vector[:, None] * share[None, :]
+                    if tile == gl.minimum(c % 2, tiles - 1):
+                        part.fold(folded, vectors, sign, factor, slot + c, L, EACH)
             if (partial is not None) or (out.dtype.element_ty != dtype):
                 o_x = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
                 o_t = c * L + gl.arange(0, L, layout=gl.SliceLayout(0, OUTPUT))
@@ -367,8 +305,8 @@ def _scan_hopper_kernel(
             if out.dtype.element_ty == dtype:
                 out_s.permute((1, 0)).store(O.to(dtype))
                 fence_async_shared()
-                _barrier()
-                _store(out_rows, [c * L, first_x], out_s)
+                part.barrier()
+                part.store_rows(out_rows, [c * L, first_x], out_s)
             else:
                 gl.store(out + token, O, mask=seen)
             if y is not None and not OF_X:
@@ -378,18 +316,18 @@ def _scan_hopper_kernel(
             S, S_2 = warpgroup_mma_wait(0, [S, S_2])
         else:
             S = warpgroup_mma_wait(0, [S])
-        _barrier()
+        part.barrier()
         if WHOLE and y is not None and not OF_X:
             o_l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
             gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(dot_s.load(BY_WARP), 0))
         if KEEP and not REVERSE:
             if edge:
-                _keep(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
+                part.keep_state(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
     if WHOLE:
         tma.store_wait(0)
     else:
         # What this piece makes of an empty state, to where the next one starts from.
-        _keep(ends + behind * stride_e + entry, S, S_2, HALVES, SECOND)
+        part.keep_state(ends + behind * stride_e + entry, S, S_2, HALVES, SECOND)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(gl.int64) * stride_fn + head * stride_fh

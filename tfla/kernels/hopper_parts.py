@@ -1,0 +1,125 @@
+"""What hopper.py does with a chunk: its copies, its exponents and products by rows, the update of
+the state, the denominator."""
+
+# mypy: disable-error-code="union-attr"
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
+
+from tfla.kernels.gates import FIRST_SOURCE, FLOOR, MARK, VECTORS
+
+# The same functions under the names of Triton 3.6 and of later ones.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_rows = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_memory = gl.shared_memory_descriptor
+_as = getattr(_memory, "reinterpret", None) or _memory._reinterpret
+LINE = gl.constexpr(256)  # what a copy moves is at most so wide
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def channel(rows, first, STAGES: gl.constexpr):
+    """What comes chunk by chunk, from column ``first`` on: from where, to where."""
+    SHAPE: gl.constexpr = [STAGES, rows.block_shape[0], rows.block_shape[1]]
+    return rows, gl.allocate_shared_memory(rows.dtype, SHAPE, rows.layout), first
+
+
+@gluon.constexpr_function
+def _bytes(channels):
+    return sum(rows.block_type.nbytes for rows, _, _ in channels)
+
+
+@gluon.jit
+def fetch(channels, ready, c, chunk, wanted, STAGES: gl.constexpr):
+    """Send for chunk c, the ``chunk``-th of this program, by one barrier (one each is slower)."""
+    bar = ready.index(chunk % STAGES)
+    mbarrier.expect(bar, _bytes(channels), pred=wanted)
+    for n in gl.static_range(len(channels)):
+        rows, tiles, first = channels[n]
+        _load(rows, [c * rows.block_shape[0], first], bar, tiles.index(chunk % STAGES), pred=wanted)
+
+
+@gluon.jit
+def flat(channel, stage, SIZE: gl.constexpr):
+    """What came of an operand of a few lines, as one vector."""
+    return _as(channel[1].index(stage), gl.float32, [SIZE], FLAT)
+
+
+@gluon.jit
+def exponents_of(
+    vectors, ROW: gl.constexpr, COL: gl.constexpr, L: gl.constexpr, TARGETS: gl.constexpr,
+    SOURCES: gl.constexpr,
+):  # fmt: skip
+    """Of targets and sources, each as (whole, rest)."""
+    return (
+        gl.expand_dims(vectors.slice(ROW * L, L).load(TARGETS), TARGETS.dim),
+        gl.expand_dims(vectors.slice((ROW + 1) * L, L).load(TARGETS), TARGETS.dim),
+        gl.expand_dims(vectors.slice(COL * L, L).load(SOURCES), SOURCES.dim),
+        gl.expand_dims(vectors.slice((COL + 1) * L, L).load(SOURCES), SOURCES.dim),
+    )
+
+
+@gluon.jit
+def row_factors(
+    A_rows, n_in, X_rows, y_in, stage, BLOCK_A: gl.constexpr, WIDE_A: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Of the row products q . n, with n as it is, in fp32; without n, of dh . h."""
+    if n_in is None:
+        return X_rows.load(LAYOUT), y_in[1].index(stage).load(LAYOUT)
+    else:
+        n_row = flat(n_in, stage, WIDE_A).slice(0, BLOCK_A).load(gl.SliceLayout(0, LAYOUT))
+        return A_rows.load(LAYOUT), n_row[None, :]
+
+
+@gluon.jit
+def updated(
+    S, S_2, X_rows, B, edge, keep, HALF: gl.constexpr, HALVES: gl.constexpr, SOURCE: gl.constexpr
+):  # fmt: skip
+    """The state after a chunk, while it is being made."""
+    col_edge = edge.load(gl.SliceLayout(0, SOURCE))
+    X_low = X_rows.permute((1, 0)).load(SOURCE)
+    X_low = (X_low.to(gl.float32) * col_edge[None, :]).to(X_rows.dtype)
+    S = warpgroup_mma(X_low, B.slice(0, HALF, dim=1), S * keep, is_async=True)
+    if HALVES == 2:
+        S_2 = warpgroup_mma(X_low, B.slice(HALF, HALF, dim=1), S_2 * keep, is_async=True)
+    return S, S_2
+
+
+@gluon.jit
+def over_den(vectors, n_q_s, sums_s, L: gl.constexpr, LAYOUT: gl.constexpr):
+    """(sign of nu where it is above the floor of den, 1 / den) of a chunk's tokens."""
+    edge = vectors.slice(2 * L, L).load(LAYOUT)
+    nu = edge * n_q_s.load(LAYOUT) + gl.sum(sums_s.load(LAYOUT.parent), 0)
+    floor = vectors.slice(FLOOR * L, L).load(LAYOUT)
+    sign = gl.where(gl.abs(nu) > floor, gl.where(nu > 0.0, 1.0, -1.0), 0.0)
+    # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
+    return sign, gl.minimum(1.0 / gl.maximum(gl.abs(nu), floor), 2.0**126)
+
+
+@gluon.jit
+def fold(folded, vectors, sign, factor, slot, L: gl.constexpr, LAYOUT: gl.constexpr):
+    """The vectors of a chunk with the denominator in them, for the backward pass."""
+    here = folded + slot * (VECTORS * L) + gl.arange(0, L, layout=LAYOUT)
+    rest = vectors.slice(L, L).load(LAYOUT) + gl.log2(factor)
+    carry = gl.floor(rest + 0.5)
+    gl.store(here, vectors.slice(0, L).load(LAYOUT) + carry)
+    gl.store(here + L, rest - carry)
+    gl.store(here + 2 * L, vectors.slice(2 * L, L).load(LAYOUT) * factor)
+    for each in gl.static_range(FIRST_SOURCE, MARK):
+        gl.store(here + each * L, vectors.slice(each * L, L).load(LAYOUT))
+    gl.store(here + MARK * L, vectors.slice(MARK * L, L).load(LAYOUT) + sign)
+
+
+@gluon.jit
+def keep_state(at, S, S_2, HALVES: gl.constexpr, SECOND: gl.constexpr):
+    gl.store(at, S)
+    if HALVES == 2:
+        gl.store(at + SECOND, S_2)
