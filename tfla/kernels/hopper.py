@@ -61,11 +61,15 @@ def _scan_hopper_kernel(
     # Which way round the scores lie: beside a state of two halves the assembler has registers left
     # with the one (dk 0.76 against 0.94 ms); sums over sources, for nu, want the other.
     SOURCE_FIRST: gl.constexpr = HALVES == 2
-    # With row products to be made, what they and the exponents are made of is loaded before the
-    # copies, where registers are left; with a column, the scores are not needed as soon as O.
+    # Row products (n . q, dh . h) are made where registers are left: beside a state of two halves
+    # at the end, else what they and the exponents are made of is loaded before the copies.
     ROW_PRODUCTS: gl.constexpr = n_in is not None or OF_X
     EARLY: gl.constexpr = ROW_PRODUCTS and FIRST and not CUT
-    STATE_FIRST: gl.constexpr = vector is not None
+    # The scores of a chunk are made at the end of the one before, where that is no loss; else,
+    # with a column, after the state's share.
+    LONG: gl.constexpr = BLOCK_A == 128 or partial is not None or (REVERSE and vector is not None)
+    AHEAD: gl.constexpr = 1 if WHOLE and WARPS > 4 and LONG else 0
+    STATE_FIRST: gl.constexpr = vector is not None and not AHEAD
     TARGETS: gl.constexpr = gl.SliceLayout(0 if SOURCE_FIRST else 1, SCORES)
     SOURCES: gl.constexpr = gl.SliceLayout(1 if SOURCE_FIRST else 0, SCORES)
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
@@ -190,6 +194,9 @@ def _scan_hopper_kernel(
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
     source = gl.expand_dims(gl.arange(0, L, layout=SOURCES), SOURCES.dim)
     causal = (target <= source) if REVERSE else (target >= source)
+    if AHEAD:
+        mbarrier.wait(ready.index(0), 0, pred=low < high)
+        P = part.scores(a_in, b_in, 0, L, SCORES, SOURCE_FIRST)
     for step in range(0, high - low):
         c = (high - 1 - step) if REVERSE else (low + step)
         stage = step % STAGES
@@ -200,16 +207,18 @@ def _scan_hopper_kernel(
         vectors = part.flat(v_in, stage, VECTORS * L)
         col_edge = vectors.slice((COL + 2) * L, L)
         if KEEP:
-            # The state at the end of the chunk, unless it is where another piece starts from.
-            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high)
-            if ENDS:
-                edge |= c + 1 == chunks
+            # The state before the chunk, unless this piece started from it.
             if REVERSE:
-                if edge:
-                    part.keep_state(
-                        ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND
-                    )
-        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+                edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high)
+                if ENDS:
+                    edge |= c + 1 == chunks
+            else:
+                edge = (c * L % SPAN == 0) & (c > low)
+            if edge:
+                kept = (c if REVERSE else c - 1) * L // SPAN
+                part.keep_state(ends + kept * stride_e + entry, S, S_2, HALVES, SECOND)
+        if not AHEAD:
+            mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         if WHOLE:
             AA = a_in[1].index(stage)
             S_low = gl.convert_layout(S.to(dtype), OPERAND)
@@ -217,11 +226,8 @@ def _scan_hopper_kernel(
             O = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
             if STATE_FIRST:
                 O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
-            P = gl.zeros([L, L], gl.float32, layout=SCORES)
-            if SOURCE_FIRST:
-                P = warpgroup_mma(B, AA.permute((1, 0)), P, use_acc=False, is_async=True)
-            else:
-                P = warpgroup_mma(AA, B.permute((1, 0)), P, use_acc=False, is_async=True)
+            if not AHEAD:
+                P = part.scores(a_in, b_in, stage, L, SCORES, SOURCE_FIRST)
             if not STATE_FIRST:
                 O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
             if EARLY:
@@ -234,15 +240,13 @@ def _scan_hopper_kernel(
         if FIRST:
             S, S_2 = part.updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if WHOLE:
-            if ROW_PRODUCTS:
+            if ROW_PRODUCTS and FIRST:
                 if not EARLY:
                     one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
-                products = gl.sum(one.to(gl.float32) * other.to(gl.float32), 1)
                 if OF_X:
-                    o_l = gl.arange(0, L, layout=gl.SliceLayout(1, ROWS))
-                    gl.store(dot + tile * size + (slot + c) * L + o_l, products)
+                    part.store_products(dot + tile * size + (slot + c) * L, one, other)
                 else:
-                    n_q_s.store(products)
+                    n_q_s.store(part.products(one, other))
             if not EARLY:
                 exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
             row_whole, row_rest, col_whole, col_rest = exponents
@@ -286,10 +290,14 @@ def _scan_hopper_kernel(
                 part.barrier()
         if not FIRST:
             S, S_2 = part.updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
+        if AHEAD:
+            then = step + 1
+            mbarrier.wait(ready.index(then % STAGES), (then // STAGES) & 1, pred=then < high - low)
+            P = part.scores(a_in, b_in, then % STAGES, L, SCORES, SOURCE_FIRST)
         if n_in is not None:
             sign, factor = part.over_den(vectors, n_q_s, sums_s, L, EACH)
         if WHOLE:
-            O = warpgroup_mma_wait(0 if FIRST else HALVES, [O])
+            O = warpgroup_mma_wait(AHEAD + (0 if FIRST else HALVES), [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if folded is not None:
@@ -309,22 +317,28 @@ def _scan_hopper_kernel(
                 part.store_rows(out_rows, [c * L, first_x], out_s)
             else:
                 gl.store(out + token, O, mask=seen)
+            if OF_X and not FIRST:
+                one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
+                part.store_products(dot + tile * size + (slot + c) * L, one, other)
             if y is not None and not OF_X:
                 Y = y_in[1].index(stage).permute((1, 0)).load(OUTPUT)
                 dot_s.store(gl.sum((O * Y.to(gl.float32)).reshape([WARPS, 16, L]), 1))
         if HALVES == 2:
-            S, S_2 = warpgroup_mma_wait(0, [S, S_2])
+            S, S_2 = warpgroup_mma_wait(AHEAD, [S, S_2])
         else:
-            S = warpgroup_mma_wait(0, [S])
+            S = warpgroup_mma_wait(AHEAD, [S])
         part.barrier()
         if WHOLE and y is not None and not OF_X:
             o_l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
             gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(dot_s.load(BY_WARP), 0))
-        if KEEP and not REVERSE:
-            if edge:
-                part.keep_state(ends + (c * L // SPAN) * stride_e + entry, S, S_2, HALVES, SECOND)
+    if AHEAD:
+        P = warpgroup_mma_wait(0, [P])
     if WHOLE:
         tma.store_wait(0)
+        if KEEP and ENDS and not REVERSE:
+            if (high == chunks) & (low < high):
+                kept = (chunks - 1) * L // SPAN
+                part.keep_state(ends + kept * stride_e + entry, S, S_2, HALVES, SECOND)
     else:
         # What this piece makes of an empty state, to where the next one starts from.
         part.keep_state(ends + behind * stride_e + entry, S, S_2, HALVES, SECOND)

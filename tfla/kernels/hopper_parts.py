@@ -53,6 +53,18 @@ def flat(channel, stage, SIZE: gl.constexpr):
 
 
 @gluon.jit
+def scores(a_in, b_in, stage, L: gl.constexpr, LAYOUT: gl.constexpr, SOURCE_FIRST: gl.constexpr):
+    """The products of a chunk's rows, while they are being made."""
+    A, B = a_in[1].index(stage), b_in[1].index(stage)
+    P = gl.zeros([L, L], gl.float32, layout=LAYOUT)
+    if SOURCE_FIRST:
+        P = warpgroup_mma(B, A.permute((1, 0)), P, use_acc=False, is_async=True)
+    else:
+        P = warpgroup_mma(A, B.permute((1, 0)), P, use_acc=False, is_async=True)
+    return P
+
+
+@gluon.jit
 def exponents_of(
     vectors, ROW: gl.constexpr, COL: gl.constexpr, L: gl.constexpr, TARGETS: gl.constexpr,
     SOURCES: gl.constexpr,
@@ -77,6 +89,17 @@ def row_factors(
     else:
         n_row = flat(n_in, stage, WIDE_A).slice(0, BLOCK_A).load(gl.SliceLayout(0, LAYOUT))
         return A_rows.load(LAYOUT), n_row[None, :]
+
+
+@gluon.jit
+def products(one, other):
+    return gl.sum(one.to(gl.float32) * other.to(gl.float32), 1)
+
+
+@gluon.jit
+def store_products(at, one, other):
+    rows = products(one, other)
+    gl.store(at + gl.arange(0, rows.shape[0], layout=rows.type.layout), rows)
 
 
 @gluon.jit
