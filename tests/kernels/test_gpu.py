@@ -4,6 +4,7 @@ The rule is that of the whole suite: at most twice the error of the plain recurr
 dtype.
 """
 
+import threading
 from collections import Counter
 
 import checks
@@ -208,6 +209,27 @@ def test_a_second_run_is_the_same_bit_for_bit() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
+@pytest.mark.parametrize(("gate", "launches"), [("exp", 3), ("sigmoid", 2)])
+def test_a_call_is_a_few_launches_from_any_thread(gate: str, launches: int) -> None:
+    """Played from a tape, which knows the CUDA driver alone: a new thread has no context yet."""
+    x = [torch.randn(1, 300, 4, D, device="cuda").bfloat16() for D in (128, 128, 256)]
+    gates = [torch.randn(1, 300, 4, device="cuda") for _ in range(2)]
+
+    def forward() -> torch.Tensor:
+        return tfla.mlstm(*x, *gates, input_gate=gate)[0]
+
+    found = [forward() for _ in range(3)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        found.append(forward())
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    assert sum(event.device_type == on_device for event in seen.events()) == launches
+    thread = threading.Thread(target=lambda: found.append(forward()))
+    thread.start()
+    thread.join()
+    assert len(found) == 5 and all(torch.equal(h, found[0]) for h in found)
+
+
 def test_a_cuda_graph_replays_forward_and_backward() -> None:
     inputs = problem(2, 500, 2, 64, 64, torch.bfloat16)
     dh = torch.randn_like(inputs[2])

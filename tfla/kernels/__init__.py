@@ -355,7 +355,7 @@ def gate_gradients(
     span = grid.plan.span
     pieces = B * triton.cdiv(T, span) if grid.cu_seqlens is None else T // span + grid.N
     launch(
-        gates._gradients_kernel, (pieces * H,), (4, 2),
+        gates._gradients_kernel, (pieces * H,), (8, 2),
         (i, f, grid.cu_seqlens, grid.tables[1], grid.weights, dq.dot, dk.dot, grid.C_ends,
          grid.dC_ends, grid.n_chunk, grid.n_final, None if column is None else column.dn_chunk, di,
          df), *i.stride(), *f.stride(), T, H, grid.slots, grid.spans, grid.size, K,
