@@ -208,7 +208,7 @@ def test_a_second_run_is_the_same_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.parametrize(("gate", "launches"), [("exp", 3), ("sigmoid", 2)])
 def test_a_call_is_a_few_launches_from_any_thread(gate: str, launches: int) -> None:
     """Played from a tape, which knows the CUDA driver alone: a new thread has no context yet."""
@@ -230,6 +230,7 @@ def test_a_call_is_a_few_launches_from_any_thread(gate: str, launches: int) -> N
     assert len(found) == 5 and all(torch.equal(h, found[0]) for h in found)
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 def test_a_cuda_graph_replays_forward_and_backward() -> None:
     inputs = problem(2, 500, 2, 64, 64, torch.bfloat16)
     dh = torch.randn_like(inputs[2])
