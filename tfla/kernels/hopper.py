@@ -3,7 +3,8 @@ placed by hand.
 
     copies     of the next one or two chunks run while this one is worked on
     products   the scores beside the state's share of the output and, of states up to 128 wide,
-               beside its update; wider ones are updated beside the way out
+               beside its update; wider ones are updated beside the way out. Where that is no
+               loss, the scores of the next chunk beside the way out of this one
     the state  as (X, A), in the registers that the next product takes it from
 
 The compiler's own pipeline sends for copies at the end of an iteration and waits for each product
@@ -65,10 +66,10 @@ def _scan_hopper_kernel(
     # at the end, else what they and the exponents are made of is loaded before the copies.
     ROW_PRODUCTS: gl.constexpr = n_in is not None or OF_X
     EARLY: gl.constexpr = ROW_PRODUCTS and FIRST and not CUT
-    # The scores of a chunk are made at the end of the one before, where that is no loss; else,
-    # with a column, after the state's share.
-    LONG: gl.constexpr = BLOCK_A == 128 or partial is not None or (REVERSE and vector is not None)
-    AHEAD: gl.constexpr = 1 if WHOLE and WARPS > 4 and LONG else 0
+    # The scores of a chunk are made at the end of the one before, where that is no loss (1, for the
+    # waits); else, with a column, after the state's share.
+    GAINS: gl.constexpr = BLOCK_A == 128 or partial is not None or (REVERSE and vector is not None)
+    AHEAD: gl.constexpr = 1 if WHOLE and WARPS > 4 and GAINS else 0
     STATE_FIRST: gl.constexpr = vector is not None and not AHEAD
     TARGETS: gl.constexpr = gl.SliceLayout(0 if SOURCE_FIRST else 1, SCORES)
     SOURCES: gl.constexpr = gl.SliceLayout(1 if SOURCE_FIRST else 0, SCORES)

@@ -99,7 +99,7 @@ class _Config(ctypes.Structure):
 
 @functools.cache
 def _driver() -> Any:
-    driver = ctypes.CDLL("libcuda.so.1")
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     driver.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     return driver
 
