@@ -154,8 +154,8 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
 
     if normalize:
         small("sums", False, 2 * tokens * p.K, tokens * (p.K * e + g) + n_chunk + 16 * chunks)
-        own = 16 * vector if divides else 0  # of vectors that wait for the gauge
-        small("gauge", False, 4 * chunks * p.K, 2 * n_chunk + 24 * chunks + own)
+        own = 16 * vector if divides else 4 * chunks  # the vectors that wait for the gauge, or it
+        small("gauge", False, 4 * chunks * p.K, 2 * n_chunk + 20 * chunks + own)
     if not divides:
         flops = 2 * tokens * p.K * (plan.L + 1) if normalize else 0
         moved = 2 * tokens * p.K * e + n_chunk if normalize else 0

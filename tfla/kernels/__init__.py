@@ -3,6 +3,7 @@ backend has.
 
 One call allocates everything it needs and never asks the device for a value. Files: layout.py
 (where things lie), gates.py (exponents, gate gradients), normalizer.py, scan.py (the scan),
+hopper.py with hopper_parts.py (the scan for Hopper), pointwise.py (for models),
 step.py (decode), grid.py (the plan of a call, its buffers), host.py (launches, tapes of them).
 """
 

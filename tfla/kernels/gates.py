@@ -9,8 +9,9 @@ Weights of a token, in log2 units, seven vectors of L numbers a chunk, (row, slo
     6      mark     sign(nu) where the normaliser is active, else 0; plus 4 where the token erases
                     what came before it
 
-One launch makes them where there is no normaliser, three of normalizer.py where there is. The scan
-of h may take the denominator over (hopper.py); it is then in none of the vectors it reads, and
+One launch makes them where there is no normaliser, three of normalizer.py where there is, or two
+where the scan of h takes the denominator over (hopper.py): it is then in none of the vectors that
+it reads, and
 
     7              exp(-m), the floor of den
 """

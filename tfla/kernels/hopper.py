@@ -63,8 +63,10 @@ def _scan_hopper_kernel(
     # with the one (dk 0.76 against 0.94 ms); sums over sources, for nu, want the other.
     SOURCE_FIRST: gl.constexpr = HALVES == 2
     # Row products (n . q, dh . h) are made where registers are left: beside a state of two halves
-    # at the end, else what they and the exponents are made of is loaded before the copies.
+    # at the end; where nothing is cut, what they and the exponents are made of is loaded before the
+    # copies.
     ROW_PRODUCTS: gl.constexpr = n_in is not None or OF_X
+    gl.static_assert(n_in is None or FIRST, "of states of two halves nu is made elsewhere")
     EARLY: gl.constexpr = ROW_PRODUCTS and FIRST and not CUT
     # The scores of a chunk are made at the end of the one before, where that is no loss (1, for the
     # waits); else, with a column, after the state's share.

@@ -54,8 +54,7 @@ def launch(
             triton.set_allocator(_allocate)
             options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
             compiled = kernel[grid](*tensors, *numbers, **options)
-            # Not in the interpreter, and other drivers than CUDA's are left to Triton.
-            if compiled is not None and compiled.metadata.target.backend == "cuda":
+            if compiled is not None and _can_be_bound(compiled.metadata):
                 if len(_compiled) >= 10_000:  # lengths without end
                     _compiled.clear()
                 values = *pointers, *numbers, *constants.values()
@@ -65,8 +64,11 @@ def launch(
                 tape.note(functools.partial(kernel[grid], **options), (*tensors, *numbers))
         else:
             there = [(p, x) for p, x in zip(pointers, tensors, strict=True) if x is not None]
-            scratch = _allocate(known.scratch, 0, None).data_ptr() if known.scratch else 0
-            known(_stream(device.index), scratch, [p for p, _ in there])
+            scratch = _allocate(known.scratch, 0, None) if known.scratch else None
+            known(
+                _stream(device.index), 0 if scratch is None else scratch.data_ptr(),
+                [p for p, _ in there],
+            )  # fmt: skip
             if tape is not None:
                 tape.note(known, [x for _, x in there], launch=True)
     _now.tape = tape
@@ -80,12 +82,17 @@ _scratch_device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Scratch memory for descriptors; the caching allocator keeps it until the stream is done with
-    it."""
+    """Scratch memory for descriptors. It must live until the launch; the caching allocator keeps
+    it until the stream is done with it."""
     return torch.empty(size, dtype=torch.int8, device=_scratch_device)
 
 
 # ---------------------------------------------------------------- launches that only want addresses
+
+
+def _can_be_bound(about: Any) -> bool:
+    """Other drivers than CUDA's are left to Triton, and launches that a profiler looks into."""
+    return about.target.backend == "cuda" and not getattr(about, "profile_scratch_size", 0)
 
 
 class _Config(ctypes.Structure):
@@ -104,7 +111,7 @@ def _driver() -> Any:
     return driver
 
 
-def parameters(signature: Iterable[str]) -> str:
+def _parameters(signature: Iterable[str]) -> str:
     """What a kernel reads, for ``struct``: pointers, numbers, where its scratch memory lies, and
     the profiler's."""
     forms = {"i32": "i", "i64": "q", "fp32": "f", "constexpr": ""}
@@ -118,7 +125,7 @@ class _Bound:
     def __init__(self, compiled: Any, grid: tuple[int, ...], device: Any, values: Sequence[Any]):
         about, at = compiled.metadata, ctypes.addressof
         pairs = list(zip(compiled.src.signature.values(), values, strict=True))
-        form = parameters(kind for kind, _ in pairs)
+        form = _parameters(kind for kind, _ in pairs)
         self.memory = ctypes.create_string_buffer(struct.calcsize(form))
         there = [value for kind, value in pairs if kind != "constexpr"]
         struct.pack_into(form, self.memory, 0, *there, 0, 0)

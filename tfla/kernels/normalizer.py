@@ -31,7 +31,7 @@ from tfla.kernels.gates import (
 )
 from tfla.kernels.layout import chunk, first_slot, sequence
 
-# Where things wait for the third launch, among the vectors of gates.py.
+# Where things wait for the gauge, among the vectors of gates.py.
 RAISED = tl.constexpr(5)
 B_PAIR = tl.constexpr(6)
 
@@ -62,7 +62,7 @@ def _sums_kernel(
 ):  # fmt: skip
     """Of each chunk: b_L, max p, and sum_s exp(p_s - max p) k_s, in the chunk's own gauge.
 
-    What the third launch needs of the gates waits where its results will lie: the running maximum
+    What the vectors need of the gates waits where its results will lie: the running maximum
     of p, b and p, each as (whole, rest), and by how much a token raises the maximum.
     """
     n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
