@@ -65,10 +65,8 @@ def launch(
         else:
             there = [(p, x) for p, x in zip(pointers, tensors, strict=True) if x is not None]
             scratch = _allocate(known.scratch, 0, None) if known.scratch else None
-            known(
-                _stream(device.index), 0 if scratch is None else scratch.data_ptr(),
-                [p for p, _ in there],
-            )  # fmt: skip
+            at = 0 if scratch is None else scratch.data_ptr()
+            known(_stream(device.index), at, [p for p, _ in there])
             if tape is not None:
                 tape.note(known, [x for _, x in there], launch=True)
     _now.tape = tape
