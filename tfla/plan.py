@@ -166,8 +166,8 @@ def plan(problem: Problem, device: Device) -> Plan:
     if mean >= 512 * L:
         block_c, block_n = 256, 8
     return Plan(
-        L, span, segment, h, dq, small, small, block_c, block_n, small_warps=4, gate_warps=2,
-        divides=divides,
+        L, span, segment, h, dq, small, small, block_c, min(block_n, small), small_warps=4,
+        gate_warps=2, divides=divides,
     )  # fmt: skip
 
 

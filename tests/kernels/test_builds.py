@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
+import triton
 from builds import DEVICES, Launch, build, launches, record, resources
 
 from tfla import kernels
@@ -127,7 +128,8 @@ def test_short_documents_keep_no_states() -> None:
 )
 def test_a_step_builds(target: tuple[str, int | str], B: int, gate: str, state: Any) -> None:
     """At the sizes of xLSTM 7B. On Hopper with 16 bytes to a load of the state, all of it in
-    registers; where that leaves multiprocessors without work, half as much to a program."""
+    registers; where that leaves multiprocessors without work, half as much to a program, of which
+    three fit one, or four (Triton 3.6 takes 168 registers for what 3.7 has 126)."""
     seen: list[Launch] = []
 
     def recorder(kernel, grid, shape, tensors, *numbers, **constants) -> None:
@@ -152,7 +154,9 @@ def test_a_step_builds(target: tuple[str, int | str], B: int, gate: str, state: 
     check(launch, target, STACK[target])
     if target == ("cuda", 90):
         built = build(launch, *target)
-        assert resources(built, "cuda").stack == 0
+        new_enough = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+        most = 255 if B == 64 else 128 if new_enough else 168
+        assert resources(built, "cuda").registers <= most and resources(built, "cuda").stack == 0
         entries = step.REGISTERS // (1 if B == 64 else 2)
         assert dict(launch.constants)["BLOCK_V"] == entries // K
         loads = entries * state.itemsize // (16 * 32 * launch.warps)  # a thread

@@ -208,7 +208,7 @@ def test_a_second_run_is_the_same_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 @pytest.mark.parametrize(("gate", "launches"), [("exp", 3), ("sigmoid", 2)])
 def test_a_call_is_a_few_launches_from_any_thread(gate: str, launches: int) -> None:
     """Played from a tape, which knows the CUDA driver alone: a new thread has no context yet."""

@@ -145,8 +145,8 @@ if not INTERPRETED:
             for p, q in zip(a[1], b[1], strict=True):
                 given = [n for n, s in enumerate(order[0]) if s and 0 <= p - s < max(ours[0][s], 1)]
                 if not p:
-                    continue  # of an empty tensor
-                if given:
+                    assert not q
+                elif given:
                     assert p - order[0][given[0]] == q - order[1][given[0]]
                 else:
                     start, offset = inside(p, places)
@@ -184,6 +184,7 @@ else:
                     assert stream == 7
                     found = kept.copy()
                     for (n, dtype), address in zip(tensors.items(), addresses, strict=True):
+                        assert address
                         found[n] = at(address, dtype)
                     self.kernel[grid](*found, **options)
 

@@ -127,7 +127,6 @@ def exponents(
     sums = _new(q, grid.chunks() * K)
     gauge = None if undivided is not None else _new(q, grid.chunks())
     chunk_f, chunk_p = (q.new_empty(grid.chunks(), dtype=torch.float64) for _ in range(2))
-    block_k = min(plan.block_n, plan.block_k)
     vectors = weights if undivided is None else undivided
     launch(
         normalizer._sums_kernel, (grid.chunks(),), (plan.gate_warps, 2),
@@ -135,9 +134,9 @@ def exponents(
         *gates_at, *grid.common(), K, L=plan.L, BLOCK_K=plan.block_k, **forms,
     )  # fmt: skip
     launch(
-        normalizer._gauge_kernel, (N * H, triton.cdiv(K, block_k)), (4, 2),
+        normalizer._gauge_kernel, (N * H, triton.cdiv(K, plan.block_n)), (4, 2),
         (cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, vectors, decay, n_chunk, n_final,
-         m_final), *grid.common(), K, scale, L=plan.L, BLOCK=plan.block_c, BLOCK_K=block_k,
+         m_final), *grid.common(), K, scale, L=plan.L, BLOCK=plan.block_c, BLOCK_K=plan.block_n,
         HAS_N=n is not None, HAS_M=m is not None, PACKED=packed,
     )  # fmt: skip
     if gauge is not None:
@@ -187,11 +186,10 @@ def normalizer_carried(column: Column, dn: Tensor | None, grid: Grid) -> Column:
     dn = None if dn is None else dn.contiguous()
     dn_chunk = torch.empty_like(column.sums)
     dn_first = column.d.new_empty(grid.N, H, K)
-    block_k = min(grid.plan.block_n, grid.plan.block_k)
     launch(
-        normalizer._column_state_kernel, (grid.N * H, triton.cdiv(K, block_k)), (4, 2),
+        normalizer._column_state_kernel, (grid.N * H, triton.cdiv(K, grid.plan.block_n)), (4, 2),
         (grid.cu_seqlens, column.sums, grid.decay, dn, dn_chunk, dn_first), *grid.common(), K,
-        L=grid.plan.L, BLOCK=grid.plan.block_c, BLOCK_K=block_k, HAS_DN=dn is not None,
+        L=grid.plan.L, BLOCK=grid.plan.block_c, BLOCK_K=grid.plan.block_n, HAS_DN=dn is not None,
         PACKED=grid.cu_seqlens is not None,
     )  # fmt: skip
     return column._replace(dn_chunk=dn_chunk, dn_first=dn_first)

@@ -270,7 +270,7 @@ class _Tape(TorchDispatchMode):
         self.new = [(n, *self.buffers[n][2:]) for n in self.bytes if n in leaving]
         passing = {n: (b, *life[n]) for n, b in self.bytes.items() if n in life.keys() - leaving}
         self.offsets, self.size = _fit(passing)
-        self.blank = [0] * (len(self.buffers) - self.given)
+        self.blank = [0] * (len(self.buffers) - self.given + 1)  # the last: of what is empty
         return results
 
     def add(self, x: Tensor) -> int:
@@ -286,7 +286,9 @@ class _Tape(TorchDispatchMode):
 
     def note(self, run: Any, arguments: Sequence[Any], made: int = 0, launch: bool = False) -> None:
         views = [(n, self.view(x)) for n, x in enumerate(arguments) if isinstance(x, Tensor)]
-        places = [(n, view.buffer, view.offset if launch else view) for n, view in views]
+        places: list[Any] = [(n, view.buffer, view) for n, view in views]
+        if launch:  # an empty tensor has no address, wherever it lies
+            places = [(n, -1, 0) if 0 in v.shape else (n, v.buffer, v.offset) for n, v in views]
         rest = [None if isinstance(x, Tensor) else x for x in arguments]
         self.steps.append((run, rest, places, launch, made, []))
         self.launches |= launch
