@@ -216,8 +216,10 @@ def _dtype_of(name: str, inputs: Inputs) -> torch.dtype:
     return torch.float32 if leaf is None else leaf.dtype
 
 
-def run_one_digit_off(case: Case, inputs: Inputs, c: Tensor | None) -> Results:
-    """The truth of inputs whose last fp64 digits are changed.
+def run_one_digit_off(
+    case: Case, inputs: Inputs, c: Tensor | None, eps: float = torch.finfo(torch.float64).eps
+) -> Results:
+    """The truth of inputs whose last digits are changed, those of fp64 or of a size of eps.
 
     Where n . q comes to lie near 0 by chance and exp(-m) is tiny (i = +95), h and its gradients are
     a division by almost zero: one digit moves them by more than 1e-9, and the recurrence itself
@@ -227,7 +229,7 @@ def run_one_digit_off(case: Case, inputs: Inputs, c: Tensor | None) -> Results:
 
     def moved(x: Tensor) -> Tensor:
         sign = torch.randn(x.shape, generator=g, dtype=torch.float64).sign()
-        return x.double() * (1 + torch.finfo(torch.float64).eps * sign)
+        return x.double() * (1 + eps * sign)
 
     memory = inputs.memory and oracle.Memory(*(x if x is None else moved(x) for x in inputs.memory))
     near = dataclasses.replace(
@@ -262,6 +264,16 @@ def check_against_recurrence(
             line.split(":")[0] for line in failures(ours, truth, near, case, inputs, floor_eps)
         }
         broken = [line for line in broken if line.split(":")[0] in beyond]
+    assert not broken, f"{case}\n" + "\n".join(broken)
+
+
+def check_sixteen_bits(case: Case) -> None:
+    """fp32 with products of 16 bits: at most twice as far from the truth as the truth of q, k and v
+    of 16 bits is. A gradient that cancels has the rounding of its terms for a floor."""
+    inputs = make_inputs(case)
+    truth, c = run_recurrence(case, inputs, torch.float64)
+    near = run_one_digit_off(case, inputs, c, 2**-17)
+    broken = failures(run_tfla(case, inputs, c), truth, near, case, inputs, 2**-17)
     assert not broken, f"{case}\n" + "\n".join(broken)
 
 

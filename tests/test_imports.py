@@ -181,6 +181,6 @@ def test_the_package_stays_small() -> None:
     # Aim: 45; a sequence, a run, its cost on many GPUs; fused elementwise, pieces for Hopper.
     assert len(lines) <= 51
     # The aim is 8,000; the benchmarks, bridges to other packages, a second body of the scan (for
-    # Hopper), many processes and calls played from a tape took it over. To come down.
-    assert sum(map(lines_of_code, FILES)) <= 8320
-    assert sum(lines.values()) <= 11_500
+    # Hopper, fp32 too), many processes and calls played from a tape took it over. To come down.
+    assert sum(map(lines_of_code, FILES)) <= 8420
+    assert sum(lines.values()) <= 11_650

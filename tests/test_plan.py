@@ -56,6 +56,13 @@ def test_precision_is_part_of_the_plan() -> None:
     exact = dataclasses.replace(PAPER, bytes=4)
     fast = dataclasses.replace(exact, precision="tf32")
     assert plan(exact, H200).h.block_x < plan(fast, H200).h.block_x
+    assert plan(fast, H200).h.hopper and not plan(exact, H200).h.hopper
+    assert not plan(dataclasses.replace(fast, T=32), H200).h.hopper
+    for device in (H200, A100):  # what a program holds of shared memory at least: its stages
+        p = plan(fast, device)
+        for tile in (p.h, p.dq):
+            stage = 4 * p.L * (2 * tile.block_a + tile.block_x)
+            assert tile.stages * stage <= device.shared_memory
 
 
 def test_a_plan_prints_and_is_cached() -> None:

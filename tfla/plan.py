@@ -75,7 +75,7 @@ class Plan:
     block_n: int  # and columns of n
     small_warps: int
     gate_warps: int  # of kernels over the gates of a chunk
-    divides: bool  # the scan of h makes the denominator of bf16 operands itself
+    divides: bool  # the scan of h makes the denominator itself, but for fp16
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -114,6 +114,8 @@ class Shape:
 SHAPES = {
     "ieee": Shape(16, 64, 16, 4, 2),  # products on the plain units; anything wider spills kilobytes
     "hopper": Shape(64, 256, 128, 8, 2, True, True),  # hopper.py
+    # fp32 as sums of two bf16: two stages fill the shared memory, 256 rows spill 900 bytes.
+    "hopper pairs": Shape(64, 128, 128, 8, 2, True, True),
     "wgmma narrow": Shape(64, 128, 64, 4, 2),  # what cannot use it: short sequences, odd head dims
     "wgmma wide": Shape(
         32, 256, 64, 4, 3, True
@@ -127,12 +129,12 @@ SHAPES = {
 
 def _shape(p: Problem, device: Device, mean: int) -> Shape:
     major = device.capability[0]
-    if p.bytes == 4:
-        return SHAPES[
-            "ieee" if p.precision == "ieee" else "wgmma tf32" if major == 9 else "mma tf32"
-        ]
+    if p.bytes == 4 and p.precision == "ieee":
+        return SHAPES["ieee"]
     if major == 9 and _descriptors(p, device) and mean > 32:
-        return SHAPES["hopper"]
+        return SHAPES["hopper" if p.bytes == 2 else "hopper pairs"]
+    if p.bytes == 4:
+        return SHAPES["wgmma tf32" if major == 9 else "mma tf32"]
     if major == 9:
         return SHAPES["wgmma narrow" if max(p.K, p.V) <= 128 else "wgmma wide"]
     return SHAPES["mma 4 warps" if major in (0, 10) else "mma"]
@@ -186,7 +188,7 @@ def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
         block_x,
         splits=-(-A // block_a),
         warps=block_x // 16 if shape.hopper else shape.warps,
-        stages=3 if shape.hopper and block_a <= 128 and block_x == 128 else shape.stages,
+        stages=shape.stages + (shape is SHAPES["hopper"] and block_a <= 128 and block_x == 128),
         # The transposed form has block_x rows, of which a warp-group product needs 64.
         transposed=shape.transposed and block_x >= 64,
         descriptor=_descriptors(p, device),

@@ -77,6 +77,22 @@ def test_the_small_kernels_build() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
+def test_fp32_with_tf32_allowed_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three warp-group products for one, and no conversion of single numbers, which would take as
+    long as they do."""
+    monkeypatch.setattr("tfla.kernels.grid.precision", lambda x: "tf32")
+    target = ("cuda", 90)
+    scans = [x for x in launches(DEVICES[target], *MAIN, dtype=torch.float32) if x.kernel in SCANS]
+    assert len(scans) == 6  # dq and dk in two pieces
+    for launch in scans:
+        built = build(launch, *target)
+        used = resources(built, "cuda")
+        assert used.stack <= STACK[target], used
+        assert used.shared <= DEVICES[target].shared_memory, used
+        assert used.wgmma == 3 * 24 and built.asm["ptx"].count("cvt.rn.bf16.f32") == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
 def test_a_forward_without_a_backward_builds(gate: str) -> None:
     target = ("cuda", 90)

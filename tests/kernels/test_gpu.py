@@ -6,6 +6,7 @@ dtype.
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 
 import checks
 import pytest
@@ -69,6 +70,48 @@ def test_every_head_dim(gate: str, dtype: torch.dtype, dims: tuple[int, int]) ->
 @pytest.mark.parametrize("gate", GATES)
 def test_every_length(gate: str, T: int) -> None:
     checks.check_against_recurrence(on_gpu(T=T, K=64, V=64, dtype=torch.bfloat16, input_gate=gate))
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("gate", GATES)
+class TestFp32WithTf32Allowed:
+    """On Hopper with products of 16 bits, where TF32 has 11: twice the error of such inputs."""
+
+    @pytest.fixture(autouse=True)
+    def hopper(self) -> None:
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("TF32 elsewhere")
+
+    @pytest.mark.parametrize("dims", [d for d in DIMS if d[0] % 4 == 0], ids=str)
+    def test_every_head_dim(self, gate: str, dims: tuple[int, int]) -> None:
+        fields = {"T": 200, "B": 4, "H": 4, "K": dims[0], "V": dims[1], "input_gate": gate}
+        checks.check_sixteen_bits(on_gpu(dtype=torch.float32, **fields))
+
+    @pytest.mark.parametrize("T", [33, 64, 65, 1000, 8192])
+    def test_every_length(self, gate: str, T: int) -> None:
+        case = on_gpu(T=T, H=1, K=64, V=64, dtype=torch.float32, input_gate=gate, state=T != 64)
+        checks.check_sixteen_bits(case)
+
+    @pytest.mark.parametrize("gates", ["f=-1e5", "f=-12", "f=+30", "i=-30", "i=+95", "resets 50%"])
+    def test_extreme_gates(self, gate: str, gates: str) -> None:
+        fields = {"T": 150, "K": 128, "V": 64, "gates": gates, "input_gate": gate}
+        checks.check_sixteen_bits(on_gpu(dtype=torch.float32, **fields))
+
+    @pytest.mark.parametrize("final", [True, False])
+    def test_packed(self, gate: str, final: bool) -> None:
+        fields = {"K": 64, "V": 128, "input_gate": gate, "state": final, "final": final}
+        case = packed(
+            0, 5, 0, 300, 33, **fields, device="cuda", backend="triton", dtype=torch.float32
+        )
+        checks.check_sixteen_bits(case)
 
 
 @pytest.mark.parametrize("lengths", [(0, 5, 0, 300, 33), (1, 2) * 20, (2, 5) * 20, (700,)])

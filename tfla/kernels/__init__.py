@@ -104,7 +104,7 @@ def exponents(
     dC_ends = None if saved is None or C_ends is None else torch.empty_like(C_ends)
     # fp16 would lose what is small beside a gauge and not beside a denominator.
     undivided = None
-    if normalize and plan.divides and q.dtype == torch.bfloat16 and saved is None:
+    if normalize and plan.divides and q.dtype != torch.float16 and saved is None:
         undivided = torch.empty_like(weights) if keep else weights
     grid = Grid(
         plan, (B, T, H, K, v.shape[-1]), N, cu_seqlens, tables(cu_seqlens, T, plan), rows, slots,
@@ -140,11 +140,13 @@ def exponents(
         HAS_N=n is not None, HAS_M=m is not None, PACKED=packed,
     )  # fmt: skip
     if gauge is not None:
+        # den may be next to 0: where TF32 is allowed, three of its products in place of one.
+        products = "ieee" if precision(q) == "ieee" else "tf32x3"
         launch(
             normalizer._denominator_kernel, (grid.chunks(),), (plan.small_warps, 2),
             (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f, vectors),
             *q.stride()[:3], *k.stride()[:3], *grid.common(), K, scale, L=plan.L,
-            BLOCK_K=plan.block_k, PACKED=packed, PRECISION=precision(q),
+            BLOCK_K=plan.block_k, PACKED=packed, PRECISION=products,
         )  # fmt: skip
     return grid
 

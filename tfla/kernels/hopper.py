@@ -1,11 +1,14 @@
-"""The scan on Hopper's own instructions, for 16-bit operands: the body of scan.py with every step
-placed by hand.
+"""The scan on Hopper's own instructions, for 16-bit operands, and for fp32 where TF32 is allowed:
+the body of scan.py with every step placed by hand.
 
     copies     of the next one or two chunks run while this one is worked on
     products   the scores beside the state's share of the output and, of states up to 128 wide,
                beside its update; wider ones are updated beside the way out. Where that is no
                loss, the scores of the next chunk beside the way out of this one
     the state  as (X, A), in the registers that the next product takes it from
+
+An fp32 number is split into two bf16 where it arrives, 16 bits in all, and a product is three of
+theirs: 1 / 200 of the error of TF32, which would want every operand along its contraction.
 
 The compiler's own pipeline sends for copies at the end of an iteration and waits for each product
 where it stands; the tensor cores then rest two thirds of the time.
@@ -20,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -49,7 +51,14 @@ def _scan_hopper_kernel(
     COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
     WARPS: gl.constexpr = BLOCK_X // 16
     GROUPS: gl.constexpr = WARPS // 4
-    dtype: gl.constexpr = x.dtype.element_ty
+    given: gl.constexpr = x.dtype.element_ty
+    PAIR: gl.constexpr = given == gl.float32
+    dtype: gl.constexpr = gl.bfloat16 if PAIR else given  # of products
+    MANY: gl.constexpr = 3 if PAIR else 1  # of them for one
+    COPIED: gl.constexpr = out is not None and out.dtype.element_ty == given
+    # y comes by copy; where two fp32 stages leave no room for it, threads read it as it is needed.
+    Y_COPIED: gl.constexpr = y is not None and not PAIR
+    Y_READ: gl.constexpr = y is not None and PAIR
 
     # Products: scores (source, target) or (target, source), output (X, target), state (X, A).
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, L // GROUPS, 16])
@@ -57,32 +66,34 @@ def _scan_hopper_kernel(
     # A state of 256 rows comes in two halves: of one, the assembler waits after every product.
     HALF: gl.constexpr = min(BLOCK_A, 128)
     HALVES: gl.constexpr = BLOCK_A // HALF
-    # The update of the state is worked on beside the scores, where registers are left for it.
-    FIRST: gl.constexpr = HALVES == 1
+    # The update of the state is worked on beside the scores, where registers are left for it; else
+    # beside the way out.
+    FIRST: gl.constexpr = HALVES == 1 and not PAIR
     # Which way round the scores lie: beside a state of two halves the assembler has registers left
     # with the one (dk 0.76 against 0.94 ms); sums over sources, for nu, want the other.
-    SOURCE_FIRST: gl.constexpr = HALVES == 2
+    SOURCE_FIRST: gl.constexpr = HALVES == 2 or (PAIR and n_in is None)
     # Row products (n . q, dh . h) are made where registers are left: beside a state of two halves
     # at the end; where nothing is cut, what they and the exponents are made of is loaded before the
     # copies.
     ROW_PRODUCTS: gl.constexpr = n_in is not None or OF_X
-    gl.static_assert(n_in is None or FIRST, "of states of two halves nu is made elsewhere")
-    EARLY: gl.constexpr = ROW_PRODUCTS and FIRST and not CUT
+    gl.static_assert(n_in is None or HALVES == 1, "of states of two halves nu is made elsewhere")
+    EARLY: gl.constexpr = ROW_PRODUCTS and FIRST and not CUT and WARPS > 4
     # The scores of a chunk are made at the end of the one before, where that is no loss (1, for the
     # waits); else, with a column, after the state's share.
     GAINS: gl.constexpr = BLOCK_A == 128 or partial is not None or (REVERSE and vector is not None)
-    AHEAD: gl.constexpr = 1 if WHOLE and WARPS > 4 and GAINS else 0
-    STATE_FIRST: gl.constexpr = vector is not None and not AHEAD
+    AHEAD: gl.constexpr = 1 if WHOLE and WARPS > 4 and GAINS and not PAIR else 0
+    STATE_FIRST: gl.constexpr = PAIR or (vector is not None and not AHEAD)
     TARGETS: gl.constexpr = gl.SliceLayout(0 if SOURCE_FIRST else 1, SCORES)
     SOURCES: gl.constexpr = gl.SliceLayout(1 if SOURCE_FIRST else 0, SCORES)
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    SPLIT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
     PAIRS: gl.constexpr = gl.BlockedLayout([GROUPS, 2], [1, 32], [1, WARPS], [1, 0])
     EACH: gl.constexpr = gl.SliceLayout(0, PAIRS)  # of a chunk: in every warp
     SOURCE: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
-    A_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_A], dtype)
-    X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], dtype)
+    A_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_A], given)
+    X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], given)
     P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, L], dtype)
     LINES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     V_LINES: gl.constexpr = VECTORS * L // part.LINE
@@ -135,14 +146,18 @@ def _scan_hopper_kernel(
         a_in = part.channel(_rows(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE), 0, STAGES)
         channels = b_in, a_in, v_in, x_in
         out_at = ((batch * T + start) * H + head) * X
-        p_s = gl.allocate_shared_memory(dtype, [L, L], P_TILE)
-        if out.dtype.element_ty == dtype:
+        p_s = (gl.allocate_shared_memory(dtype, [L, L], P_TILE),)
+        if PAIR:
+            p_s += (gl.allocate_shared_memory(dtype, [L, L], P_TILE),)
+        if COPIED:
             each = H.to(gl.int64) * X
             out_rows = _rows(out + out_at, [tokens, X], [each, 1], [L, BLOCK_X], X_TILE)
-            out_s = gl.allocate_shared_memory(dtype, [L, BLOCK_X], X_TILE)
+            if not PAIR:
+                out_s = gl.allocate_shared_memory(dtype, [L, BLOCK_X], X_TILE)
         y_in = None
         if y is not None:
             y += batch * stride_yb + start * stride_yt + head * stride_yh
+        if Y_COPIED:
             y_rows = _rows(y, [tokens, X], [stride_yt, 1], [L, BLOCK_X], X_TILE)
             y_in = part.channel(y_rows, first_x, STAGES)
             if not OF_X:
@@ -159,7 +174,7 @@ def _scan_hopper_kernel(
             channels += (n_in,)
             n_q_s = gl.allocate_shared_memory(gl.float32, [L], part.FLAT)
             sums_s = gl.allocate_shared_memory(gl.float32, [GROUPS, L], ROW_MAJOR)
-        channels += () if y is None else (y_in,)
+        channels += (y_in,) if Y_COPIED else ()
     for bar in gl.static_range(STAGES):
         mbarrier.init(ready.index(bar), count=1)
     fence_async_shared()
@@ -206,7 +221,7 @@ def _scan_hopper_kernel(
         keep = keep_next
         following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
         keep_next = gl.load(decay + slot + following)
-        B, XX = b_in[1].index(stage), x_in[1].index(stage)
+        B, XX = part.tile(b_in, stage), part.tile(x_in, stage)
         vectors = part.flat(v_in, stage, VECTORS * L)
         col_edge = vectors.slice((COL + 2) * L, L)
         if KEEP:
@@ -222,21 +237,31 @@ def _scan_hopper_kernel(
                 part.keep_state(ends + kept * stride_e + entry, S, S_2, HALVES, SECOND)
         if not AHEAD:
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+        if PAIR:
+            part.split(b_in, stage, SPLIT)
+            part.split(x_in, stage, SPLIT)
+            if WHOLE:
+                part.split(a_in, stage, SPLIT)
+            fence_async_shared()
+            part.barrier()
         if WHOLE:
-            AA = a_in[1].index(stage)
-            S_low = gl.convert_layout(S.to(dtype), OPERAND)
-            A_1 = AA.slice(0, HALF, dim=1).permute((1, 0))
+            AA = part.tile(a_in, stage)
+            A_1 = part.columns(AA, 0, HALF)
             O = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
             if STATE_FIRST:
-                O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
+                O = part.state_share(S, A_1, O, False, OPERAND)
             if not AHEAD:
                 P = part.scores(a_in, b_in, stage, L, SCORES, SOURCE_FIRST)
             if not STATE_FIRST:
-                O = warpgroup_mma(S_low, A_1, O, use_acc=False, is_async=True)
+                O = part.state_share(S, A_1, O, False, OPERAND)
             if EARLY:
                 one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
                 exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
-        # The stage of the chunk before has been free since the last iteration's end.
+        # The stage of the chunk before has been free since the last iteration's end; where its
+        # output went out from there, once it has gone.
+        if PAIR:
+            tma.store_wait(0)
+            part.barrier()
         ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
         wanted = (ahead >= low) if REVERSE else (ahead < high)
         part.fetch(channels, ready, ahead, step + STAGES - 1, wanted, STAGES)
@@ -259,21 +284,21 @@ def _scan_hopper_kernel(
             if WARPS == 4:
                 P, O = warpgroup_mma_wait(0, [P, O])
             elif STATE_FIRST:
-                P, O = warpgroup_mma_wait(1 if FIRST else 0, [P, O])
+                P, O = warpgroup_mma_wait(MANY if FIRST else 0, [P, O])
             else:
-                P = warpgroup_mma_wait(2 if FIRST else 1, [P])
+                P = warpgroup_mma_wait(2 * MANY if FIRST else MANY, [P])
             if vector is not None:
                 d_now = part.flat(d_in, stage, L)
                 QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
                 P += gl.expand_dims(d_now.load(QUERIES), QUERIES.dim)
             P = gl.where(causal, P * D, 0.0)
-            p_s.store(P.to(dtype))
+            part.store_parts(p_s, P)
             fence_async_shared()
             if WARPS > 4 and not STATE_FIRST:
-                O = warpgroup_mma_wait(1 if FIRST else 0, [O])
+                O = warpgroup_mma_wait(MANY if FIRST else 0, [O])
             if HALVES == 2:
-                S_low = gl.convert_layout(S_2.to(dtype), OPERAND)
-                O = warpgroup_mma(S_low, AA.permute((1, 0)).slice(HALF, HALF), O, is_async=True)
+                A_2 = part.columns(AA, HALF, HALF)
+                O = part.state_share(S_2, A_2, O, True, OPERAND)
             row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
             if HALVES == 2:
                 O = warpgroup_mma_wait(0, [O])
@@ -286,9 +311,17 @@ def _scan_hopper_kernel(
             O *= row_edge[None, :]
             tma.store_wait(0)
             part.barrier()
-            P_low = p_s if SOURCE_FIRST else p_s.permute((1, 0))
-            O = warpgroup_mma(XX.permute((1, 0)), P_low, O, is_async=True)
-            if n_in is not None:  # beside the last product
+            P_low = p_s if SOURCE_FIRST else part.turned(p_s)
+            O = part.product(part.turned(XX), P_low, O, True)
+            # Beside the last product.
+            if Y_READ:
+                Y = part.rows_at(y, c * L, stride_yt, length, first_x, X, L, BLOCK_X, ROWS)
+                if OF_X:
+                    part.store_products(dot + tile * size + (slot + c) * L, part.load(XX, ROWS), Y)
+            if n_in is not None:
+                if PAIR:
+                    one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
+                    n_q_s.store(part.products(one, other))
                 sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
                 part.barrier()
         if not FIRST:
@@ -300,30 +333,35 @@ def _scan_hopper_kernel(
         if n_in is not None:
             sign, factor = part.over_den(vectors, n_q_s, sums_s, L, EACH)
         if WHOLE:
-            O = warpgroup_mma_wait(AHEAD + (0 if FIRST else HALVES), [O])
+            O = warpgroup_mma_wait(AHEAD + (0 if FIRST else HALVES * MANY), [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if folded is not None:
                     if tile == gl.minimum(c % 2, tiles - 1):
                         part.fold(folded, vectors, sign, factor, slot + c, L, EACH)
-            if (partial is not None) or (out.dtype.element_ty != dtype):
+            if (partial is not None) or not COPIED:
                 o_x = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
                 o_t = c * L + gl.arange(0, L, layout=gl.SliceLayout(0, OUTPUT))
                 token = out_at + o_x[:, None] + o_t.to(gl.int64)[None, :] * (H * X)
                 seen = (o_x < X)[:, None] & (o_t < length)[None, :]
                 if partial is not None:
                     O += gl.load(partial + token, mask=seen, other=0.0)
-            if out.dtype.element_ty == dtype:
-                out_s.permute((1, 0)).store(O.to(dtype))
+            if COPIED:
+                if PAIR:  # where x lay, once all have read it
+                    out_s = x_in[1].index(stage)
+                    part.barrier()
+                out_s.permute((1, 0)).store(O.to(given))
                 fence_async_shared()
                 part.barrier()
                 part.store_rows(out_rows, [c * L, first_x], out_s)
+                if Y_READ and not OF_X:
+                    part.store_products(dot + tile * size + (slot + c) * L, out_s.load(ROWS), Y)
             else:
                 gl.store(out + token, O, mask=seen)
-            if OF_X and not FIRST:
+            if OF_X and HALVES == 2:
                 one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
                 part.store_products(dot + tile * size + (slot + c) * L, one, other)
-            if y is not None and not OF_X:
+            if Y_COPIED and not OF_X:
                 Y = y_in[1].index(stage).permute((1, 0)).load(OUTPUT)
                 dot_s.store(gl.sum((O * Y.to(gl.float32)).reshape([WARPS, 16, L]), 1))
         if HALVES == 2:
@@ -331,7 +369,7 @@ def _scan_hopper_kernel(
         else:
             S = warpgroup_mma_wait(AHEAD, [S])
         part.barrier()
-        if WHOLE and y is not None and not OF_X:
+        if WHOLE and Y_COPIED and not OF_X:
             o_l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
             gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(dot_s.load(BY_WARP), 0))
     if AHEAD:
