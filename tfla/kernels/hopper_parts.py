@@ -65,8 +65,8 @@ def tile(channel, stage):
         return both.index(0), both.index(1)
 
 
-# What bf16 leaves of two numbers, as bf16. Of a number that is rounded and widened again the compiler
-# makes a conversion of one, 16 a clock and multiprocessor (h 462 us in place of 384).
+# What bf16 leaves of two numbers, as bf16. Of numbers that are rounded and widened again the
+# compiler makes conversions of one each, 16 a clock and multiprocessor (h 462 us, not 384).
 _REST = gl.constexpr("""{
     .reg .b32 both, a, b;
     .reg .f32 x, y;
