@@ -167,6 +167,17 @@ def build(launch: Launch, backend: str, arch: int | str) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
+def binary(compiled: Any, tool: str, *options: str) -> str:
+    """What one of CUDA's tools, which come with Triton, says of the machine code."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", tool)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run(
+            [tool, *options, file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
 def resources(compiled: Any, backend: str) -> Resources:
     """Registers, stack and shared memory of a compiled kernel, and its warp-group products."""
     if backend == "hip":
@@ -174,13 +185,7 @@ def resources(compiled: Any, backend: str) -> Resources:
         spilled = sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text))
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
         return Resources(registers, 4 * spilled, compiled.metadata.shared, 0, 0)
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    usage = binary(compiled, "cuobjdump", "--dump-resource-usage")
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     ptx = compiled.asm["ptx"]
     products = re.findall(r"wgmma\.mma_async[^;]*;", ptx)

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 import triton
-from builds import DEVICES, Launch, build, launches, record, resources
+from builds import DEVICES, Launch, binary, build, launches, record, resources
 
 from tfla import kernels
 from tfla.gates import INPUT_GATES, Activations
@@ -89,7 +89,9 @@ def test_fp32_with_tf32_allowed_builds(monkeypatch: pytest.MonkeyPatch) -> None:
         used = resources(built, "cuda")
         assert used.stack <= STACK[target], used
         assert used.shared <= DEVICES[target].shared_memory, used
-        assert used.wgmma == 3 * 24 and built.asm["ptx"].count("cvt.rn.bf16.f32") == 0
+        assert used.wgmma == 3 * 24
+        code = binary(built, "nvdisasm", "-c")
+        assert code.count("F2FP.BF16") >= 200 and code.count("F2F.BF16") == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")

@@ -96,14 +96,14 @@ else:
         cu_seqlens, starts = offsets if len(lengths) > 1 else None, offsets[:-1].tolist()
         m = torch.randn(len(lengths), H, generator=g)
 
-        def vectors(dtype: torch.dtype) -> torch.Tensor:
-            zeros = torch.zeros(1, T, H, K, dtype=dtype)
-            with planned(divides=True):
+        def vectors(divides: bool) -> torch.Tensor:
+            zeros = torch.zeros(1, T, H, K)
+            with planned(divides=divides):
                 grid = kernels.exponents(
                     zeros, zeros, zeros, i, f, torch.zeros(len(lengths), H, K), m, cu_seqlens, 0.5,
                     Activations(False, True), True, True, True,
                 )  # fmt: skip
-            assert (grid.undivided is None) == (dtype == torch.float32)
+            assert (grid.undivided is None) != divides
             found = grid.weights if grid.undivided is None else grid.undivided
             found = found.view(H, grid.slots, gates.VECTORS.value, 16)
             used = [
@@ -113,7 +113,7 @@ else:
             ]
             return found[:, used].double()
 
-        with_den, without = vectors(torch.float32), vectors(torch.bfloat16)
+        with_den, without = vectors(False), vectors(True)
         floor = without[:, :, gates.FLOOR.value]
         assert floor.min() < 0.1 and floor.max() > 10.0
         target = without[:, :, 0] + without[:, :, 1] - floor.log2()
