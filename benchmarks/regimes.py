@@ -294,7 +294,7 @@ def dtypes(dtype: torch.dtype, precision: str, others: bool) -> list[Row]:
     names += ["mlstm_kernels xl exp", "mlstm_kernels xl sigmoid"] if others else []
     rows = compare(names, Shape(4, 4096, 16, 128, 256), dtype)
     torch.set_float32_matmul_precision("highest")
-    return rows
+    return [row | {"fp32 products": precision} for row in rows]
 
 
 def main() -> None:

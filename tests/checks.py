@@ -13,7 +13,7 @@ no norm layer hides a missing term.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import recurrence as oracle
@@ -127,8 +127,11 @@ def rows(name: str, x: Tensor, case: Case) -> list[Tensor]:
     return [document[:, :, head].flatten() for document in documents for head in range(case.H)]
 
 
-def cancellation(name: str, case: Case, inputs: Inputs, truth: Results) -> list[float]:
+def cancellation(
+    name: str, case: Case, inputs: Inputs, truth: Results, *, squares: bool = False
+) -> list[float]:
     """Row by row, how large the terms are that a gradient is the difference of (as a norm).
+    squares: as if the roundings of the terms of df knew nothing of each other.
 
     df_t is a sum over all later tokens of q . dq - k . dk, and dm0 the sum of <C0, dC0> and
     <n0, dn0>. Either may be any number of orders of magnitude smaller than its terms (f = -12:
@@ -137,7 +140,8 @@ def cancellation(name: str, case: Case, inputs: Inputs, truth: Results) -> list[
     if name == "df":
         terms = rows("dq", (inputs.q.double() * truth["dq"]).abs(), case)
         T = [len(row) for row in rows("df", truth["df"], case)]
-        return [t.sum().item() * math.sqrt(n) for t, n in zip(terms, T, strict=True)]
+        sizes = [t.norm() if squares else t.sum() for t in terms]
+        return [size.item() * math.sqrt(n) for size, n in zip(sizes, T, strict=True)]
     if name == "dm0":
         return terms_of_dm0(case, inputs, truth["dC0"], truth["dn0"])
     return [0.0] * len(rows(name, truth[name], case))
@@ -159,6 +163,7 @@ def failures(
     case: Case,
     inputs: Inputs,
     floor_eps: float,
+    squares: bool = False,
 ) -> list[str]:
     """One line for every result that breaks the rule; empty when all hold.
 
@@ -176,7 +181,7 @@ def failures(
         eps = max(EXACT, kind.eps) if plain is None else kind.eps
         logs, squares, bad = [], [], 0.0
         sides = [rows(name, x[name], case) for x in (ours, truth, plain or truth)]
-        terms = cancellation(name, case, inputs, truth)
+        terms = cancellation(name, case, inputs, truth, squares=squares)
         missed = [0.0] * len(terms)
         if name == "dm0" and plain is not None:
             # One number a row: how well the recurrence happens to hit it judges nothing, how well
@@ -216,26 +221,38 @@ def _dtype_of(name: str, inputs: Inputs) -> torch.dtype:
     return torch.float32 if leaf is None else leaf.dtype
 
 
-def run_one_digit_off(
-    case: Case, inputs: Inputs, c: Tensor | None, eps: float = torch.finfo(torch.float64).eps
-) -> Results:
-    """The truth of inputs whose last digits are changed, those of fp64 or of a size of eps.
+def run_one_digit_off(case: Case, inputs: Inputs, c: Tensor | None) -> Results:
+    """The truth of inputs whose last fp64 digits are changed.
 
     Where n . q comes to lie near 0 by chance and exp(-m) is tiny (i = +95), h and its gradients are
     a division by almost zero: one digit moves them by more than 1e-9, and the recurrence itself
     knows them no better.
     """
+    return run_moved(case, inputs, c, torch.finfo(torch.float64).eps, "qkvif", "Cnm")
+
+
+def run_moved(
+    case: Case, inputs: Inputs, c: Tensor | None, eps: float, tokens: Sequence[str], states: str
+) -> Results:
+    """The truth of inputs of which every number of ``tokens`` and ``states`` is off by eps of its
+    size."""
     g = torch.Generator().manual_seed(case.seed)
 
     def moved(x: Tensor) -> Tensor:
         sign = torch.randn(x.shape, generator=g, dtype=torch.float64).sign()
         return x.double() * (1 + eps * sign)
 
-    memory = inputs.memory and oracle.Memory(*(x if x is None else moved(x) for x in inputs.memory))
-    near = dataclasses.replace(
-        inputs, memory=memory, **{n: moved(getattr(inputs, n)) for n in "qkvif"}
+    memory = inputs.memory and oracle.Memory(
+        *(
+            x if x is None else moved(x) if name in states else x.double()
+            for name, x in zip("Cnm", inputs.memory, strict=True)
+        )
     )
-    return run_recurrence(case, near, torch.float64, c)[0]
+    near = inputs.to(torch.float64)
+    changed = {name: moved(getattr(inputs, name)) for name in tokens}
+    return run_recurrence(
+        case, dataclasses.replace(near, memory=memory, **changed), torch.float64, c
+    )[0]
 
 
 def check_against_recurrence(
@@ -268,13 +285,20 @@ def check_against_recurrence(
 
 
 def check_sixteen_bits(case: Case) -> None:
-    """fp32 with products of 16 bits: at most twice as far from the truth as the truth of q, k and v
-    of 16 bits is. A gradient that cancels has the rounding of its terms for a floor."""
+    """fp32 with products of 16 bits: at most twice as far from the truth as the truth is where q,
+    k, v, dh, C and n are off by half of the last of 16 bits. A gradient that cancels has the
+    rounding of its terms for a floor, each by itself."""
     inputs = make_inputs(case)
     truth, c = run_recurrence(case, inputs, torch.float64)
-    near = run_one_digit_off(case, inputs, c, 2**-17)
-    broken = failures(run_tfla(case, inputs, c), truth, near, case, inputs, 2**-17)
+    broken = sixteen_bits(run_tfla(case, inputs, c), truth, case, inputs, c)
     assert not broken, f"{case}\n" + "\n".join(broken)
+
+
+def sixteen_bits(
+    ours: Results, truth: Results, case: Case, inputs: Inputs, c: Tensor | None
+) -> list[str]:
+    near = run_moved(case, inputs, c, 2**-17, ("q", "k", "v", "dh"), "Cn")
+    return failures(ours, truth, near, case, inputs, 2**-17, squares=True)
 
 
 def assert_close(x: Tensor, y: Tensor, relative: float = 1e-11, what: str = "") -> None:

@@ -11,6 +11,7 @@ from checks import (
     one_thread,  # noqa: F401
     run_recurrence,
     run_tfla,
+    sixteen_bits,
 )
 from problems import EXTREME, RESETS, Case, make_inputs, normalized, variants
 
@@ -139,3 +140,29 @@ def test_gates_may_have_another_dtype(dtype: torch.dtype, gate_dtype: torch.dtyp
                 assert_close(ours[name], t, max(1e-9, torch.finfo(rounded).eps), name)
     else:
         check_against_recurrence(Case(T=70, B=MANY, dtype=dtype, gate_dtype=gate_dtype))
+
+
+@pytest.mark.parametrize("gates", ["ordinary", "f=-12", "i=+95"])
+@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+def test_sixteen_bits_are_told_from_fourteen(input_gate: str, gates: str) -> None:
+    """What holds fp32 products of 16 bits on a GPU: the truth of inputs of 16 bits passes, that of
+    14 does not, nor does, where nothing cancels, a gradient of f that is off by 3%, or 0."""
+    case = Case(T=150, K=32, V=16, input_gate=input_gate, gates=gates, dtype=torch.float32)
+    inputs = make_inputs(case)
+    truth, c = run_recurrence(case, inputs, torch.float64)
+
+    def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
+        mantissa, exponent = torch.frexp(x.double())
+        return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+
+    def broken(bits: int) -> set[str]:
+        tokens = {name: rounded(getattr(inputs, name), bits) for name in ("q", "k", "v", "dh")}
+        near = dataclasses.replace(inputs.to(torch.float64), **tokens)
+        found = run_recurrence(case, near, torch.float64, c)[0]
+        return {line.split(":")[0] for line in sixteen_bits(found, truth, case, inputs, c)}
+
+    assert not broken(16)
+    assert broken(14) >= ({"C", "n"} if input_gate == "exp" else {"h", "C", "dv"})
+    for wrong in (1.03 * truth["df"], torch.zeros_like(truth["df"])) if gates == "ordinary" else ():
+        lines = sixteen_bits(truth | {"df": wrong}, truth, case, inputs, c)
+        assert [line.split(":")[0] for line in lines] == ["df"]

@@ -148,8 +148,10 @@ def plan(problem: Problem, device: Device) -> Plan:
     shape = _shape(p, device, mean)
     L = min(shape.L, power_of_two(max(mean, 1)))
     h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
-    # Programs that a multiprocessor holds: registers for two of four warps, or one of eight.
-    wanted = device.multiprocessors * (1 if shape.hopper and max(h.warps, dq.warps) == 8 else 2)
+    # Programs that a multiprocessor holds: registers for two of four warps, or one of eight; of
+    # fp32 in hopper.py one by its shared memory.
+    one = shape.hopper and (p.bytes == 4 or max(h.warps, dq.warps) == 8)
+    wanted = device.multiprocessors * (1 if one else 2)
     # Kept states: as few as leave enough pieces for dq and dk to fill the machine.
     span = 2048
     while span > 256 and -(-mean // span) * p.N * p.H * dq.tiles < wanted:

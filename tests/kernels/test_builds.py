@@ -80,7 +80,8 @@ def test_the_small_kernels_build() -> None:
 def test_fp32_with_tf32_allowed_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three warp-group products for one, and no conversion of single numbers, which would take as
     long as they do."""
-    monkeypatch.setattr("tfla.kernels.grid.precision", lambda x: "tf32")
+    for module in ("tfla.kernels", "tfla.kernels.grid"):
+        monkeypatch.setattr(f"{module}.precision", lambda x: "tf32")
     target = ("cuda", 90)
     scans = [x for x in launches(DEVICES[target], *MAIN, dtype=torch.float32) if x.kernel in SCANS]
     assert len(scans) == 6  # dq and dk in two pieces
@@ -92,6 +93,11 @@ def test_fp32_with_tf32_allowed_builds(monkeypatch: pytest.MonkeyPatch) -> None:
         assert used.wgmma == 3 * 24
         code = binary(built, "nvdisasm", "-c")
         assert code.count("F2FP.BF16") >= 200 and code.count("F2F.BF16") == 0
+    # Behind a contraction of two pieces den is made by itself.
+    rest = launches(DEVICES[target], 2, 4096, 8, 256, 512, dtype=torch.float32, backward=False)
+    (den,) = [x for x in rest if dict(x.constants).get("PRECISION")]
+    assert dict(den.constants)["PRECISION"] == "tf32x3"
+    check(den, target, STACK[target])
 
 
 @pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")

@@ -8,7 +8,7 @@ the body of scan.py with every step placed by hand.
     the state  as (X, A), in the registers that the next product takes it from
 
 An fp32 number is split into two bf16 where it arrives, 16 bits in all, and a product is three of
-theirs: 1 / 200 of the error of TF32, which would want every operand along its contraction.
+theirs: 1 / 60 to 1 / 230 of the error of TF32, which wants every operand along its contraction.
 
 The compiler's own pipeline sends for copies at the end of an iteration and waits for each product
 where it stands; the tensor cores then rest two thirds of the time.
