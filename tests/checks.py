@@ -128,23 +128,32 @@ def rows(name: str, x: Tensor, case: Case) -> list[Tensor]:
 
 
 def cancellation(
-    name: str, case: Case, inputs: Inputs, truth: Results, *, squares: bool = False
+    name: str, case: Case, inputs: Inputs, truth: Results, *, independent: bool = False
 ) -> list[float]:
     """Row by row, how large the terms are that a gradient is the difference of (as a norm).
-    squares: as if the roundings of the terms of df knew nothing of each other.
+    independent: for df, if the rounding of each of its terms knows nothing of the others'.
 
     df_t is a sum over all later tokens of q . dq - k . dk, and dm0 the sum of <C0, dC0> and
     <n0, dn0>. Either may be any number of orders of magnitude smaller than its terms (f = -12:
     e^-12), and no rounding of the terms can be undone by it. Every other result is a plain sum: 0.
     """
+    if name == "df" and independent:
+        terms = (inputs.q.double() * truth["dq"]).square().sum(-1)
+        slopes = torch.sigmoid(-inputs.f.double())
+        pairs = zip(rows("df", terms, case), rows("df", slopes, case), strict=True)
+        return [(root_of_later(t, 0) * slope).norm().item() for t, slope in pairs]
     if name == "df":
         terms = rows("dq", (inputs.q.double() * truth["dq"]).abs(), case)
         T = [len(row) for row in rows("df", truth["df"], case)]
-        sizes = [t.norm() if squares else t.sum() for t in terms]
-        return [size.item() * math.sqrt(n) for size, n in zip(sizes, T, strict=True)]
+        return [t.sum().item() * math.sqrt(n) for t, n in zip(terms, T, strict=True)]
     if name == "dm0":
         return terms_of_dm0(case, inputs, truth["dC0"], truth["dn0"])
     return [0.0] * len(rows(name, truth[name], case))
+
+
+def root_of_later(squares: Tensor, dim: int) -> Tensor:
+    """The root of the sum over each token and all later ones: the size of a sum of roundings."""
+    return squares.flip(dim).cumsum(dim).flip(dim).sqrt()
 
 
 def terms_of_dm0(case: Case, inputs: Inputs, dC: Tensor, dn: Tensor) -> list[float]:
@@ -163,7 +172,7 @@ def failures(
     case: Case,
     inputs: Inputs,
     floor_eps: float,
-    squares: bool = False,
+    independent: bool = False,
 ) -> list[str]:
     """One line for every result that breaks the rule; empty when all hold.
 
@@ -181,7 +190,7 @@ def failures(
         eps = max(EXACT, kind.eps) if plain is None else kind.eps
         logs, squares, bad = [], [], 0.0
         sides = [rows(name, x[name], case) for x in (ours, truth, plain or truth)]
-        terms = cancellation(name, case, inputs, truth, squares=squares)
+        terms = cancellation(name, case, inputs, truth, independent=independent)
         missed = [0.0] * len(terms)
         if name == "dm0" and plain is not None:
             # One number a row: how well the recurrence happens to hit it judges nothing, how well
@@ -298,7 +307,7 @@ def sixteen_bits(
     ours: Results, truth: Results, case: Case, inputs: Inputs, c: Tensor | None
 ) -> list[str]:
     near = run_moved(case, inputs, c, 2**-17, ("q", "k", "v", "dh"), "Cn")
-    return failures(ours, truth, near, case, inputs, 2**-17, squares=True)
+    return failures(ours, truth, near, case, inputs, 2**-17, independent=True)
 
 
 def assert_close(x: Tensor, y: Tensor, relative: float = 1e-11, what: str = "") -> None:

@@ -146,7 +146,7 @@ def test_gates_may_have_another_dtype(dtype: torch.dtype, gate_dtype: torch.dtyp
 @pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
 def test_sixteen_bits_are_told_from_fourteen(input_gate: str, gates: str) -> None:
     """What holds fp32 products of 16 bits on a GPU: the truth of inputs of 16 bits passes, that of
-    14 does not, nor does, where nothing cancels, a gradient of f that is off by 3%, or 0."""
+    14 does not, nor does, where nothing cancels, a gradient of f that is off by 0.3%."""
     case = Case(T=150, K=32, V=16, input_gate=input_gate, gates=gates, dtype=torch.float32)
     inputs = make_inputs(case)
     truth, c = run_recurrence(case, inputs, torch.float64)
@@ -163,6 +163,6 @@ def test_sixteen_bits_are_told_from_fourteen(input_gate: str, gates: str) -> Non
 
     assert not broken(16)
     assert broken(14) >= ({"C", "n"} if input_gate == "exp" else {"h", "C", "dv"})
-    for wrong in (1.03 * truth["df"], torch.zeros_like(truth["df"])) if gates == "ordinary" else ():
-        lines = sixteen_bits(truth | {"df": wrong}, truth, case, inputs, c)
+    if gates == "ordinary":
+        lines = sixteen_bits(truth | {"df": 1.003 * truth["df"]}, truth, case, inputs, c)
         assert [line.split(":")[0] for line in lines] == ["df"]

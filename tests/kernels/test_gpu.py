@@ -88,7 +88,7 @@ class TestFp32WithTf32Allowed:
     @pytest.fixture(autouse=True)
     def hopper(self) -> None:
         if torch.cuda.get_device_capability()[0] != 9:
-            pytest.skip("TF32 elsewhere")
+            pytest.skip("where it is no Hopper, the products are TF32's own, of 11 bits")
 
     @pytest.mark.parametrize("dims", DIMS, ids=str)
     def test_every_head_dim(self, gate: str, dims: tuple[int, int]) -> None:
@@ -119,8 +119,10 @@ class TestFp32WithTf32Allowed:
         assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
         for name, x, y, z in zip(NAMES, ours, truth, near, strict=True):
             error, yardstick = ((r.double() - y).norm() for r in (x, z))
-            terms = (truth[1] * exact[0]).norm() * T**0.5 if name == "df" else 0.0
-            assert error <= 2 * yardstick + 2**-17 * terms, f"{name}: {error / y.norm():.1e}"
+            if name == "df":  # a difference of terms, each of which is rounded
+                terms = checks.root_of_later((truth[1] * exact[0]).square().sum(-1), 1)
+                error -= 2**-17 * (terms * torch.sigmoid(-exact[4])).norm()
+            assert error <= 2 * yardstick, f"{name}: {error / y.norm():.1e}"
 
     @pytest.mark.parametrize("final", [True, False])
     def test_packed(self, gate: str, final: bool) -> None:

@@ -73,8 +73,8 @@ def _scan_hopper_kernel(
     # with the one (dk 0.76 against 0.94 ms); sums over sources, for nu, want the other.
     SOURCE_FIRST: gl.constexpr = HALVES == 2 or (PAIR and n_in is None)
     # Row products (n . q, dh . h) are made where registers are left: beside a state of two halves
-    # at the end; where nothing is cut, what they and the exponents are made of is loaded before the
-    # copies.
+    # at the end, of pairs beside the last product; else before it, and where nothing is cut, what
+    # they and the exponents are made of is loaded before the copies.
     ROW_PRODUCTS: gl.constexpr = n_in is not None or OF_X
     gl.static_assert(n_in is None or HALVES == 1, "of states of two halves nu is made elsewhere")
     EARLY: gl.constexpr = ROW_PRODUCTS and FIRST and not CUT and WARPS > 4
@@ -88,6 +88,7 @@ def _scan_hopper_kernel(
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    # Neither reads of fp32 nor stores of bf16 meet in a bank.
     SPLIT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
     PAIRS: gl.constexpr = gl.BlockedLayout([GROUPS, 2], [1, 32], [1, WARPS], [1, 0])
     EACH: gl.constexpr = gl.SliceLayout(0, PAIRS)  # of a chunk: in every warp
