@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from tfla import _compat
 from tfla.gates import Activations
 
 # Takes the grid and the normaliser's column; what it returns is called for (dC, dn).
@@ -197,7 +197,7 @@ def run(x: Inputs, o: Options) -> tuple[Any, ...]:
     if torch.compiler.is_compiling():
         return torch.ops.tfla.forward(*x, *o)[:4]
     _refuse_transforms()
-    if o.keep or forward_ad._current_level >= 0:
+    if o.keep or _compat.forward_derivatives():
         return _Forward.apply(o, *x)
     return _called(_forward, o, x)[:4]
 
@@ -266,7 +266,7 @@ def match(grads: tuple[Any, ...], x: tuple[Tensor | None, ...]) -> tuple[Tensor 
 
 def _refuse_transforms() -> None:
     # Torch's own error, in Function.apply, asks for a change of this file.
-    if torch._C._are_functorch_transforms_active():
+    if _compat.functorch_transforms():
         raise RuntimeError(
             "tfla does not run under the transforms of torch.func (vmap, grad, jvp and the like): "
             "put what vmap maps over into B, and take gradients with torch.autograd.grad."

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tfla import gates, ops
+from tfla import _compat, gates, ops
 from tfla.gates import GAUGE_MIN
 from tfla.ops import Inputs, Options
 
@@ -311,7 +311,9 @@ def _agree(x: Inputs, o: Options, group: Any) -> None:
         return
     shapes = {n: (*t.shape, t.dtype) for n, t in x._asdict().items() if t is not None}
     said = str({"T": x.q.shape[1]} | shapes | options._asdict())
-    store = dist.distributed_c10d._get_default_store()
+    store = _compat.default_store()
+    if store is None:
+        return
     rank, key = group.rank(), f"tfla/{group.group_name}/{known[2]}"
     known[2] += 1
     store.set(f"{key}/{rank}", said)
@@ -340,7 +342,7 @@ CALL = (
 
 
 def _call(*args: Any) -> tuple[Inputs, Options, Any]:
-    group = dist.distributed_c10d._resolve_process_group(args[16])
+    group = _compat.process_group(args[16])
     return Inputs(*args[:9]), Options(*args[9:16]), group
 
 

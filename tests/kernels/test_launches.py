@@ -1,10 +1,13 @@
 """A launch that only wants addresses: what it hands to the CUDA driver, against what the compiled
 kernel says that it reads. The driver is one that writes down what it is given."""
 
+import contextlib
+import contextvars
 import ctypes
 import os
 import re
 import struct
+import threading
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +23,7 @@ pytest.importorskip("triton")
 from builds import DEVICES, build, launches, record
 
 import tfla
-from tfla import kernels
+from tfla import _compat, kernels
 from tfla.kernels import host
 
 # Triton 3.9 warns of a default of its own at the first kernel.
@@ -43,7 +46,7 @@ class Driver:
         self.sizes, self.errors, self.seen, self.contexts = sizes, errors, [], []
 
     def cuLaunchKernelEx(self, config: int, function: int, parameters: None, extra: int) -> int:
-        c = host._Config.from_address(config)
+        c = _compat._LaunchConfig.from_address(config)
         kinds = (ctypes.c_void_p * 5).from_address(extra)
         assert (kinds[0], kinds[2], kinds[4]) == (1, 2, None) and c.count == 0
         memory = ctypes.string_at(kinds[1], ctypes.c_size_t.from_address(kinds[3]).value)
@@ -73,13 +76,15 @@ def test_the_driver_gets_what_the_kernel_reads(gate: str) -> None:
         compiled = build(launch, "cuda", 90)
         sizes = read(compiled.asm["ptx"])
         about = SimpleNamespace(**compiled.metadata._asdict() | {"global_scratch_size": 128})
-        kernel = SimpleNamespace(src=compiled.src, metadata=about, function=2**40 + 7)
+        kernel = SimpleNamespace(
+            src=compiled.src, metadata=about, function=2**40 + 7, asm=compiled.asm
+        )
         kinds = list(compiled.src.signature.values())
         values = [{"i32": -5, "i64": 2**33, "fp32": 0.1}.get(kind, 9) for kind in kinds]
         driver = Driver(sizes, [])
-        with mock.patch.object(host, "_driver", lambda driver=driver: driver):
-            run = host._Bound(kernel, (6, 5, 4), 3, values)
-            assert run.scratch == 128 * 6 * 5 * 4
+        with mock.patch.object(_compat, "_driver", lambda driver=driver: driver):
+            run = _compat.pack_launch(kernel, (6, 5, 4), 3, values)
+            assert run is not None and run.scratch == 128 * 6 * 5 * 4
             pointers = sum(kind[0] == "*" for kind in kinds)
             for turn in (1, 2):
                 addresses = [2**45 + 16 * turn * n for n in range(pointers)]
@@ -100,12 +105,15 @@ def test_the_driver_gets_what_the_kernel_reads(gate: str) -> None:
 def test_a_thread_without_a_context_gets_one_and_errors_are_said() -> None:
     (launch, *_) = launches(DEVICES["cuda", 90], 2, 300, 2, 64, 64, gate="sigmoid")
     compiled = build(launch, "cuda", 90)
-    kernel = SimpleNamespace(src=compiled.src, metadata=compiled.metadata, function=1)
+    kernel = SimpleNamespace(
+        src=compiled.src, metadata=compiled.metadata, function=1, asm=compiled.asm
+    )
     kinds = list(compiled.src.signature.values())
     pointers = [8] * sum(kind[0] == "*" for kind in kinds)
     driver = Driver(read(compiled.asm["ptx"]), [201, 0, 201, 700])
-    with mock.patch.object(host, "_driver", lambda: driver):
-        run = host._Bound(kernel, (1, 1, 1), 3, [1] * len(kinds))
+    with mock.patch.object(_compat, "_driver", lambda: driver):
+        run = _compat.pack_launch(kernel, (1, 1, 1), 3, [1] * len(kinds))
+        assert run is not None
         run(7, 0, pointers)
         assert len(driver.seen) == 2 and driver.seen[0] == driver.seen[1]
         assert driver.contexts[0] == 3 and len(driver.contexts) == 2
@@ -128,7 +136,9 @@ class Built:
             self.sizes = read(compiled.asm["ptx"])
             self.kinds = dict(launch.signature)
             about = SimpleNamespace(**compiled.metadata._asdict() | {"global_scratch_size": 128})
-            return SimpleNamespace(src=compiled.src, metadata=about, function=11)
+            return SimpleNamespace(
+                src=compiled.src, metadata=about, function=11, asm=compiled.asm
+            )
 
         return call
 
@@ -175,7 +185,7 @@ def test_a_launch_hands_over_its_own_arguments(gate: str) -> None:
 
         driver.cuLaunchKernelEx = launch  # type: ignore[method-assign]
         with (
-            mock.patch.object(host, "_driver", lambda driver=driver: driver),
+            mock.patch.object(_compat, "_driver", lambda driver=driver: driver),
             mock.patch.object(host, "_allocate", allocate),
             mock.patch.object(host, "_stream", lambda index: 7),
             mock.patch.object(host, "_compiled", {}),
@@ -198,3 +208,200 @@ def test_a_launch_hands_over_its_own_arguments(gate: str) -> None:
             if kind != "constexpr"
         ]
         assert got == [*wanted, struct.pack("Q", kept[-1][2]), bytes(8)]
+
+
+# ---------------------------------------------------------------- launches that are Triton's
+
+
+GONE = "no such field"
+
+
+class Compiled:
+    """What Triton compiled, some fields of its metadata changed."""
+
+    def __init__(self, compiled: Any, **metadata: Any) -> None:
+        self.src, self.asm, self.function = compiled.src, compiled.asm, 1
+        about = compiled.metadata._asdict() | metadata
+        self.metadata = SimpleNamespace(**{n: x for n, x in about.items() if x is not GONE})
+
+
+@pytest.fixture(scope="module")
+def weights() -> Any:
+    (launch, *_) = launches(DEVICES["cuda", 90], 2, 300, 2, 64, 64, gate="sigmoid")
+    return build(launch, "cuda", 90)
+
+
+def packed(compiled: Any, values: list[Any] | None = None) -> Any:
+    values = [1] * len(compiled.src.signature) if values is None else values
+    with mock.patch.object(_compat, "_driver", lambda: Driver([], [])):
+        return _compat.pack_launch(compiled, (1, 1, 1), 0, values)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"num_ctas": 2}, {"launch_pdl": True}, {"launch_cooperative_grid": True},
+        {"profile_scratch_size": 64}, {"instrumentation_mode": "gsan"},
+        {"cluster_dims": (2, 1, 1)}, {"tensordesc_meta": [{}]}, {"name": "another"},
+        *({name: GONE} for name in ("num_ctas", "launch_pdl", "launch_cooperative_grid")),
+        *({name: GONE} for name in ("target", "name", "profile_scratch_size", "shared")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_launch_with_attributes_is_left_to_triton(weights: Any, metadata: dict[str, Any]) -> None:
+    assert packed(Compiled(weights)) is not None
+    assert packed(Compiled(weights, **metadata)) is None
+
+
+def test_a_buffer_that_the_machine_code_does_not_read_is_never_made(weights: Any) -> None:
+    text = weights.asm["ptx"]
+    first = re.search(r"\.param \.u64[^,]*,\n?", text)
+    assert first is not None
+    for ptx in (text.replace(first[0], "", 1), text.replace(first[0], first[0] * 2, 1), ""):
+        changed = Compiled(weights)
+        changed.asm = {"ptx": ptx}
+        assert packed(changed) is None
+    changed.asm = {}
+    assert packed(changed) is None
+    other = Compiled(weights)
+    other.src = SimpleNamespace(signature={**weights.src.signature, "more": "i32"})
+    assert packed(other) is None
+    other.src = SimpleNamespace(signature={**weights.src.signature, "i": "tensordesc<bf16[4]>"})
+    assert packed(other) is None
+    assert packed(Compiled(weights), [2**40] * len(weights.src.signature)) is None
+    assert packed(Compiled(weights), [1]) is None
+
+
+@pytest.mark.parametrize("version", [(3, 5), (3, 10), (4, 0), None])
+def test_another_triton_launches_by_itself(
+    weights: Any, version: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compat, "triton_version", lambda: version)
+    assert packed(Compiled(weights)) is None
+
+
+def test_without_a_driver_by_this_name_triton_launches(
+    weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(_compat, "_driver", none)
+    values = [1] * len(weights.src.signature)
+    assert _compat.pack_launch(Compiled(weights), (1, 1, 1), 0, values) is None
+
+
+class Counted:
+    """A kernel that counts who launches it, and by whose allocator."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled, self.by_triton, self.by_driver, self.allocators = compiled, 0, 0, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.by_triton += 1
+            self.allocators.append(allocator())
+            return self.compiled
+
+        return call
+
+    def packed(self, *_: Any) -> Any:
+        def run(stream: int, scratch: int, addresses: Any) -> None:
+            self.by_driver += 1
+
+        run.scratch = 0  # type: ignore[attr-defined]
+        return run
+
+
+def allocator() -> Any:
+    """Whose scratch memory a launch here and now would get."""
+    from triton.runtime import _allocation
+
+    return _allocation._allocator.get()
+
+
+def patched(kernel: Counted) -> Any:
+    stack = contextlib.ExitStack()
+    for name, value in (
+        ("pack_launch", kernel.packed), ("_stream", lambda index: 7), ("_compiled", {}),
+        ("_tapes", {}),
+    ):  # fmt: skip
+        stack.enter_context(mock.patch.object(host, name, value))
+    return stack
+
+
+def test_a_profiler_sees_every_launch_while_its_hooks_are_there() -> None:
+    """And none after it is gone: calls are played from their tape again."""
+    from triton import knobs
+
+    kernel = Counted(object())
+
+    def function(options: None, x: torch.Tensor) -> tuple[torch.Tensor]:
+        y = torch.empty_like(x)
+        host.launch(kernel, (1,), (4, 2), (x, y), 1, BLOCK=16)
+        return (y,)
+
+    def call() -> tuple[int, int]:
+        before = kernel.by_triton, kernel.by_driver
+        host.recorded(function, None, [torch.ones(64)])
+        return kernel.by_triton - before[0], kernel.by_driver - before[1]
+
+    def hook(*_: Any) -> None: ...
+
+    with patched(kernel):
+        assert [call() for _ in range(4)] == [(1, 0), (0, 1), (0, 1), (0, 1)]
+        for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+            chain.add(hook)
+            try:
+                assert [call() for _ in range(2)] == [(1, 0)] * 2
+                host.launch(kernel, (1,), (4, 2), (torch.ones(64), None), 1, BLOCK=16)
+            finally:
+                chain.remove(hook)
+            assert call() == (0, 1)
+        assert any(isinstance(tape, host._Tape) for tape in host._tapes.values())
+
+
+def test_the_users_allocator_stays_and_ours_serves_every_thread() -> None:
+    import triton
+
+    kernel = Counted(None)  # never packed, as in the interpreter
+
+    def run() -> None:
+        host.launch(kernel, (1,), (4, 2), (torch.ones(64),), 1)
+
+    def mine(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8)
+
+    def thread() -> None:
+        before = allocator()
+        run()
+        after.append(allocator() is before)
+
+    def user() -> None:
+        triton.set_allocator(mine)
+        run()
+        after.append(allocator() is mine)
+
+    after: list[bool] = []
+    with patched(kernel):
+        contextvars.copy_context().run(user)
+        for _ in range(2):
+            one = threading.Thread(target=thread)
+            one.start()
+            one.join()
+    assert after == [True] * 3 and kernel.allocators == [host._allocate] * 3
+
+
+def test_scratch_memory_of_an_unset_allocator_is_ours() -> None:
+    kernel = Counted(None)
+    before = allocator()
+    with patched(kernel):
+        host.launch(kernel, (1,), (4, 2), (torch.ones(64),), 1)
+    assert allocator() is before and kernel.allocators == [host._allocate]
+
+
+def test_tensors_without_memory_launch_nothing() -> None:
+    kernel = Counted(object())
+    with patched(kernel):
+        host.launch(kernel, (1,), (4, 2), (torch.ones(64, device="meta"),), 1)
+    assert not kernel.by_triton and not kernel.by_driver

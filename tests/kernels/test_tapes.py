@@ -206,7 +206,7 @@ else:
             if addresses:
                 stack.enter_context(mock.patch.object(host, "_stream", lambda index: 7))
                 stack.enter_context(mock.patch.object(host, "_compiled", {}))
-                bound = mock.patch.object(host, "_Bound", lambda compiled, *_: compiled.run)
+                bound = mock.patch.object(host, "pack_launch", lambda compiled, *_: compiled.run)
                 stack.enter_context(bound)
                 for module in (kernels, gates, normalizer, host):
                     for name, kernel in list(vars(module).items()):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfla import _compat
 from tfla.integrations import head_first
 
 
@@ -43,7 +44,7 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
             f"model must be or contain an xLSTMModel of transformers; got {type(model).__name__}."
         )
     for stack in stacks:
-        before = [hook for hook in stack._forward_pre_hooks.values() if _owner(hook)]
+        before = [hook for hook in _compat.pre_forward_hooks(stack) if _owner(hook)]
         if before:
             _owner(before[0]).state_dtype = state_dtype
             continue

@@ -12,14 +12,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
+from tfla._compat import gluon_reinterpret
 from tfla.kernels.gates import FIRST_SOURCE, FLOOR, MARK, VECTORS
 
 # The same functions under the names of Triton 3.6 and of later ones.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_rows = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_memory = gl.shared_memory_descriptor
-_as = getattr(_memory, "reinterpret", None) or _memory._reinterpret
+_as = gluon_reinterpret(gl.shared_memory_descriptor)
 LINE = gl.constexpr(256)  # what a copy moves is at most so wide
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
-import struct
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-_compiled: dict[tuple[Any, ...], _Bound] = {}
+from tfla._compat import (
+    PackedLaunch,
+    TorchDispatchMode,
+    can_record,
+    current_stream,
+    launch_by_triton,
+    launches_are_watched,
+    operator,
+    pack_launch,
+    storage_key,
+)
+
+_compiled: dict[tuple[Any, ...], PackedLaunch] = {}
 
 
 class _Now(threading.local):
@@ -35,7 +43,9 @@ def launch(
     stages); an empty grid is no call.
 
     A call that was seen before goes straight to the compiled kernel: looking up what it was
-    compiled for takes the compiler's own launcher 100 to 200 us.
+    compiled for takes the compiler's own launcher 100 to 200 us. Where launches are watched (a
+    profiler), and where ``_compat.pack_launch`` says so, Triton launches. Tensors without memory
+    (device "meta") have nothing to launch: a call of them allocates what it would.
     """
     if 0 in grid:
         return
@@ -45,23 +55,27 @@ def launch(
         id(kernel), grid, shape, device, numbers, tuple(constants.values()),
         tuple([None if x is None else x.dtype for x in tensors]), *[p & 15 for p in pointers],
     )  # fmt: skip
-    known = _compiled.get(key)
+    known = None if launches_are_watched() else _compiled.get(key)
+    if known is None and device.type == "meta":
+        return
     tape, _now.tape = _now.tape, None  # what goes on in the launcher is no part of the call
     # Triton launches on the current device, which need not be that of the tensors.
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         if known is None:
-            triton.set_allocator(_allocate)
             options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
-            compiled = kernel[grid](*tensors, *numbers, **options)
-            if compiled is not None and _can_be_bound(compiled.metadata):
-                if len(_compiled) >= 10_000:  # lengths without end
-                    _compiled.clear()
+            run = functools.partial(launch_by_triton, kernel, grid, options, _allocate)
+            compiled = run(*tensors, *numbers)
+            if compiled is not None:
                 values = *pointers, *numbers, *constants.values()
-                _compiled[key] = _Bound(compiled, (*grid, 1, 1)[:3], device.index, values)
+                whole: Any = (*grid, 1, 1)[:3]
+                if packed := pack_launch(compiled, whole, device.index, values):
+                    if len(_compiled) >= 10_000:  # lengths without end
+                        _compiled.clear()
+                    _compiled[key] = packed
             if tape is not None:
                 tape.complete &= compiled is None
-                tape.note(functools.partial(kernel[grid], **options), (*tensors, *numbers))
+                tape.note(run, (*tensors, *numbers))
         else:
             there = [(p, x) for p, x in zip(pointers, tensors, strict=True) if x is not None]
             scratch = _allocate(known.scratch, 0, None) if known.scratch else None
@@ -72,10 +86,7 @@ def launch(
     _now.tape = tape
 
 
-def _stream(index: int) -> int:
-    return triton.runtime.driver.active.get_current_stream(index)
-
-
+_stream = current_stream
 _scratch_device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
@@ -83,78 +94,6 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     """Scratch memory for descriptors. It must live until the launch; the caching allocator keeps
     it until the stream is done with it."""
     return torch.empty(size, dtype=torch.int8, device=_scratch_device)
-
-
-# ---------------------------------------------------------------- launches that only want addresses
-
-
-def _can_be_bound(about: Any) -> bool:
-    """Other drivers than CUDA's are left to Triton, and launches that a profiler looks into."""
-    return about.target.backend == "cuda" and not getattr(about, "profile_scratch_size", 0)
-
-
-class _Config(ctypes.Structure):
-    """The driver's CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
-    )  # fmt: skip
-
-
-@functools.cache
-def _driver() -> Any:
-    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    driver.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
-    return driver
-
-
-def _parameters(signature: Iterable[str]) -> str:
-    """What a kernel reads, for ``struct``: pointers, numbers, where its scratch memory lies, and
-    the profiler's."""
-    forms = {"i32": "i", "i64": "q", "fp32": "f", "constexpr": ""}
-    return "".join(["Q" if kind[0] == "*" else forms[kind] for kind in signature]) + "QQ"
-
-
-class _Bound:
-    """A launch that only wants a stream, scratch memory and the addresses of its tensors: through
-    Triton's own launcher it takes 7 to 24 us. values: of all parameters."""
-
-    def __init__(self, compiled: Any, grid: tuple[int, ...], device: Any, values: Sequence[Any]):
-        about, at = compiled.metadata, ctypes.addressof
-        pairs = list(zip(compiled.src.signature.values(), values, strict=True))
-        form = _parameters(kind for kind, _ in pairs)
-        self.memory = ctypes.create_string_buffer(struct.calcsize(form))
-        there = [value for kind, value in pairs if kind != "constexpr"]
-        struct.pack_into(form, self.memory, 0, *there, 0, 0)
-        self.put = struct.Struct(f"{sum(kind[0] == '*' for kind, _ in pairs)}Q").pack_into
-        self.put_scratch = struct.Struct("Q").pack_into
-        self.size = ctypes.c_size_t(len(self.memory))
-        self.extra = (ctypes.c_void_p * 5)(1, at(self.memory), 2, at(self.size), 0)
-        threads = about.num_warps * about.target.warp_size, 1, 1
-        self.config = _Config(grid, threads, about.shared)
-        self.arguments = at(self.config), compiled.function, None, at(self.extra)
-        self.scratch = about.global_scratch_size * grid[0] * grid[1] * grid[2]
-        self.run, self.compiled = _driver().cuLaunchKernelEx, compiled  # which is kept alive
-        self.device, self.lock = device, threading.Lock()
-
-    def __call__(self, stream: int, scratch: int, addresses: Sequence[int]) -> None:
-        with self.lock:
-            self.config.stream = stream
-            self.put(self.memory, 0, *addresses)
-            if scratch:
-                self.put_scratch(self.memory, len(self.memory) - 16, scratch)
-            error = self.run(*self.arguments)
-            if error == 201:  # a thread that has no context yet
-                context = ctypes.c_void_p()
-                _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), self.device)
-                _driver().cuCtxSetCurrent(context)
-                error = self.run(*self.arguments)
-        if error:
-            what = ctypes.c_char_p()
-            _driver().cuGetErrorString(error, ctypes.byref(what))
-            name = self.compiled.metadata.name
-            raise RuntimeError(f"CUDA does not launch {name}: {(what.value or b'').decode()}")
 
 
 # ---------------------------------------------------------------- calls from a tape
@@ -174,7 +113,10 @@ def recorded(
 ) -> Results:  # fmt: skip
     """``function(options, *inputs)``, from a tape where there is one. What the function does may
     depend on its options, on ``key`` and on shapes, strides, dtypes and alignment of its inputs,
-    and on nothing else; where no tape can hold it, it is called every time."""
+    and on nothing else; where no tape can hold it, or its launches are watched, it is called every
+    time."""
+    if launches_are_watched() or not can_record():
+        return function(options, *inputs)
     assert (first := inputs[0]) is not None
     signature = [function, options, *key, first.device]
     addresses = []
@@ -274,12 +216,12 @@ class _Tape(TorchDispatchMode):
         return results
 
     def add(self, x: Tensor) -> int:
-        number = self.numbers[x.untyped_storage()._cdata] = len(self.buffers)
+        number = self.numbers[storage_key(x)] = len(self.buffers)
         self.buffers.append(self.view(x))
         return number
 
     def view(self, x: Tensor) -> _View:
-        number = self.numbers.get(x.untyped_storage()._cdata, -1)
+        number = self.numbers.get(storage_key(x), -1)
         self.complete &= number >= 0
         offset = int(x.storage_offset()) * x.element_size()
         return _View(number, offset, x.dtype, x.shape, x.stride())
@@ -301,7 +243,7 @@ class _Tape(TorchDispatchMode):
         out = func(*args, **kwargs)
         if _now.tape is not self:
             return out
-        name, changes = func._schema.name, func._schema.is_mutable
+        name, changes = operator(func)
         if name in _EMPTY:
             self.complete &= out.device == self.device
             self.bytes[self.add(out)] = out.untyped_storage().nbytes()
@@ -311,7 +253,7 @@ class _Tape(TorchDispatchMode):
         else:  # nothing but views of the first argument
             parts = [*(out if isinstance(out, (tuple, list)) else [out]), *args[:1]]
             tensors = [x for x in parts if isinstance(x, Tensor)]
-            one = len({x.untyped_storage()._cdata for x in tensors}) == 1
+            one = len({storage_key(x) for x in tensors}) == 1
             self.complete &= one and len(tensors) == len(parts) and not changes
             self.complete &= func is not torch.ops.aten.view.dtype
         return out

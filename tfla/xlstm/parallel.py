@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.utils.checkpoint import checkpoint as recompute
 
+from tfla import _compat
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
@@ -220,7 +221,7 @@ class Ranks(Placement):
         dist.all_reduce(mean)
         parts = mean.split([x.numel() for x in copies])
         means = [part.view_as(x) for part, x in zip(parts, copies, strict=True)]
-        torch._foreach_copy_(copies[1:], means[1:])
+        _compat.copy_each(copies[1:], means[1:])
         square = nn.utils.get_total_norm(shards).square()
         dist.all_reduce(square)
         norm = (square + mean[1:].square().sum()).sqrt()
