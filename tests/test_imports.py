@@ -18,13 +18,15 @@ PACKAGE = ROOT / "tfla"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"bench", "demo", "integrations"},
+    {"bench", "demo", "environment", "integrations"},
     {"render"},
-    {"nn", "xlstm"},
+    {"nn", "selftest", "xlstm"},
     {"tfla"},  # the package itself: its public face
     {"api"},
+    {"dispatch"},
     {"checks", "parallel"},
-    {"ops"},
+    {"ops", "verdicts"},
+    {"log"},
     {"reference", "kernels"},
     {"gates", "plan"},
     {"_compat"},

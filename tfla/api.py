@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfla import checks, ops, parallel
+from tfla import checks, dispatch, ops, parallel
 from tfla.checks import State
 from tfla.gates import Activations
 
@@ -211,7 +211,7 @@ def _sequence(
     group = checks.group_of(group)
     if state is not None:
         state = checks.check_state(state, normalize, q, (N, H, K, V), "initial_state")
-    name = checks.pick_backend(backend, q)
+    name = dispatch.pick_backend(backend, q)
     scale = checks.scale_of(scale, K)
     needs_grad = checks.requires_grad(q, k, v, i, f, state)
     if T == 1 and cu_seqlens is None and group is None and not needs_grad:
@@ -256,7 +256,7 @@ def _step(
         checks.check_writable(state)
     if slots is not None:
         checks.check_slots(slots, B, state.C.shape[0], q, inplace)
-    name = checks.pick_backend(backend, q)
+    name = dispatch.pick_backend(backend, q)
     scale = checks.scale_of(scale, K)
     needs_grad = checks.requires_grad(q, k, v, i, f, state)
     if inplace and needs_grad:

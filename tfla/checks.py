@@ -1,5 +1,4 @@
-"""What comes in by the public functions: the state, argument checks, dtypes and the choice of a
-backend.
+"""What comes in by the public functions: the state, argument checks and dtypes.
 
 Every error names the argument, what came and what is wanted.
 """
@@ -8,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tfla import ops
 from tfla.gates import INPUT_GATES
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -266,32 +263,9 @@ def requires_grad(*tensors: Any) -> bool:
     return any(t.requires_grad for t in flat)
 
 
-_why_not: dict[torch.device, str | None] = {}
-
-
-def pick_backend(backend: str | None, q: Tensor) -> str:
-    """The backend that serves q: the one named, or the fastest that can."""
-    if backend is None:
-        if q.device.type != "cuda" or q.dtype == torch.float64:
-            return "reference"
-        if q.device not in _why_not:
-            _why_not[q.device] = why_not_triton(q)
-            if _why_not[q.device]:
-                warnings.warn(
-                    f'tfla runs on its backend "reference" here: {_why_not[q.device]}', stacklevel=4
-                )
-        return "reference" if _why_not[q.device] else "triton"
-    if not isinstance(backend, str) or backend not in ops.BACKENDS:
-        raise ValueError(
-            f"backend must be None, {', '.join(map(repr, ops.BACKENDS))}; got {backend!r}."
-        )
-    if backend == "triton" and (reason := why_not_triton(q)):
-        raise RuntimeError(f'backend="triton" cannot serve this call: {reason}')
-    return backend
-
-
 def why_not_triton(q: Tensor) -> str | None:
-    """Why the backend "triton" cannot serve q, or None if it can."""
+    """Why the backend "triton" cannot serve q, or None if it can: of what q says, its device and
+    its dtype."""
     if q.dtype == torch.float64:
         return 'it computes in fp16, bf16 and fp32; for fp64 use backend="reference".'
     if q.device.type == "cpu":

@@ -261,6 +261,33 @@ def demo(
     run_demo(out, seconds, _device(device), seed, Console())
 
 
+# fmt: off
+@app.command(
+    short_help="What a bug report needs: versions, devices, what serves each dtype and why.",
+    epilog="Example: [bold]tfla env > environment.txt[/bold]",
+)
+def env(
+    self_test: Annotated[bool, _option(None, "Run the kernels' self-test anew, first.",
+        "--self-test")] = False,
+) -> None:
+    """Print the environment in one paste. With --self-test the kernels run first, in every dtype on
+    every kind of GPU here, and are held against the reference: on a GPU or with a Triton where they
+    have never run this decides whether they are used. Exit status 1 if they are wrong.
+    """
+    # fmt: on
+    from tfla import environment
+
+    tests = list(environment.self_test()) if self_test else []
+    if self_test and not tests:
+        raise RunError("--self-test needs a GPU that torch sees, or TRITON_INTERPRET=1")
+    for line in environment.report():
+        print(line)
+    for line, _ in tests:
+        print(line)
+    if not all(passed for _, passed in tests):
+        raise typer.Exit(1)
+
+
 register(app)  # tfla bench, tfla roofline
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tfla import _compat
+from tfla import _compat, log
 from tfla.gates import Activations
 
 # Takes the grid and the normaliser's column; what it returns is called for (dC, dn).
@@ -116,7 +116,10 @@ def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
 
 
 def _forward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
-    x = _joined(Inputs(*tensors), o)
+    x = Inputs(*tensors)
+    if log.ON:
+        log.sequence(x, o)
+    x = _joined(x, o)
     grid, result = scan_forward(x, o, o.final)
     C, n, m = result.final if o.final else None, None, None
     if o.final and o.normalize:
@@ -364,9 +367,11 @@ def _step(
     m: Tensor | None, slots: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    leaf = _leaf(backend)
+    leaf, activations = _leaf(backend), Activations(sigmoid_i, sigmoid_f)
+    if log.ON:
+        log.step(q, v, i, f, C, m, slots, activations, backend)
     with no_autocast(q.device.type):
-        return leaf.update(q, k, v, i, f, C, n, m, slots, scale, Activations(sigmoid_i, sigmoid_f))
+        return leaf.update(q, k, v, i, f, C, n, m, slots, scale, activations)
 
 
 _step_op = torch.library.custom_op("tfla::step", _step, mutates_args=("C", "n", "m"))

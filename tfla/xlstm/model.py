@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tfla
-from tfla import checks
+from tfla import dispatch
 from tfla.ops import no_autocast
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.generate import Generation, Prompts, Stream, generate
@@ -302,7 +302,7 @@ def fused(x: Tensor, weight: Tensor) -> Any:
         return None
     if x.dtype != weight.dtype or torch.is_autocast_enabled("cuda"):
         return None
-    known = checks.pick_backend(None, x) == "triton"
+    known = dispatch.pick_backend(None, x) == "triton"
     return importlib.import_module("tfla.kernels.pointwise") if known else None
 
 

@@ -1,0 +1,95 @@
+"""``TFLA_LOG=1``: one line on the standard error for each new kind of call: what it is, which
+backend serves it by which plan, and why not the other one.
+
+Read once, when tfla is imported. A kind is all that a call is besides its numbers. Lines come from
+where a call is carried out, so calls in compiled graphs have theirs too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ON = os.environ.get("TFLA_LOG", "") not in ("", "0")
+
+# (backend, why) of what was chosen for tensors of a device and a dtype: written by tfla.dispatch.
+reasons: dict[tuple[torch.device, torch.dtype], tuple[str, str]] = {}
+_seen: set[str] = set()
+
+SHORT = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
+}  # fmt: skip
+
+
+def sequence(x: Any, o: Any) -> None:
+    """A call over sequences: ``tfla.ops.Inputs`` and ``Options``."""
+    N = x.q.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    words = [f"h{_shape(x.v)} of q, k {_shape(x.q)} {SHORT[x.q.dtype]}", _gates(x.i, x.f, o)]
+    words.append("normalised" if o.normalize else "not normalised")
+    if x.cu_seqlens is not None:
+        words.append(f"{N} packed sequences")
+    if x.C is not None:
+        words.append("initial state")
+    if o.final:
+        words.append("final state")
+    words.append("gradients" if o.keep else "no gradients")
+    plan = ""
+    if o.backend == "triton":
+        kernels = importlib.import_module("tfla.kernels")
+        plan = f" ({plan_words(kernels.plan_of(x.q, x.v, x.cu_seqlens))})"
+    _line(", ".join(words), x.q, o.backend, plan)
+
+
+def step(
+    q: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, m: Tensor | None, slots: Tensor | None,
+    activations: Any, backend: str,
+) -> None:  # fmt: skip
+    """A call of one token."""
+    words = [f"one token, h{_shape(v)} of q, k {_shape(q)} {SHORT[q.dtype]}"]
+    words.append(_gates(i, f, activations))
+    words.append("normalised" if m is not None else "not normalised")
+    rows = "" if slots is None else f", {len(slots)} rows of {C.shape[0]}"
+    words.append(f"state {SHORT[C.dtype]}{rows}")
+    _line(", ".join(words), q, backend, "")
+
+
+def plan_words(plan: Any) -> str:
+    """A ``tfla.plan.Plan`` in one line."""
+    words = [f"chunks of {plan.L} tokens", f"states kept every {plan.span:,}"]
+    if plan.segment:
+        words.append(f"sequences cut every {plan.segment:,}")
+    for names, tile in (("h and dv", plan.h), ("dq and dk", plan.dq)):
+        kind = ", Hopper kernel" if tile.hopper else ""
+        words.append(
+            f"{names} by tiles of {tile.block_a} x {tile.block_x}, {tile.warps} warps{kind}"
+        )
+    return "; ".join(words)
+
+
+def _shape(x: Tensor) -> str:
+    return f"({', '.join(map(str, x.shape))})"
+
+
+def _gates(i: Tensor, f: Tensor, a: Any) -> str:
+    """The gates: logarithms, or what passes through a sigmoid; an exponential gate i is log_i."""
+    named = [("f", f, a.sigmoid_f), ("i", i, a.sigmoid_i)]
+    return " and ".join(
+        f"{name if sigmoid else f'log_{name}'} {SHORT.get(x.dtype, x.dtype)}"
+        for name, x, sigmoid in named
+    )
+
+
+def _line(what: str, q: Tensor, backend: str, plan: str) -> None:
+    chosen, why = reasons.get((q.device, q.dtype), ("", ""))
+    if not chosen and q.device.type == "cpu":
+        chosen, why = "reference", "CPU tensors"
+    why = why if chosen == backend else "named by the caller"
+    line = f'tfla: {what}, on {q.device}: backend "{backend}"{plan}: {why}'
+    if line not in _seen:
+        _seen.add(line)
+        print(line, file=sys.stderr, flush=True)
