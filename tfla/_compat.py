@@ -17,7 +17,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ __all__ = [
     "PackedLaunch",
     "TorchDispatchMode",
     "can_record",
+    "constant_while_tracing",
     "copy_each",
     "current_stream",
     "default_store",
@@ -46,6 +47,7 @@ __all__ = [
     "pre_forward_hooks",
     "process_group",
     "storage_key",
+    "triton_error",
     "triton_is_checked",
     "triton_version",
 ]
@@ -73,6 +75,17 @@ def forward_derivatives() -> bool:
     gradients, which refuses forward-mode derivatives.
     """
     return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_while_tracing(function: F) -> F:
+    """torch.compile calls the function when it traces, and the graph holds what it returns: as
+    torch.compiler.assume_constant_result, whose import of torch._dynamo takes a second and brings
+    Triton. A torch that does not know the mark traces the function itself, as far as it can."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def storage_key(x: Tensor) -> int:
@@ -158,6 +171,15 @@ def triton_version() -> tuple[int, int] | None:
         return None
     numbers = re.match(r"(\d+)\.(\d+)", str(getattr(triton, "__version__", "")))
     return None if numbers is None else (int(numbers[1]), int(numbers[2]))
+
+
+def triton_error() -> str | None:
+    """Why Triton cannot be imported, or None."""
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken installation raises what it likes
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def triton_is_checked() -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tfla import checks, log, ops, verdicts
+from tfla import _compat, checks, log, ops, verdicts
 
 __all__ = ["pick_backend", "supports"]
 
@@ -50,7 +50,7 @@ def pick_backend(backend: str | None, q: Tensor) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
+@_compat.constant_while_tracing
 def _while_tracing(device: torch.device, dtype: torch.dtype) -> str:
     """A graph holds what is known when it is made; no test is begun while it is."""
     return _chosen.get((device, dtype)) or _choose(device, dtype, False)

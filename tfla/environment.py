@@ -191,13 +191,11 @@ def _precision() -> str:
 def _triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return "not installed"
-    version = _compat.triton_version()
-    if version is None:
-        import triton
-
-        return f"cannot be used, {triton}"
+    if error := _compat.triton_error():
+        return f"cannot be imported ({error})"
+    version = _compat.triton_version() or (0, 0)
     first, last = (".".join(map(str, v)) for v in (_compat.FIRST_CHECKED, _compat.LAST_CHECKED))
-    found = _version("triton") or ".".join(map(str, version))
+    found = _version("triton") or ".".join(map(str, version))  # AMD's wheels have another name
     seen = "checked with" if _compat.triton_is_checked() else "outside of"
     return f"{found}, {seen} {first} to {last}"
 
