@@ -413,7 +413,9 @@ def test_compare_by_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "bad.json is not JSON" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", ["h100", "h200", "a100", "mi300x"])
+@pytest.mark.parametrize(
+    "device", ["a100", "l40s", "4090", "5090", "h100", "H200", "b200", "mi300x"]
+)
 def test_roofline_by_command(
     device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -421,6 +423,8 @@ def test_roofline_by_command(
     assert run_command([*words, "--plot", str(tmp_path / "roof")]) == 0
     out = capsys.readouterr().out
     assert all(re.search(rf"^ ?{name} ", out, re.MULTILINE) for name in ("h", "dv", "dq", "dk"))
+    assert "(datasheet, dense): " in out and "KiB of shared memory" in out
+    assert re.search(r"^memory: .*1,032.0 MiB, h, 512.0 MiB, .* MiB backward", out, re.MULTILINE)
     assert "best of the paper's scheme" in out and (tmp_path / "roof.svg").is_file()
 
 
@@ -443,7 +447,7 @@ def test_cost_of_many_gpus_by_command(capsys: pytest.CaptureFixture[str]) -> Non
         ("bench kernels --device tpu", "--device is tpu"),
         ("bench model --size 9b", "--size is 9b, wanted tiny"),
         ("bench compare none.json none.json", "none.json"),
-        ("roofline 1 1 1 8 8 --device b1000", "wanted this, h100"),
+        ("roofline 1 1 1 8 8 --device b1000", "wanted this, a100"),
         ("roofline 1 1 1 8 0 --device h100", "'V'"),
     ],
 )

@@ -6,7 +6,10 @@ import math
 import pytest
 import torch
 
+import tfla
+from tfla.bench import measure
 from tfla.bench import roofline as r
+from tfla.bench.memory import Memory, memory
 from tfla.plan import Device, Plan, Problem, Tile, plan
 
 H200 = r.MACHINES["h200"]
@@ -151,3 +154,74 @@ def test_named_machines_name_every_dtype() -> None:
     for machine in r.MACHINES.values():
         assert set(machine.flops_per_s) == set(r.SIZES)
         assert all(getattr(torch, name).itemsize == size for name, size in r.SIZES.items())
+
+
+# ---------------------------------------------------------------- memory of a call
+
+
+@pytest.mark.parametrize(
+    ("gate", "both"), [("exp", 2401862144), ("sigmoid", 2378596352)]
+)
+def test_memory_is_what_an_h200_was_seen_to_take(gate: str, both: int) -> None:
+    """docs/gpu-memory.json, spans of 2,048: peaks of forward and backward together over what was
+    there before, by torch's allocator. Passes that are played fit their buffers in another way."""
+    problem = Problem(8, 8192, 8, 256, 512, 8, False, 2, "ieee")
+    m = memory(problem, H200.device, torch.bfloat16, gate)
+    assert m.output == 8 * 8192 * 8 * 512 * 2
+    assert m.inputs == 8 * 8192 * 8 * (2 * 256 + 512) * 2 + 2 * 8 * 8192 * 8 * 4
+    assert m.output + m.saved + m.backward == pytest.approx(both, rel=0.01)
+
+
+@pytest.mark.parametrize("name", sorted(r.MACHINES))
+def test_memory_of_every_named_machine(name: str) -> None:
+    """At least the gradients; and what is saved is the plan's kept states and vectors."""
+    device = r.MACHINES[name].device
+    assert device is not None
+    problem = Problem(2, 4096, 4, 128, 256, 2, False, 2, "ieee")
+    m = memory(problem, device, torch.bfloat16, "sigmoid")
+    planned = plan(problem, device)
+    rows, kept = 2 * 4, planned.kept[0] * planned.kept[1]
+    chunks, spans = 4096 // planned.L, 4096 // planned.span - 1
+    least = 4 * rows * (chunks + spans * kept)
+    assert least <= m.saved <= least + 4 * rows * 4096 * 8 + 4096
+    assert m.forward >= m.output + m.saved
+    assert m.backward >= m.inputs  # the gradients of q, k, v, i, f
+
+
+def test_memory_grows_with_tokens_and_not_with_what_the_caller_has() -> None:
+    def of(B: int, device: Device | None = H200.device) -> Memory:
+        problem = Problem(B, 4096, 8, 64, 64, B, False, 2, "ieee")
+        return memory(problem, device, torch.bfloat16, "exp")
+
+    few, many = of(64), of(128)
+    assert all(1.9 < b / a < 2.1 for a, b in zip(few, many, strict=True)), (few, many)
+    assert of(64) == few  # nothing of one count stays for the next
+    reference = of(1, None)
+    assert reference.backward > reference.inputs
+
+
+def test_memory_of_the_reference_is_what_torch_allocates() -> None:
+    """Followed on the CPU, by the same passes on real tensors."""
+    B, T, H, K, V = 2, 256, 2, 32, 48
+    problem = Problem(B, T, H, K, V, B, False, 4, "ieee")
+    x = [torch.randn(B, T, H, D, requires_grad=True) for D in (K, K, V)]
+    x += [torch.randn(B, T, H, requires_grad=True) for _ in "if"]
+    dh = torch.randn(B, T, H, V)
+
+    def run(_: int) -> object:
+        h, _state = tfla.mlstm(*x, backend="reference")
+        return h, torch.autograd.grad(h, x, dh)
+
+    run(0)
+    seen = measure.peak_bytes(run, torch.device("cpu"))
+    m = memory(problem, None, torch.float32, "exp")
+    assert m.output + m.saved + m.backward == pytest.approx(seen, rel=0.1)
+
+
+def test_memory_that_cannot_be_counted_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = Problem(1, 64, 1, 2**30, 64, 1, False, 2, "ieee")
+    with pytest.raises(RuntimeError, match="more than 4096 launches"):
+        memory(wide, H200.device, torch.bfloat16, "exp")
+    monkeypatch.setattr("tfla._compat.triton_error", lambda: "ImportError: no")
+    with pytest.raises(RuntimeError, match="need Triton .ImportError: no"):
+        memory(Problem(1, 64, 1, 64, 64, 1, False, 2, "ieee"), H200.device, torch.bfloat16, "exp")

@@ -14,6 +14,7 @@ import tfla
 from tfla.bench import cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
 from tfla.bench.cases import DTYPES, Shape
+from tfla.bench.memory import memory as counted_memory
 from tfla.bench.runs import Task, work_off
 from tfla.plan import Problem, plan
 from tfla.xlstm.checkpoint import RunError
@@ -180,7 +181,7 @@ def roofline(
     H: Annotated[int | None, _size("Heads.")] = None,
     K: Annotated[int | None, _size("Head dim of q and k.")] = None,
     V: Annotated[int | None, _size("Head dim of v.")] = None,
-    device: Annotated[str, _option("h100, h200, a100, mi300x; this: measured limits.")] = "this",
+    device: Annotated[str, _option(f"{', '.join(r.MACHINES)}; this: measured limits.")] = "this",
     gate: Annotated[str, _option("exp (normalised) or sigmoid (not).")] = "exp",
     dtype: Dtype = "",
     plot: Annotated[Path | None, _option("Draw PATH.png and PATH.svg.", default=False)] = None,
@@ -215,7 +216,8 @@ def roofline(
     bandwidth, rate = machine.bytes_per_s, machine.flops_per_s[kind]
     print(
         f"{machine.name} ({machine.source}): {bandwidth / 1e12:.3g} TB/s, "
-        f"{rate / 1e12:,.4g} TFLOP/s in {kind}, {rate / bandwidth:,.0f} FLOP/byte\n{how}"
+        f"{rate / 1e12:,.4g} TFLOP/s in {kind}, {rate / bandwidth:,.0f} FLOP/byte{_parts(machine)}"
+        f"\n{how}"
     )
     for part in (False, True):
         title = "backward" if part else "forward (states kept for the backward pass)"
@@ -226,6 +228,7 @@ def roofline(
         f"{r.least_bytes(B * T, H, K, V, r.SIZES[kind], 8, b) / bandwidth * 1e3:.3f} ms"
         for b in (False, True)
     ]
+    print(_memory(problem, machine, kind, gate))
     best = r.paper_best_chunk(machine, kind, K, V)
     print(
         f"every input read once, every output written once: forward {once[0]}, with backward "
@@ -234,6 +237,28 @@ def roofline(
     )
     if plot is not None:
         print("plots:", *plots.rooflines(found, machine, kind, K, V, L, plot))
+
+
+def _parts(machine: r.Machine) -> str:
+    d = machine.device
+    if d is None:
+        return ""
+    shared = f"{d.shared_memory / 1024:.0f} KiB of shared memory a program"
+    return f", {d.multiprocessors} multiprocessors, {shared}"
+
+
+def _memory(problem: Problem, machine: r.Machine, kind: str, gate: str) -> str:
+    """What a call of this plan allocates, in words."""
+    try:
+        m = counted_memory(problem, machine.device, getattr(torch, kind), gate)
+    except (RuntimeError, OverflowError) as error:
+        return f"memory: not counted: {' '.join(str(error).split())[:200]}"
+    inputs, output, saved, forward, backward = (f"{x / 2**20:,.1f} MiB" for x in m)
+    return (
+        f"memory: for the backward pass stay the inputs, {inputs}, h, {output}, and {saved} beside "
+        f"them; passes allocate at most {forward} forward, h among it, and {backward} backward, "
+        "gradients among it"
+    )
 
 
 def _scale(gpus: int, tokens: int, device: str) -> None:

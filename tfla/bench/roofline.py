@@ -35,13 +35,20 @@ class Machine:
 
 def _named(name: str, tb: float, dense: float, fp32: float, device: Device) -> Machine:
     rates = {"bfloat16": dense * 1e12, "float16": dense * 1e12, "float32": fp32 * 1e12}
-    return Machine(name, tb * 1e12, rates, "data sheet, dense", device)
+    return Machine(name, tb * 1e12, rates, "datasheet, dense", device)
 
 
+# From the makers' datasheets and whitepapers: TB/s; TFLOP/s of 16-bit matrix products that are
+# summed in fp32, without sparsity (GeForce: half of those summed in fp16); TFLOP/s of plain fp32;
+# compute capability, multiprocessors, bytes of shared memory that one program may have.
 MACHINES = {
+    "a100": _named("A100 SXM 80 GB", 2.039, 312.0, 19.5, Device((8, 0), 108, 166912)),
+    "l40s": _named("L40S", 0.864, 362.1, 91.6, Device((8, 9), 142, 101376)),
+    "4090": _named("GeForce RTX 4090", 1.008, 165.2, 82.6, Device((8, 9), 128, 101376)),
+    "5090": _named("GeForce RTX 5090", 1.792, 209.5, 104.8, Device((12, 0), 170, 101376)),
     "h100": _named("H100 SXM", 3.35, 989.4, 66.9, Device((9, 0), 132, 232448)),
     "h200": _named("H200 SXM", 4.8, 989.4, 66.9, Device((9, 0), 132, 232448)),
-    "a100": _named("A100 SXM 80 GB", 2.039, 312.0, 19.5, Device((8, 0), 108, 166912)),
+    "b200": _named("B200 SXM", 8.0, 2250.0, 75.0, Device((10, 0), 148, 232448)),
     "mi300x": _named("MI300X", 5.3, 1307.4, 163.4, Device((0, 0), 304, 65536)),
 }
 

@@ -3,6 +3,8 @@ states, and the buffer that holds what the backward pass needs."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -165,3 +167,25 @@ def _split(buffer: Tensor, sizes: list[int]) -> list[Tensor]:
 
 def _new(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+@contextlib.contextmanager
+def planned_for(device: Device) -> Iterator[None]:
+    """Calls on tensors without memory (device "meta") are planned as if they lay on ``device``, and
+    allocate what they would there; nothing is launched."""
+    meta = torch.device("meta")
+    before = _devices.get(meta)
+
+    def forget() -> None:
+        for key in [key for key in _plans if key[0] == meta]:
+            del _plans[key]
+
+    forget()
+    _devices[meta] = device
+    try:
+        yield
+    finally:
+        forget()
+        del _devices[meta]
+        if before is not None:
+            _devices[meta] = before

@@ -1,0 +1,121 @@
+"""Memory of one call, counted: the call is carried out on tensors without memory, with the plan of
+the device, and every allocation of its forward and its backward pass is followed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tfla import _compat, ops
+from tfla.gates import INPUT_GATES
+from tfla.plan import Device, Problem, plan
+
+LAUNCHES = 4096  # of a pass: beyond it nobody waits for the count
+
+
+class Memory(NamedTuple):
+    """Bytes. Peaks are of what a pass allocates, beyond all that was there before it."""
+
+    inputs: int  # q, k, v, i, f: the caller's, kept for the backward pass
+    output: int  # h, kept too
+    saved: int  # what else the forward pass leaves for the backward pass
+    forward: int  # peak of the forward pass, h and what is saved among it
+    backward: int  # peak of the backward pass, all gradients among it
+
+
+class _Allocations(_compat.TorchDispatchMode):
+    """Bytes of the storages that are alive, and the most of them at a time; but of those ``given``,
+    which are there before."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {_compat.storage_key(x) for x in given}
+        self.tensors: dict[int, int] = {}  # by storage: how many tensors lie in it
+        self.bytes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.add(x)
+        return out
+
+    def add(self, x: Tensor) -> None:
+        key = _compat.storage_key(x)
+        if key in self.given:
+            return
+        if key not in self.bytes:
+            self.tensors[key], self.bytes[key] = 0, x.untyped_storage().nbytes()
+            self.now += self.bytes[key]
+            self.peak = max(self.peak, self.now)
+        self.tensors[key] += 1
+        weakref.finalize(x, self.drop, key)
+
+    def drop(self, key: int) -> None:
+        self.tensors[key] -= 1
+        if not self.tensors[key]:
+            del self.tensors[key]
+            self.now -= self.bytes.pop(key)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+@contextlib.contextmanager
+def _planned(device: Device | None) -> Iterator[str]:
+    """The backend of a device; on "triton" with its plans."""
+    if device is None:
+        yield "reference"
+        return
+    grid: Any = importlib.import_module("tfla.kernels.grid")
+    with grid.planned_for(device):
+        yield "triton"
+
+
+def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> Memory:
+    """The memory of forward and backward of ``tfla.mlstm``, gates in fp32, no states. device: None
+    for "reference". RuntimeError: it cannot be counted, and why."""
+    if device is not None:
+        if error := _compat.triton_error():
+            raise RuntimeError(f"the kernels need Triton ({error})")
+        planned = plan(p, device)
+        if max(planned.h.splits, planned.dq.splits) > LAUNCHES:
+            raise RuntimeError(f"a pass takes more than {LAUNCHES} launches")
+    if not _compat.can_record():
+        raise RuntimeError("this torch does not let allocations be followed")
+
+    def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    tokens = p.B, p.T, p.H
+    full = [new(*tokens, of=torch.float32) for _ in "if"]
+    x = ops.Inputs(
+        q=new(*tokens, p.K), k=new(*tokens, p.K), v=new(*tokens, p.V), i=full[0], f=full[1], C=None,
+        n=None, m=None, cu_seqlens=None,
+    )  # fmt: skip
+    dh = new(*tokens, p.V)
+    kind = INPUT_GATES[gate]
+    with torch.no_grad(), _planned(device) as backend:
+        o = ops.Options(
+            scale=1.0, sigmoid_i=kind.sigmoid, sigmoid_f=True, normalize=kind.normalize,
+            final=False, keep=True, backend=backend,
+        )  # fmt: skip
+        with _Allocations(*x[:5]) as forward:
+            h, C, n, m, saved = ops.forward(x, o)
+        del C, n, m
+        with _Allocations(*x[:5], h, saved, dh) as backward:
+            gradients = ops.backward(dh, None, None, h, saved, x, o)
+        del gradients
+    return Memory(
+        _bytes(x.q, x.k, x.v, x.i, x.f), _bytes(h), _bytes(saved), forward.peak, backward.peak
+    )
