@@ -90,9 +90,9 @@ def choice(device: torch.device, dtype: torch.dtype, may_test: bool) -> Choice:
     if found is None and not may_test:
         return Choice(
             "reference",
-            f"its kernels have never run on {pair}, and their self-test cannot run while a CUDA "
-            f"graph is captured or torch.compile traces. Run it ahead: tfla env --self-test, or "
-            f"one call in {name} before.",
+            f"its kernels have never run on {pair}. Their self-test decides; it does not run while "
+            "a CUDA graph is captured or torch.compile traces, but at the first other call, or "
+            "ahead: tfla env --self-test.",
             lasting=False,
         )
     if found is None:
