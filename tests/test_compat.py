@@ -3,6 +3,7 @@ where one of them is not there."""
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,9 @@ def foreign(tree: ast.AST, own: set[str]) -> list[str]:
                 outside = name.split(".")[0] in ("torch", "triton")
                 if outside and any(map(private, name.split("."))):
                     found.append(name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"(torch|triton)(\.\w+)*\._[a-zA-Z]\w*(\.\w+)*", node.value):
+                found.append(node.value)  # for importlib and the like
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
             name = node.args[1]
             if isinstance(name, ast.Constant) and private(str(name.value)):
@@ -104,6 +108,7 @@ def test_private_names_stand_in_one_file(path: Path) -> None:
         "kernel.device_caches[0]",
         "triton.set_allocator(f)",
         "torch._exit",
+        "importlib.import_module('torch._dynamo.eval_frame')",
     ],
 )
 def test_the_walk_sees_every_way_to_a_private_name(line: str) -> None:
@@ -234,7 +239,9 @@ def test_versions_of_triton(
 ) -> None:
     fake = SimpleNamespace() if version is None else SimpleNamespace(__version__=version)
     monkeypatch.setitem(sys.modules, "triton", fake)
-    monkeypatch.setattr(_compat, "triton_version", inspect.unwrap(_compat.triton_version))
+    for function in ("triton_release", "triton_version"):
+        monkeypatch.setattr(_compat, function, inspect.unwrap(getattr(_compat, function)))
+    assert _compat.triton_release() == (version or "")
     assert _compat.triton_version() == numbers
     assert _compat.triton_is_checked() == checked
 

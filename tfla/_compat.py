@@ -49,6 +49,7 @@ __all__ = [
     "storage_key",
     "triton_error",
     "triton_is_checked",
+    "triton_release",
     "triton_version",
 ]
 
@@ -163,13 +164,19 @@ FIRST_CHECKED, LAST_CHECKED = (3, 6), (3, 9)  # all of 3.6.x to 3.9.x
 
 
 @functools.cache
-def triton_version() -> tuple[int, int] | None:
-    """(major, minor) of Triton, None where it cannot be imported or does not say."""
+def triton_release() -> str:
+    """Triton's version as it says it, "" where it cannot be imported or does not say."""
     try:
         import triton
-    except ImportError:
-        return None
-    numbers = re.match(r"(\d+)\.(\d+)", str(getattr(triton, "__version__", "")))
+    except Exception:  # a broken installation raises what it likes
+        return ""
+    return str(getattr(triton, "__version__", ""))
+
+
+@functools.cache
+def triton_version() -> tuple[int, int] | None:
+    """(major, minor) of Triton, None where it cannot be imported or does not say."""
+    numbers = re.match(r"(\d+)\.(\d+)", triton_release())
     return None if numbers is None else (int(numbers[1]), int(numbers[2]))
 
 
@@ -177,7 +184,7 @@ def triton_error() -> str | None:
     """Why Triton cannot be imported, or None."""
     try:
         import triton  # noqa: F401
-    except Exception as error:  # a broken installation raises what it likes
+    except Exception as error:  # likewise
         return f"{type(error).__name__}: {error}"
     return None
 

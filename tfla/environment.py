@@ -193,11 +193,9 @@ def _triton() -> str:
         return "not installed"
     if error := _compat.triton_error():
         return f"cannot be imported ({error})"
-    version = _compat.triton_version() or (0, 0)
     first, last = (".".join(map(str, v)) for v in (_compat.FIRST_CHECKED, _compat.LAST_CHECKED))
-    found = _version("triton") or ".".join(map(str, version))  # AMD's wheels have another name
     seen = "checked with" if _compat.triton_is_checked() else "outside of"
-    return f"{found}, {seen} {first} to {last}"
+    return f"{_compat.triton_release() or 'unknown'}, {seen} {first} to {last}"
 
 
 def _driver() -> str:

@@ -7,6 +7,7 @@ where a call is carried out, so calls in compiled graphs have theirs too.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -92,4 +93,5 @@ def _line(what: str, q: Tensor, backend: str, plan: str) -> None:
     line = f'tfla: {what}, on {q.device}: backend "{backend}"{plan}: {why}'
     if line not in _seen:
         _seen.add(line)
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # a closed stderr costs the line, no call
+            print(line, file=sys.stderr, flush=True)

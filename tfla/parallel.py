@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tfla import _compat, gates, ops
+from tfla import _compat, gates, log, ops
 from tfla.gates import GAUGE_MIN
 from tfla.ops import Inputs, Options
 
@@ -187,6 +187,8 @@ def _left(x: Inputs, o: Options, part: Part) -> _States:
 def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved, what else the backward pass needs: the states that enter (C, n, m),
     the gauges that leave, and b of all ranks)."""
+    if log.ON:
+        log.sequence(x, o)
     rank, N = group.rank(), x.q.shape[0] if x.cu_seqlens is None else len(x.cu_seqlens) - 1
     _agree(x, o, group)
     with ops.no_autocast(x.q.device.type):

@@ -16,7 +16,6 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -92,11 +91,6 @@ def tfla_version() -> str:
 @functools.cache
 def pair_of(device: torch.device) -> Pair:
     """The pair of this device and the installed torch, Triton and tfla."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # AMD's wheels have another name
-        numbers = _compat.triton_version()
-        triton = ".".join(map(str, numbers)) if numbers else "none"
     name, capability = "CPU", "interpreter"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -104,6 +98,7 @@ def pair_of(device: torch.device) -> Pair:
         capability = f"{properties.major}.{properties.minor}"
         if torch.version.hip:
             capability = getattr(properties, "gcnArchName", "hip").split(":")[0]
+    triton = _compat.triton_release() or "none"
     return Pair(name, capability, torch.__version__, triton, tfla_version(), _digest())
 
 
