@@ -132,11 +132,13 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
         tile, backward = plan.tile(name), name != "h"
         column = normalize and name in ("dq", "dk")
         flops = moved = through = 0
-        for split in range(tile.splits):
-            first, last = split == 0, split == tile.splits - 1
-            width = min(tile.block_a, tile.A - split * tile.block_a)
-            filled = tile.tiles * tile.block_x
-            flops += tokens * (
+        filled = tile.tiles * tile.block_x
+        inner = max(tile.splits - 2, 0)
+        # (how many, is it the first, is it the last): K = 10^9 has 8 million splits.
+        alike = [(1, True, tile.splits == 1), (inner, False, False), (tile.splits > 1, False, True)]
+        for count, first, last in alike:
+            width = tile.A - (tile.splits - 1) * tile.block_a if last else tile.block_a
+            flops += count * tokens * (
                 2 * plan.L * tile.tiles * tile.block_a + filled * (2 * plan.L + 4 * tile.block_a)
             )
             shared = tokens * 2 * width * e + 6 * vector  # a, b and the weights: every tile's
@@ -145,8 +147,8 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
                 own += tokens * tile.X * e + tile.tiles * vector if dots else 0
                 own += vector + n_chunk if column else 0
                 own += n_chunk + 8 * vector * train if name == "h" and divides else 0
-            moved += shared + own
-            through += tile.tiles * shared + own
+            moved += count * (shared + own)
+            through += count * (tile.tiles * shared + own)
         if train:  # kept states: h and dv write them, dq and dk start from them
             moved += spans * state
             through += spans * state
