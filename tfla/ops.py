@@ -8,7 +8,7 @@ registration with PyTorch.
 
 and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module
 with the functions ``exponents``, ``saved``, ``normalizer_backward``, ``normalizer_carried``,
-``scan``, ``gate_gradients`` and ``initial_gradients`` (and ``saved_like``, for graphs, ``reach``,
+``scan``, ``gate_gradients``, ``initial_gradients``, ``offsets`` and ``clear`` (and ``saved_like``, for graphs, ``reach``,
 for many processes, ``update``, the decode step, ``recorded``, if it can do a call again without
 these, ``joined``, if packed sequences may be one); nothing here knows which one it is, nor which
 gate.
@@ -104,6 +104,19 @@ def _one(x: Inputs, o: Options) -> bool:
     return o.sigmoid_f or not o.normalize
 
 
+def ordered(x: Inputs, o: Options) -> Inputs:
+    """x with offsets that the backend can rely on; see its ``offsets``."""
+    if x.cu_seqlens is None:
+        return x
+    return x._replace(cu_seqlens=o.leaf.offsets(x.cu_seqlens, x.q.shape[1]))
+
+
+def clear(x: Inputs, o: Options, *outputs: Tensor) -> None:
+    """Zeros in outputs (B, T, ...) at tokens that belong to no sequence."""
+    if x.cu_seqlens is not None:
+        o.leaf.clear(x.cu_seqlens, *outputs)
+
+
 def _joined(x: Inputs, o: Options) -> Inputs:
     if not _one(x, o):
         return x
@@ -116,8 +129,10 @@ def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
 
 
 def _forward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
-    x = _joined(Inputs(*tensors), o)
+    given = ordered(Inputs(*tensors), o)
+    x = _joined(given, o)
     grid, result = scan_forward(x, o, o.final)
+    clear(given, o, result.out)
     C, n, m = result.final if o.final else None, None, None
     if o.final and o.normalize:
         n, m = grid.n_final.clone(), grid.m_final.clone()
@@ -141,7 +156,8 @@ def backward(
 
 
 def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
-    given, (h, saved, dh, dC, dn, *exchange), leaf = Inputs(*tensors[:9]), tensors[9:], o.leaf
+    (h, saved, dh, dC, dn, *exchange), leaf = tensors[9:], o.leaf
+    given = ordered(Inputs(*tensors[:9]), o)
     x = _joined(given, o)
     dh = torch.zeros_like(h) if dh is None else dh
     # An output that was not wanted is empty, and so is its cotangent.
@@ -168,6 +184,7 @@ def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
     dC_T = None if dC is None else dC.mT
     dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, column=column, dot=x.k, against=dq)
     di, df = leaf.gate_gradients(x.i, x.f, dq, dk, grid, o.activations)
+    clear(given, o, dq.out, dk.out, dv.out, di, df)
     dC_0, dn_0, dm_0 = None, None, None
     if x.C is not None:
         dC_0, dn = leaf.initial_gradients(dv, dk)

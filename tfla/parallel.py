@@ -69,7 +69,7 @@ class Part(NamedTuple):
         starts = (cu[:-1] // T).clamp(0, size - 1) == rank
         ends = (torch.maximum(cu[1:] - 1, cu[:-1]) // T).clamp(0, size - 1) == rank
         own = (cu - begin).clamp(0, T)
-        head, tail = t < own[first + 1], t >= own[last]
+        head, tail = t < own[first + 1], (t >= own[last]) & (t < own[last + 1])
         return Part(own, first, last, enters, leaves, starts, ends, head, tail)
 
 
@@ -205,8 +205,9 @@ def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
             if n is not None and n_r is not None and m is not None:
                 n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
         packed = x.cu_seqlens is not None
-        inner = x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
+        inner = ops.ordered(x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens), o)
         grid, result = ops.scan_forward(inner, o._replace(final=o.final and packed), True)
+        ops.clear(inner, o, result.out)
         ends = [result.out.new_empty(0, dtype=full) for _ in range(3)]
         m_last = grid.m_final.clone() if o.normalize else C.new_zeros(N, H)
         if o.final and packed:  # each is known where its sequence ends

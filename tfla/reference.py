@@ -398,3 +398,12 @@ def update(
         if state is not None and value is not None and not (inplace and state is C):
             state[rows] = value.to(state.dtype)
     return h.to(v.dtype)
+
+
+def offsets(cu_seqlens: Tensor, T: int) -> Tensor:
+    """Offsets as the functions above take them: any, for ``Layout.make`` reads and checks them."""
+    return cu_seqlens
+
+
+def clear(offsets: Tensor, *outputs: Tensor) -> None:
+    """Zeros at tokens that belong to no sequence: ``Layout.make`` allows none."""

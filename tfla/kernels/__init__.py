@@ -22,6 +22,8 @@ from tfla.kernels.grid import (
     _geometry,
     _new,
     _split,
+    clear,
+    offsets,
     padded,
     plan_of,
     precision,
@@ -35,12 +37,14 @@ from tfla.kernels.step import update
 from tfla.plan import Tile
 
 __all__ = [
+    "clear",
     "exponents",
     "gate_gradients",
     "initial_gradients",
     "joined",
     "normalizer_backward",
     "normalizer_carried",
+    "offsets",
     "reach",
     "recorded",
     "saved",
