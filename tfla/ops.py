@@ -214,6 +214,8 @@ def run(x: Inputs, o: Options) -> tuple[Any, ...]:
     if torch.compiler.is_compiling():
         return torch.ops.tfla.forward(*x, *o)[:4]
     _refuse_transforms()
+    if by_operator(*x):
+        return torch.ops.tfla.forward(*x, *o)[:4]
     if o.keep or forward_ad._current_level >= 0:
         return _Forward.apply(o, *x)
     return _called(_forward, o, x)[:4]
@@ -228,12 +230,24 @@ def step(
     (N, H, ...), see ``tfla.State``."""
     if not inplace:
         C, n, m = C.clone(), None if n is None else n.clone(), None if m is None else m.clone()
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        _refuse_transforms()
+    if torch.compiler.is_compiling() or by_operator(q, k, v, i, f, C, n, m, slots):
         h = torch.ops.tfla.step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
     else:
-        _refuse_transforms()
         h = _step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
     return h, C, n, m
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def by_operator(*tensors: Tensor | None) -> bool:
+    """Is somebody to see the operators in place of what they do: a dispatch mode (selective
+    checkpointing, FakeTensorMode, modes that count) or tensors of another make, or of no values?"""
+    if torch._C._len_torch_dispatch_stack() > 0 or tensors[0].is_meta:  # type: ignore[union-attr]
+        return True
+    return any(type(t) not in _PLAIN for t in tensors)
 
 
 # ---------------------------------------------------------------- eager
@@ -256,6 +270,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, _: Any) -> Any:
+        _refuse_batches(dh, dC, dn)
         tensors = *ctx.saved_tensors, dh, dC, dn
         if torch.is_grad_enabled():  # create_graph: a node that refuses
             grads = _Backward.apply(ctx.options, *tensors)
@@ -287,6 +302,17 @@ def _refuse_transforms() -> None:
         raise RuntimeError(
             "tfla does not run under the transforms of torch.func (vmap, grad, jvp and the like): "
             "put what vmap maps over into B, and take gradients with torch.autograd.grad."
+        )
+
+
+def _refuse_batches(*cotangents: Tensor | None) -> None:
+    # The batches of torch.autograd are no transform of torch.func: only the tensors show them.
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if any(x is not None and batched(x) for x in cotangents):
+        raise RuntimeError(
+            "tfla's backward pass does not take a batch of gradients (is_grads_batched=True, "
+            "jacobian with vectorize=True): call torch.autograd.grad once for each of them, or "
+            "jacobian with vectorize=False."
         )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tfla import gates, ops
 from tfla.gates import GAUGE_MIN
+from tfla.offsets import check_offsets
 from tfla.ops import Inputs, Options
 
 CUT = -1e33  # below any gauge, and finite: a log weight of 0
@@ -295,14 +296,8 @@ _seen: dict[str, list[Any]] = {}  # by name: the group, the calls that agreed, c
 
 def _agree(x: Inputs, o: Options, group: Any) -> None:
     """ValueError in every rank unless all make the same call: compared once, by no collective."""
-    if x.cu_seqlens is not None and x.cu_seqlens.device.type == "cpu":
-        T = x.q.shape[1] * group.size()
-        offsets = x.cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != T or offsets != sorted(offsets):
-            raise ValueError(
-                f"cu_seqlens must ascend from 0 to T = {T}, that of the {group.size()} ranks of "
-                f"group together; got [{', '.join(map(str, offsets[:8]))}, ...]."
-            )
+    if x.cu_seqlens is not None and x.cu_seqlens.device.type == "cpu":  # of graphs, too
+        check_offsets(x.cu_seqlens, x.q.shape[1], group.size())
     options = o._replace(keep=True, backend="")
     call = (options, *(None if t is None else (t.shape, t.dtype) for t in x))
     known = _seen.get(group.group_name)
