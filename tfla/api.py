@@ -61,7 +61,8 @@ def mlstm(
         cu_seqlens: (N + 1,) int32 or int64 offsets 0 = c_0 <= ... <= c_N = T of sequences packed
             along T, any stride; B must be 1. On a GPU the host does not read them: there an offset
             out of range or below an earlier one counts as the nearest that is not, and tokens
-            before the first and behind the last get zeros, in h and in gradients. Without states, what is not finite in one may spoil all of them.
+            before the first and behind the last get zeros, in h and in gradients. Without states,
+            what is not finite in one may spoil all of them.
         backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
         group: a torch.distributed process group (or DeviceMesh of one dimension) over whose ranks T
             is split evenly, in rank order: each rank gives and gets its own tokens, but the whole
@@ -118,9 +119,9 @@ def linear_attention(
     Linear attention has no gates; retention and Lightning attention a constant log_f per head,
     (H,); simple GLA log_f (B, T, H); Mamba-2's SSD log_f = A dt with q = C, k = B, v = dt x and
     scale = 1 (log_i = log dt is the same function, but its gradient is NaN where dt = 0, which is
-    how padding is masked). With ``normalize`` h_t is divided by max(|n_t . scale q_t|, 1), n the same
-    recurrence over k, in a gauge m that cannot overflow (see ``mlstm``). Source: arXiv 2006.16236,
-    2307.08621, 2405.21060.
+    how padding is masked). With ``normalize`` h_t is divided by max(|n_t . scale q_t|, 1), n the
+    same recurrence over k, in a gauge m that cannot overflow (see ``mlstm``). Source: arXiv
+    2006.16236, 2307.08621, 2405.21060.
 
     Args:
         q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides.

@@ -8,10 +8,10 @@ registration with PyTorch.
 
 and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module
 with the functions ``exponents``, ``saved``, ``normalizer_backward``, ``normalizer_carried``,
-``scan``, ``gate_gradients``, ``initial_gradients``, ``offsets`` and ``clear`` (and ``saved_like``, for graphs, ``reach``,
-for many processes, ``update``, the decode step, ``recorded``, if it can do a call again without
-these, ``joined``, if packed sequences may be one); nothing here knows which one it is, nor which
-gate.
+``scan``, ``gate_gradients``, ``initial_gradients``, ``offsets`` and ``clear`` (and ``saved_like``,
+for graphs, ``reach``, for many processes, ``update``, the decode step, ``recorded``, if it can do a
+call again without these, ``joined``, if packed sequences may be one); nothing here knows which one
+it is, nor which gate.
 
 Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to
 dispatch); both run the same two functions below.

@@ -386,7 +386,7 @@ def update(
     """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     log_i, log_f = gates.log_gates(i.to(dtype), f.to(dtype), activations)
-    rows = slice(None) if slots is None else slots.long().clamp(0, max(len(C) - 1, 0))
+    rows: Any = slice(None) if slots is None else slots.long().clamp(0, max(len(C) - 1, 0))
     states = [None if s is None else s[rows].to(dtype) for s in (C, n, m)]
     inplace = slots is None and C.dtype == dtype  # fresh memory takes five times the arithmetic
     tokens = (x.to(dtype) for x in (q, k, v))
@@ -398,7 +398,8 @@ def update(
         source = torch.where(known, torch.arange(len(known), device=q.device), known.int().argmax())
         rows = rows[source]
         for at, old in enumerate(states):
-            new[at] = None if old is None else torch.where(known.any(), new[at][source], old)
+            if old is not None:
+                new[at] = torch.where(known.any(), new[at][source], old)  # type: ignore[index]
         h = h.masked_fill(~known[:, None, None], torch.nan)
     for state, value in zip((C, n, m), new, strict=True):
         if state is not None and value is not None and not (inplace and state is C):
