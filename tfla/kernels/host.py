@@ -53,7 +53,8 @@ def launch(
         if known is None:
             triton.set_allocator(_allocate)
             options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
-            compiled = kernel[grid](*tensors, *numbers, **options)
+            run = kernel[grid] if device.type != "cpu" else functools.partial(_alone, kernel[grid])
+            compiled = run(*tensors, *numbers, **options)
             if compiled is not None and _can_be_bound(compiled.metadata):
                 if len(_compiled) >= 10_000:  # lengths without end
                     _compiled.clear()
@@ -61,7 +62,7 @@ def launch(
                 _compiled[key] = _Bound(compiled, (*grid, 1, 1)[:3], device.index, values)
             if tape is not None:
                 tape.complete &= compiled is None
-                tape.note(functools.partial(kernel[grid], **options), (*tensors, *numbers))
+                tape.note(functools.partial(run, **options), (*tensors, *numbers))
         else:
             there = [(p, x) for p, x in zip(pointers, tensors, strict=True) if x is not None]
             scratch = _allocate(known.scratch, 0, None) if known.scratch else None
@@ -70,6 +71,16 @@ def launch(
             if tape is not None:
                 tape.note(known, [x for _, x in there], launch=True)
     _now.tape = tape
+
+
+_interpreter = threading.Lock()
+
+
+def _alone(run: Any, *arguments: Any, **options: Any) -> Any:
+    """A kernel in Triton's interpreter, which keeps the number of its program in one place for all
+    threads."""
+    with _interpreter:
+        return run(*arguments, **options)
 
 
 def _stream(index: int) -> int:
