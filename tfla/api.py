@@ -288,8 +288,7 @@ def _run(inputs: ops.Inputs, options: ops.Options, group: Any) -> tuple[Any, ...
     """(h, C, n, m). Triton's interpreter multiplies the bit patterns of bf16 tiles as if they were
     integers (3.6 to 3.9), so what it would get in bf16 it gets in fp32, and gives back in bf16."""
     q, k, v = inputs[:3]
-    interpreted = options.backend == "triton" and q.device.type == "cpu"
-    if not interpreted or q.dtype != torch.bfloat16:
+    if options.backend != "triton" or q.dtype != torch.bfloat16 or not checks.interpreted():
         return parallel.run(inputs, options, group)
     wide = inputs._replace(q=q.float(), k=k.float(), v=v.float())
     h, *after = parallel.run(wide, options, group)

@@ -6,6 +6,7 @@ Every error names the argument, what came and what is wanted.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -303,6 +304,12 @@ def pick_backend(backend: str | None, q: Tensor) -> str:
     if backend == "triton" and (reason := why_not_triton(q)):
         raise RuntimeError(f'backend="triton" cannot serve this call: {reason}')
     return backend
+
+
+@functools.cache  # Triton reads it once, too
+def interpreted() -> bool:
+    """Does Triton's interpreter run the kernels?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not_triton(q: Tensor) -> str | None:

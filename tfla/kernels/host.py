@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, once for a kernel
+
 _compiled: dict[tuple[Any, ...], _Bound] = {}
 
 
@@ -53,7 +55,7 @@ def launch(
         if known is None:
             triton.set_allocator(_allocate)
             options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
-            run = kernel[grid] if device.type != "cpu" else functools.partial(_alone, kernel[grid])
+            run = functools.partial(_alone, kernel[grid]) if INTERPRETED else kernel[grid]
             compiled = run(*tensors, *numbers, **options)
             if compiled is not None and _can_be_bound(compiled.metadata):
                 if len(_compiled) >= 10_000:  # lengths without end
@@ -87,7 +89,7 @@ def _stream(index: int) -> int:
     return triton.runtime.driver.active.get_current_stream(index)
 
 
-_scratch_device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+_scratch_device = "cpu" if INTERPRETED else "cuda"
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
