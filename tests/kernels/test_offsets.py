@@ -72,7 +72,8 @@ else:
                 assert a.isfinite().all()
                 if at == 1:  # as C e^m: gauges may differ
                     gauge = [got[3], expected[3][1:-1]] if normalize else [a.new_zeros(N, H)] * 2
-                    a, b = (y * m.exp()[..., None, None] for y, m in zip((a, b[1:-1]), gauge))
+                    pairs = zip((a, b[1:-1]), gauge, strict=True)
+                    a, b = (y * m.exp()[..., None, None] for y, m in pairs)
                     checks.assert_close(a, b, 1e-4)
                 continue
             assert (a[:, outside] == 0).all(), at
@@ -135,7 +136,8 @@ else:
         def call(cu: Tensor) -> Tensor:
             h, end = tfla.mlstm(
                 *leaves, input_gate=input_gate, cu_seqlens=cu, backend="triton",
-                initial_state=tfla.State(*memory) if states else None, output_final_state=bool(states),
+                initial_state=tfla.State(*memory) if states else None,
+                output_final_state=bool(states),
             )  # fmt: skip
             return h if end is None else h + end.C.sum()
 
@@ -172,7 +174,8 @@ else:
         before = [t.clone() for t in fresh()]
         right = [t.clone() for t in before]
         h = call(slots, *right)
-        assert all(torch.equal(a[[1, 3, 5]], b[[1, 3, 5]]) for a, b in zip(right, before))
+        for a, b in zip(right, before, strict=True):
+            assert torch.equal(a[[1, 3, 5]], b[[1, 3, 5]])
         for name, some in strided(slots).items():
             state = [t.clone() for t in before]
             checks.assert_close(fn(some, *state), h, 1e-6, name)
