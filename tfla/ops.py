@@ -239,7 +239,7 @@ def step(
     return h, C, n, m
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def by_operator(*tensors: Tensor | None) -> bool:
@@ -247,7 +247,7 @@ def by_operator(*tensors: Tensor | None) -> bool:
     checkpointing, FakeTensorMode, modes that count) or tensors of another make, or of no values?"""
     if torch._C._len_torch_dispatch_stack() > 0 or tensors[0].is_meta:  # type: ignore[union-attr]
         return True
-    return any(type(t) not in _PLAIN for t in tensors)
+    return not _PLAIN.issuperset(map(type, tensors))
 
 
 # ---------------------------------------------------------------- eager
