@@ -24,7 +24,7 @@ def check_offsets(cu_seqlens: Tensor, T: int, ranks: int = 1) -> list[int]:
     behind = ["..."] if first + SHOWN < len(offsets) else []
     if behind and falls is None:
         behind.append(str(offsets[-1]))
-    whole = f" of the {ranks} ranks of group together" if ranks > 1 else ""
+    whole = f", that of the {ranks} ranks of group together" if ranks > 1 else ""
     raise ValueError(
         f"cu_seqlens must ascend from 0 to T = {T}{whole}; got "
         f"[{', '.join(before + shown + behind)}]. "

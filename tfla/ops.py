@@ -305,10 +305,12 @@ def _refuse_transforms() -> None:
         )
 
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
 def _refuse_batches(*cotangents: Tensor | None) -> None:
     # The batches of torch.autograd are no transform of torch.func: only the tensors show them.
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    if any(x is not None and batched(x) for x in cotangents):
+    if any([x is not None and _is_batched(x) for x in cotangents]):
         raise RuntimeError(
             "tfla's backward pass does not take a batch of gradients (is_grads_batched=True, "
             "jacobian with vectorize=True): call torch.autograd.grad once for each of them, or "

@@ -60,7 +60,7 @@ class Part(NamedTuple):
         if x.cu_seqlens is None:
             sides = (rank > 0, rank < size - 1, rank == 0, rank == size - 1)
             return Part(None, None, None, *sides, None, None)
-        cu, begin, end = x.cu_seqlens, rank * T, (rank + 1) * T
+        cu, begin, end = x.cu_seqlens.contiguous(), rank * T, (rank + 1) * T
         N = len(cu) - 1
         rows, t = torch.arange(N, device=device), torch.arange(T, device=device)
         edges = torch.arange(2, device=device, dtype=cu.dtype) * (T - 1) + begin
