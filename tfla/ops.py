@@ -98,7 +98,8 @@ def scan_forward(x: Inputs, o: Options, ends: bool) -> tuple[Any, Any]:
 def _one(x: Inputs, o: Options) -> bool:
     """Are packed sequences one to the backend, as fast whatever their number and lengths? They may
     be where they neither start from states nor leave any: each begins by forgetting everything,
-    exp(log_f + m - m') = 0, and df there is 0. A log_f above 0 could raise m beyond any log_f."""
+    exp(log_f + m - m') = 0, and df there is 0. A log_f above 0 could raise m beyond any log_f. The
+    one is packed, too, for tokens that belong to no sequence are none of its."""
     if x.cu_seqlens is None or x.C is not None or o.final or not hasattr(o.leaf, "joined"):
         return False
     return o.sigmoid_f or not o.normalize
@@ -120,7 +121,8 @@ def clear(x: Inputs, o: Options, *outputs: Tensor) -> None:
 def _joined(x: Inputs, o: Options) -> Inputs:
     if not _one(x, o):
         return x
-    return x._replace(f=o.leaf.joined(x.f, x.cu_seqlens), cu_seqlens=None)
+    f, ends = o.leaf.joined(x.f, x.cu_seqlens)
+    return x._replace(f=f, cu_seqlens=ends)
 
 
 def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
@@ -353,7 +355,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     n, m = (new(N, H, K), new(N, H)) if o.final and o.normalize else (new(0), new(0))
     saved = new(0)
     if o.keep:
-        cu_seqlens = None if _one(x, o) else x.cu_seqlens
+        cu_seqlens = x.cu_seqlens
+        if cu_seqlens is not None and _one(x, o):
+            cu_seqlens = cu_seqlens.new_empty(2)
         saved = o.leaf.saved_like(x.q, x.v, cu_seqlens, o.normalize, o.keep, o.final)
     return x.v.new_empty(x.v.shape), C, n, m, saved
 

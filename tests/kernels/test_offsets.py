@@ -104,6 +104,21 @@ else:
     def test_any_values(T: int, values: list[int], states: bool, normalize: bool) -> None:
         check(values, T, states, normalize)
 
+    @pytest.mark.parametrize(("input_gate", "normalize"), VARIANTS)
+    @pytest.mark.parametrize("states", [False, True])
+    def test_tokens_of_no_sequence_are_not_read(
+        states: bool, input_gate: str, normalize: bool
+    ) -> None:
+        """Buffers of one size for all batches have anything in their tails."""
+        x, memory = problem(40, 2, normalize)
+        memory = memory if states else [None] * 3
+        cu = torch.tensor([3, 8, 20])
+        clean = run(x, memory, cu, normalize, "triton")
+        for t in x:
+            t[:, :3] = t[:, 20:] = float("nan")
+        for a, b in zip(run(x, memory, cu, normalize, "triton"), clean, strict=True):
+            assert torch.equal(a, b)
+
     def test_more_offsets_than_a_block_of_the_kernel_has() -> None:
         from tfla.kernels.grid import offsets
 
@@ -126,7 +141,7 @@ else:
     CU = torch.tensor([0, 8, 16, 24])
 
     @pytest.mark.parametrize(("input_gate", "normalize"), VARIANTS)
-    @pytest.mark.parametrize(("states", "compiled"), [(0, 0), (1, 0), (1, 1)])
+    @pytest.mark.parametrize(("states", "compiled"), [(0, 0), (1, 0), (0, 1)])
     def test_offsets_of_any_strides(
         compiled: int, states: int, input_gate: str, normalize: bool
     ) -> None:

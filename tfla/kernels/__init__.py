@@ -76,15 +76,17 @@ def saved(grid: Grid) -> Tensor:
     return grid.buffer
 
 
-def joined(f: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The forget gates of packed sequences as of one, in fp32. See ``tfla.ops``."""
+def joined(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The forget gates of packed sequences as of one, in fp32, and the (2,) offsets of that one.
+    See ``tfla.ops``."""
     _, T, H = f.shape
     out = _new(f, 1, T, H)
+    ends = torch.empty(2, dtype=torch.int64, device=f.device)
     launch(
-        _joined_kernel, (triton.cdiv(T, 64),), (4, 1), (f, cu_seqlens, out), T,
+        _joined_kernel, (max(triton.cdiv(T, 64), 1),), (4, 1), (f, cu_seqlens, out, ends), T,
         cu_seqlens.shape[0] - 1, H, *f.stride()[1:], BLOCK=64, BLOCK_H=16,
     )  # fmt: skip
-    return out
+    return out, ends
 
 
 def exponents(

@@ -182,13 +182,17 @@ def _tables_kernel(
 
 @triton.jit(do_not_specialize=["T", "N", "H", "stride_ft", "stride_fh"])
 def _joined_kernel(
-    f, cu_seqlens, out, T, N, H, stride_ft, stride_fh, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """f (T, H), closed at tokens where a sequence begins, and where the last one has ended: what
-    comes behind it is none of its tokens."""
+    f, cu_seqlens, out, ends, T, N, H, stride_ft, stride_fh, BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """f (T, H), closed at tokens where a sequence begins; and where the first begins and the last
+    one ends, the offsets of the one sequence that they are then."""
+    if tl.program_id(0) == 0:
+        tl.store(ends, tl.load(cu_seqlens))
+        tl.store(ends + 1, tl.load(cu_seqlens + N))
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = _last(cu_seqlens, t, 1, N, False)
-    begins = (tl.load(cu_seqlens + n) == t) | (tl.load(cu_seqlens + N) == t)
+    begins = tl.load(cu_seqlens + n) == t
     for first in range(0, H, BLOCK_H):
         head = first + tl.arange(0, BLOCK_H)
         inside = (t < T)[:, None] & (head < H)[None, :]
