@@ -200,6 +200,10 @@ def _scan_mma_kernel(
     SOURCES: gl.constexpr = gl.SliceLayout(1, SCORES)
     OF_OUTPUT: gl.constexpr = gl.SliceLayout(0, STATE)  # targets of the output
 
+    # Sums over X: a row of them from each warp, added up when all have stored theirs.
+    ROUND: gl.constexpr = 16 * WARPS
+    BY_WARP: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
+    ROW_MAJOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     A_TILE: gl.constexpr = _tile_layout(BLOCK_A, given)
     X_TILE: gl.constexpr = _tile_layout(BLOCK_X, given)
     Y_STAGES: gl.constexpr = STAGES if Y_AHEAD else 1
@@ -253,6 +257,7 @@ def _scan_mma_kernel(
         if y is not None:
             y += batch * stride_yb + start * stride_yt + head * stride_yh
             y_s = gl.allocate_shared_memory(given, [Y_STAGES, L, BLOCK_X], X_TILE)
+            dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
             dot += tile * size + slot * L
         if vector is not None:
             d_s = gl.allocate_shared_memory(gl.float32, [STAGES, L], FLAT)
@@ -279,15 +284,15 @@ def _scan_mma_kernel(
             known = A
             if CUT:  # the pieces after the first start from what was kept
                 known = gl.where((high == chunks) if REVERSE else (low == 0), A, 0)
-            at = state + n.to(gl.int64) * stride_sn + head * stride_sh
-            at += columns[:, None] * stride_sx + lane[None, :] * stride_sa
+            first = state + n.to(gl.int64) * stride_sn + head * stride_sh
+            first += columns[:, None] * stride_sx + lane[None, :] * stride_sa
             valid = (columns < X)[:, None] & (lane < known)[None, :]
-            S_piece = gl.load(at, mask=valid, other=0.0)
+            S_piece = gl.load(first, mask=valid, other=0.0)
         if WHOLE and CUT:
             if (high < chunks) if REVERSE else (low > 0):
-                at = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e
+                before = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e + entry
                 valid = (columns < X)[:, None] & (lane < A)[None, :]
-                S_piece = gl.load(at + entry + piece * PIECE * STRIDE_EA, mask=valid, other=0.0)
+                S_piece = gl.load(before + piece * PIECE * STRIDE_EA, mask=valid, other=0.0)
         S += (S_piece,)
 
     keep_next = gl.load(decay + (gl.maximum(high - 1, low) if REVERSE else low))
@@ -359,9 +364,14 @@ def _scan_mma_kernel(
                         P += d_now.load(TARGETS)[None, :]
                 # What weighs nothing is 0, also where the product has overflowed.
                 parts.store_parts(p_s, gl.where(causal & (D != 0.0), P * D, 0.0))
+                token = c * L + gl.arange(0, L, layout=OF_OUTPUT)
+                if partial is not None or not COPIED:
+                    place = token.to(gl.int64)[None, :] * (H * X) + columns[:, None]
+                    there = (columns < X)[:, None] & (token < tokens)[None, :]
                 O = gl.zeros([BLOCK_X, L], gl.float32, layout=STATE)
                 for piece in gl.static_range(PIECES):
-                    S_left = [gl.convert_layout(each, LEFT) for each in parts.parts_of(S[piece], AA)]
+                    S_parts = parts.parts_of(S[piece], AA)
+                    S_left = [gl.convert_layout(each, LEFT) for each in S_parts]
                     A_columns = parts.turned(parts.columns(AA, piece * PIECE, PIECE))
                     O = _product(S_left, _loaded(A_columns, RIGHT), O)
                 if vector is not None:  # n d^T for dq, dn 1^T for dk, weighted as the state is
@@ -371,28 +381,27 @@ def _scan_mma_kernel(
                     else:
                         O += row_vector * d_now.load(OF_OUTPUT)[None, :]
                 O = _scaled(O, vectors.slice((ROW + 2) * L, L).load(OF_OUTPUT)[None, :])
+                if partial is not None:  # on its way while the other warps arrive
+                    more_O = gl.load(partial + place, mask=there, other=0.0)
                 if y is not None and not Y_AHEAD:
                     async_copy.wait_group(1)
                 parts.barrier()
                 O = _product(X_left, _loaded(p_s, RIGHT), O)
-                token = c * L + gl.arange(0, L, layout=OF_OUTPUT)
-                if (partial is not None) or not COPIED:
-                    at = token.to(gl.int64)[None, :] * (H * X) + columns[:, None]
-                    seen = (columns < X)[:, None] & (token < tokens)[None, :]
-                    if partial is not None:
-                        O += gl.load(partial + at, mask=seen, other=0.0)
+                if partial is not None:
+                    O += more_O
                 if y is not None:
                     Y = y_s.index(stage if Y_AHEAD else 0).permute((1, 0))
                     if PAIR:
                         Y = Y.load(STATE)
                     else:  # by ldmatrix; the accumulator has its numbers in the same places
                         Y = gl.convert_layout(Y.load(LEFT), STATE)
-                    gl.store(dot + token, gl.sum(O * Y.to(gl.float32), 0))
+                    by_warp = (O * Y.to(gl.float32)).reshape([BLOCK_X // ROUND, WARPS, 16, L])
+                    dot_s.store(gl.sum(gl.sum(by_warp, 2), 0))
                 if COPIED:  # where x lay: all warps have read it
                     out_s = x_s.index(stage)
                     out_s.permute((1, 0)).store(O.to(given))
                 else:
-                    gl.store(out + at, O, mask=seen)
+                    gl.store(out + place, O, mask=there)
             col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, LEFT))
             X_value = X_left[0].to(gl.float32)
             if PAIR:
@@ -407,6 +416,9 @@ def _scan_mma_kernel(
                 parts.barrier()
                 at, seen = _rows_at(out, H * X, c * L, tokens, first_x, X, L, BLOCK_X, WARPS)
                 gl.store(at, _whole_rows(out_s, WARPS), mask=seen)
+                if y is not None:
+                    l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
+                    gl.store(dot + c * L + l, gl.sum(dot_s.load(BY_WARP), 0))
 
     if WHOLE:
         if KEEP and ENDS and not REVERSE:

@@ -1,4 +1,4 @@
-"""What the scans in Gluon share: fp32 operands as two parts, and names of Triton that have changed."""
+"""What the scans in Gluon share: fp32 operands as two parts, names of Triton that have changed."""
 
 # mypy: disable-error-code="union-attr"
 from __future__ import annotations
