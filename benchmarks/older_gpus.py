@@ -65,6 +65,7 @@ if __name__ == "__main__":
     del sys.argv[:2]
     if sys.argv[0] == "-m":
         del sys.argv[0]
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        # This file stays sys.modules["__main__"]: it is what a spawned process imports again.
+        runpy.run_module(sys.argv[0], run_name="__main__")
     else:
         runpy.run_path(sys.argv[0], run_name="__main__")
