@@ -250,10 +250,10 @@ def scan(
     # From one end of a sequence to the other, for dq and dk to follow span by span.
     walks = name in ("h", "dv")
     reverse = name in ("dk", "dv")
-    a, b, x = (rows_of(t, tile.descriptor) for t in (a, b, x))
+    a, b, x = (rows_of(t, tile.descriptor or tile.mma) for t in (a, b, x))
     if name == "dv" and not tile.hopper:
         dot = None
-    y = None if dot is None else rows_of(dot, tile.hopper)
+    y = None if dot is None else rows_of(dot, tile.hopper or tile.mma)
     out = x.new_empty(B, T, H, X)
     end = _new(x, grid.N, H, A, X) if walks and final else None
     dots = None if y is None else _new(x, tile.tiles * grid.size)
@@ -308,6 +308,11 @@ def _scan_piece(
     kernel = _scan_kernel
     forms: dict[str, Any] = {"TRANSPOSED": tile.transposed, "DESCRIPTOR": tile.descriptor,
                              "PRECISION": precision(x)}  # fmt: skip
+    if tile.mma:
+        from tfla.kernels.mma import _scan_mma_kernel
+
+        kernel = _scan_mma_kernel
+        forms = {"STAGES": tile.stages, "Y_AHEAD": tile.y_ahead, "WARPS": tile.warps}
     weights = grid.weights
     divides: tuple[Tensor | None, ...] = ()  # by what the scan of h divides, and where it notes it
     if tile.hopper:

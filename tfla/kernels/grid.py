@@ -118,7 +118,8 @@ def rows_of(x: Tensor, descriptor: bool = False) -> Tensor:
 def _aligned(x: Tensor) -> bool:
     size = x.element_size()
     b, t, h = x.stride()[:3]
-    return t > 0 and x.data_ptr() % 16 == 0 and (b | t | h) * size % 16 == 0
+    # Within a chunk rows are counted in 32 bits: 64 of them, 2^25 numbers apart.
+    return 0 < t < 1 << 25 and x.data_ptr() % 16 == 0 and (b | t | h) * size % 16 == 0
 
 
 class Grid(NamedTuple):
