@@ -21,6 +21,7 @@ LAYERS = [
     {"bench", "demo", "environment", "integrations"},
     {"render"},
     {"nn", "selftest", "xlstm"},
+    {"linear"},
     {"tfla"},  # the package itself: its public face
     {"api"},
     {"dispatch"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"ops", "verdicts"},
     {"log"},
     {"reference", "kernels"},
-    {"gates", "plan"},
+    {"gates", "offsets", "plan"},
     {"_compat"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}

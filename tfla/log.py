@@ -65,7 +65,7 @@ def plan_words(plan: Any) -> str:
     if plan.segment:
         words.append(f"sequences cut every {plan.segment:,}")
     for names, tile in (("h and dv", plan.h), ("dq and dk", plan.dq)):
-        kind = ", Hopper kernel" if tile.hopper else ""
+        kind = ", Hopper kernel" if tile.hopper else ", mma.sync kernel" if tile.mma else ""
         words.append(
             f"{names} by tiles of {tile.block_a} x {tile.block_x}, {tile.warps} warps{kind}"
         )

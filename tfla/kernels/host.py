@@ -25,6 +25,8 @@ from tfla._compat import (
     storage_key,
 )
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, once for a kernel
+
 _compiled: dict[tuple[Any, ...], PackedLaunch] = {}
 
 
@@ -64,7 +66,8 @@ def launch(
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         if known is None:
             options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
-            run = functools.partial(launch_by_triton, kernel, grid, options, _allocate)
+            run: Any = functools.partial(launch_by_triton, kernel, grid, options, _allocate)
+            run = functools.partial(_alone, run) if INTERPRETED else run
             compiled = run(*tensors, *numbers)
             if compiled is not None:
                 values = *pointers, *numbers, *constants.values()
@@ -87,7 +90,17 @@ def launch(
 
 
 _stream = current_stream
-_scratch_device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+_interpreter = threading.Lock()
+
+
+def _alone(run: Any, *arguments: Any) -> Any:
+    """A kernel in Triton's interpreter, which keeps the number of its program in one place for all
+    threads."""
+    with _interpreter:
+        return run(*arguments)
+
+
+_scratch_device = "cpu" if INTERPRETED else "cuda"
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
