@@ -9,10 +9,13 @@ import math
 from typing import NamedTuple
 
 import torch
+from checks import assert_close
 from torch import Tensor
 
+import tfla
+
 INF = math.inf
-LIMIT = 1e30  # finite gates count up to it; what is below -LIMIT counts as -inf
+LIMIT = 2.0**100  # finite gates count up to it; what is below -LIMIT counts as -inf
 # Gates that one set of limits must serve, each beside each.
 EXTREMES = (-INF, -1e30, -1e6, -1e5, -104.0, -30.0, 0.0, 30.0, 90.0, 1e5, 1e30, INF)
 MINIMUM = torch.finfo(torch.float32).min
@@ -32,7 +35,8 @@ GATES = {
     "the least of fp32, then a token": ((MINIMUM, MINIMUM, 1.0), (3.0, MINIMUM, 3.0)),
     "nothing but -1e30": ((-1e30,) * 4, (3.0,) * 4),
     "i = 1e30": ((0.0, 1e30, 2.0, 1.0), (3.0,) * 4),
-    "i = inf counts as 1e30": ((0.0, INF, 2.0, 1e30), (3.0, 3.0, INF, INF)),
+    "i = inf counts as 2^100": ((0.0, INF, 2.0, 2.0**100, 3e38), (3.0, 3.0, INF, INF, 1e3)),
+    "i = inf is more than 1e30": ((0.0, INF, 2.0, 1e30), (3.0, 3.0, INF, INF)),
     "1e30 there and back": ((1e30, 0.0, 1.0), (0.0, -1e30, 3.0)),
     "1e30 erased": ((1e30, 0.0, 1.0), (0.0, -INF, 3.0)),
     "a long way down": ((-7.0, *(-1e6,) * 6, -5e6), (-1e6,) * 8),
@@ -83,3 +87,61 @@ def truth(
         rows.append(scores @ v[: t + 1] / den)
     w = torch.tensor([_exp(p) for p in powers], dtype=torch.float64)
     return Answer(torch.stack(rows), (k * w[:, None]).mT @ v, (k * w[:, None]).sum(0))
+
+
+def operands(T: int, dtype: torch.dtype, K: int = 5, V: int = 3) -> list[Tensor]:
+    g = torch.Generator().manual_seed(T)
+    return [
+        torch.randn(1, T, 1, size, generator=g, dtype=torch.float64).to(dtype) for size in (K, K, V)
+    ]
+
+
+def run(
+    i: list[float], f: list[float], dtype: torch.dtype, how: str, backend: str
+) -> tuple[Tensor, tfla.State, list[Tensor]]:
+    """(h, state, gradients) of a sequence in one call, in two, or by steps."""
+    T = len(i)
+    q, k, v = operands(T, dtype)
+    gate = torch.float64 if dtype == torch.float64 else torch.float32
+    i_, f_ = (torch.tensor(x, dtype=gate).view(1, T, 1) for x in (i, f))
+    x = [t.requires_grad_() for t in (q, k, v, i_, f_)]
+    options = {"backend": backend, "scale": 1.0}
+    if how == "whole":
+        h, state = tfla.mlstm(*x, output_final_state=True, **options)
+    elif how == "split":
+        cut, state, parts = (T + 1) // 2, None, []
+        for piece in (slice(0, cut), slice(cut, T)):
+            part, state = tfla.mlstm(
+                *(t[:, piece] for t in x), initial_state=state, output_final_state=True, **options
+            )
+            parts.append(part)
+        h = torch.cat(parts, 1)
+    else:
+        with torch.no_grad():
+            state = tfla.State(*(torch.zeros(1, 1, *s, dtype=gate) for s in ((5, 3), (5,), ())))
+            parts = []
+            for t in range(T):
+                part, state = tfla.mlstm_step(*(y[:, t] for y in x), state, **options)
+                parts.append(part)
+            return torch.stack(parts, 1), state, []
+    h.double().sum().backward()
+    return h.detach(), tfla.State(*(s.detach() for s in state)), [t.grad for t in x]
+
+
+def check(
+    i: list[float], f: list[float], dtype: torch.dtype, how: str, backend: str, relative: float
+) -> None:
+    q, k, v = (x[0, :, 0] for x in operands(len(i), dtype))
+    answer = truth(q, k, v, i, [log_sigmoid(x) for x in f], True)
+    h, (C, n, m), grads = run(i, f, dtype, how, backend)
+    assert all(torch.isfinite(x).all() for x in (h, C, n, m, *grads)), (h, C, n, m, grads)
+    # The largest den is the largest number there is, so what is divided by exp(1e30) is not 0.
+    near = torch.finfo(m.dtype).tiny * 10.0
+    worst = (h[0, :, 0].double() - answer.h).abs().max()
+    assert worst <= relative * answer.h.abs().max() + near, (h[0, :, 0], answer.h)
+    if m.abs().max() < 80.0:
+        size = m.double().exp()[0, 0]
+        assert_close(C[0, 0].double() * size, answer.C, relative, "C")
+        assert_close(n[0, 0].double() * size, answer.n, relative, "n")
+    if not any(x >= -LIMIT for x in i):
+        assert (C == 0).all() and (n == 0).all() and (how != "whole" or (m == 0).all())

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power
+from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power, scaled
 from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 
 
@@ -160,17 +160,21 @@ def _scan_kernel(
                     P += d_here[:, None]
                 else:
                     P += d_here[None, :]
-            P = tl.where(causal, P * power(whole, rest, PRECISE), 0.0).to(XX.dtype)
+            D = power(whole, rest, PRECISE)
+            # What weighs nothing is 0, also where the product has overflowed.
+            P = tl.where(causal & (D != 0.0), P * D, 0.0).to(XX.dtype)
             if TRANSPOSED:
                 O = tl.dot(S.to(B.dtype), tl.trans(AA), input_precision=PRECISION)
-                O *= row_edge[None, :]
+                O = scaled(O, row_edge[None, :])
                 O = tl.trans(tl.dot(tl.trans(XX), P, O, input_precision=PRECISION))
             else:
-                O = tl.dot(AA, S.to(B.dtype), input_precision=PRECISION) * row_edge[:, None]
+                O = tl.dot(AA, S.to(B.dtype), input_precision=PRECISION)
+                O = scaled(O, row_edge[:, None])
                 O = tl.dot(P, XX, O, input_precision=PRECISION)
             if d is not None:  # last: the state in low precision has left the registers
                 row_vector = tl.load(vector + (slot + c) * X + columns, mask=columns < X, other=0.0)
-                O += (row_edge if REVERSE else row_edge * d_here)[:, None] * row_vector[None, :]
+                row_d = row_edge if REVERSE else scaled(d_here, row_edge)
+                O += scaled(row_vector[None, :], row_d[:, None])
             seen = (t + l < length)[:, None] & (columns < X)[None, :]
             token = (t + l).to(tl.int64)[:, None] * H * X + columns[None, :]
             if partial is not None:
@@ -192,8 +196,8 @@ def _scan_kernel(
         if KEEP and REVERSE:
             if edge:
                 tl.store(kept, S)
-        S *= keep
-        XX = (XX.to(tl.float32) * col_edge[:, None]).to(XX.dtype)
+        S = scaled(S, keep)
+        XX = scaled(XX.to(tl.float32), col_edge[:, None]).to(XX.dtype)
         if TRANSPOSED:
             S = tl.dot(tl.trans(XX), B, S, input_precision=PRECISION)
         else:
@@ -244,5 +248,6 @@ def _join_kernel(
         piece = (pieces - 1 - step) if REVERSE else step
         end = (piece if REVERSE else piece + 1) * (UNIT // SPAN) - 1
         at = ends + (span + end) * stride_e + lane * STRIDE_EA + column
-        S = S * tl.load(left + (first + piece) * H + head) + tl.load(at, mask=inside, other=0.0)
+        remains = tl.load(left + (first + piece) * H + head)
+        S = scaled(S, remains) + tl.load(at, mask=inside, other=0.0)
         tl.store(at, S, mask=inside)
