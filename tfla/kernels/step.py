@@ -98,7 +98,9 @@ def _step_kernel(
     else:
         decay = tl.exp(log_f)
         weight = tl.exp(log_i)
-    C_new = scaled(C_old.to(tl.float32), decay) + (weight * k_row)[:, None] * v_row[None, :]
+    if decay == 0.0:  # what is forgotten is 0, whatever it was
+        C_old = tl.zeros_like(C_old)
+    C_new = decay * C_old.to(tl.float32) + (weight * k_row)[:, None] * v_row[None, :]
     tl.store(C_at, C_new.to(C.dtype.element_ty), mask=inside)
     h_row = tl.sum(C_new * q_row[:, None], 0)
     if m is not None:
