@@ -1,8 +1,8 @@
 """Gates become two exponents, and their gradients come back: the only file that knows which gate
 it serves, and the one that holds the limits of gates, for both backends, sequences and steps.
 
-With ``log_i``, ``log_f`` the log-gates of a chunk of L tokens, every token s reaches a later token t
-with weight exp(log_i_s + log_f_{s+1} + ... + log_f_t). With a normaliser the recurrence is written
+With ``log_i``, ``log_f`` the log-gates of a chunk of L tokens, token s reaches a later token t with
+weight exp(log_i_s + log_f_{s+1} + ... + log_f_t). With a normaliser the recurrence is written
 in a gauge m (m_in is that of the state which enters the chunk), and its gates are *stabilised*:
 
     m_t = max(log_f_t + m_{t-1}, log_i_t)

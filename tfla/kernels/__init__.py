@@ -125,8 +125,8 @@ def exponents(
         )  # fmt: skip
         return grid
     sums = _new(q, grid.chunks() * K)
-    gauge, chunk_f, chunk_p = (q.new_empty(grid.chunks(), dtype=torch.float64) for _ in range(3))
-    gauge = None if undivided is not None else gauge
+    chunk_f, chunk_p = (q.new_empty(grid.chunks(), dtype=torch.float64) for _ in range(2))
+    gauge = None if undivided is not None else torch.empty_like(chunk_f)
     vectors = weights if undivided is None else undivided
     launch(
         normalizer._sums_kernel, (grid.chunks(),), (plan.gate_warps, 2),

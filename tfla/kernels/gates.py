@@ -122,7 +122,7 @@ def power(whole, rest, PRECISE: tl.constexpr):
 
 @triton.jit
 def _affine(factor_1, value_1, factor_2, value_2):
-    return factor_1 * factor_2, scaled(value_1, factor_2) + value_2
+    return scaled(factor_1, factor_2), scaled(value_1, factor_2) + value_2
 
 
 @triton.jit

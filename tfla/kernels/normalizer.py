@@ -18,6 +18,7 @@ from tfla.kernels.gates import (
     FOLLOWED,
     GATE_STRIDES,
     LOG2E,
+    LOG_F_NOTHING,
     LOG_I_NOTHING,
     MARK,
     NOTHING,
@@ -48,8 +49,14 @@ TOTAL = tl.constexpr(6)
 
 
 @triton.jit
+def _carried(m, log_f):
+    """m + log_f; where log_f erases, whatever m is, NaN too."""
+    return tl.where(log_f <= 0.5 * LOG_F_NOTHING, LOG_F_NOTHING, m + log_f)
+
+
+@triton.jit
 def _max_plus(decay_1, top_1, decay_2, top_2):
-    return decay_1 + decay_2, larger(top_1 + decay_2, top_2)
+    return _carried(decay_1, decay_2), larger(_carried(top_1, decay_2), top_2)
 
 
 @triton.jit
@@ -85,8 +92,8 @@ def _sums_kernel(
     L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk: the sum of log_f, the gauge at its end without a state before it (``top``), and
-    sum_s exp(log-weight of s at the end - top) k_s.
+    """Of each chunk: the sum of log_f, the gauge at its end without a state before it (``top``),
+    and sum_s exp(log-weight of s at the end - top) k_s.
 
     What the vectors need of the gates waits where they will lie: of each token the sum of log_f up
     to it, its gauge without a state, and the exponents b and p in that gauge.
@@ -109,7 +116,7 @@ def _sums_kernel(
     )  # fmt: skip
     l = tl.arange(0, L)
     total, top = tl.associative_scan((log_f, log_i), 0, _max_plus)
-    carried = log_f + tl.gather(top, tl.maximum(l - 1, 0), 0)
+    carried = _carried(tl.gather(top, tl.maximum(l - 1, 0), 0), log_f)
     # Stabilised gates. Where what came before has won, its decay is 0, not a difference of
     # roundings.
     won = (log_i < top) | (l == 0)
@@ -155,7 +162,7 @@ def _sums_of(sums, chunk_f, chunk_p, c, chunks, column, K):
 def _gauge_after(m_in, log_f, top):
     """The gauge after tokens whose log_f add up to log_f, and that make ``top`` of an empty
     state."""
-    return larger(larger(m_in + log_f, top), EMPTY)
+    return larger(larger(_carried(m_in, log_f), top), EMPTY)
 
 
 @triton.jit
@@ -183,7 +190,8 @@ def _in_gauge(here, l, m_in, m_end, L: tl.constexpr):
     b_last = _load_parts(last, last + L)
     top_last = _load_parts(last + TOP * L, last + TOP_REST * L)
     m = _gauge_after(m_in, total, top)
-    from_state = (m_in + total - m) * LOG2E
+    from_state = (_carried(m_in, total) - m) * LOG2E
+    from_state = tl.where(total <= 0.5 * LOG_F_NOTHING, NOTHING, from_state)
     lifted = within((top - m) * LOG2E, -STEP, 0.0)
     decay = tl.where(l == 0, -STEP, lifted + (b - before))
     erased = larger(from_state, decay) < SMALLEST * LOG2E
@@ -261,7 +269,7 @@ def _gauge_kernel(
         if gauge is not None:
             tl.store(gauge + slot + 1, m_out, mask=more)
         m_end = _followed(m_in, log_f, top, tl.where(more, m_out, end.to(tl.float64)))
-        keep = _exp(m_in + log_f - m_end)
+        keep = _exp(_carried(m_in, log_f) - m_end)
         take = _exp(top - m_end)
         tl.store(decay + slot, keep, mask=inside)
         seen = more[:, None] & (column < K)[None, :]
@@ -325,7 +333,7 @@ def _denominator_kernel(
     den = larger(tl.abs(nu), floor)
     mark += tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
     # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
-    edge *= within(scale / den, 0.0, 2.0**126)
+    edge = scaled(within(scale / den, 0.0, 2.0**126), edge)
     if PRECISE:  # the fp32 logarithm is off by 2e-7
         factor = log_scale(scale) - tl.log2(den.to(tl.float64))
     else:
