@@ -49,9 +49,15 @@ TOTAL = tl.constexpr(6)
 
 
 @triton.jit
+def _erases(log_f):
+    """Is log_f = -inf among those of this sum?"""
+    return log_f <= 0.5 * LOG_F_NOTHING
+
+
+@triton.jit
 def _carried(m, log_f):
     """m + log_f; where log_f erases, whatever m is, NaN too."""
-    return tl.where(log_f <= 0.5 * LOG_F_NOTHING, LOG_F_NOTHING, m + log_f)
+    return tl.where(_erases(log_f), LOG_F_NOTHING, m + log_f)
 
 
 @triton.jit
@@ -191,7 +197,7 @@ def _in_gauge(here, l, m_in, m_end, L: tl.constexpr):
     top_last = _load_parts(last + TOP * L, last + TOP_REST * L)
     m = _gauge_after(m_in, total, top)
     from_state = (_carried(m_in, total) - m) * LOG2E
-    from_state = tl.where(total <= 0.5 * LOG_F_NOTHING, NOTHING, from_state)
+    from_state = tl.where(_erases(total), NOTHING, from_state)
     lifted = within((top - m) * LOG2E, -STEP, 0.0)
     decay = tl.where(l == 0, -STEP, lifted + (b - before))
     erased = larger(from_state, decay) < SMALLEST * LOG2E
@@ -269,7 +275,7 @@ def _gauge_kernel(
         if gauge is not None:
             tl.store(gauge + slot + 1, m_out, mask=more)
         m_end = _followed(m_in, log_f, top, tl.where(more, m_out, end.to(tl.float64)))
-        keep = _exp(_carried(m_in, log_f) - m_end)
+        keep = tl.where(_erases(log_f), 0.0, _exp(_carried(m_in, log_f) - m_end))
         take = _exp(top - m_end)
         tl.store(decay + slot, keep, mask=inside)
         seen = more[:, None] & (column < K)[None, :]
