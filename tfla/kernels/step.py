@@ -17,7 +17,6 @@ from tfla.kernels.gates import (
     _log_sigmoid,
     larger,
     limited,
-    scaled,
     within,
 )
 from tfla.kernels.grid import device_of
@@ -86,7 +85,7 @@ def _step_kernel(
         lost = (log_f - (carried - kept)) + (m_old - kept)
         decay = tl.exp(carried - m_new + tl.where(tl.abs(lost) > FOLLOWED, 0.0, lost))
         weight = tl.exp(log_i - m_new)
-        n_new = scaled(n_old, decay) + weight * k_row
+        n_new = decay * n_old + weight * k_row
         floor = within(tl.exp(-m_new), 2.0**-126, 2.0**126)
         den = larger(tl.abs(tl.sum(n_new * q_row, 0)), floor)
         last = batch >= 0
@@ -98,8 +97,6 @@ def _step_kernel(
     else:
         decay = tl.exp(log_f)
         weight = tl.exp(log_i)
-    if decay == 0.0:  # what is forgotten is 0, whatever it was
-        C_old = tl.zeros_like(C_old)
     C_new = decay * C_old.to(tl.float32) + (weight * k_row)[:, None] * v_row[None, :]
     tl.store(C_at, C_new.to(C.dtype.element_ty), mask=inside)
     h_row = tl.sum(C_new * q_row[:, None], 0)
