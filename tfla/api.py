@@ -50,7 +50,12 @@ def mlstm(
         q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides. Under
             autocast they are cast first.
         i, f: (B, T, H) gate pre-activations, any floating dtype; computed in fp32 (fp64 for fp64
-            q).
+            q), their sums in fp64. f = +-inf and i = -inf are exact limits. Log-gates above 2^100
+            (1.3e30) count as that, i = +inf among them, those below -2^100 as -inf. A sum of gates
+            has 53 bits: sums of gates up to 1e6 are exact to 1e-8, and beside 2^53 (9e15) of one
+            gate a difference of 1 in another is lost. The final m is fp32 (fp64 for fp64 q): up
+            to 1e9 its rounding is made up for by C and n, beyond it m alone is rounded. NaN stays
+            NaN, in its own and later tokens.
         input_gate: "exp" or "sigmoid".
         normalize: divide by the normaliser? None: True for "exp", False for "sigmoid", the paper's
             two variants.
@@ -61,14 +66,20 @@ def mlstm(
         cu_seqlens: (N + 1,) int32 or int64 offsets 0 = c_0 <= ... <= c_N = T of sequences packed
             along T, any stride; B must be 1. On a GPU the host does not read them: there an offset
             out of range or below an earlier one counts as the nearest that is not, and tokens
-            before the first and behind the last get zeros, in h and in gradients. Without states,
-            what is not finite in one may spoil all of them.
+            before the first and behind the last get zeros, in h and in gradients.
         backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
         group: a torch.distributed process group (or DeviceMesh of one dimension) over whose ranks T
             is split evenly, in rank order: each rank gives and gets its own tokens, but the whole
             ``cu_seqlens`` and ``initial_state``, and gets the whole final state. Gradients are
             those of the sum of all ranks' losses; that of ``initial_state`` is on the rank where a
             sequence begins, 0 on the others. All ranks must call, and run backward.
+
+    What is not finite stays in its row of B and its head, and in later tokens; NaN and inf in q, k
+    and v may reach earlier tokens of their own chunk of up to 64. It stays in its packed sequence,
+    but for "triton" without states in or out: there sequences run as one row, in which a closed
+    forget gate clears the state, and NaN and inf may reach the two neighbours of a sequence (on
+    Hopper, whose kernel multiplies the state by 0, all that follow, or in gradients precede it).
+    Finite inputs never spoil an earlier token.
 
     Returns:
         h: (B, T, H, V) in v's dtype, and the final State or None. Gradients are exact for any
@@ -126,8 +137,8 @@ def linear_attention(
     Args:
         q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides.
         log_f, log_i: (B, T, H), (H,) or None (= 0): natural logarithms of the decay and of the
-            weight of each token. Positive ones are allowed, and may overflow when not normalised:
-            that is the function asked for.
+            weight of each token, with the limits of ``mlstm``. Positive ones are allowed, and may
+            overflow when not normalised, as log_f = +inf does: that is the function asked for.
         normalize, scale, initial_state, output_final_state, cu_seqlens, backend, group: as in
             ``mlstm``.
 

@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tfla import _compat, gates, log, ops
-from tfla.gates import GAUGE_MIN
+from tfla.gates import EMPTY
 from tfla.offsets import check_offsets
 from tfla.ops import Inputs, Options
 
-CUT = -1e33  # below any gauge, and finite: a log weight of 0
+CUT = gates.LOG_F_NOTHING  # below any gauge, and finite: a log weight of 0
 SECONDS = 60  # that ranks wait for each other where shapes are compared
 
 
@@ -125,10 +125,11 @@ class _States(NamedTuple):
 
 def _sum(states: _States, power: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """(C, n, m): the sum of states (S, P, H, ...) of weights e^power (S, P, H), fp64."""
-    m = power.amax(0).clamp(min=GAUGE_MIN) if normalize else torch.zeros_like(power[0])
-    C, n = _weigh(states, power - (m := m.to(states.C.dtype)))
+    m = power.amax(0).clamp(min=EMPTY) if normalize else torch.zeros_like(power[0])
+    m, followed = gates.rounded(m, states.C.dtype)
+    C, n = _weigh(states, power - followed)
     # A gauge that is still the stand-in belongs to a state of zeros: it may as well be 0.
-    return C, n, torch.where(m <= GAUGE_MIN, 0.0, m)
+    return C, n, torch.where(m <= EMPTY, 0.0, m)
 
 
 def _weigh(states: _States, power: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -171,9 +172,10 @@ def _left(x: Inputs, o: Options, part: Part) -> _States:
     log_i, log_f = map(_mask, (part.tail, part.tail), logs, (-torch.inf, 0.0))
     log_i, log_f = (y.transpose(1, 2).contiguous() for y in (log_i, log_f))  # (B, H, T)
     power = log_i + gates.behind(log_f)
-    m = power.amax(-1).clamp(min=GAUGE_MIN) if o.normalize else torch.zeros_like(power[..., 0])
-    m, b = m.to(full), log_f.sum(-1)
-    w = (power - m[..., None]).exp().to(full).transpose(1, 2)
+    m = power.amax(-1).clamp(min=EMPTY) if o.normalize else torch.zeros_like(power[..., 0])
+    m, followed = gates.rounded(m, full)
+    b = log_f.sum(-1).clamp(min=CUT)  # which fp32 holds
+    w = (power - followed[..., None]).exp().to(full).transpose(1, 2)
     C = _product(x.k, w, x.v, full)
     n = _sum_of(x.k, w, full) if o.normalize else None
     begins = _pick(part.starts, part.last)
@@ -199,7 +201,7 @@ def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
         C = x.q.new_zeros(N, H, K, V, dtype=full) if x.C is None else x.C
         n, m = x.n, x.m
         if o.normalize and x.n is None:
-            n, m = C.new_zeros(N, H, K), C.new_full((N, H), GAUGE_MIN)
+            n, m = C.new_zeros(N, H, K), C.new_full((N, H), EMPTY)
         states = arrives()
         if rank:
             before = states.ranks(0, rank)

@@ -131,8 +131,8 @@ def exponents(
         )  # fmt: skip
         return grid
     sums = _new(q, grid.chunks() * K)
-    gauge = None if undivided is not None else _new(q, grid.chunks())
     chunk_f, chunk_p = (q.new_empty(grid.chunks(), dtype=torch.float64) for _ in range(2))
+    gauge = None if undivided is not None else torch.empty_like(chunk_f)
     vectors = weights if undivided is None else undivided
     launch(
         normalizer._sums_kernel, (grid.chunks(),), (plan.gate_warps, 2),
@@ -150,7 +150,8 @@ def exponents(
         products = "ieee" if precision(q) == "ieee" else "tf32x3"
         launch(
             normalizer._denominator_kernel, (grid.chunks(),), (plan.small_warps, 2),
-            (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f, vectors),
+            (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f,
+             chunk_p, vectors),
             *q.stride()[:3], *k.stride()[:3], *grid.common(), K, scale, L=plan.L,
             BLOCK_K=plan.block_k, PACKED=packed, PRECISION=products,
         )  # fmt: skip

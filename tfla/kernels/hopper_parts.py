@@ -169,7 +169,9 @@ def updated(
 def over_den(vectors, n_q_s, sums_s, L: gl.constexpr, LAYOUT: gl.constexpr):
     """(sign of nu where it is above the floor of den, 1 / den) of a chunk's tokens."""
     edge = vectors.slice(2 * L, L).load(LAYOUT)
-    nu = edge * n_q_s.load(LAYOUT) + gl.sum(sums_s.load(LAYOUT.parent), 0)
+    # What is forgotten is 0, whatever it was.
+    nu = gl.where(edge == 0.0, 0.0, edge * n_q_s.load(LAYOUT))
+    nu += gl.sum(sums_s.load(LAYOUT.parent), 0)
     floor = vectors.slice(FLOOR * L, L).load(LAYOUT)
     sign = gl.where(gl.abs(nu) > floor, gl.where(nu > 0.0, 1.0, -1.0), 0.0)
     # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
@@ -184,7 +186,8 @@ def fold(folded, vectors, sign, factor, slot, L: gl.constexpr, LAYOUT: gl.conste
     carry = gl.floor(rest + 0.5)
     gl.store(here, vectors.slice(0, L).load(LAYOUT) + carry)
     gl.store(here + L, rest - carry)
-    gl.store(here + 2 * L, vectors.slice(2 * L, L).load(LAYOUT) * factor)
+    edge = vectors.slice(2 * L, L).load(LAYOUT)
+    gl.store(here + 2 * L, gl.where(edge == 0.0, 0.0, edge * factor))
     for each in gl.static_range(FIRST_SOURCE, MARK):
         gl.store(here + each * L, vectors.slice(each * L, L).load(LAYOUT))
     gl.store(here + MARK * L, vectors.slice(MARK * L, L).load(LAYOUT) + sign)

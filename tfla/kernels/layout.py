@@ -198,5 +198,5 @@ def _joined_kernel(
         inside = (t < T)[:, None] & (head < H)[None, :]
         at = t.to(tl.int64)[:, None] * stride_ft + head.to(tl.int64)[None, :] * stride_fh
         x = tl.load(f + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(begins[:, None], -1e30, x)
+        x = tl.where(begins[:, None], float("-inf"), x)
         tl.store(out + t.to(tl.int64)[:, None] * H + head[None, :], x, mask=inside)
