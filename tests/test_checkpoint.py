@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tfla.xlstm import checkpoint
+from tfla.xlstm import checkpoint, files
 from tfla.xlstm.checkpoint import RunError, load, save
 
 
@@ -99,7 +99,7 @@ def test_an_interrupted_write_leaves_the_one_before(
     def fail(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_flush", fail)
+    monkeypatch.setattr(files, "flush", fail)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 2)
     assert load(tmp_path).path == first
@@ -108,8 +108,7 @@ def test_an_interrupted_write_leaves_the_one_before(
 
 def test_what_a_killed_process_left_is_ignored_and_swept(tmp_path: Path) -> None:
     first = write(tmp_path, 1)
-    torn = tmp_path / "checkpoints" / ".step-00000002.4711.tmp"
-    torn.mkdir()
+    torn = files.partial_folder(tmp_path / "checkpoints" / ".step-00000002.4711.tmp")
     (torn / "model.safetensors").write_bytes(b"half")
     assert load(tmp_path).path == first
     checkpoint.sweep(tmp_path)

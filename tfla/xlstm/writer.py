@@ -7,9 +7,9 @@ import torch
 
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
-from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.data import Codec
 from tfla.xlstm.model import XLSTM
+from tfla.xlstm.run import check_vocabulary
 
 
 class Writer:
@@ -55,9 +55,11 @@ class Writer:
 def load_writer(path: Path, device: torch.device | str = "cpu") -> Writer:
     """The model in `path`, a run's folder or a checkpoint; RunError names a damaged file."""
     saved = checkpoint.load(path)
-    model = XLSTM(XLSTMConfig.from_dict(saved.meta["config"]))
+    config, codec = saved.config(), Codec(saved.text("tokenizer.json"))
+    check_vocabulary(saved, config, codec)
+    model = XLSTM(config)
     saved.restore(model)
-    return Writer(model.to(device), Codec(saved.text("tokenizer.json")))
+    return Writer(model.to(device), codec)
 
 
 def _until(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
