@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from tfla.xlstm import files
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.files import RunError as RunError
-from tfla.xlstm.files import atomic_folder as atomic_folder
 
 FORMAT = 1
 STEP = re.compile(r"step-(\d{8,})")
