@@ -196,10 +196,10 @@ class Corpus:
         """SHA-256 over all that is in the folder."""
         return self.info["fingerprint"]
 
-    def begin(self, seed: int, context: int, windows: int = 0) -> Position:
-        """The position after `windows` windows of a run that has never changed its --context."""
-        epoch, index = divmod(windows, self._units(context))
-        return Position(seed, epoch, context, 0, index * context)
+    def begin(self, seed: int, context: int, windows: int = 0, epoch: int = 0) -> Position:
+        """The position `windows` windows after the beginning of an epoch, all of one length."""
+        more, index = divmod(windows, self._units(context))
+        return Position(seed, epoch + more, context, 0, index * context)
 
     def check(self, at: Position) -> None:
         """RunError unless there is such a position in this corpus."""

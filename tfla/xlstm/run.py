@@ -199,8 +199,10 @@ def _resumed(folder: Path, changes: Mapping[str, Any]) -> Run:
         windows = step * before.batch * before.accumulate
         position = corpus.begin(before.seed, before.context, windows)
     corpus.check(position)
+    if position.offset == 0:  # an epoch that has not begun has no order yet
+        position = corpus.begin(now.seed, now.context, 0, position.epoch)
     corpus.begin(now.seed, now.context)  # too small for a larger --context? It says so now.
-    said = _say_changes(before, now, step, elapsed)
+    said = _say_changes(before, now, step, elapsed, position)
     return Run(folder, corpus, config, now, saved, position, said)
 
 
@@ -233,7 +235,7 @@ def _check_room(folder: Path, outputs: Outputs) -> None:
 
 
 def _say_changes(
-    before: TrainOptions, now: TrainOptions, step: int, elapsed: float
+    before: TrainOptions, now: TrainOptions, step: int, elapsed: float, position: Position
 ) -> tuple[str, ...]:
     """What differs between two sets of options, and what follows from it at this step."""
     a, b = dataclasses.asdict(before), dataclasses.asdict(now)
@@ -242,7 +244,7 @@ def _say_changes(
         for name in a
         if a[name] != b[name]
     ]
-    if before.context != now.context or before.seed != now.seed:
+    if (before.context, before.seed) != (now.context, now.seed) and position.offset:
         said.append("the epoch that has begun is read to its end in the order that it has")
     old, new = (x.lr_at(x.progress(step, elapsed)) for x in (before, now))
     if not math.isclose(old, new, rel_tol=1e-6):
