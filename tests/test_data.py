@@ -79,6 +79,17 @@ def test_of_a_single_document_the_end_is_held_out(tmp_path: Path) -> None:
     assert len(held) == int(0.1 * len(text))
 
 
+@pytest.mark.parametrize("number", [12, 30, 79])
+def test_of_documents_of_one_size_whole_ones_are_held_out(tmp_path: Path, number: int) -> None:
+    for name in range(number):
+        (tmp_path / f"{name:02}").write_bytes(random.Random(name).randbytes(100))
+    corpus = prepare([tmp_path], tmp_path / "data", held_out=0.1)
+    train, held = documents(corpus.train), documents(held_stream(corpus))
+    assert sorted(map(len, (*train, *held))) == [100] * number or number == 12
+    assert sum(map(len, held)) >= 0.1 * 100 * number - 1
+    assert sum(map(len, (*train, *held))) == 100 * number
+
+
 def test_hidden_files_and_other_runs_are_left_out(folder: Path) -> None:
     names = {document.name for document in find_documents([folder])}
     for hidden in (folder / ".git" / "index", folder / ".hidden", folder / "out" / "loss.png"):

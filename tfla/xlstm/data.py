@@ -177,8 +177,10 @@ class Corpus:
 
     @property
     def name(self) -> str:
-        """What the corpus was made of, for titles."""
-        return ", ".join(self.info["origin"]["paths"]) or "the Python standard library"
+        """What the corpus was made of, for titles: three paths at most, the others as a number."""
+        paths = self.info["origin"]["paths"]
+        more = [f"{len(paths) - 2:,} more"] if len(paths) > 3 else paths[2:]
+        return ", ".join([*paths[:2], *more]) or "the Python standard library"
 
     @property
     def bytes_per_token(self) -> float:
@@ -498,17 +500,20 @@ def _split(documents: list[Document], share: float) -> tuple[list[Document], lis
     """
     target = share * sum(document.size for document in documents)
     by_hash = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    longest = max(documents, key=lambda document: document.size)
+    # Of many documents of one size even the longest may be less than the share, and all of them
+    # more than a quarter of it.
+    largest = target / 4 if longest.size >= int(target) else longest.size
     held: list[Document] = []
     taken = 0
     for document in by_hash:
-        if taken < target and document.size <= target / 4:
+        if taken < target and document.size <= largest:
             held.append(document)
             taken += document.size
     if held:
         names = {id(document) for document in held}
         return [document for document in documents if id(document) not in names], held
     # Too few documents to choose from: the end of the longest one is held out.
-    longest = max(documents, key=lambda document: document.size)
     cut = longest.size - max(1, int(target))
     head = Document(longest.name, longest.path, cut)
     tail = Document(longest.name, longest.path, longest.size - cut, cut)
