@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -405,6 +406,12 @@ def test_a_model_that_is_nan_is_an_error_not_a_text(
     with pytest.warns(UserWarning, match=r"head\.weight hold numbers that are not finite"):
         load_writer(run)
     assert "logits are not finite" in line_of(["generate", str(run), "x"], capfd)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert cli.run_command(["train", "--out", str(run), "--resume", "--steps", "6"]) == 2
+    said = capfd.readouterr().err
+    form = r"tfla: warning: .*head\.weight hold .*\ntfla: the loss is nan .*\n"
+    assert re.fullmatch(form, said), said
     weights["head.weight"][3] = 0.0
     weights["embedding.weight"][77] = float("inf")  # a letter that is not in the text
     save_file(weights, path / "model.safetensors")

@@ -9,7 +9,8 @@ import importlib.util
 import os
 import sys
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +23,7 @@ except ModuleNotFoundError:
 
 import tfla
 from tfla.bench.cli import register
-from tfla.xlstm.checkpoint import RunError
+from tfla.xlstm.checkpoint import RunError, WeightsWarning
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +169,7 @@ def train(
     stopped = False
     with place.together():
         run = place.share(make)
-        with run.lock or nullcontext():  # until the plot is drawn
+        with run.lock or nullcontext(), _warnings_in_a_line():  # until the plot is drawn
             render.describe(run, place.device, console)
             try:
                 render.watch(training.train(run, place), console)
@@ -237,7 +238,7 @@ def generate(
     else:
         text = (prompt or "").encode("utf-8", "surrogateescape")
     with warnings.catch_warnings(record=True) as noticed:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", WeightsWarning)
         writer = load_writer(run, _device(device))
     pieces = writer.write(
         text, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or ()
@@ -330,6 +331,22 @@ def _fail(message: str) -> int:
 
 def _say(message: str) -> None:
     print(f"tfla: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings of weights are shown as the command's other lines are."""
+    plain: Any = warnings.showwarning
+
+    def show(message: Any, category: Any, *where: Any, **more: Any) -> None:
+        if issubclass(category, WeightsWarning):
+            _say(f"warning: {message}")
+        else:
+            plain(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _placement(device: str, context_ranks: int, recompute: bool, compile: bool) -> "Placement":

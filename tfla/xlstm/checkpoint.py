@@ -37,6 +37,10 @@ Seal = dict[str, Any]
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype | None]]  # dtype None: any floating one
 
 
+class WeightsWarning(UserWarning):
+    """Weights were loaded that are NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose files have been found whole.
@@ -158,9 +162,8 @@ def warn_unless_finite(path: Path, named: Iterable[tuple[str, Tensor]]) -> None:
     ]
     if broken:
         more = f" and {len(broken) - 1} further tensors" if broken[1:] else ""
-        warnings.warn(
-            f"{path}: {broken[0]}{more} hold numbers that are not finite", stacklevel=3
-        )
+        message = f"{path}: {broken[0]}{more} hold numbers that are not finite"
+        warnings.warn(WeightsWarning(message), stacklevel=3)
 
 
 def save(
@@ -207,8 +210,8 @@ def own_folder(run: Path) -> Path:
     folder = run / "checkpoints"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RunError(
-            f"{folder} is not a folder of this run; move it away, or name the folder that it links "
-            "to with --out"
+            f"{folder} is not a folder of this run itself; put the folder that it links to in its "
+            "place, or take another --out"
         )
     return folder
 

@@ -406,6 +406,7 @@ def prepare(
 
 def open_corpus(folder: Path, fingerprint: str) -> Corpus:
     """The corpus in `folder`; RunError unless every byte of it is what `fingerprint` states."""
+    folder = folder.resolve() if folder.is_symlink() else folder  # to read from a link is no harm
     hint = "restore the folder from a copy, or train again in another --out"
     try:
         info = _read_info(folder)

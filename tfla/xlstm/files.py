@@ -80,7 +80,7 @@ def check_folder(target: Path, proof: FolderProof = nobodys) -> None:
     if names is None or (names and proof(target) is None):
         raise RunError(
             f"{target} is not a folder that tfla wrote, so it is left as it is; move it away, or "
-            "take another folder to write to"
+            "take another --out"
         )
 
 
@@ -91,7 +91,7 @@ def check_file(target: Path, proof: FileProof = nobodys) -> None:
     if not is_regular(target) or (target.stat().st_size and not proof(target)):
         raise RunError(
             f"{target} is not a file that tfla wrote, so it is left as it is; move it away, or "
-            "take another folder to write to"
+            "take another --out"
         )
 
 
