@@ -101,6 +101,15 @@ def test_hidden_files_and_other_runs_are_left_out(folder: Path) -> None:
     assert {d.name for d in find_documents([folder], skip=folder / "out")} == names
 
 
+def test_a_run_within_its_own_text_does_not_read_what_it_writes(folder: Path) -> None:
+    names = {document.name for document in find_documents([folder], skip=folder)}
+    prepare([folder], folder / "data")
+    (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for name in ("checkpoints/step-00000001/model.safetensors", "metrics.jsonl", "loss.png"):
+        (folder / name).write_text("x")
+    assert {document.name for document in find_documents([folder], skip=folder)} == names
+
+
 def test_the_default_is_the_sources_of_the_standard_library() -> None:
     names = {document.name for document in standard_library()}
     assert {"os.py", "json/decoder.py", "asyncio/events.py"} <= names

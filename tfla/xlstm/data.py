@@ -339,7 +339,8 @@ def standard_library() -> list[Document]:
 def find_documents(paths: Sequence[Path], skip: Path | None = None) -> list[Document]:
     """Every file in `paths`, folders searched to the bottom.
 
-    Left out: names that start with a dot, `skip`, and the folders of other runs.
+    Left out: names that start with a dot, the folders of other runs, and `skip`, the folder of this
+    one; where it is among `paths` itself, what a run writes to it.
     """
     found = []
     for path in paths:
@@ -350,6 +351,9 @@ def find_documents(paths: Sequence[Path], skip: Path | None = None) -> list[Docu
             continue
         for folder, folders, names in os.walk(path):
             here = Path(folder)
+            if skip is not None and here.resolve() == skip.resolve():
+                folders[:] = [name for name in folders if name not in ("data", "checkpoints")]
+                names = [name for name in names if name not in ("metrics.jsonl", "loss.png")]
             folders[:] = [
                 name
                 for name in folders
