@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -167,24 +167,24 @@ def train(
     place = _placement(device, context_ranks, recompute, compile)
     console = Console(quiet=not place.main)
     stopped = False
-    with place.together():
-        run = place.share(make)
-        with run.lock or nullcontext(), _warnings_in_a_line():  # until the plot is drawn
+    with ExitStack() as held:  # the lock of the run, until the plot is drawn
+        with place.together(), _warnings_in_a_line():
+            run = place.share(make)
+            held.enter_context(run.lock or nullcontext())
             render.describe(run, place.device, console)
             try:
                 render.watch(training.train(run, place), console)
             except KeyboardInterrupt:
                 stopped = True
-            if place.main:
-                records = metrics.read_metrics(out / runs.METRICS)
-                render.loss_curve(
-                    records,
-                    plot,
-                    title=f"Training on {run.corpus.name}",
-                    bytes_per_token=None if run.corpus.lost else run.corpus.bytes_per_token,
-                )
-    if not place.main:
-        return
+        if not place.main:
+            return
+        records = metrics.read_metrics(out / runs.METRICS)
+        render.loss_curve(
+            records,
+            plot,
+            title=f"Training on {run.corpus.name}",
+            bytes_per_token=None if run.corpus.lost else run.corpus.bytes_per_token,
+        )
     if stopped:
         _say(f"stopped; go on with: tfla train --out {out} --resume")
         raise typer.Exit(130)

@@ -75,9 +75,7 @@ def tensor_of(name: str, x: Any) -> Tensor:
 
 def is_whole(x: Tensor) -> bool:
     """Whether x is a tensor of integers."""
-    return not (
-        x.is_floating_point() or x.is_complex() or x.dtype == torch.bool or x.is_quantized
-    )
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool or x.is_quantized)
 
 
 def number(name: str, x: Any) -> float:

@@ -210,8 +210,8 @@ def own_folder(run: Path) -> Path:
     folder = run / "checkpoints"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RunError(
-            f"{folder} is not a folder of this run itself; move it away, put the folder that it may "
-            "link to in its place, or take another --out"
+            f"{folder} is not a folder of this run itself; move it away, put the folder that it "
+            "may link to in its place, or take another --out"
         )
     return folder
 

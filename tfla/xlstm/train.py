@@ -145,7 +145,7 @@ class TrainState:
         step = saved.meta["step"]
         for key, value in moments.items():
             name, _, field = key.rpartition("/")
-            if field == "step" and value.item() != step:
+            if field == "step" and value.item() != min(step, 2**24):  # where fp32 stops counting
                 raise RunError(f"{saved.path}: {key} is {value.item():g}, the run is at {step}")
             if name in self.own:
                 own = self.own[name]
