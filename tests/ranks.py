@@ -19,7 +19,7 @@ from typing import Any
 Outcome = dict[str, list[str]]  # of each check, what every rank says: "" is well
 
 
-def run(worker: str, world: int, seconds: float = 120, **environment: str) -> Outcome:
+def run(worker: str, world: int, seconds: float = 900, **environment: str) -> Outcome:
     """The worker tests/`worker`.py in `world` processes; those that hang are killed."""
     tests = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:

@@ -21,12 +21,13 @@ LAYERS = [
     {"bench", "demo", "integrations"},
     {"render"},
     {"nn", "xlstm"},
+    {"linear"},
     {"tfla"},  # the package itself: its public face
     {"api"},
     {"checks", "parallel"},
     {"ops"},
     {"reference", "kernels"},
-    {"gates", "plan"},
+    {"gates", "offsets", "plan"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 CORE = {unit for units in LAYERS[LAYERS.index({"tfla"}) :] for unit in units}

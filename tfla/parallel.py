@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tfla import gates, ops
 from tfla.gates import GAUGE_MIN
+from tfla.offsets import check_offsets
 from tfla.ops import Inputs, Options
 
 CUT = -1e33  # below any gauge, and finite: a log weight of 0
@@ -59,7 +60,7 @@ class Part(NamedTuple):
         if x.cu_seqlens is None:
             sides = (rank > 0, rank < size - 1, rank == 0, rank == size - 1)
             return Part(None, None, None, *sides, None, None)
-        cu, begin, end = x.cu_seqlens, rank * T, (rank + 1) * T
+        cu, begin, end = x.cu_seqlens.contiguous(), rank * T, (rank + 1) * T
         N = len(cu) - 1
         rows, t = torch.arange(N, device=device), torch.arange(T, device=device)
         edges = torch.arange(2, device=device, dtype=cu.dtype) * (T - 1) + begin
@@ -69,7 +70,7 @@ class Part(NamedTuple):
         starts = (cu[:-1] // T).clamp(0, size - 1) == rank
         ends = (torch.maximum(cu[1:] - 1, cu[:-1]) // T).clamp(0, size - 1) == rank
         own = (cu - begin).clamp(0, T)
-        head, tail = t < own[first + 1], t >= own[last]
+        head, tail = t < own[first + 1], (t >= own[last]) & (t < own[last + 1])
         return Part(own, first, last, enters, leaves, starts, ends, head, tail)
 
 
@@ -205,8 +206,9 @@ def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
             if n is not None and n_r is not None and m is not None:
                 n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
         packed = x.cu_seqlens is not None
-        inner = x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
+        inner = ops.ordered(x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens), o)
         grid, result = ops.scan_forward(inner, o._replace(final=o.final and packed), True)
+        ops.clear(inner, o, result.out)
         ends = [result.out.new_empty(0, dtype=full) for _ in range(3)]
         m_last = grid.m_final.clone() if o.normalize else C.new_zeros(N, H)
         if o.final and packed:  # each is known where its sequence ends
@@ -294,14 +296,8 @@ _seen: dict[str, list[Any]] = {}  # by name: the group, the calls that agreed, c
 
 def _agree(x: Inputs, o: Options, group: Any) -> None:
     """ValueError in every rank unless all make the same call: compared once, by no collective."""
-    if x.cu_seqlens is not None and x.cu_seqlens.device.type == "cpu":
-        T = x.q.shape[1] * group.size()
-        offsets = x.cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != T or offsets != sorted(offsets):
-            raise ValueError(
-                f"cu_seqlens must ascend from 0 to T = {T}, that of the {group.size()} ranks of "
-                f"group together; got [{', '.join(map(str, offsets[:8]))}, ...]."
-            )
+    if x.cu_seqlens is not None and x.cu_seqlens.device.type == "cpu":  # of graphs, too
+        check_offsets(x.cu_seqlens, x.q.shape[1], group.size())
     options = o._replace(keep=True, backend="")
     call = (options, *(None if t is None else (t.shape, t.dtype) for t in x))
     known = _seen.get(group.group_name)

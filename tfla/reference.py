@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from tfla import gates
 from tfla.gates import Activations
+from tfla.offsets import check_offsets
 
 # Tokens a chunk. On a CPU (AVX2, heads of 64) chunks of 32 and 128 take 1.5 and 1.4 times as long.
 L = 64
@@ -91,29 +92,25 @@ class Layout(NamedTuple):
     @staticmethod
     def make(B: int, T: int, cu_seqlens: Any, numbers: int, device: torch.device) -> Layout:
         """numbers: those in the largest matrix of a chunk, all heads."""
+        cpu = torch.device("cpu")  # whatever torch's default device is
         if cu_seqlens is None:
-            start, length = torch.arange(B) * T, torch.full((B,), T)
+            start = torch.arange(B, device=cpu) * T
+            length = torch.full((B,), T, device=cpu)
         else:
-            offsets = cu_seqlens.to("cpu", torch.int64)
+            offsets = torch.tensor(check_offsets(cu_seqlens, T), device=cpu)
             start, length = offsets[:-1], offsets.diff()
-            if int(offsets[0]) != 0 or int(offsets[-1]) != T or bool((length < 0).any()):
-                got = ", ".join(map(str, offsets.tolist()[:8])) + ", ..." * (len(offsets) > 8)
-                raise ValueError(
-                    f"cu_seqlens must ascend from 0 to T = {T}; got [{got}]. "
-                    "Give the offsets at which the packed sequences start, followed by T."
-                )
         length, rank = length.sort(descending=True, stable=True)
         longest = int(length[0]) if len(length) else 0
         size = min(L, max(longest, 1))
-        first = torch.arange(0, longest, size)
+        first = torch.arange(0, longest, size, device=cpu)
         counts = torch.searchsorted(-length, -first)  # how many sequences are longer than that
-        ranks = torch.cat([torch.arange(n) for n in [0, *counts.tolist()]])
-        position = first.repeat_interleave(counts)[:, None] + torch.arange(size)
+        ranks = torch.cat([torch.arange(n, device=cpu) for n in [0, *counts.tolist()]])
+        position = first.repeat_interleave(counts)[:, None] + torch.arange(size, device=cpu)
         past = position >= length[ranks, None]
         index = torch.where(past, B * T, start[rank[ranks], None] + position)
         room, C = max(BLOCK // numbers, 1), len(ranks)
         blocks = [Block(slice(c, min(c + room, C)), []) for c in range(0, C, room)]
-        starts = ((ranks == 0) | (torch.arange(C) % room == 0)).nonzero()[:, 0]
+        starts = ((ranks == 0) | (torch.arange(C, device=cpu) % room == 0)).nonzero()[:, 0]
         ends = [*starts[1:].tolist(), C]
         for c, end, r in zip(starts.tolist(), ends, ranks[starts].tolist(), strict=False):
             blocks[c // room].steps.append(slice(r, r + end - c))
@@ -389,12 +386,31 @@ def update(
     """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     log_i, log_f = gates.log_gates(i.to(dtype), f.to(dtype), activations)
-    rows = slice(None) if slots is None else slots
+    rows: Any = slice(None) if slots is None else slots.long().clamp(0, max(len(C) - 1, 0))
     states = [None if s is None else s[rows].to(dtype) for s in (C, n, m)]
     inplace = slots is None and C.dtype == dtype  # fresh memory takes five times the arithmetic
     tokens = (x.to(dtype) for x in (q, k, v))
     h, *new = step(*tokens, log_i, log_f, *states, scale, inplace)  # type: ignore
+    if slots is not None and len(slots) > 0:
+        known = (slots >= 0) & (slots < len(C))
+        # Without waiting for a device: who has no row writes what the first who has one does, to
+        # the same place, and nobody writes anything where there is none.
+        source = torch.where(known, torch.arange(len(known), device=q.device), known.int().argmax())
+        rows = rows[source]
+        for at, old in enumerate(states):
+            if old is not None:
+                new[at] = torch.where(known.any(), new[at][source], old)  # type: ignore[index]
+        h = h.masked_fill(~known[:, None, None], torch.nan)
     for state, value in zip((C, n, m), new, strict=True):
         if state is not None and value is not None and not (inplace and state is C):
             state[rows] = value.to(state.dtype)
     return h.to(v.dtype)
+
+
+def offsets(cu_seqlens: Tensor, T: int) -> Tensor:
+    """Offsets as the functions above take them: any, for ``Layout.make`` reads and checks them."""
+    return cu_seqlens
+
+
+def clear(offsets: Tensor, *outputs: Tensor) -> None:
+    """Zeros at tokens that belong to no sequence: ``Layout.make`` allows none."""

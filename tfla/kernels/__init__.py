@@ -22,6 +22,8 @@ from tfla.kernels.grid import (
     _geometry,
     _new,
     _split,
+    clear,
+    offsets,
     padded,
     plan_of,
     precision,
@@ -35,12 +37,14 @@ from tfla.kernels.step import update
 from tfla.plan import Tile
 
 __all__ = [
+    "clear",
     "exponents",
     "gate_gradients",
     "initial_gradients",
     "joined",
     "normalizer_backward",
     "normalizer_carried",
+    "offsets",
     "reach",
     "recorded",
     "saved",
@@ -72,15 +76,17 @@ def saved(grid: Grid) -> Tensor:
     return grid.buffer
 
 
-def joined(f: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The forget gates of packed sequences as of one, in fp32. See ``tfla.ops``."""
+def joined(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The forget gates of packed sequences as of one, in fp32, and the (2,) offsets of that one.
+    See ``tfla.ops``."""
     _, T, H = f.shape
     out = _new(f, 1, T, H)
+    ends = torch.empty(2, dtype=torch.int64, device=f.device)
     launch(
-        _joined_kernel, (triton.cdiv(T, 64),), (4, 1), (f, cu_seqlens, out), T,
+        _joined_kernel, (max(triton.cdiv(T, 64), 1),), (4, 1), (f, cu_seqlens, out, ends), T,
         cu_seqlens.shape[0] - 1, H, *f.stride()[1:], BLOCK=64, BLOCK_H=16,
     )  # fmt: skip
-    return out
+    return out, ends
 
 
 def exponents(
@@ -244,10 +250,10 @@ def scan(
     # From one end of a sequence to the other, for dq and dk to follow span by span.
     walks = name in ("h", "dv")
     reverse = name in ("dk", "dv")
-    a, b, x = (rows_of(t, tile.descriptor) for t in (a, b, x))
+    a, b, x = (rows_of(t, tile.descriptor or tile.mma) for t in (a, b, x))
     if name == "dv" and not tile.hopper:
         dot = None
-    y = None if dot is None else rows_of(dot, tile.hopper)
+    y = None if dot is None else rows_of(dot, tile.hopper or tile.mma)
     out = x.new_empty(B, T, H, X)
     end = _new(x, grid.N, H, A, X) if walks and final else None
     dots = None if y is None else _new(x, tile.tiles * grid.size)
@@ -302,6 +308,11 @@ def _scan_piece(
     kernel = _scan_kernel
     forms: dict[str, Any] = {"TRANSPOSED": tile.transposed, "DESCRIPTOR": tile.descriptor,
                              "PRECISION": precision(x)}  # fmt: skip
+    if tile.mma:
+        from tfla.kernels.mma import _scan_mma_kernel
+
+        kernel = _scan_mma_kernel
+        forms = {"STAGES": tile.stages, "Y_AHEAD": tile.y_ahead, "WARPS": tile.warps}
     weights = grid.weights
     divides: tuple[Tensor | None, ...] = ()  # by what the scan of h divides, and where it notes it
     if tile.hopper:

@@ -117,6 +117,7 @@ def update(
     """One token: writes new states over old (rows ``slots``, or all); h (B, H, V) in v's dtype."""
     (B, H, K), V = q.shape, v.shape[-1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    slots = None if slots is None else slots.contiguous()
     h = v.new_empty(B, H, V)
     block_k = triton.next_power_of_2(K)
     full = B * H * triton.cdiv(V, REGISTERS // block_k) >= device_of(q).multiprocessors

@@ -48,7 +48,7 @@ def integers(name: str, x: Any) -> list[int]:
 def row_of(name: str, x: Any) -> Tensor:
     """x as an int64 tensor (n,), where it lies; x is a tensor, or a sequence of integers."""
     if isinstance(x, (bytes, bytearray)):
-        return torch.tensor(list(x), dtype=torch.int64)
+        return torch.tensor(list(x), dtype=torch.int64, device="cpu")
     if not isinstance(x, Tensor) and hasattr(x, "__array__"):
         x = tensor_of(name, x)
     if isinstance(x, Tensor):
@@ -60,7 +60,7 @@ def row_of(name: str, x: Any) -> Tensor:
     values = integers(name, x)
     if beyond := [value for value in values if not -(2**63) <= value < 2**63]:
         raise ValueError(f"{name} must hold integers of 64 bits; got {beyond[0]}.")
-    return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def tensor_of(name: str, x: Any) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import tfla
+from tfla.linear import is_hooked
 from tfla.xlstm import files
 from tfla.xlstm.arguments import integer, integers, is_whole, number, row_of, tensor_of
 
@@ -133,6 +134,8 @@ class Stream:
         self._note(self._logits)
         self._look()
         self._stepped = False
+        # A hook runs when its module is called, not when a graph is replayed.
+        self._called = any(is_hooked(module) for module in model.modules())
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __iter__(self) -> Stream:
@@ -193,7 +196,8 @@ class Stream:
         """The graph of a step, on a GPU: recorded once a step has run, which leaves no kernel to be
         compiled, if enough tokens are to come."""
         device = self.last.device
-        if self._graph is None and device.type == "cuda" and self._stepped and self._left >= RECORD:
+        worth = self._stepped and self._left >= RECORD and not self._called
+        if self._graph is None and device.type == "cuda" and worth:
             graph = torch.cuda.CUDAGraph()
             if (generator := self._sampling[-1]) is not None:
                 graph.register_generator_state(generator)
@@ -226,7 +230,7 @@ def prefill(
         for piece in tokens.split(max(1, PIECE // B), 1):
             x, after = model.hidden(piece, after, **options)
         return model.logits(x[:, -1]), after  # type: ignore[return-value]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(device)
+    ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(device)
     x, after = model.hidden(tokens, after, cu_seqlens=ends, **options)
     return model.logits(x[0, ends[1:] - 1]), after
 
