@@ -23,7 +23,7 @@ except ModuleNotFoundError:
 
 import tfla
 from tfla.bench.cli import register
-from tfla.xlstm.checkpoint import RunError, WeightsWarning
+from tfla.xlstm.checkpoint import RunError
 
 if TYPE_CHECKING:
     import torch
@@ -227,6 +227,7 @@ def generate(
     """
     # fmt: on
     _require("numpy", "safetensors")
+    from tfla.xlstm.checkpoint import WeightsWarning
     from tfla.xlstm.writer import load_writer
 
     if file is not None and prompt is not None:
@@ -336,6 +337,8 @@ def _say(message: str) -> None:
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
     """Warnings of weights are shown as the command's other lines are."""
+    from tfla.xlstm.checkpoint import WeightsWarning
+
     plain: Any = warnings.showwarning
 
     def show(message: Any, category: Any, *where: Any, **more: Any) -> None:
