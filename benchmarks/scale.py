@@ -128,7 +128,7 @@ def timed_steps(
             start = time.perf_counter()
             for _ in range(number):
                 with autocast(options.precision, device):
-                    loss = mean_nats(state.model, windows)
+                    loss = mean_nats(state.model, windows[:, :-1], windows[:, 1:])
                 loss.backward()
                 loss = place.clip(state, loss.detach(), 1.0)[0]
                 state.step(1e-4)

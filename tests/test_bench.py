@@ -464,3 +464,25 @@ def test_peers_are_listed_with_what_brings_them(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(cases.IMPLEMENTATIONS)
     assert any(line.split()[-1] == "here" for line in lines)
+
+
+@pytest.mark.parametrize("name", ["kernels.json", "kernels-length.png", "kernels-errors.svg"])
+def test_results_of_another_are_not_overwritten(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said before anything is measured."""
+    (tmp_path / name).write_text('{"format": 1, "mine": true}')
+    words = f"bench kernels --peers none --device cpu --seconds 5 --out {tmp_path}"
+    assert run_command(words.split()) == 2
+    said = capsys.readouterr().err
+    assert f"{name} is not a file that tfla wrote" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_results_and_figures_of_ours_are_replaced(run: Path, tmp_path: Path) -> None:
+    result = report.load(run / "kernels.json")
+    for _ in range(2):
+        plots.check_room(tmp_path, "kernels")
+        report.save(tmp_path / "kernels.json", result)
+        assert plots.draw(result, tmp_path)
+    assert not list(tmp_path.glob(".*"))

@@ -1,6 +1,7 @@
 """A checkpoint is whole or absent, and every byte of it counts."""
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tfla.xlstm import checkpoint
+from tfla.xlstm import checkpoint, files
 from tfla.xlstm.checkpoint import RunError, load, save
 
 
@@ -99,7 +100,7 @@ def test_an_interrupted_write_leaves_the_one_before(
     def fail(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_flush", fail)
+    monkeypatch.setattr(files, "flush", fail)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 2)
     assert load(tmp_path).path == first
@@ -108,8 +109,7 @@ def test_an_interrupted_write_leaves_the_one_before(
 
 def test_what_a_killed_process_left_is_ignored_and_swept(tmp_path: Path) -> None:
     first = write(tmp_path, 1)
-    torn = tmp_path / "checkpoints" / ".step-00000002.4711.tmp"
-    torn.mkdir()
+    torn = files.partial_folder(tmp_path / "checkpoints" / ".step-00000002.4711.tmp")
     (torn / "model.safetensors").write_bytes(b"half")
     assert load(tmp_path).path == first
     checkpoint.sweep(tmp_path)
@@ -169,3 +169,134 @@ def test_where_there_is_none_it_says_what_to_name(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
     with pytest.raises(RunError, match="holds no checkpoint; name the folder"):
         load(tmp_path)
+
+
+# ------------------------------------------------------------------------------- what is listed
+
+
+def seal_anew(path: Path, change: Callable[[dict], None]) -> None:
+    """Change what checkpoint.json says, under a checksum that is right."""
+    meta = json.loads((path / "checkpoint.json").read_text())
+    del meta["checksum"]
+    change(meta)
+    meta["checksum"] = checkpoint._checksum(meta)
+    (path / "checkpoint.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/dev/zero", "../../x", "..", ".", "", "sub/x", "sub\\x", "/etc/passwd", "a\0b", "x\ny",
+        ".hidden", "checkpoint.json", "é.json", "C:x",
+    ],
+)  # fmt: skip
+def test_only_plain_names_are_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x").write_text("outside")
+    path = write(tmp_path / "run", 1)
+    (path / "sub").mkdir()
+    (path / "sub" / "x").write_text("x")
+
+    def change(meta: dict) -> None:
+        meta["files"][name] = {"bytes": 0, "sha256": "0" * 64}
+
+    seal_anew(path, change)
+    with pytest.raises(RunError, match="which is not the plain name of a file"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.json", "extra.bin"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "folder"])
+def test_only_regular_files_are_read(tmp_path: Path, name: str, kind: str) -> None:
+    """A pipe would never end, and a link leads anywhere."""
+    path = write(tmp_path / "run", 1)
+    file = path / name
+    whole = file.read_bytes() if file.exists() else b"x"
+    if name == "extra.bin":
+        seal_anew(path, lambda meta: meta["files"].update({name: {"bytes": 0, "sha256": ""}}))
+    file.unlink(missing_ok=True)
+    (tmp_path / "copy").write_bytes(whole)
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("/dev/zero" if kind == "device" else tmp_path / "copy")
+    with pytest.raises(RunError, match="is no regular file|is damaged: it is not what was written"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "stated", [None, 3, [], {}, {"bytes": 0}, {"bytes": 0, "sha256": "", "more": 1}, "x"]
+)
+def test_a_list_of_another_kind_is_one_line(tmp_path: Path, stated: object) -> None:
+    path = write(tmp_path, 1)
+    seal_anew(path, lambda meta: meta["files"].update({"model.safetensors": stated}))
+    with pytest.raises(RunError, match="does not say what model.safetensors holds"):
+        load(path)
+
+
+@pytest.mark.parametrize("listed", [None, 3, [], "x", ["model.safetensors"]])
+def test_no_list_is_one_line(tmp_path: Path, listed: object) -> None:
+    path = write(tmp_path, 1)
+    seal_anew(path, lambda meta: meta.update(files=listed))
+    with pytest.raises(RunError, match="it lists no files"):
+        load(path)
+
+
+def test_links_and_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    path = write(tmp_path, 30)
+    folder = path.parent
+    for name in ("step-30", "step-00000040.bak", "step-0000004x", "step-latest"):
+        (folder / name).mkdir()
+    (folder / "step-00000050").symlink_to(path)
+    assert load(tmp_path).path == path
+    for step in (31, 32, 33):
+        write(tmp_path, step)
+    left = {other.name for other in folder.iterdir()}
+    assert left == {
+        "step-30", "step-00000040.bak", "step-0000004x", "step-latest", "step-00000050",
+        "step-00000032", "step-00000033",
+    }  # fmt: skip
+
+
+def test_an_old_checkpoint_with_a_file_of_another_stays(tmp_path: Path) -> None:
+    paths = [write(tmp_path, step) for step in (1, 2)]
+    (paths[0] / "notes.txt").write_text("mine")
+    (paths[1] / "model.safetensors").write_bytes(b"mine, under a name of yours")
+    write(tmp_path, 3), write(tmp_path, 4), write(tmp_path, 5)
+    left = sorted(path.name for path in paths[0].parent.iterdir())
+    assert left == [f"step-0000000{step}" for step in (1, 2, 4, 5)]
+    assert (paths[0] / "notes.txt").read_text() == "mine" and (
+        paths[0] / "model.safetensors"
+    ).exists()
+    assert (paths[1] / "model.safetensors").read_bytes().startswith(b"mine")
+
+
+def test_a_folder_of_another_in_the_place_of_a_checkpoint_stays(tmp_path: Path) -> None:
+    mine = tmp_path / "checkpoints" / "step-00000007"
+    mine.mkdir(parents=True)
+    (mine / "thesis.tex").write_text("mine")
+    with pytest.raises(RunError, match="step-00000007 is not a folder that tfla wrote"):
+        write(tmp_path, 7)
+    assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
+    write(tmp_path, 8), write(tmp_path, 9), write(tmp_path, 10)
+    assert (mine / "thesis.tex").read_text() == "mine"
+
+
+def test_checkpoints_are_not_written_or_removed_through_a_link(tmp_path: Path) -> None:
+    write(tmp_path / "other", 1), write(tmp_path / "other", 2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "other" / "checkpoints")
+    with pytest.raises(RunError, match="checkpoints is not a folder of this run"):
+        write(tmp_path / "run", 3)
+    assert len(list((tmp_path / "other" / "checkpoints").iterdir())) == 2
+
+
+def test_weights_that_are_no_numbers_warn(tmp_path: Path) -> None:
+    module = nn.Linear(5, 3, bias=False)
+    for bad in (float("nan"), float("inf")):
+        weight = torch.zeros(3, 5)
+        weight[1, 2] = bad
+        save(tmp_path, {"step": 1, "config": {}}, {"model": {"weight": weight}}, {})
+        with pytest.warns(UserWarning, match="weight hold numbers that are not finite"):
+            load(tmp_path).restore(module)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
+from matplotlib.figure import Figure
 
 import tfla
 from tfla import cli, demo, render
@@ -304,6 +306,125 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert err == f"tfla: stopped; go on with: tfla train --out {out} --resume\n"
     assert call(f"train --out {out} --resume")[0] == 0
     assert checkpoint.load(out).meta["step"] == 4
+
+
+# ------------------------------------------------------------------------------- what is another's
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("line", ["train data --out . --steps 2", "demo --out . --seconds 1"])
+@pytest.mark.parametrize(
+    "name",
+    ["data/thesis.tex", "metrics.jsonl", "loss.png", "checkpoints", ".tfla-lock", "data"],
+)
+def test_a_project_folder_is_left_as_it_is(
+    line: str, name: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "MODEL", {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
+    if name != "data" or line.startswith("demo"):
+        line = line.replace("train data", "train texts")
+        (tmp_path / "texts").mkdir()
+        (tmp_path / "texts" / "a.txt").write_text("some words\n" * 400)
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    else:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "a.txt").write_text("some words\n" * 400)
+        (tmp_path / "data" / "thesis.tex").write_text("years of work")
+    for torn in (".x.tmp", "checkpoints.bak/.step-00000001.1.tmp", "step-30"):
+        (tmp_path / torn).mkdir(parents=True)
+        (tmp_path / torn / "model.safetensors").write_text("mine")
+    before = contents(tmp_path)
+    is_one_line(call(line), name.split("/")[0], "move it away")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["context.png", "demo.md"])
+def test_demo_overwrites_no_other_plot(
+    name: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("mine")
+    is_one_line(call("demo --out . --seconds 1"), name, "move it away")
+    assert contents(tmp_path) == {name: b"mine"}
+
+
+def test_names_like_ours_beside_a_run_stay(call: Call, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    names = (".x.tmp", "step-30", "checkpoints/step-30", "checkpoints/.step-00000002.9.tmp")
+    for name in names:
+        (out / name).mkdir(parents=True)
+        (out / name / "thesis.tex").write_text("mine")
+    line = f"train {text} --out {out} {TINY} --save-every 1"
+    assert call(f"{line} --steps 4")[0] == 0
+    assert call(f"train --out {out} --resume --steps 6")[0] == 0
+    assert all((out / name / "thesis.tex").read_text() == "mine" for name in names)
+
+
+@pytest.mark.parametrize("name", ["loss.png", "metrics.jsonl"])
+def test_a_file_of_another_in_a_run_is_not_overwritten(
+    name: str, call: Call, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert call(f"train {text} --out {out} {TINY} --steps 2")[0] == 0
+    (out / name).write_bytes(b"\x89PNG\r\n\x1a\nmine")
+    is_one_line(call(f"train --out {out} --resume --steps 4"), name, "move it away")
+    assert (out / name).read_bytes() == b"\x89PNG\r\n\x1a\nmine"
+    (out / name).unlink()
+    assert call(f"train --out {out} --resume --steps 4")[0] == 0
+
+
+def test_a_plot_of_an_earlier_version_is_kept_under_another_name(
+    call: Call, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def unsigned(figure: Figure, path: Path) -> None:
+            figure.savefig(path)
+
+        patch.setattr(render, "_finish", unsigned)
+        assert call(f"train {text} --out {out} {TINY} --steps 2")[0] == 0
+    old = (out / "loss.png").read_bytes()
+    status, _, err = call(f"train --out {out} --resume --steps 4")
+    assert status == 0 and f"it is now {out}/loss-1.png" in err
+    assert (out / "loss-1.png").read_bytes() == old != (out / "loss.png").read_bytes()
+    assert call(f"train --out {out} --resume --steps 5")[2] == ""
+
+
+def test_a_run_that_another_process_writes_is_left_alone(
+    call: Call, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    line = f"train {text} --out {out} {TINY} --save-every 1 --log-every 1"
+    first = subprocess.Popen(
+        [sys.executable, "-m", "tfla", *f"{line} --steps 100000".split()],
+        stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        while not checkpoint.exists(out):
+            assert first.poll() is None
+            time.sleep(0.05)
+        for words in (f"{line} --steps 3", f"train --out {out} --resume", f"demo --out {out}"):
+            is_one_line(call(words), f"{out} is in use by process {first.pid} on ", " since ")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    steps = {path.name: path for path in (out / "checkpoints").glob("step-*")}
+    last = int(max(steps).removeprefix("step-"))
+    assert call(f"train --out {out} --resume --steps {last + 3}")[0] == 0
+    assert not (out / ".tfla-lock").exists()
+    recorded = [r["step"] for r in read_metrics(out / "metrics.jsonl") if r["event"] == "train"]
+    assert recorded == list(range(1, last + 4))
 
 
 # ------------------------------------------------------------------------------- generate

@@ -79,6 +79,17 @@ def test_of_a_single_document_the_end_is_held_out(tmp_path: Path) -> None:
     assert len(held) == int(0.1 * len(text))
 
 
+@pytest.mark.parametrize("number", [12, 30, 79])
+def test_of_documents_of_one_size_whole_ones_are_held_out(tmp_path: Path, number: int) -> None:
+    for name in range(number):
+        (tmp_path / f"{name:02}").write_bytes(random.Random(name).randbytes(100))
+    corpus = prepare([tmp_path], tmp_path / "data", held_out=0.1)
+    train, held = documents(corpus.train), documents(held_stream(corpus))
+    assert sorted(map(len, (*train, *held))) == [100] * number or number == 12
+    assert sum(map(len, held)) >= 0.1 * 100 * number - 1
+    assert sum(map(len, (*train, *held))) == 100 * number
+
+
 def test_hidden_files_and_other_runs_are_left_out(folder: Path) -> None:
     names = {document.name for document in find_documents([folder])}
     for hidden in (folder / ".git" / "index", folder / ".hidden", folder / "out" / "loss.png"):
@@ -88,6 +99,15 @@ def test_hidden_files_and_other_runs_are_left_out(folder: Path) -> None:
     (folder / "old" / "data" / "corpus.json").write_text("{}")
     (folder / "old" / "data" / "train.bin").write_text("x")
     assert {d.name for d in find_documents([folder], skip=folder / "out")} == names
+
+
+def test_a_run_within_its_own_text_does_not_read_what_it_writes(folder: Path) -> None:
+    names = {document.name for document in find_documents([folder], skip=folder)}
+    prepare([folder], folder / "data")
+    (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for name in ("checkpoints/step-00000001/model.safetensors", "metrics.jsonl", "loss.png"):
+        (folder / name).write_text("x")
+    assert {document.name for document in find_documents([folder], skip=folder)} == names
 
 
 def test_the_default_is_the_sources_of_the_standard_library() -> None:
@@ -119,8 +139,14 @@ def test_an_epoch_reads_every_window_once(folder: Path, tmp_path: Path) -> None:
     number = (len(corpus.train) - context) // context
     assert number % rows  # the epoch does not end with a step
     steps = 2 * number // rows
-    windows = torch.cat([corpus.windows(3, step, rows, context) for step in range(steps)])
-    assert windows.dtype == torch.int64 and windows.shape == (steps * rows, context + 1)
+    at = corpus.begin(3, context)
+    read = [
+        corpus.windows(corpus.advance(at, n * rows, 3, context), rows, context)
+        for n in range(steps)
+    ]
+    windows, targets = (torch.cat(x) for x in zip(*read, strict=True))
+    assert windows.dtype == torch.int64 and windows.shape == (steps * rows, context)
+    assert torch.equal(windows[:, 1:], targets[:, :-1])
     text = np.asarray(corpus.train).astype(np.uint16).tobytes()
 
     def place(window: torch.Tensor) -> int:
@@ -136,15 +162,18 @@ def test_an_epoch_reads_every_window_once(folder: Path, tmp_path: Path) -> None:
     assert place(windows[0]) != place(windows[number])
 
 
-def test_windows_follow_from_seed_and_step(folder: Path, tmp_path: Path) -> None:
+def test_windows_follow_from_seed_and_position(folder: Path, tmp_path: Path) -> None:
     corpus = prepare([folder], tmp_path / "data")
-    ahead = corpus.windows(1, 9, 4, 32)
     again = open_corpus(tmp_path / "data", corpus.fingerprint)
-    assert torch.equal(again.windows(1, 9, 4, 32), ahead)
-    assert not torch.equal(again.windows(2, 9, 4, 32), ahead)
-    assert not torch.equal(again.windows(1, 8, 4, 32), ahead)
-    halves = torch.cat([again.windows(1, 18, 2, 32), again.windows(1, 19, 2, 32)])
-    assert torch.equal(halves, ahead)
+
+    def read(corpus: Corpus, seed: int, windows: int, rows: int) -> torch.Tensor:
+        return torch.cat(corpus.windows(corpus.begin(seed, 32, windows), rows, 32), 1)
+
+    ahead = read(corpus, 1, 36, 4)
+    assert torch.equal(read(again, 1, 36, 4), ahead)
+    assert not torch.equal(read(again, 2, 36, 4), ahead)
+    assert not torch.equal(read(again, 1, 32, 4), ahead)
+    assert torch.equal(torch.cat([read(again, 1, 36, 2), read(again, 1, 38, 2)]), ahead)
 
 
 def test_held_out_bytes_are_those_that_the_tokens_encode(folder: Path, tmp_path: Path) -> None:
@@ -226,7 +255,7 @@ def test_errors_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     assert not target.exists()
     corpus = prepare([folder], target)
     with pytest.raises(RunError, match="give more files or a smaller --context"):
-        corpus.windows(0, 0, 1, len(corpus.train))
+        corpus.begin(0, len(corpus.train))
 
 
 def test_an_unreadable_file_is_named(

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -425,3 +427,249 @@ def test_a_damaged_or_foreign_state_file_is_named(model: XLSTM, tmp_path: Path) 
         load_state(path)
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         load_state(tmp_path / "none.safetensors")
+
+
+# ---------------------------------------------------------------- integers of any make
+
+EIGHT = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
+MAKES = {f"numpy {kind.__name__}": kind for kind in EIGHT}
+MAKES |= {
+    f"torch {str(kind).removeprefix('torch.')}": lambda n, kind=kind: torch.tensor(n, dtype=kind)
+    for kind in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16)
+}
+MAKES |= {"numpy array": np.array, "python": int}
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_integers_of_any_make_are_taken(make: Any) -> None:
+    torch.manual_seed(0)
+    model = XLSTM(XLSTMConfig(VOCAB, 16, 2, 2))
+    prompts = [[1, 2, 3], [4]]
+    free = model.generate(prompts, 12, seed=3, top_k=4)
+    hit = int(free.tokens[0, 2])
+    plain = model.generate(prompts, 12, seed=3, top_k=4, stop=hit)
+    assert plain.lengths[0] < 12
+    for stop in (make(hit), [make(hit)], (make(hit), hit), {hit}, iter([make(hit)])):
+        out = model.generate(prompts, make(12), seed=make(3), top_k=make(4), stop=stop)
+        assert torch.equal(out.tokens, plain.tokens) and torch.equal(out.lengths, plain.lengths)
+    other = [[make(1), make(2), make(3)], (make(4),)]
+    assert torch.equal(model.generate(other, 12, seed=3, top_k=4, stop=hit).tokens, plain.tokens)
+    state = model.init_state(make(3))
+    assert state[0].C.shape[0] == 3
+    assert equal(take(state, [make(1), make(2)]), model.init_state(2))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda ids: torch.tensor(ids), lambda ids: torch.tensor(ids, dtype=torch.int16),
+        np.array, lambda ids: np.array(ids, np.uint8), tuple, list, bytes, bytearray,
+        lambda ids: range(ids[0], ids[-1] + 1), lambda ids: torch.tensor([ids, ids]).T[:, 1],
+    ],
+)  # fmt: skip
+def test_rows_of_integers_are_prompts_stops_and_rows(rows: Any) -> None:
+    torch.manual_seed(0)
+    model = XLSTM(XLSTMConfig(VOCAB, 16, 2, 2))
+    ids = [3, 4, 5]
+    plain = model.generate([ids, ids], 9, temperature=0, stop=ids)
+    stop = ids if isinstance(rows(ids), (bytes, bytearray)) else rows(ids)
+    out = model.generate([rows(ids), rows(ids)], 9, temperature=0, stop=stop)
+    assert torch.equal(out.tokens, plain.tokens)
+    pool, new = model.init_state(7), prefill(model, [[1], [2], [3]])[1]
+    put(pool, rows(ids), new)
+    assert equal(take(pool, rows(ids)), new)
+    assert equal(take(pool, [0, 1, 2, 6]), model.init_state(4))
+
+
+def test_an_array_is_a_batch_of_prompts() -> None:
+    model = XLSTM(XLSTMConfig(VOCAB, 16, 2, 2))
+    ids = [[1, 2, 3], [4, 5, 6]]
+    plain = model.generate(torch.tensor(ids), 5, temperature=0).tokens
+    for kind in (np.int64, np.uint8, np.uint64):
+        assert torch.equal(model.generate(np.array(ids, kind), 5, temperature=0).tokens, plain)
+    for dtype in (torch.int8, torch.uint8, torch.int32, torch.uint16):
+        tokens = torch.tensor(ids, dtype=dtype)
+        assert torch.equal(model.generate(tokens, 5, temperature=0).tokens, plain)
+
+
+NO_INTEGERS = [
+    0.5, 2.0, True, "1", b"1", 1j, [[1]], [0.5], [True], ["1"], [None], np.float32(2),
+    np.bool_(True), np.array([0.5]), np.array([True]), np.array([[1]]), torch.tensor(0.5),
+    torch.tensor(True), torch.tensor([0.5]), torch.tensor([True]), torch.tensor([[1]]), {1: 2},
+    object(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=range(len(NO_INTEGERS)))
+@pytest.mark.parametrize("name", ["stop", "max_new_tokens", "seed", "top_k", "rows", "batch_size"])
+def test_what_is_no_integer_is_an_error_that_names_the_argument(name: str, value: Any) -> None:
+    model = XLSTM(XLSTMConfig(VOCAB, 16, 1, 2))
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} must"):
+        if name == "rows":
+            take(model.init_state(3), value)
+        elif name == "batch_size":
+            model.init_state(value)
+        else:
+            model.generate([[1]], **{"max_new_tokens": 3, name: value})
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        b"def ", "def ", bytearray(b"x"), [1, 2, 3], (1, 2), 3, 3.5, True, None, {1: [2]}, [0.5],
+        ["def "], [[1.0, 2.0]], [[True]], [["a"]], [[1], None], [[1], 2], [[[1]]], [torch.rand(2)],
+        [torch.tensor([True])], [torch.tensor([[1]])], [torch.tensor(1)], [np.array([0.5])],
+        np.array([[0.5]]), np.array([1, 2]), np.array(["a"]), torch.tensor([[True]]),
+        torch.tensor([[1j]]), iter([[1]]), object(), [{1: 2}], [2**70], [[2**70]],
+    ],
+    ids=range(33),
+)  # fmt: skip
+def test_prompts_of_another_kind_are_an_error_that_names_them(prompts: Any) -> None:
+    model = XLSTM(XLSTMConfig(VOCAB, 16, 1, 2))
+    with pytest.raises((TypeError, ValueError), match=r"prompts(\[\d\])? must"):
+        model.generate(prompts, 3)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+@pytest.mark.parametrize("value", [True, "0.5", None, 1j, [0.5], torch.rand(2), np.bool_(1), {}])
+def test_what_is_no_number_is_an_error_that_names_the_argument(name: str, value: Any) -> None:
+    if (name, value) == ("top_p", None):
+        return  # all tokens
+    with pytest.raises(TypeError, match=f"{name} must be a number"):
+        sample(torch.zeros(1, 5), **{name: value})
+
+
+@pytest.mark.parametrize("make", [float, np.float32, np.float64, torch.tensor, np.float16])
+def test_numbers_of_any_make_are_taken(make: Any) -> None:
+    logits = torch.randn(4, 9)
+    draws = [sample(logits, t, 3, p, torch.Generator().manual_seed(1)) for t, p in
+             ((0.5, 0.75), (make(0.5), make(0.75)))]  # fmt: skip
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("stop", -1), ("stop", VOCAB), ("stop", 2**70), ("stop", [0, -5]),
+                        ("seed", 2**64), ("seed", -(2**63) - 1), ("top_k", -1), ("top_k", 0),
+                        ("max_new_tokens", -1)],
+)  # fmt: skip
+def test_integers_out_of_range_are_named(name: str, value: Any) -> None:
+    model = XLSTM(XLSTMConfig(VOCAB, 16, 1, 2))
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        model.generate([[1]], **{"max_new_tokens": 3, name: value})
+
+
+# ---------------------------------------------------------------- rows of a state
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([-1], r"rows must be from 0 to 3; got \[-1\]"), ([4], "rows must be from 0 to 3"),
+        (torch.tensor([1, 9]), r"got \[9\]"), ([1, 1], r"rows must be distinct; got \[1, 1\]"),
+        (slice(0, 2), "rows must hold integers"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_none_of_the_state_are_named(model: XLSTM, rows: Any, words: str) -> None:
+    pool, new = model.init_state(4), prefill(model, draw(2, 3))[1]
+    with pytest.raises((TypeError, ValueError), match=words):
+        put(pool, rows, new)
+    assert equal(pool, model.init_state(4))
+
+
+def bare(states: Any) -> Any:
+    return tuple(tfla.State(s.C, None, None) for s in states)
+
+
+def full(states: Any) -> Any:
+    return tuple(tfla.State(s.C, s.C[..., 0].clone(), s.C[..., 0, 0].clone()) for s in states)
+
+
+def last_bare(states: Any) -> Any:
+    return (*states[:-1], bare(states)[-1]) if states[0].n is not None else (
+        *states[:-1], full(states)[-1])  # fmt: skip
+
+
+def narrow(states: Any) -> Any:
+    return (*states[:-1], states[-1]._replace(C=states[-1].C[..., :1]))
+
+
+def three(states: Any) -> Any:
+    return take(states, [0, 1, 1])
+
+
+OF_ANOTHER_KIND = [
+    lambda s: bare(s) if s[0].n is not None else full(s), last_bare, narrow, three,
+    lambda s: s[:-1], lambda s: (*s, s[0]), lambda s: [tuple(x) for x in s], lambda s: s[0],
+    lambda s: None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", OF_ANOTHER_KIND)
+def test_a_state_of_another_kind_is_refused_before_anything_is_written(
+    model: XLSTM, spoil: Any
+) -> None:
+    """C of the new sequence with n and m of the old one would be no state at all."""
+    pool, new = model.init_state(4), prefill(model, draw(2, 3))[1]
+    with pytest.raises((TypeError, ValueError), match="^new"):
+        put(pool, [2, 0], spoil(new))
+    assert equal(pool, model.init_state(4))
+
+
+def test_a_state_replaces_only_a_state(model: XLSTM, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "state.safetensors"
+    for n in (1, 2):
+        save_state(model.init_state(n), path)
+        assert load_state(path)[0].C.shape[0] == n
+    for content in (b"years of work", None):
+        if content is None:
+            save_file({"weight": torch.zeros(2)}, path)
+        else:
+            path.write_bytes(content)
+        mine = path.read_bytes()
+        with pytest.raises(FileExistsError, match=r"state\.safetensors is not a state"):
+            save_state(model.init_state(1), path)
+        assert path.read_bytes() == mine and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- limits of sampling
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-37, 2e-38, 1e-38, 1e-40, 1e-46, 1e-300, 5e-324])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_p": 1e-46}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_temperature_near_0_takes_the_likeliest(
+    temperature: float, cut: dict, dtype: torch.dtype
+) -> None:
+    logits = torch.stack([torch.randperm(17) for _ in range(8)]).to(dtype) - 9
+    assert torch.equal(sample(logits, temperature, **cut), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+def test_a_large_temperature_is_uniform_over_what_is_allowed(temperature: float) -> None:
+    logits = torch.tensor([[5.0, -float("inf"), -3.0]]).expand(3000, -1)
+    counts = sample(logits, temperature).bincount(minlength=3)
+    assert counts[1] == 0 and abs(int(counts[0]) - 1500) < 150
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stop", [None, 1])
+def test_logits_that_are_no_numbers_are_an_error(sampling: dict, bad: float, stop: Any) -> None:
+    model = XLSTM(XLSTMConfig(VOCAB, 16, 1, 2, logit_soft_cap=None))
+    with torch.no_grad():
+        model.head.weight[5] = bad
+    with pytest.raises(FloatingPointError, match=r"logits are not finite in rows \[0, 1\] of 2"):
+        model.generate(draw(2, 3), 5, stop=stop, **sampling)
+
+
+def test_a_row_that_breaks_on_the_way_is_named() -> None:
+    """Before its token is given out; the others have been."""
+    model = XLSTM(XLSTMConfig(VOCAB, 16, 1, 2))
+    stream = model.stream(draw(3, 4), 9, seed=0)
+    next(stream), next(stream)
+    stream.state[0].C[1] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"rows \[1\] of 3"):
+        next(stream)
+    assert list(stream) == []

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tfla.xlstm import XLSTM, checkpoint
+from tfla.xlstm import XLSTM, checkpoint, files
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.data import Codec
 from tfla.xlstm.run import TrainOptions, resume, start
@@ -132,8 +132,7 @@ def test_kill_9_at_any_moment(text: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    torn = killed / "checkpoints" / ".step-00000031.1.tmp"
-    torn.mkdir()
+    torn = files.partial_folder(killed / "checkpoints" / ".step-00000031.1.tmp")
     (torn / "model.safetensors").write_bytes(b"torn")
     last = run(killed, "--resume")
     for process in (last, reference):
@@ -148,11 +147,15 @@ def test_kill_9_at_any_moment(text: Path, tmp_path: Path) -> None:
 
 def test_metrics_after_the_checkpoint_and_half_lines_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
+    records = [
+        {"event": "eval", "step": step, "progress": 0.1, "elapsed": 0.2, "bits_per_byte": 8.0}
+        for step in (1, 2, 3)
+    ]
+    lines = [json.dumps(record) + "\n" for record in records]
     path.write_text("".join(lines) + '{"step": 4, "lo')
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
-    MetricsLog(path, 2).write({"step": 3, "new": True})
-    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "new": True}]
+    MetricsLog(path, 2).write(records[2] | {"new": True})
+    assert read_metrics(path) == [*records[:2], records[2] | {"new": True}]
     MetricsLog(path, 0)
     assert read_metrics(path) == []
 

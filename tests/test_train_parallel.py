@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for record in train(start(folder / f"broken-{world}", values("data")), Placement("cpu")):
             if record["step"] == 3 and record["event"] == "save":
                 break
+        for name in ("listed", "moments"):
+            shutil.copytree(folder / f"broken-{world}", folder / f"{name}-{world}")
     return folder
 
 
@@ -61,6 +64,7 @@ def test_many_processes_train_as_one(single: Path, world: int) -> None:
     for name in names(world):
         assert_same_run(single / name, single / f"{name}-{world}", 3e-2 if name == "bf16" else 2e-5)
     assert_same_run(single / "data", single / f"broken-{world}")
+    assert_same_run(single / "data", single / f"listed-{world}")
     # One process goes on where several stopped, and writes with what they have learnt.
     more = resume(single / f"context-{world}", {"steps": 8})
     assert [r["step"] for r in train(more, Placement("cpu")) if r["event"] == "train"] == [7, 8]

@@ -1,8 +1,10 @@
 """The xLSTM: its layout, and that no way of cutting or batching a text changes what it says."""
 
+import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -378,6 +380,81 @@ def test_a_model_built_on_meta_and_reset_is_a_fresh_one() -> None:
         each.reset_parameters()
     for name, p in model.named_parameters():
         assert torch.equal(p, other.get_parameter(name)), name
+
+
+TIED = dataclasses.replace(SMALL, tie_embeddings=True)
+
+
+def on_meta() -> XLSTM:
+    with torch.device("meta"):
+        return XLSTM(TIED)
+
+
+def emptied() -> XLSTM:
+    model = on_meta().to_empty(device="cpu")
+    model.reset_parameters()
+    return model
+
+
+def filled() -> XLSTM:
+    model = on_meta()
+    model.load_state_dict(XLSTM(TIED).state_dict(), assign=True)
+    return model
+
+
+def filled_after_emptied() -> XLSTM:
+    model = on_meta().to_empty(device="cpu")
+    model.load_state_dict(XLSTM(TIED).state_dict())
+    return model
+
+
+def overwritten() -> XLSTM:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        return XLSTM(TIED).double().float()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def pickled() -> XLSTM:
+    return pickle.loads(pickle.dumps(XLSTM(TIED)))
+
+
+def within() -> XLSTM:
+    """As a part of a larger model."""
+    outer = torch.nn.ModuleDict({"inner": on_meta()}).to_empty(device="cpu")
+    outer["inner"].reset_parameters()
+    outer.load_state_dict(outer.state_dict(), assign=True)
+    return outer["inner"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        emptied, filled, filled_after_emptied, overwritten, pickled, within,
+        lambda: copy.deepcopy(XLSTM(TIED)), lambda: XLSTM(TIED).double().float().to("cpu"),
+        lambda: XLSTM(TIED).bfloat16().float().share_memory(),
+    ],
+)  # fmt: skip
+def test_ties_hold_however_the_parameters_are_made(make: Callable[[], XLSTM]) -> None:
+    model = make()
+    assert model.head.weight is model.embedding.weight
+    names = [name for name, _ in model.named_parameters()]
+    assert "embedding.weight" in names and "head.weight" not in names
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(draw(1, 4))[0].square().sum().backward()
+    before = model.embedding.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.head.weight, before)
+    assert torch.equal(model.head.weight, model.embedding.weight)
+
+
+def test_a_model_without_ties_gets_none() -> None:
+    with torch.device("meta"):
+        model = XLSTM(SMALL)
+    model.to_empty(device="cpu").reset_parameters()
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model.head.weight is not model.embedding.weight
 
 
 # ---------------------------------------------------------------- errors

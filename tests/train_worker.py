@@ -11,6 +11,8 @@ from unittest import mock
 
 import ranks
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
@@ -71,6 +73,47 @@ def goes_on(group: Any) -> None:
     folder = Path(os.environ["RUNS"], f"broken-{group.size()}")
     place = Ranks("cpu", context_ranks=2)
     list(train(place.share(lambda: resume(folder, {})), place))
+
+
+def reads_what_is_listed(group: Any) -> None:
+    """As above, beside a file of other weights that checkpoint.json does not list."""
+    folder = Path(os.environ["RUNS"], f"listed-{group.size()}")
+    path = checkpoint.load(folder).path
+    if group.rank() == 0:
+        weights = load_file(path / "model.safetensors")
+        save_file({n: x + 1 for n, x in weights.items()}, path / "a.safetensors")
+        save_file({n: x + 1 for n, x in weights.items()}, path / "model-00001.safetensors")
+    dist.barrier()
+    place = Ranks("cpu")
+    list(train(place.share(lambda: resume(folder, {})), place))
+
+
+def other_moments(group: Any) -> None:
+    """Moments that are not the parameters' own are refused on all ranks, before they are used."""
+    folder = Path(os.environ["RUNS"], f"moments-{group.size()}")
+    path = checkpoint.load(folder).path
+    whole = (path / "optimizer.safetensors").read_bytes()
+    place, name = Ranks("cpu"), "blocks.0.ffn.up.weight/exp_avg"
+    for harm, words in (
+        (lambda x: x[:7].clone(), "is (7, 32), the model wants"),
+        (lambda x: x.half(), "is float16, the model wants float32"),
+        (None, "the checkpoint lacks blocks.0.ffn.up.weight/exp_avg"),
+    ):
+        dist.barrier()
+        if group.rank() == 0:
+            (path / "optimizer.safetensors").write_bytes(whole)
+            moments = load_file(path / "optimizer.safetensors")
+            moment = moments.pop(name)
+            moments |= {name: harm(moment)} if harm else {}
+            save_file(moments, path / "optimizer.safetensors")
+            meta = json.loads((path / "checkpoint.json").read_text())
+            del meta["checksum"]
+            meta["files"] = {n: checkpoint.seal(path / n) for n in meta["files"]}
+            meta["checksum"] = checkpoint._checksum(meta)
+            (path / "checkpoint.json").write_text(json.dumps(meta))
+        dist.barrier()
+        run = place.share(lambda: resume(folder, {}))
+        refused(words, lambda: list(train(run, place)), group)  # noqa: B023
 
 
 def writes_beside_training(group: Any) -> None:
@@ -163,6 +206,7 @@ def names(world: int) -> tuple[str, ...]:
 
 def checks(world: int) -> dict[str, Callable[[Any], None]]:
     found = {name: trains(name) for name in names(world)} | {"goes on": goes_on}
+    found |= {"listed": reads_what_is_listed, "moments": other_moments}
     found |= {"beside": writes_beside_training, "no space": no_space}
     more = {"other corpus": other_corpus, "no corpus": no_corpus}
     return found | more | {"odd batch": odd_batch, "wrong mesh": wrong_mesh}

@@ -8,6 +8,9 @@ line, exit status 2.
 import importlib.util
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,51 +137,60 @@ def train(
 ) -> None:
     """Train an xLSTM language model. A run that was stopped or killed goes on with --resume.
     It is judged in bits per byte on held-out text: 8 is chance, lower is better, gzip -9 needs
-    about 2 for source code.
+    about 2 for source code. One process at a time writes to --out, and nothing is overwritten
+    there that tfla has not written.
     """
     # fmt: on
     _require("rich", "matplotlib", "numpy", "safetensors", *(["tokenizers"] if tokenizer else []))
     from rich.console import Console
 
     from tfla import render
-    from tfla.xlstm import checkpoint
+    from tfla.xlstm import checkpoint, metrics
     from tfla.xlstm import run as runs
     from tfla.xlstm import train as training
+
+    plot, outputs = out / "loss.png", {"loss.png": render.is_plot}
 
     def make() -> runs.Run:
         if resume and checkpoint.exists(out):
             sources = {name: command.get_parameter_source(name) for name in command.params}
             given = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
-            return runs.resume(out, {name: command.params[name] for name in given})
+            if kept := render.keep_old_plot(plot):
+                _say(f"{plot} is of an earlier version, or not ours; it is now {kept}")
+            return runs.resume(out, {name: command.params[name] for name in given}, outputs)
         if resume:
             _say(f"{out} holds no checkpoint; starting at the beginning, with these options")
         unlimited = steps is None and seconds is None
-        return runs.start(out, command.params | ({"steps": 1000} if unlimited else {}))
+        values = command.params | ({"steps": 1000} if unlimited else {})
+        return runs.start(out, values, outputs)
 
     place = _placement(device, context_ranks, recompute, compile)
     console = Console(quiet=not place.main)
     stopped = False
-    with place.together():
-        run = place.share(make)
-        render.describe(run, place.device, console)
-        try:
-            render.watch(training.train(run, place), console)
-        except KeyboardInterrupt:
-            stopped = True
-    if not place.main:
-        return
-    records = training.read_metrics(out / "metrics.jsonl")
-    render.loss_curve(
-        records,
-        out / "loss.png",
-        title=f"Training on {run.corpus.name}",
-        bytes_per_token=run.corpus.bytes_per_token,
-    )
+    with ExitStack() as held:  # the lock of the run, until the plot is drawn
+        with place.together(), _warnings_in_a_line():
+            run = place.share(make)
+            held.enter_context(run.lock or nullcontext())
+            render.describe(run, place.device, console)
+            try:
+                render.watch(training.train(run, place), console)
+            except KeyboardInterrupt:
+                stopped = True
+        if not place.main:
+            return
+        records = metrics.read_metrics(out / runs.METRICS)
+        render.loss_curve(
+            records,
+            plot,
+            title=f"Training on {run.corpus.name}",
+            bytes_per_token=None if run.corpus.lost else run.corpus.bytes_per_token,
+        )
     if stopped:
         _say(f"stopped; go on with: tfla train --out {out} --resume")
         raise typer.Exit(130)
-    bits = [record["bits_per_byte"] for record in records if record["event"] == "eval"]
-    result = f"{bits[-1]:.3f} bits per byte" if bits else "not in metrics.jsonl any more"
+    unit = "bits_per_token" if run.corpus.lost else "bits_per_byte"
+    bits = [record[unit] for record in records if unit in record]
+    result = f"{bits[-1]:.3f} {metrics.UNITS[unit]}" if bits else "not in metrics.jsonl any more"
     render.line(console, f"held-out text: {result}; the curve: {out}/loss.png")
     render.line(console, f'let it write: tfla generate {out} "import "')
 
@@ -215,6 +227,7 @@ def generate(
     """
     # fmt: on
     _require("numpy", "safetensors")
+    from tfla.xlstm.checkpoint import WeightsWarning
     from tfla.xlstm.writer import load_writer
 
     if file is not None and prompt is not None:
@@ -225,7 +238,9 @@ def generate(
         text = sys.stdin.buffer.read()
     else:
         text = (prompt or "").encode("utf-8", "surrogateescape")
-    writer = load_writer(run, _device(device))
+    with warnings.catch_warnings(record=True) as noticed:
+        warnings.simplefilter("always", WeightsWarning)
+        writer = load_writer(run, _device(device))
     pieces = writer.write(
         text, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or ()
     )
@@ -233,6 +248,8 @@ def generate(
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    for warning in noticed:  # where it ends in an error, that says enough
+        _say(f"warning: {warning.message}")
 
 
 # fmt: off
@@ -342,6 +359,24 @@ def _fail(message: str) -> int:
 
 def _say(message: str) -> None:
     print(f"tfla: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings of weights are shown as the command's other lines are."""
+    from tfla.xlstm.checkpoint import WeightsWarning
+
+    plain: Any = warnings.showwarning
+
+    def show(message: Any, category: Any, *where: Any, **more: Any) -> None:
+        if issubclass(category, WeightsWarning):
+            _say(f"warning: {message}")
+        else:
+            plain(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _placement(device: str, context_ranks: int, recompute: bool, compile: bool) -> "Placement":

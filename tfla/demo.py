@@ -1,9 +1,13 @@
 """`tfla demo`: train, write, and compare with attention on the machine at hand, in five minutes."""
 
 import gzip
+import hashlib
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +16,11 @@ import torch.nn.functional as F
 
 import tfla
 from tfla import render
-from tfla.xlstm import checkpoint
+from tfla.xlstm import files
+from tfla.xlstm.metrics import read_metrics
 from tfla.xlstm.model import XLSTM
 from tfla.xlstm.run import Run, start
-from tfla.xlstm.train import Placement, evaluate, read_metrics, train
+from tfla.xlstm.train import Placement, evaluate, train
 from tfla.xlstm.writer import load_writer
 
 if TYPE_CHECKING:
@@ -27,6 +32,7 @@ Probe = Callable[[int, torch.device], Callable[[], None]]
 
 MODEL = {"hidden_size": 128, "num_layers": 2, "num_heads": 1}
 TRAINING = {"context": 256, "batch": 8, "lr": 2.5e-3}
+SIGNATURE = "<!-- tfla demo wrote this; sha256 "
 READ = 2048  # tokens through which the state is carried at the end: it has only seen 256, and can
 PROMPT = "import os\nimport sys\n\n\nclass "
 # The comparison is of one sequence, as wide as a model of 256.
@@ -43,7 +49,17 @@ def run_demo(
     plan = {
         "seconds": seconds, "seed": seed, "eval_every": 100, "eval_bytes": 16384, "log_every": 5,
     }  # fmt: skip
-    run = start(folder, MODEL | TRAINING | plan)
+    outputs = {"loss.png": render.is_plot, "context.png": render.is_plot, "demo.md": is_report}
+    run = start(folder, MODEL | TRAINING | plan, outputs)
+    with run.lock or nullcontext():
+        _run(run, seconds, device, seed, console)
+    render.line(console, f"took {render.clock(time.monotonic() - began)}")
+
+
+def _run(
+    run: Run, seconds: float, device: torch.device, seed: int, console: "Console"
+) -> None:
+    folder = run.folder
     settle_threads(run, device)
     corpus = run.corpus
     megabytes = corpus.info["train"]["bytes"] / 1e6
@@ -90,10 +106,9 @@ def run_demo(
     render.curves(
         _panels(rows), folder / "context.png", title=f"mLSTM and attention on {machine(device)}"
     )
-    (folder / "demo.md").write_text(_report(rows, verdict, device), "utf-8")
+    files.write(folder / "demo.md", signed(_report(rows, verdict, device)), is_report)
     render.line(console, f"plots: {folder}/loss.png, {folder}/context.png; table: {folder}/demo.md")
     render.line(console, f'more of its prose: tfla generate {folder} "def "')
-    render.line(console, f"took {render.clock(time.monotonic() - began)}")
 
 
 def settle_threads(run: Run, device: torch.device) -> None:
@@ -264,6 +279,18 @@ def _report(rows: list[Row], verdict: str, device: torch.device) -> str:
     return f"{verdict}\n\n{setting}, torch {torch.__version__}\n\n{body}\n"
 
 
+def signed(report: str) -> bytes:
+    """A report with a last line, invisible when it is shown, by which `is_report` knows it."""
+    digest = hashlib.sha256(report.encode()).hexdigest()
+    return f"{report}\n{SIGNATURE}{digest} -->\n".encode()
+
+
+def is_report(path: Path) -> bool:
+    """Whether `path` is a report as `signed` wrote it, not changed since."""
+    text, found, digest = path.read_bytes().rpartition(b"\n" + SIGNATURE.encode())
+    return bool(found) and digest.startswith(hashlib.sha256(text).hexdigest().encode())
+
+
 def _panels(rows: list[Row]) -> list[render.Panel]:
     def line(name: str, field: str) -> list[tuple[float, float]]:
         return [(row["context"], row[name][field] * 1e6) for row in rows if row[name] is not None]
@@ -276,8 +303,13 @@ def _panels(rows: list[Row]) -> list[render.Panel]:
 
 
 def _free_folder(wanted: Path) -> Path:
-    names = [wanted] + [wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 1000)]
-    return next(path for path in names if not checkpoint.exists(path))
+    further = (wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(2))
+    names = itertools.chain([wanted], further)
+    return next(path for path in names if not os.path.lexists(path) or _is_empty(path))
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _head(console: "Console", text: str) -> None:

@@ -1,9 +1,15 @@
 """What a person sees of a run: progress and plots, so that cli.py and demo.py know no plotting."""
 
+import io
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import tfla
+from tfla.xlstm import files
+from tfla.xlstm.metrics import UNITS, unit_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +51,9 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
                     left = (time.monotonic() - start) * (1 - done) / (done - first)
                     text["left"] = f"{clock(left)} left"
             if record["event"] == "eval":
-                text["held-out"] = f"held-out {record['bits_per_byte']:.3f} bits/byte"
+                unit = unit_of(record) or "bits_per_byte"
+                short = UNITS[unit].replace(" per ", "/")
+                text["held-out"] = f"held-out {record[unit]:.3f} {short}"
                 if not console.is_terminal:
                     console.print(
                         ", ".join(filter(None, text.values())), highlight=False, soft_wrap=True
@@ -57,7 +65,8 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
 
 
 def describe(run: "Run", device: "torch.device", console: "Console") -> None:
-    """Corpus, model and plan of a run in three lines."""
+    """Corpus, model and plan of a run in three lines; then what its tokens do not give back, and
+    what a resumed run is to do otherwise."""
     info, config, options = run.corpus.info, run.config, run.options
     kept, held = info["train"], info["held_out"]
     length = f"{options.steps:,} steps" if options.steps else f"{options.seconds:g} s"
@@ -79,6 +88,15 @@ def describe(run: "Run", device: "torch.device", console: "Console") -> None:
         f"[bold]training[/bold] {length} of {options.tokens_per_step:,} tokens on {device}{begun}, "
         f"into {run.folder}",
     )
+    if lost := run.corpus.lost:
+        line(
+            console,
+            f"[bold]tokens[/bold]   do not give back {lost:,} of {held['bytes']:,} bytes of "
+            f"held-out text ({lost / held['bytes']:.2%}), so results are in bits per token, "
+            "not per byte",
+        )
+    for change in run.changes:
+        line(console, f"[bold]changed[/bold]  {change}")
 
 
 def line(console: "Console", text: str) -> None:
@@ -95,33 +113,34 @@ def clock(seconds: float) -> str:
 
 def loss_curve(
     records: Sequence[Mapping[str, Any]], path: Path, *, title: str, gzip_bits: float | None = None,
-    final_bits: float | None = None, bytes_per_token: float = 1.0,
+    final_bits: float | None = None, bytes_per_token: float | None = 1.0,
 ) -> None:  # fmt: skip
     """Bits a byte against seconds of training: each step's training loss, the held-out evaluations,
     gzip's line.
 
-    `bytes_per_token` turns nats a token into bits a byte; `final_bits` marks an evaluation on more
-    held-out text at the end.
+    `bytes_per_token` turns nats a token into bits a byte; None: the plot is in bits a token.
+    `final_bits` marks an evaluation on more held-out text at the end.
     """
     import math
 
     trained = [r for r in records if r["event"] == "train"]
-    held = [r for r in records if r["event"] == "eval"]
+    unit = "bits_per_byte" if bytes_per_token else "bits_per_token"
+    held = [r for r in records if r["event"] == "eval" and unit in r]
     figure, axes = _figure(1)
     [ax] = axes
-    scale = 1 / (math.log(2) * bytes_per_token)
+    scale = 1 / (math.log(2) * (bytes_per_token or 1.0))
     ax.plot(
         [r["elapsed"] for r in trained], [r["loss"] * scale for r in trained],
         color=COLOURS["training"], linewidth=1.2, label="training batches",
     )  # fmt: skip
-    times, bits = [r["elapsed"] for r in held], [r["bits_per_byte"] for r in held]
+    times, bits = [r["elapsed"] for r in held], [r[unit] for r in held]
     ax.plot(
         times, bits, color=COLOURS["mLSTM"], marker="o", markersize=4, linewidth=2.2,
         label="held-out text",
     )  # fmt: skip
     last = final_bits if final_bits is not None else (bits[-1] if bits else None)
     if last is not None:
-        at = times[-1] if times else trained[-1]["elapsed"]
+        at = times[-1] if times else trained[-1]["elapsed"] if trained else 0.0
         ax.plot([at], [last], color=COLOURS["mLSTM"], marker="o", markersize=8)
         ax.annotate(
             f"{last:.2f}", (at, last), xytext=(-4, 12), textcoords="offset points", ha="right",
@@ -133,10 +152,11 @@ def loss_curve(
     levels = [r["loss"] * scale for r in trained] + bits
     if levels:
         lowest = min(x for x in (*levels, gzip_bits, last) if x is not None)
-        ax.set_ylim(max(0.0, lowest - 0.4), min(max(levels), 8.2) + 0.1)
+        highest = min(max(levels), 8.2) if bytes_per_token else max(levels)
+        ax.set_ylim(max(0.0, lowest - 0.4), max(highest, lowest) + 0.1)
     ax.set_xlim(left=0)
     ax.set_xlabel("training time (s)")
-    ax.set_ylabel("bits per byte (lower is better)")
+    ax.set_ylabel(f"{UNITS[unit]} (lower is better)")
     ax.set_title(title, loc="left")
     ax.legend(frameon=False, loc="upper right")
     _finish(figure, path)
@@ -194,5 +214,35 @@ def _figure(panels: int) -> "tuple[Figure, list[Axes]]":
 
 
 def _finish(figure: "Figure", path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": f"tfla {tfla.__version__}"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    files.write(path, buffer.getvalue(), is_plot)
+
+
+def is_plot(path: Path) -> bool:
+    """Whether this file has drawn the picture in `path`: it says so within."""
+    return _drawn_by(path, b"tEXtSoftware\0tfla ")
+
+
+def keep_old_plot(path: Path) -> Path | None:
+    """Give a plot of a version of tfla that did not sign its plots another name; returns it.
+
+    Those were Matplotlib's, of 1275 x 750 pixels. It may be another's, so nothing is overwritten.
+    """
+    size = (1275).to_bytes(4, "big") + (750).to_bytes(4, "big")
+    if not _drawn_by(path, b"tEXtSoftware\0Matplotlib version", b"IHDR" + size):
+        return None
+    free = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, 10**6))
+    kept = next(name for name in free if not os.path.lexists(name))
+    path.rename(kept)
+    return kept
+
+
+def _drawn_by(path: Path, *signs: bytes) -> bool:
+    """Whether a file is a PNG whose head holds these signs."""
+    if not files.is_regular(path):
+        return False
+    with path.open("rb") as stream:
+        head = stream.read(1024)
+    return head.startswith(b"\x89PNG\r\n\x1a\n") and all(sign in head for sign in signs)

@@ -345,6 +345,7 @@ class _Session:
 
     def run(self) -> None:
         began = time.time()
+        plots.check_room(self.out, self.command)
         [first] = work_off([Task("ceiling", **self.options)], self.limit)
         if first["status"] != "ok":
             raise RunError(f"the machine's own limits could not be measured: {first['reason']}")

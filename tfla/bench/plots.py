@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tfla
+from tfla import render
 from tfla.bench import check, report, roofline
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.runs import Row
+from tfla.xlstm import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,13 +31,22 @@ LIMIT = "#222222"
 PASSES = {"forward": "Forward", "forward+backward": "Forward + backward"}
 
 
+STUDIES = ("length", "heads", "chunk", "batch", "errors")
+
+
+def check_room(folder: Path, command: str) -> None:
+    """RunError when a figure or a result of another stands where `command` will write its own."""
+    files.check_file(folder / f"{command}.json", report.is_result)
+    for study in STUDIES:
+        for picture in _pictures(folder / f"{command}-{study}"):
+            files.check_file(picture, _is_picture)
+
+
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Every figure that the rows of a result are enough for; the files written."""
     made = []
-    for study, figure in (
-        ("length", _lengths), ("heads", _heads), ("chunk", _chunks), ("batch", _batches),
-        ("errors", _errors),
-    ):  # fmt: skip
+    figures = zip(STUDIES, (_lengths, _heads, _chunks, _batches, _errors), strict=True)
+    for study, figure in figures:
         rows = [r for r in result["rows"] if r["study"] == study and report.median(r)]
         if study == "errors":
             rows = [r for r in result["rows"] if r["kind"] == "kernels" and r.get("errors")]
@@ -262,7 +274,22 @@ def _finish(figure: Figure, axes: Sequence[Sequence[Axes]], title: str) -> Figur
 
 def _save(figure: Figure, path: Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
-    for file in files:
-        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return files
+    signature = f"tfla {tfla.__version__}"
+    metadata = {"png": {"Software": signature}, "svg": {"Date": None, "Creator": signature}}
+    pictures = _pictures(path)
+    for file, kind in zip(pictures, metadata, strict=True):
+        with files.atomic_file(file, _is_picture) as part:
+            figure.savefig(part, format=kind, metadata=metadata[kind])
+    return pictures
+
+
+def _pictures(path: Path) -> list[Path]:
+    return [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether `_save` has written this file: it says so within."""
+    if path.suffix == ".png":
+        return render.is_plot(path)
+    with path.open("rb") as stream:
+        return b"<dc:title>tfla " in stream.read(4096)

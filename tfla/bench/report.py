@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 from tfla.bench import roofline
 from tfla.bench.cases import Shape
 from tfla.bench.runs import Row
-from tfla.xlstm.checkpoint import RunError
+from tfla.xlstm import files
+from tfla.xlstm.files import RunError
 
 FORMAT = 1
 COLUMNS = {
@@ -33,9 +33,15 @@ ROOFLINE_COLUMNS = [
 
 def save(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    os.replace(part, path)
+    files.write(path, (json.dumps(result, indent=1) + "\n").encode(), is_result)
+
+
+def is_result(path: Path) -> bool:
+    """Whether `save` has written this file."""
+    try:
+        return {"tfla", "machine", "rows"} <= load(path).keys()
+    except (RunError, RecursionError):
+        return False
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import torch
 
 from tfla.integrations import shards
 from tfla.xlstm import XLSTM, XLSTMConfig
-from tfla.xlstm.checkpoint import atomic_folder
+from tfla.xlstm.checkpoint import warn_unless_finite
+from tfla.xlstm.files import atomic_folder
 
 CONFIG = "config.json"
 
@@ -50,6 +51,7 @@ def load_xlstm(
 
     Raises:
         FileNotFoundError: a file that is missing, and a tensor that should be in it.
+        UserWarning (a warning): weights that are NaN or infinite.
         ValueError: naming the file, and the tensor or field: a truncated or damaged file, another
             architecture, a tensor that is missing, left over, or of another shape.
 
@@ -84,6 +86,7 @@ def load_xlstm(
             pieces = state[key].split([rows for _, rows in parts])
             for (name, _), piece in zip(parts, pieces, strict=True):
                 piece.copy_(source[name])
+    warn_unless_finite(folder, state.items())
     model.load_state_dict(state, strict=False, assign=True)
     if config.tie_embeddings or (
         fields.get("tie_word_embeddings") and torch.equal(model.head.weight, model.embedding.weight)

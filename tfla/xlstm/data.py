@@ -9,17 +9,20 @@
 
 Documents are held out whole, chosen by the SHA-256 of their names: the same ones in every run and
 on every machine. Identical documents are kept once, or the held-out ones would not be unseen.
-Training windows of a step are a function of (seed, step) alone, so a resumed run reads what the
-unbroken one would have read.
+What is read is a function of a `Position` alone, which a checkpoint keeps, so a resumed run reads
+what the unbroken one would have read, each window once, also with another --batch or --context.
 """
 
 import codecs
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfla.xlstm.checkpoint import RunError, atomic_folder, sha256
+from tfla.xlstm import files
+from tfla.xlstm.checkpoint import RunError, sha256
 
 # A piece is encoded by itself and cut after a line: a document of any size fits into memory.
 PIECE = 1 << 16
 HELD_OUT = 0.05  # share of the bytes
+FILES = {"corpus.json", "train.bin", "heldout.bin", "heldout.raw", "tokenizer.json"}
 # Folders of the standard library whose text is not its sources: tests, what was installed later.
 _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -55,23 +60,47 @@ class Codec:
         else:
             from tokenizers import Tokenizer
 
-            try:
+            with _library_errors(
+                "the tokenizer cannot be read", "give a tokenizer.json of the tokenizers library"
+            ):
                 self._tokenizer = Tokenizer.from_str(tokenizer)
-            except Exception as error:  # the library raises Exception itself
-                raise RunError(
-                    f"the tokenizer cannot be read ({_first_line(error)}); give a tokenizer.json "
-                    "of the tokenizers library"
-                ) from error
-            self.end = self._tokenizer.get_vocab_size()
+                self._tokenizer.no_padding()  # with either on, text is lost or tokens are added
+                self._tokenizer.no_truncation()
+                ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+            if not ids:
+                raise RunError("the tokenizer has no tokens; give one that was trained")
+            self.end = max(ids) + 1  # ids may have gaps, so their number says nothing
         self.vocab_size = self.end + 1
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.dtype = np.min_scalar_type(max(self.end, 1 << 15))  # uint16, uint32 or uint64
 
     def encode(self, text: bytes) -> np.ndarray:
         """(tokens,) ids; a tokenizer reads UTF-8 with what is not UTF-8 replaced by U+FFFD."""
         if self._tokenizer is None:
             return np.frombuffer(text, np.uint8).astype(self.dtype)
-        encoding = self._tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False)
-        return np.asarray(encoding.ids, self.dtype)
+        words = text.decode("utf-8", "replace")
+        with _library_errors(
+            "the tokenizer cannot encode this text",
+            "give one that knows every character, or has an unknown token",
+        ):
+            ids = self._tokenizer.encode(words, add_special_tokens=False).ids
+        return np.asarray(ids, self.dtype)
+
+    def lost(self, text: bytes, ids: np.ndarray) -> int:
+        """How many bytes of `text` are missing in what its `ids` say: 0 only if they say it all.
+
+        Of a text that does not come back these are the characters that it has more of than what
+        comes back, without the tokens that stand for unknown ones; but one at least.
+        """
+        if self._tokenizer is None:
+            return 0
+        with _library_errors("the tokenizer cannot decode", "give one that has a decoder"):
+            numbers = ids.tolist()
+            if self._tokenizer.decode(numbers, skip_special_tokens=False).encode() == text:
+                return 0
+            back = self._tokenizer.decode(numbers, skip_special_tokens=True)
+        missing = Counter(text.decode("utf-8", "surrogateescape")) - Counter(back)
+        bad = missing.items()
+        return max(1, sum(n * len(c.encode("utf-8", "surrogateescape")) for c, n in bad))
 
     def decoder(self) -> Callable[[int], str]:
         """A function from the next id to the text that is now certain; "" inside a character."""
@@ -80,8 +109,61 @@ class Codec:
             return lambda token: "" if token == self.end else decode(bytes([token]))
         from tokenizers.decoders import DecodeStream
 
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: "" if token == self.end else stream.step(self._tokenizer, token) or ""
+        # Special tokens in a text were written there; the end of a document is none of theirs.
+        stream = DecodeStream(skip_special_tokens=False)
+
+        def decode_next(token: int) -> str:
+            if token == self.end or self._tokenizer.id_to_token(token) is None:  # a gap
+                return ""
+            with _library_errors("the tokenizer cannot decode", "give one that has a decoder"):
+                return stream.step(self._tokenizer, token) or ""
+
+        return decode_next
+
+
+@contextmanager
+def _library_errors(what: str, hint: str) -> Iterator[None]:
+    """A RunError for whatever the tokenizers library raises: Exception itself, or the panic of its
+    Rust, which is none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, RunError):
+        raise
+    except BaseException as error:
+        raise RunError(f"{what} ({_first_line(error)}); {hint}") from error
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the training text has been read: all but the seed and the text that decides what
+    comes next.
+
+    An epoch reads the units of `unit` tokens that it is cut into, each once, in an order drawn from
+    (seed, epoch); laid end to end they are its stream, of which the windows of training are
+    consecutive cuts. So long as --context is `unit`, a window is a unit. When it changes, the epoch
+    is read to its end in windows of the new length, which are joined from units; the next one has
+    units of the new length. A window that begins in one epoch and ends in the next takes the first
+    `lead` tokens of the next one's last unit, whose rest ends that epoch; so all windows between
+    are units again.
+    """
+
+    seed: int
+    epoch: int
+    unit: int  # tokens
+    lead: int = 0  # tokens
+    offset: int = 0  # tokens of the epoch's stream that have been read
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "Position":
+        """What `dataclasses.asdict` made; RunError when it is anything else."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or fields.keys() != names:
+            raise RunError(f"the position in the data is {fields!r}, wanted its {sorted(names)}")
+        if any(type(x) is not int or not 0 <= x < 2**63 for x in fields.values()):
+            raise RunError(f"the position in the data is {fields!r}, wanted whole numbers")
+        if not fields["lead"] < fields["unit"]:
+            raise RunError(f"the position in the data is {fields!r}, wanted lead below unit")
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -95,8 +177,10 @@ class Corpus:
 
     @property
     def name(self) -> str:
-        """What the corpus was made of, for titles."""
-        return ", ".join(self.info["origin"]["paths"]) or "the Python standard library"
+        """What the corpus was made of, for titles: three paths at most, the others as a number."""
+        paths = self.info["origin"]["paths"]
+        more = [f"{len(paths) - 2:,} more"] if len(paths) > 3 else paths[2:]
+        return ", ".join([*paths[:2], *more]) or "the Python standard library"
 
     @property
     def bytes_per_token(self) -> float:
@@ -104,34 +188,99 @@ class Corpus:
         return self.info["train"]["bytes"] / self.info["train"]["tokens"]
 
     @property
+    def lost(self) -> int:
+        """Bytes of the held-out text that its tokens do not give back: unless it is 0, nothing can
+        be said in bits per byte."""
+        return self.info["held_out"]["lost"]
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over all that is in the folder."""
         return self.info["fingerprint"]
 
-    def windows(
-        self, seed: int, step: int, rows: int, context: int, own: Sequence[int] | None = None,
-        part: tuple[int, int] = (0, 1),
-    ) -> Tensor:  # fmt: skip
-        """(rows, context + 1) int64: the tokens of one step and, one further on, their successors.
+    def begin(self, seed: int, context: int, windows: int = 0, epoch: int = 0) -> Position:
+        """The position `windows` windows after the beginning of an epoch, all of one length."""
+        more, index = divmod(windows, self._units(context))
+        return Position(seed, epoch + more, context, 0, index * context)
 
-        Each window is read once an epoch, in an order and with a phase drawn from (seed, epoch).
-        Only the rows `own` are read, and of them only part[0] of part[1] equal parts.
+    def check(self, at: Position) -> None:
+        """RunError unless there is such a position in this corpus."""
+        size = self._units(at.unit) * at.unit
+        if at.offset >= size:
+            raise RunError(f"the position {at.offset:,} in the data is beyond its {size:,} tokens")
+
+    def advance(self, at: Position, windows: int, seed: int, context: int) -> Position:
+        """The position once `windows` further windows of `context` tokens have been read.
+
+        `seed` and `context` are those of the epochs that begin on the way.
         """
-        if len(self.train) <= context:
+        while True:
+            left = self._units(at.unit) * at.unit - at.offset
+            whole, rest = divmod(left, context)
+            if windows < whole or (windows == whole and rest):
+                return dataclasses.replace(at, offset=at.offset + windows * context)
+            if rest and windows > whole:  # one window takes the rest, and the lead of the next
+                at = Position(seed, at.epoch + 1, context, context - rest, context - rest)
+                windows -= whole + 1
+            else:
+                at = Position(seed, at.epoch + 1, context)
+                windows -= whole
+
+    def windows(
+        self, at: Position, rows: int, context: int, seed: int | None = None,
+        own: Sequence[int] | None = None, part: tuple[int, int] = (0, 1),
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The next `rows` windows: tokens (rows, context) int64, and the successor of each.
+
+        Only the rows `own` are read, and of them only part[0] of part[1] equal parts. `seed` is
+        that of epochs which begin among these rows, by default that of `at`.
+        """
+        self._units(context)
+        own, length = range(rows) if own is None else own, context // part[1]
+        seed, begin = at.seed if seed is None else seed, part[0] * length
+        inputs, targets = np.empty((2, len(own), length), np.int64)
+        for place, row in enumerate(own):
+            filled, skip = 0, begin
+            for start, size in self._slices(self.advance(at, row, seed, context), seed, context):
+                taken = min(size - skip, length - filled)
+                if taken > 0:
+                    first = start + skip
+                    end = filled + taken
+                    inputs[place, filled:end] = self.train[first : first + taken]
+                    targets[place, filled:end] = self.train[first + 1 : first + taken + 1]
+                    filled = end
+                skip = max(0, skip - size)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def _units(self, unit: int) -> int:
+        """How many units an epoch has; RunError when not even one."""
+        if len(self.train) <= unit:
             raise RunError(
                 f"the corpus has {len(self.train):,} tokens to train on, one window takes "
-                f"{context + 1:,}; give more files or a smaller --context"
+                f"{unit + 1:,}; give more files or a smaller --context"
             )
-        number = max(1, (len(self.train) - context) // context)
-        own, length = range(rows) if own is None else own, context // part[1]
-        out = np.empty((len(own), length + 1), np.int64)
-        for place, row in enumerate(own):
-            epoch, index = divmod(step * rows + row, number)
-            order, luck = _order(seed, epoch, number)
-            start = int(luck * (len(self.train) - number * context)) + int(order[index]) * context
-            start += part[0] * length
-            out[place] = self.train[start : start + length + 1]
-        return torch.from_numpy(out)
+        return max(1, (len(self.train) - unit) // unit)
+
+    def _slices(self, at: Position, seed: int, context: int) -> Iterator[tuple[int, int]]:
+        """(first token, number of tokens) of what makes up the window at this position."""
+        left = context
+        while left:
+            number, unit, lead = self._units(at.unit), at.unit, at.lead
+            order, luck = _order(at.seed, at.epoch, number)
+            # The stream is `lead` tokens of the last unit, the other units, the rest of the last.
+            others, room = (number - 1) * unit, lead - at.offset
+            place = others + at.offset
+            if room <= 0:
+                place = at.offset if at.offset - lead >= others else at.offset - lead
+                room = unit - place % unit
+            phase = int(luck * (len(self.train) - number * unit))
+            size = min(room, left)
+            yield phase + int(order[place // unit]) * unit + place % unit, size
+            left -= size
+            if at.offset + size < number * unit:
+                at = dataclasses.replace(at, offset=at.offset + size)
+            else:
+                at = Position(seed, at.epoch + 1, context, lead=left)
 
     def held_out(self, limit: int) -> tuple[Tensor, bytes]:
         """Whole pieces of the held-out documents, at least one and else at most `limit` bytes of
@@ -178,9 +327,9 @@ def standard_library() -> list[Document]:
     """The sources of the Python that runs this, without tests and installed packages."""
     top = Path(sysconfig.get_path("stdlib"))
     found = []
-    for folder, folders, files in os.walk(top):
+    for folder, folders, names in os.walk(top):
         folders[:] = [name for name in folders if name not in _NOT_SOURCES]
-        for path in (Path(folder) / name for name in files if name.endswith(".py")):
+        for path in (Path(folder) / name for name in names if name.endswith(".py")):
             found.append(Document(path.relative_to(top).as_posix(), path, path.stat().st_size))
     if not found:
         raise RunError(f"{top} holds no Python sources; name files or folders to train on")
@@ -190,7 +339,8 @@ def standard_library() -> list[Document]:
 def find_documents(paths: Sequence[Path], skip: Path | None = None) -> list[Document]:
     """Every file in `paths`, folders searched to the bottom.
 
-    Left out: names that start with a dot, `skip`, and the folders of other runs.
+    Left out: names that start with a dot, the folders of other runs, and `skip`, the folder of this
+    one; where it is among `paths` itself, what a run writes to it.
     """
     found = []
     for path in paths:
@@ -199,8 +349,11 @@ def find_documents(paths: Sequence[Path], skip: Path | None = None) -> list[Docu
         if path.is_file():
             found.append(Document(path.name, path, path.stat().st_size))
             continue
-        for folder, folders, files in os.walk(path):
+        for folder, folders, names in os.walk(path):
             here = Path(folder)
+            if skip is not None and here.resolve() == skip.resolve():
+                folders[:] = [name for name in folders if name not in ("data", "checkpoints")]
+                names = [name for name in names if name not in ("metrics.jsonl", "loss.png")]
             folders[:] = [
                 name
                 for name in folders
@@ -208,7 +361,7 @@ def find_documents(paths: Sequence[Path], skip: Path | None = None) -> list[Docu
                 and not (here / name / "data" / "corpus.json").exists()
                 and (skip is None or (here / name).resolve() != skip.resolve())
             ]
-            for file in (here / name for name in files if not name.startswith(".")):
+            for file in (here / name for name in names if not name.startswith(".")):
                 if file.is_file():
                     name = file.relative_to(path).as_posix()
                     found.append(Document(name, file, file.stat().st_size))
@@ -225,10 +378,12 @@ def prepare(
     """Write the corpus of `paths` (none: the standard library's sources) to `folder` and open it.
 
     `held_out` is the share of the bytes, in (0, 0.5], that is kept from training. RunError, which
-    names the file: nothing there, nothing in it, unreadable, not a tokenizer.
+    names the file: nothing there, nothing in it, unreadable, not a tokenizer; or a `folder` that
+    holds what this function has not written.
     """
     if not 0 < held_out <= 0.5:
         raise RunError(f"--held-out is {held_out}, wanted above 0 and at most 0.5")
+    files.check_folder(folder, written_files)
     codec = Codec(read_tokenizer(tokenizer) if tokenizer else None)
     found = find_documents(paths, folder.parent) if paths else standard_library()
     documents = _unique(found)
@@ -236,7 +391,7 @@ def prepare(
         where = ", ".join(map(str, paths))
         raise RunError(f"the corpus is empty: no bytes in {where}; name files with text in them")
     train, held = _split(documents, held_out)
-    with atomic_folder(folder) as temporary:
+    with files.atomic_folder(folder, written_files) as temporary:
         pieces = _write(held, codec, temporary / "heldout.bin", temporary / "heldout.raw")
         trained = _write(train, codec, temporary / "train.bin", None)
         if codec.source is not None:
@@ -244,7 +399,7 @@ def prepare(
         info = {
             "origin": {"paths": [str(path) for path in paths], "held_out": held_out},
             "train": _totals(train, trained),
-            "held_out": _totals(held, pieces),
+            "held_out": _totals(held, pieces) | {"lost": _lost(temporary, codec, pieces)},
             "held_out_pieces": pieces,
             "held_out_documents": [document.name for document in held],
         }
@@ -255,28 +410,63 @@ def prepare(
 
 def open_corpus(folder: Path, fingerprint: str) -> Corpus:
     """The corpus in `folder`; RunError unless every byte of it is what `fingerprint` states."""
+    folder = folder.resolve() if folder.is_symlink() else folder  # to read from a link is no harm
     hint = "restore the folder from a copy, or train again in another --out"
     try:
-        info = json.loads((folder / "corpus.json").read_text("utf-8"))
+        info = _read_info(folder)
         if not _fingerprint(folder, info) == info["fingerprint"] == fingerprint:
             raise RunError(f"{folder} is not the corpus that this run was trained on; {hint}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(
             f"{folder}/corpus.json cannot be read ({_first_line(error)}); {hint}"
         ) from error
     tokenizer = folder / "tokenizer.json"
     codec = Codec(tokenizer.read_text("utf-8") if tokenizer.exists() else None)
+    if "lost" not in info["held_out"]:  # of a corpus from before this was looked at
+        info["held_out"]["lost"] = _lost(folder, codec, info["held_out_pieces"])
     return Corpus(folder, codec, info, np.memmap(folder / "train.bin", codec.dtype, "r"))
+
+
+def written_files(folder: Path) -> set[str] | None:
+    """The files of a corpus if `prepare` has written all that is in the folder, else None."""
+    names = files.regular_files(folder)
+    if names is None or not names - {files.MARKER} <= FILES or "corpus.json" not in names:
+        return None
+    try:
+        info = _read_info(folder)
+        return names if _fingerprint(folder, info) == info["fingerprint"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    """What corpus.json says. ValueError when the folder holds anything but regular files, before
+    one is opened: a pipe would never end."""
+    if files.regular_files(folder) is None:
+        raise ValueError("it is no folder of regular files")
+    return json.loads((folder / "corpus.json").read_text("utf-8"))
 
 
 def _fingerprint(folder: Path, info: dict[str, Any]) -> str:
     """SHA-256 over the files and over what is said of them."""
     said = {key: value for key, value in info.items() if key != "fingerprint"}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for path in sorted(folder.iterdir()):
-        if path.name != "corpus.json":
-            digest.update(f"{path.name} {sha256(path)}\n".encode())
+    for name in sorted((files.regular_files(folder) or set()) - {"corpus.json", files.MARKER}):
+        digest.update(f"{name} {sha256(folder / name)}\n".encode())
     return digest.hexdigest()
+
+
+def _lost(folder: Path, codec: Codec, pieces: list[list[int]]) -> int:
+    """How many bytes of the held-out text its tokens do not give back."""
+    if codec.source is None:
+        return 0
+    stream, begin, lost = np.memmap(folder / "heldout.bin", codec.dtype, "r"), 0, 0
+    with (folder / "heldout.raw").open("rb") as raw:
+        for tokens, size in pieces:
+            ids = np.asarray(stream[begin : begin + tokens])
+            lost += codec.lost(raw.read(size), ids[ids != codec.end])
+            begin += tokens
+    return lost
 
 
 def read_tokenizer(path: Path) -> str:
@@ -315,17 +505,20 @@ def _split(documents: list[Document], share: float) -> tuple[list[Document], lis
     """
     target = share * sum(document.size for document in documents)
     by_hash = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    longest = max(documents, key=lambda document: document.size)
+    # Of many documents of one size even the longest may be less than the share, and all of them
+    # more than a quarter of it.
+    largest = target / 4 if longest.size >= int(target) else longest.size
     held: list[Document] = []
     taken = 0
     for document in by_hash:
-        if taken < target and document.size <= target / 4:
+        if taken < target and document.size <= largest:
             held.append(document)
             taken += document.size
     if held:
         names = {id(document) for document in held}
         return [document for document in documents if id(document) not in names], held
     # Too few documents to choose from: the end of the longest one is held out.
-    longest = max(documents, key=lambda document: document.size)
     cut = longest.size - max(1, int(target))
     head = Document(longest.name, longest.path, cut)
     tail = Document(longest.name, longest.path, longest.size - cut, cut)
@@ -360,7 +553,7 @@ def _totals(documents: list[Document], pieces: list[list[int]]) -> dict[str, int
     }
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, number: int) -> tuple[np.ndarray, float]:
     random = np.random.default_rng((seed, epoch))
     return random.permutation(number), random.random()

@@ -8,7 +8,6 @@ the host wait, for one bit a token.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +17,8 @@ from torch import Tensor
 
 import tfla
 from tfla.linear import is_hooked
+from tfla.xlstm import files
+from tfla.xlstm.arguments import integer, integers, is_whole, number, row_of, tensor_of
 
 if TYPE_CHECKING:
     from tfla.xlstm.model import XLSTM
@@ -67,12 +68,12 @@ class Stream:
         model: the XLSTM.
         prompts: (B, T) token ids, or a list of B 1-d tensors (or lists of ints) of different
             lengths, which are read packed in one call.
-        max_new_tokens: at least 1.
+        max_new_tokens: at least 1. Integers, here and below, may be Python's, NumPy's, or tensors.
         temperature, top_k, top_p: see ``sample``.
         seed: an int; or a torch.Generator on the model's device, to go on with its numbers; or None
             for torch's global one. A draw depends on its row in the batch.
-        stop: a token id or several. A row that samples one is finished: it repeats the token, and
-            its state stands still.
+        stop: a token id or several, a 1-d tensor of them too. A row that samples one is finished:
+            it repeats the token, and its state stands still.
         state: what has been read before the prompts, B rows, or one row for all (a prefix read once
             and continued B times). It is not changed.
         state_dtype: of C and n while tokens are drawn; None: as they are computed, in fp32 (fp64);
@@ -86,6 +87,9 @@ class Stream:
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
+        FloatingPointError: the model's logits are NaN or infinite, so there is nothing to sample
+            from. On a GPU, where a look costs a wait, it is raised after the prompts, where `stop`
+            waits anyway, and at the end.
 
     Example:
         >>> import torch
@@ -106,19 +110,17 @@ class Stream:
     ) -> None:  # fmt: skip
         if state_dtype not in (None, torch.bfloat16):
             raise ValueError(f"state_dtype must be None or torch.bfloat16; got {state_dtype}.")
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens!r}.")
-        _check_sampling(temperature, top_k, top_p)
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, 2**63 - 1)
+        temperature, top_k, top_p = _check_sampling(temperature, top_k, top_p)
         device = model.embedding.weight.device
-        if isinstance(seed, int):
-            seed = torch.Generator(device).manual_seed(seed)
-        stops = [stop] if isinstance(stop, int) else list(stop or [])
+        generator = _generator(seed, device)
+        stops = [] if stop is None else integers("stop", stop)
         if beyond := [id for id in stops if not 0 <= id < model.config.vocab_size]:
             raise ValueError(
                 f"stop must hold ids from 0 to {model.config.vocab_size - 1}; got {beyond}."
             )
         self._model, self._backend, self._left = model, backend, max_new_tokens
-        self._sampling = (temperature, top_k, top_p, seed)
+        self._sampling = (temperature, top_k, top_p, generator)
         self._stop = torch.tensor(stops, device=device) if stops else None
         self._logits: Tensor | None
         self._logits, self.state = prefill(model, prompts, state, backend)
@@ -128,6 +130,9 @@ class Stream:
         self.last = torch.zeros(B, dtype=torch.int64, device=device)
         self.lengths = torch.zeros_like(self.last)
         self.finished = torch.zeros_like(self.last, dtype=torch.bool)
+        self._broken = torch.zeros_like(self.finished)  # rows whose logits were no numbers
+        self._note(self._logits)
+        self._look()
         self._stepped = False
         # A hook runs when its module is called, not when a graph is replayed.
         self._called = any(is_hooked(module) for module in model.modules())
@@ -149,6 +154,8 @@ class Stream:
             self._step()
             self._stepped = True
         self._left -= 1
+        if self._stop is not None or self._left == 0 or self.last.device.type == "cpu":
+            self._look()
         return self.last.clone()
 
     def _step(self) -> None:
@@ -161,6 +168,7 @@ class Stream:
 
     def _take(self, logits: Tensor) -> None:
         """Sample from (B, vocab), into the tensors that the next step starts from."""
+        self._note(logits)
         token = sample(logits, *self._sampling)
         if self._stop is None:
             self.lengths.add_(1)
@@ -170,6 +178,20 @@ class Stream:
             self.finished.logical_or_((token[:, None] == self._stop).any(-1))
         self.last.copy_(token)
 
+    def _note(self, logits: Tensor) -> None:
+        """Mark the rows whose largest logit is NaN or infinite, but for those that are finished."""
+        self._broken.logical_or_(~torch.isfinite(logits.amax(-1)) & ~self.finished)
+
+    def _look(self) -> None:
+        """FloatingPointError when a row is marked; this waits for the device."""
+        if bool(self._broken.any()):
+            rows = self._broken.nonzero().flatten().tolist()
+            self._left = 0
+            raise FloatingPointError(
+                f"the model's logits are not finite in rows {rows[:8]} of {len(self._broken)}; its "
+                "weights or the state that it was given hold NaN or infinite numbers."
+            )
+
     def _recorded(self) -> torch.cuda.CUDAGraph | None:
         """The graph of a step, on a GPU: recorded once a step has run, which leaves no kernel to be
         compiled, if enough tokens are to come."""
@@ -177,7 +199,7 @@ class Stream:
         worth = self._stepped and self._left >= RECORD and not self._called
         if self._graph is None and device.type == "cuda" and worth:
             graph = torch.cuda.CUDAGraph()
-            if isinstance(generator := self._sampling[-1], torch.Generator):
+            if (generator := self._sampling[-1]) is not None:
                 graph.register_generator_state(generator)
             stream = torch.cuda.Stream(device)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -199,6 +221,8 @@ def prefill(
     tokens, lengths = _tokens(prompts, model.config.vocab_size)
     tokens = tokens.to(device, torch.int64)
     B = tokens.shape[0] if lengths is None else len(lengths)
+    if state is not None:
+        _check_states("state", state)
     full = torch.promote_types(model.embedding.weight.dtype, torch.float32)
     after = None if state is None else tuple(_spread(_cast(s, full), B) for s in state)
     options: dict[str, Any] = {"output_final_state": True, "backend": backend}
@@ -219,7 +243,8 @@ def sample(
 
     Args:
         logits: (B, vocab), any floating dtype.
-        temperature: >= 0; 0 takes the most likely token.
+        temperature: >= 0; 0 takes the most likely token, as does what 1 / temperature in fp32
+            would overflow for (below 1.2e-38).
         top_k: keep the k most likely tokens (all of them when k exceeds the vocabulary).
         top_p: in (0, 1]; of these keep the fewest most likely whose probabilities sum to at least
             top_p (nucleus sampling, arXiv 1904.09751).
@@ -229,11 +254,13 @@ def sample(
         (B,) int64. Only tensor operations: no host synchronisation, capturable in a CUDA graph.
 
     The draw is an exponential race: with E_j independent and exponential, argmax_j p_j / E_j is
-    distributed as p.
+    distributed as p. Of logits that are NaN the result means nothing.
     """
-    _check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
+    temperature, top_k, top_p = _check_sampling(temperature, top_k, top_p)
+    limits = torch.finfo(torch.float32)
+    if temperature < limits.tiny:  # its inverse would be infinite, and 0 * inf is NaN
         return logits.argmax(-1)
+    temperature = min(temperature, limits.max)
     logits = logits.float()
     kept, ids = logits, None
     # Of logits that are equal, as those of a 16-bit model often are, the lower id comes first.
@@ -253,9 +280,14 @@ def sample(
 
 
 def take(state: Sequence[tfla.State], rows: Tensor | Sequence[int]) -> States:
-    """A copy of some rows of a state: a branch, which stays as it is while the state goes on."""
+    """A copy of some rows of a state: a branch, which stays as it is while the state goes on.
+
+    TypeError or ValueError when `rows` are no integers, or are not rows of the state.
+    """
+    _check_states("state", state)
+    at = _rows(rows, state)
     return tuple(
-        tfla.State(*(None if t is None else t[rows] for t in one))  # type: ignore[arg-type]
+        tfla.State(*(None if t is None else t[at] for t in one))  # type: ignore[arg-type]
         for one in state
     )
 
@@ -264,29 +296,59 @@ def put(state: Sequence[tfla.State], rows: Tensor | Sequence[int], new: States) 
     """Write `new`, of as many rows or of one for all, over `rows` of a state, where it lies.
 
     So a server admits sequences to its slots: what runs in the other rows is not moved.
+    TypeError or ValueError, before anything is written, when `rows` are not distinct rows of the
+    state, or `new` is not of its kind: as many layers, of the same shapes, with n and m or without.
     """
+    _check_states("state", state)
+    _check_states("new", new)
+    at = _rows(rows, state)
+    if len(new) != len(state):
+        raise ValueError(f"new must have the {len(state)} layers of state; got {len(new)}.")
+    if at.device.type == "cpu" and len(at.unique()) < len(at):
+        raise ValueError(f"rows must be distinct; got {at.tolist()}.")
+    for layer, (one, other) in enumerate(zip(state, new, strict=True)):
+        for name, old, value in zip(one._fields, one, other, strict=True):
+            if (old is None) != (value is None):
+                kind = "no " if old is None else ""
+                raise ValueError(
+                    f"new[{layer}] must be of the kind of state[{layer}], which has {kind}{name}; "
+                    f"got {'a tensor' if old is None else 'None'}."
+                )
+            if old is None or value is None:
+                continue
+            wanted = [(n, *old.shape[1:]) for n in dict.fromkeys((len(at), 1))]
+            if tuple(value.shape) not in wanted:
+                raise ValueError(
+                    f"new[{layer}].{name} must be {' or '.join(map(str, wanted))}; got "
+                    f"{tuple(value.shape)}."
+                )
     for one, other in zip(state, new, strict=True):
         for old, value in zip(one, other, strict=True):
             if old is not None and value is not None:
-                old[rows] = value.to(old.dtype)
+                old[at] = value.to(old.device, old.dtype)
 
 
 def save_state(state: Sequence[tfla.State], path: str | Path) -> None:
-    """Write a state as safetensors, layer 0 as "0.C", "0.n" and "0.m"; the file appears whole."""
+    """Write a state as safetensors, layer 0 as "0.C", "0.n" and "0.m"; the file appears whole.
+
+    It may replace another state. FileExistsError: `path` is anything else.
+    """
     from safetensors.torch import save_file
 
+    _check_states("state", state)
     named = {
         f"{layer}.{name}": tensor.detach().cpu().contiguous()
         for layer, one in enumerate(state)
         for name, tensor in zip(one._fields, one, strict=True)
         if tensor is not None
     }
-    half = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        save_file(named, half)
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
+        with files.atomic_file(Path(path), _is_state) as half:
+            save_file(named, half)
+    except files.RunError as error:
+        raise FileExistsError(
+            f"{path} is not a state that was saved, so it is left as it is; name another file."
+        ) from error
 
 
 def load_state(path: str | Path, device: torch.device | str = "cpu") -> States:
@@ -305,38 +367,48 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> States:
         for n in range(len(named))
         if f"{n}.C" in named
     ]
-    if named or not layers:
+    whole = all(s.C.dim() == 4 and (s.n is None) == (s.m is None) for s in layers)
+    whole = whole and all(s.n is None or (s.n.dim(), s.m.dim()) == (3, 2) for s in layers)  # type: ignore[union-attr]
+    if named or not layers or not whole:
         raise ValueError(
             f"{path} does not hold a state: its tensors should be 0.C, 0.n, 0.m, 1.C and so on."
         )
     return tuple(layers)
 
 
-def _tokens(prompts: Prompts, vocab_size: int) -> tuple[Tensor, list[int] | None]:
+def _tokens(prompts: Any, vocab_size: int) -> tuple[Tensor, list[int] | None]:
     """Token ids (B, T) and None; or, for a list, (1, sum of T) and the length of each prompt."""
+    form = "prompts must be (B, T) token ids or a list of prompts, each 1-d"
+    if isinstance(prompts, (str, bytes, bytearray)):
+        raise TypeError(f"{form}; got a single {type(prompts).__name__}. One prompt is [prompts].")
+    if not isinstance(prompts, Tensor) and hasattr(prompts, "__array__"):
+        prompts = tensor_of("prompts", prompts)
     if isinstance(prompts, Tensor):
-        tokens, lengths = prompts, None
+        if not is_whole(prompts):
+            raise TypeError(f"prompts must be integer token ids; got {prompts.dtype}.")
+        tokens, lengths = prompts.to(torch.int64), None
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(
                 "prompts must be (B, T), B and T at least 1, or a list of 1-d tensors; got "
                 f"{tuple(tokens.shape)}. One prompt is prompts[None]."
             )
     else:
-        rows = [
-            row if isinstance(row, Tensor) else torch.tensor(list(row), device="cpu")
-            for row in prompts
-        ]
-        for index, row in enumerate(rows):
-            if row.dim() != 1 or row.numel() == 0:
-                raise ValueError(
-                    f"prompts[{index}] must be 1-d with at least one token; got {tuple(row.shape)}."
-                )
+        if not isinstance(prompts, Sequence):
+            raise TypeError(f"{form}; got {type(prompts).__name__}.")
+        given, rows = list(prompts), []
+        for index, one in enumerate(given):
+            name = f"prompts[{index}]"
+            if not isinstance(one, Tensor) and not hasattr(one, "__len__"):
+                raise TypeError(f"{form}; got {one!r} as {name}. One prompt is [prompts].")
+            row = row_of(name, one)
+            if row.numel() == 0:
+                raise ValueError(f"{name} must be 1-d with at least one token; got {one!r}.")
+            rows.append(row)
         if not rows:
             raise ValueError("prompts must hold at least one prompt; got an empty list.")
-        tokens, lengths = torch.cat(rows)[None], [row.numel() for row in rows]
-        lengths = lengths if len(rows) > 1 else None
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise TypeError(f"prompts must be integer token ids; got {tokens.dtype}.")
+        tokens, lengths = torch.cat([row.to(rows[0].device) for row in rows])[None], None
+        if len(rows) > 1:
+            lengths = [row.numel() for row in rows]
     if tokens.device.type == "cpu":  # elsewhere the look would cost a synchronisation
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab_size:
@@ -358,10 +430,72 @@ def _cast(state: tfla.State, dtype: torch.dtype) -> tfla.State:
     return tfla.State(state.C.to(dtype), None if state.n is None else state.n.to(dtype), state.m)
 
 
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_states(name: str, states: Any) -> None:
+    """TypeError unless these are states, one a layer."""
+    if not isinstance(states, Sequence) or isinstance(states, (str, bytes, tfla.State)):
+        raise TypeError(f"{name} must be a tfla.State for each layer; got {type(states).__name__}.")
+    for layer, one in enumerate(states):
+        if not isinstance(one, tfla.State) or not isinstance(one.C, Tensor) or one.C.dim() != 4:
+            kind = "another State" if isinstance(one, tfla.State) else type(one).__name__
+            raise TypeError(
+                f"{name}[{layer}] must be a tfla.State with C (N, H, K, V); got {kind}."
+            )
+
+
+def _rows(rows: Any, state: Sequence[tfla.State]) -> Tensor:
+    """Numbers of rows as a tensor (n,); they are looked at where the host has them."""
+    at = row_of("rows", rows)
+    count = min((one.C.shape[0] for one in state), default=0)
+    if at.device.type == "cpu" and (beyond := at[(at < 0) | (at >= count)]).numel():
+        raise ValueError(f"rows must be from 0 to {count - 1}; got {beyond.tolist()}.")
+    return at
+
+
+def _generator(seed: Any, device: torch.device) -> torch.Generator | None:
+    """Where a stream's random numbers come from; None: torch's global generator."""
+    if seed is None:
+        return None
+    if isinstance(seed, torch.Generator):
+        if seed.device.type != device.type:
+            raise ValueError(
+                f"seed must be a generator on {device}, where the model is; got one on "
+                f"{seed.device}."
+            )
+        return seed
+    try:
+        value = integer("seed", seed, -(2**63), 2**64 - 1)
+    except TypeError:
+        raise TypeError(
+            f"seed must be an integer, a torch.Generator or None; got {seed!r}."
+        ) from None
+    return torch.Generator(device).manual_seed(value)
+
+
+def _is_state(path: Path) -> bool:
+    """Whether `path` is a file that ``save_state`` wrote."""
+    try:
+        load_state(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _check_sampling(
+    temperature: Any, top_k: Any, top_p: Any
+) -> tuple[float, int | None, float | None]:
+    """The three as Python's numbers, or an error that names the one that is out of range."""
+    temperature = number("temperature", temperature)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be finite and at least 0; got {temperature}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, or None to keep all tokens; got {top_k}.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], or None to keep all tokens; got {top_p}.")
+    if top_k is not None:
+        try:
+            top_k = integer("top_k", top_k, 1, 2**63 - 1)
+        except ValueError:
+            raise ValueError(
+                f"top_k must be at least 1, or None to keep all tokens; got {top_k}."
+            ) from None
+    if top_p is not None:
+        top_p = number("top_p", top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], or None to keep all tokens; got {top_p}.")
+    return temperature, top_k, top_p

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import tfla
 from tfla import dispatch
 from tfla.linear import PreciseLinear, is_plain
+from tfla.xlstm.arguments import integer
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.generate import Generation, Prompts, Stream, generate
 
@@ -146,9 +147,20 @@ class XLSTM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.register_load_state_dict_post_hook(_tie_after_loading)
+        self._tie()
         self.reset_parameters()
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings and self.head.weight is not self.embedding.weight:
+            self.head.weight = self.embedding.weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What to(), to_empty() and the like come down to: the last makes parameters anew, one for
+        each place that a shared one is in."""
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -275,6 +287,7 @@ class XLSTM(nn.Module):
         `dtype` is that of C and n: fp32 by default (fp64 in an fp64 model), or bf16 to halve the
         memory of decoding; m is never below fp32.
         """
+        batch_size = integer("batch_size", batch_size, 0, 2**63 - 1)
         config, weight = self.config, self.embedding.weight
         N, H, K, V = batch_size, config.num_heads, config.K, config.V
         full = torch.promote_types(weight.dtype, torch.float32)
@@ -292,6 +305,11 @@ class XLSTM(nn.Module):
     def stream(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Stream:
         """The same as an iterator of (B,) tokens: a ``tfla.xlstm.Stream``."""
         return Stream(self, prompts, max_new_tokens, **options)
+
+
+def _tie_after_loading(model: XLSTM, keys: Any) -> None:
+    """load_state_dict(assign=True) also makes a parameter for each name."""
+    model._tie()
 
 
 def fused(x: Tensor, weight: Tensor) -> Any:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -36,13 +37,13 @@ from torch.futures import Future
 from torch.utils.checkpoint import checkpoint as recompute
 
 from tfla import _compat
-from tfla.xlstm import checkpoint
+from tfla.xlstm import checkpoint, files
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.data import open_corpus
 from tfla.xlstm.model import XLSTM
 from tfla.xlstm.run import Run
-from tfla.xlstm.train import Placement, Record, TrainState, autocast
+from tfla.xlstm.train import MOMENTS, Placement, Record, TrainState, autocast, check_moments
 
 MINUTES = 10
 SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -116,24 +117,30 @@ class Ranks(Placement):
             try:
                 run = make()
                 saved = run.saved and (run.saved.path, run.saved.meta)
-                made = [(run.folder, run.corpus.fingerprint, run.config, run.options, saved)]
+                same = run.config, run.options, run.position
+                made = [(run.folder, run.corpus.fingerprint, saved, same)]
             except (RunError, OSError) as error:
                 message = str(error)
         self.refuse(message)
         dist.broadcast_object_list(made)
-        folder, fingerprint, config, options, saved = made[0]
+        folder, fingerprint, saved, (config, options, position) = made[0]
         if run is None:
             try:
                 corpus = open_corpus(folder / "data", fingerprint)
-                found = saved and checkpoint.Checkpoint(*saved)
-                run = Run(folder, corpus, config, options, found)
+                found = saved and checkpoint.opened(*saved)
+                run = Run(folder, corpus, config, options, found, position)
             except (RunError, OSError) as error:
                 message = f"rank {dist.get_rank()}: {error}"
         if options.batch % self.rows:
             message = f"--batch is {options.batch}, wanted a multiple of the {self.rows} data ranks"
         elif options.context % self.part[1]:
             message = f"--context is {options.context}, wanted a multiple of --context-ranks"
-        self.refuse(message)
+        try:
+            self.refuse(message)
+        except BaseException:
+            if run is not None and run.lock is not None:  # rank 0 has it, for all
+                run.lock.release()
+            raise
         return run
 
     @contextmanager
@@ -256,18 +263,77 @@ class Ranks(Placement):
                 raise RunError(f"rank {rank} wrote no checkpoint: {cause}") from error
 
     def load(self, saved: checkpoint.Checkpoint, state: TrainState) -> None:
-        """Each rank reads what it holds, whoever wrote it."""
-        reader = HuggingFaceStorageReader(str(saved.path))
+        """Each rank reads what it holds, whoever wrote it, from the files that are listed."""
         wanted: dict[str, Any] = {n: p.detach() for n, p in state.parameters.items()}
+        own = {name: (p.shape, p.dtype) for name, p in wanted.items()}
         moments: dict[str, Any] = {}
-        kept: dict[str, Any] = reader.read_metadata().state_dict_metadata
-        for key in kept.keys() - wanted.keys():
-            like: Any = state.parameters.get(key.rpartition("/")[0])
-            size, dtype = kept[key].size, kept[key].properties.dtype
-            whole = like is None or like.shape != size
-            moments[key] = torch.empty(size, dtype=dtype) if whole else torch.zeros_like(like)
+        message, reader = None, _Listed(saved)
+        try:
+            kept = reader.described()
+            weights = {name: x for name, x in kept.items() if name in reader.weights}
+            others = {name: x for name, x in kept.items() if name not in reader.weights}
+            floating: Any = {name: (shape, None) for name, (shape, _) in own.items()}
+            checkpoint.check_tensors(saved.path, floating, weights)
+            check_moments(saved, own, others)
+            for key, (size, dtype) in others.items():
+                like: Any = state.parameters.get(key.rpartition("/")[0])
+                whole = like is None or like.shape != size
+                moments[key] = torch.empty(size, dtype=dtype) if whole else torch.zeros_like(like)
+        except RunError as error:
+            message = str(error)
+        self.refuse(message)
         dcp.load(wanted | moments, storage_reader=reader, process_group=self.files)
-        state.restore_moments({name: self.own(x) for name, x in moments.items()})
+        mine = ((name, self.own(x)) for name, x in wanted.items())
+        checkpoint.warn_unless_finite(saved.path, mine)
+        try:
+            state.restore_moments(saved, {name: self.own(x) for name, x in moments.items()})
+        except RunError as error:
+            message = str(error)
+        self.refuse(message)
+
+
+class _ListedFiles(FileSystem):
+    """The file system as far as a checkpoint lists it."""
+
+    def __init__(self, parts: list[Path]) -> None:
+        self.parts = parts
+
+    def ls(self, path: Any) -> list[str]:
+        return [str(part) for part in self.parts]
+
+
+class _Listed(HuggingFaceStorageReader):
+    """Reads the files that a checkpoint lists, and no other that lies beside them."""
+
+    def __init__(self, saved: checkpoint.Checkpoint) -> None:
+        super().__init__(str(saved.path))
+        self.saved, self.weights = saved, set[str]()
+        self.fs = _ListedFiles([])
+
+    def described(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of every tensor in whole. RunError unless its shards are rows, one below
+        the other, without gaps."""
+        found: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        for name in ("model", "optimizer"):
+            self.fs = _ListedFiles(self.saved.parts(name))
+            try:
+                tensors: Any = super().read_metadata().state_dict_metadata
+            except Exception as error:  # of safetensors, of JSON, of what is missing in it
+                raise RunError(f"{self.saved.path}: {name} cannot be read: {error}") from error
+            for key, x in tensors.items():
+                rows = 0
+                for chunk in sorted(x.chunks, key=lambda chunk: tuple(chunk.offsets)):
+                    begin = (rows, *(0 for _ in x.size[1:])) if x.size else ()
+                    if tuple(chunk.offsets) != begin or chunk.sizes[1:] != x.size[1:]:
+                        raise RunError(f"{self.saved.path}: the shards of {key} leave gaps")
+                    rows += chunk.sizes[0] if x.size else 0
+                if key in found:
+                    raise RunError(f"{self.saved.path} holds {key} twice")
+                found[key] = x.size, x.properties.dtype
+            if name == "model":
+                self.weights = set(tensors)
+        self.fs = _ListedFiles([*self.saved.parts("model"), *self.saved.parts("optimizer")])
+        return found
 
 
 class _Shards(HuggingFaceStorageWriter):
@@ -275,12 +341,18 @@ class _Shards(HuggingFaceStorageWriter):
     on rank 0 with their seals once all are there."""
 
     def __init__(self, folder: Path, names: Iterable[str], save: Callable[..., object]) -> None:
-        moments = ("step", "exp_avg", "exp_avg_sq")
-        files = {"random/cpu": 2, "random/cuda": 2}
+        where = {"random/cpu": 2, "random/cuda": 2}
         for name in names:
-            files |= {name: 1} | {f"{name}/{moment}": 2 for moment in moments}
-        super().__init__(str(folder), files, save_distributed=True)
+            where |= {name: 1} | {f"{name}/{moment}": 2 for moment in MOMENTS}
+        super().__init__(str(folder), where, save_distributed=True)
         self.folder, self.save = folder, save
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan  # the folder is made once, for all ranks
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        files.partial_folder(self.folder)  # on rank 0; nobody writes before
+        return super().prepare_global_plan(plans)
 
     def write_data(self, plan: Any, planner: Any) -> Future[Any]:
         seals, written = {}, super().write_data(plan, planner).wait()
@@ -296,7 +368,7 @@ class _Shards(HuggingFaceStorageWriter):
 
     def finish(self, metadata: Any, results: list[Any]) -> None:
         self.save(shards={path: seal for seals in results for path, seal in seals.items()})
-        self.folder.rmdir()
+        files.remove_partial(self.folder)
 
 
 def _line(error: BaseException) -> str:

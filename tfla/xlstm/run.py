@@ -3,14 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tfla.xlstm import checkpoint
+from tfla.xlstm import checkpoint, data, files
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
-from tfla.xlstm.data import HELD_OUT, Corpus, open_corpus, prepare, read_tokenizer
+from tfla.xlstm.data import HELD_OUT, Corpus, Position, open_corpus, prepare, read_tokenizer
+from tfla.xlstm.metrics import is_metrics
+
+METRICS = "metrics.jsonl"
+WHOLE = "context batch accumulate steps seed eval_every eval_bytes save_every log_every".split()
+Outputs = Mapping[str, files.FileProof]
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
             raise RunError("neither --steps nor --seconds is given; give one of them")
+        for name in WHOLE:
+            value = getattr(self, name)
+            if not (value is None and name == "steps") and type(value) is not int:
+                raise RunError(
+                    f"--{name.replace('_', '-')} is {value!r}, wanted a whole number"
+                )
         rules: list[tuple[str, str, Callable[[Any], bool]]] = [
             ("context batch accumulate", "at least 1", lambda x: x >= 1),
             ("eval_every eval_bytes save_every log_every", "at least 1", lambda x: x >= 1),
@@ -87,14 +98,19 @@ class Run:
     config: XLSTMConfig
     options: TrainOptions
     saved: checkpoint.Checkpoint | None = None
+    position: Position | None = None  # in the training text; None: its beginning
+    changes: tuple[str, ...] = ()  # what `resume` was told to do otherwise, in words
+    lock: files.Lock | None = field(default=None, repr=False, compare=False)
 
 
-def start(folder: Path, values: Mapping[str, Any]) -> Run:
+def start(folder: Path, values: Mapping[str, Any], outputs: Outputs | None = None) -> Run:
     """A new run in `folder`.
 
     `values` may hold paths, tokenizer and held_out as `prepare` takes them, fields of XLSTMConfig
     but for vocab_size, and fields of TrainOptions; others are ignored. RunError when `folder` holds
-    a run already, or a value is out of range.
+    a run already or is in use, when something of another stands where the run would write, or when
+    a value is out of range. The folder is locked until `train` ends. `outputs` are further files
+    that will be written to it, each with the proof that tfla wrote what stands in its place.
 
     Example:
         model = {"hidden_size": 64, "num_layers": 2, "num_heads": 2}
@@ -102,11 +118,6 @@ def start(folder: Path, values: Mapping[str, Any]) -> Run:
         for record in train(run, Placement("cpu")):
             print(record)
     """
-    if checkpoint.exists(folder):
-        raise RunError(
-            f"{folder} holds a run already; add --resume to go on with it, or take another --out"
-        )
-    checkpoint.sweep(folder)
     options = TrainOptions(**_fields(TrainOptions, values))
     model = _fields(XLSTMConfig, values)
     try:  # before the corpus is read, which may take long
@@ -116,44 +127,133 @@ def start(folder: Path, values: Mapping[str, Any]) -> Run:
         for name in model:
             message = message.replace(name, f"--{name.replace('_', '-')}")
         raise RunError(message) from error
-    corpus = prepare(
-        values.get("paths") or [],
-        folder / "data",
-        tokenizer=values.get("tokenizer"),
-        held_out=values.get("held_out", HELD_OUT),
-    )
-    corpus.windows(options.seed, 0, 1, options.context)  # too small? Before there is a checkpoint.
-    return Run(
-        folder, corpus, XLSTMConfig(**(model | {"vocab_size": corpus.codec.vocab_size})), options
-    )
+    lock = files.Lock(folder)
+    try:
+        if checkpoint.exists(folder):
+            raise RunError(
+                f"{folder} holds a run already; add --resume to go on with it, or take another "
+                "--out"
+            )
+        _check_room(folder, outputs or {})
+        files.check_folder(folder / "data", data.written_files)
+        checkpoint.sweep(folder)
+        corpus = prepare(
+            values.get("paths") or [],
+            folder / "data",
+            tokenizer=values.get("tokenizer"),
+            held_out=values.get("held_out", HELD_OUT),
+        )
+        position = corpus.begin(options.seed, options.context)  # too small? It says so now.
+        config = XLSTMConfig(**(model | {"vocab_size": corpus.codec.vocab_size}))
+        return Run(folder, corpus, config, options, position=position, lock=lock)
+    except BaseException:
+        lock.release()
+        raise
 
 
-def resume(folder: Path, changes: Mapping[str, Any]) -> Run:
+def resume(folder: Path, changes: Mapping[str, Any], outputs: Outputs | None = None) -> Run:
     """The run in `folder` at its last checkpoint.
 
     `changes` may replace fields of TrainOptions; giving steps or seconds replaces both. RunError
-    when something else in it is not as the run has it.
+    when something else in it is not as the run has it, when `folder` is in use, or when a file of
+    the run is damaged. The folder is locked until `train` ends. `outputs`: as for `start`.
     """
-    checkpoint.sweep(folder)
+    if not folder.is_dir():
+        checkpoint.load(folder)  # which says what is missing, and makes no folder
+    lock = files.Lock(folder)
+    try:
+        _check_room(folder, outputs or {})
+        checkpoint.sweep(folder)
+        run = _resumed(folder, changes)
+    except BaseException:
+        lock.release()
+        raise
+    return dataclasses.replace(run, lock=lock)
+
+
+def _resumed(folder: Path, changes: Mapping[str, Any]) -> Run:
     saved = checkpoint.load(folder)
-    corpus = open_corpus(folder / "data", saved.meta["data"])
-    options, config = dict(saved.meta["options"]), saved.meta["config"]
+    step, elapsed = saved.position()
+    config, before = saved.config(), _options(saved)
+    corpus = open_corpus(folder / "data", str(saved.meta.get("data")))
+    check_vocabulary(saved, config, corpus.codec)
+    options = dataclasses.asdict(before)
     if changes.keys() & {"steps", "seconds"}:
         options |= {"steps": None, "seconds": None}
-    options |= _fields(TrainOptions, changes)
+    now = TrainOptions(**options | _fields(TrainOptions, changes))
     given = dict(changes)
     if "paths" in given:
         given["paths"] = [str(path) for path in given["paths"]]
     if given.get("tokenizer"):
         given["tokenizer"] = read_tokenizer(given["tokenizer"])
-    has = config | corpus.info["origin"] | {"tokenizer": corpus.codec.source}
+    has = config.to_dict() | corpus.info["origin"] | {"tokenizer": corpus.codec.source}
     for name in sorted(has.keys() & given.keys()):
         if given[name] != has[name]:
             raise RunError(
                 f"--{name.replace('_', '-')} is not what the run in {folder} was started with; "
                 "leave it out, or start another run with another --out"
             )
-    return Run(folder, corpus, XLSTMConfig.from_dict(config), TrainOptions(**options), saved)
+    if "position" in saved.meta:
+        position = Position.from_dict(saved.meta["position"])
+    else:  # of a version that kept none, and read --batch * --accumulate windows in every step
+        windows = step * before.batch * before.accumulate
+        position = corpus.begin(before.seed, before.context, windows)
+    corpus.check(position)
+    if position.offset == 0:  # an epoch that has not begun has no order yet
+        position = corpus.begin(now.seed, now.context, 0, position.epoch)
+    corpus.begin(now.seed, now.context)  # too small for a larger --context? It says so now.
+    said = _say_changes(before, now, step, elapsed, position)
+    return Run(folder, corpus, config, now, saved, position, said)
+
+
+def _options(saved: checkpoint.Checkpoint) -> TrainOptions:
+    """The options of a checkpoint; RunError when they are none."""
+    try:
+        return TrainOptions(**saved.meta["options"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{saved.path}/checkpoint.json holds no options of a run: {error}"
+        ) from error
+
+
+def check_vocabulary(
+    saved: checkpoint.Checkpoint, config: XLSTMConfig, codec: data.Codec
+) -> None:
+    """RunError unless the model has a row for every id of the codec, and no other."""
+    if config.vocab_size != codec.vocab_size:
+        raise RunError(
+            f"{saved.path}: the model has {config.vocab_size:,} token ids, its tokenizer needs "
+            f"{codec.vocab_size:,}; they do not belong together, train again"
+        )
+
+
+def _check_room(folder: Path, outputs: Outputs) -> None:
+    """RunError when something of another stands where a run would write."""
+    checkpoint.own_folder(folder)
+    for name, proof in {METRICS: is_metrics, **outputs}.items():
+        files.check_file(folder / name, proof)
+
+
+def _say_changes(
+    before: TrainOptions, now: TrainOptions, step: int, elapsed: float, position: Position
+) -> tuple[str, ...]:
+    """What differs between two sets of options, and what follows from it at this step."""
+    a, b = dataclasses.asdict(before), dataclasses.asdict(now)
+    said = [
+        f"--{name.replace('_', '-')}: {_word(a[name])} before, {_word(b[name])} from here on"
+        for name in a
+        if a[name] != b[name]
+    ]
+    if (before.context, before.seed) != (now.context, now.seed) and position.offset:
+        said.append("the epoch that has begun is read to its end in the order that it has")
+    old, new = (x.lr_at(x.progress(step, elapsed)) for x in (before, now))
+    if not math.isclose(old, new, rel_tol=1e-6):
+        said.append(f"the learning rate goes on at {new:.3g}, it was {old:.3g} at step {step:,}")
+    return tuple(said)
+
+
+def _word(value: Any) -> str:
+    return "not given" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,17 +6,15 @@
     RUN/checkpoints/     the last two checkpoints (checkpoint.py)
     RUN/metrics.jsonl    the records, one JSON object a line
 
-With `steps` everything that a step does follows from (seed, step) and the checkpoint, so on a CPU
+With `steps` everything that a step does follows from the seed and the checkpoint, so on a CPU
 (and as many threads) a resumed run continues to the same bits. With `seconds` the schedule follows
 the clock. `Placement` is the seam to many devices: the loop and the model know nothing of ranks.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,11 +29,13 @@ import tfla
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
-from tfla.xlstm.data import Corpus
+from tfla.xlstm.data import Corpus, Position
+from tfla.xlstm.metrics import MetricsLog, Record
+from tfla.xlstm.metrics import read_metrics as read_metrics
 from tfla.xlstm.model import XLSTM
-from tfla.xlstm.run import Run, TrainOptions
+from tfla.xlstm.run import METRICS, Run, TrainOptions
 
-Record = dict[str, Any]
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 PIECE = 16384  # tokens whose logits are made at once
 
 
@@ -91,7 +91,10 @@ class Placement:
     def load(self, saved: checkpoint.Checkpoint, state: "TrainState") -> None:
         """Read one back."""
         saved.restore(state.model)
-        state.restore_moments(saved.tensors("optimizer"))
+        moments = saved.tensors("optimizer")
+        wanted = {name: (p.shape, p.dtype) for name, p in state.parameters.items()}
+        check_moments(saved, wanted, checkpoint.shapes(moments))
+        state.restore_moments(saved, moments)
 
     def finish(self) -> None:
         """Wait for what is still being written."""
@@ -130,36 +133,73 @@ class TrainState:
             out["random/cuda"] = torch.cuda.get_rng_state()
         return out
 
-    def restore_moments(self, saved: dict[str, Tensor]) -> None:
-        """The inverse of `moments`."""
-        torch.set_rng_state(saved.pop("random/cpu"))
-        random = saved.pop("random/cuda", None)
-        if random is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random)
-        for key, value in saved.items():
+    def restore_moments(self, saved: checkpoint.Checkpoint, moments: dict[str, Tensor]) -> None:
+        """The inverse of `moments`, of what `check_moments` has looked at."""
+        random = {key: moments.pop(key) for key in sorted(moments) if key.startswith("random/")}
+        try:
+            torch.set_rng_state(random["random/cpu"])
+            if "random/cuda" in random and torch.cuda.is_available():
+                torch.cuda.set_rng_state(random["random/cuda"])
+        except (RuntimeError, TypeError) as error:
+            raise RunError(f"{saved.path} holds no state of a random generator: {error}") from error
+        step = saved.meta["step"]
+        for key, value in moments.items():
             name, _, field = key.rpartition("/")
+            if field == "step" and value.item() != min(step, 2**24):  # where fp32 stops counting
+                raise RunError(f"{saved.path}: {key} is {value.item():g}, the run is at {step}")
             if name in self.own:
                 own = self.own[name]
+                if field != "step" and value.shape != own.shape:  # the kernel would not look
+                    raise RunError(
+                        f"{saved.path}: {key} is {tuple(value.shape)}, wanted {tuple(own.shape)}"
+                    )
                 self.optimizer.state[own][field] = value.to(own.device)
+
+
+def check_moments(
+    saved: checkpoint.Checkpoint,
+    parameters: Mapping[str, tuple[torch.Size, torch.dtype]],
+    found: Mapping[str, tuple[torch.Size, torch.dtype]],
+) -> None:
+    """RunError unless a checkpoint's optimizer holds the moments of these parameters and no other:
+    fused AdamW reads as far as the parameters go, whatever the moments are."""
+    wanted = {"random/cpu": (torch.get_rng_state().shape, torch.uint8)}
+    if "random/cuda" in found:
+        wanted["random/cuda"] = (found["random/cuda"][0], torch.uint8)
+    if saved.meta["step"]:  # before the first step there are none
+        for name, own in parameters.items():
+            wanted[f"{name}/step"] = (torch.Size(), torch.float32)
+            wanted |= {f"{name}/{moment}": own for moment in MOMENTS[1:]}
+    checkpoint.check_tensors(saved.path, wanted, found)
 
 
 def train(run: Run, placement: Placement) -> Iterator[Record]:
     """Train to the end of the run's options, from its checkpoint or its seed; yields what happens.
 
     Records are dictionaries with "event" ("train": loss in nats a token, lr, tokens_per_second;
-    "eval": held-out bits_per_byte; "save"), "step", "progress" in [0, 1] and "elapsed" seconds.
-    RunError when the corpus is too small for one window or the loss is no longer a number.
+    "eval": held-out bits_per_byte, or bits_per_token where the tokens do not give the text back;
+    "save"), "step", "progress" in [0, 1] and "elapsed" seconds. RunError when the corpus is too
+    small for one window or the loss is no longer a number. The run's lock is given back at the end.
     """
+    with run.lock or nullcontext():
+        yield from _train(run, placement)
+
+
+def _train(run: Run, placement: Placement) -> Iterator[Record]:
     corpus, config, options = run.corpus, run.config, run.options
     torch.manual_seed(options.seed)
     state = TrainState(placement.build(config, options.precision), options, placement)
     step, elapsed = 0, 0.0
+    position = run.position or corpus.begin(options.seed, options.context)
     if run.saved is not None:
+        step, elapsed = run.saved.position()
         placement.load(run.saved, state)
-        step, elapsed = run.saved.meta["step"], run.saved.meta["elapsed"]
     texts = {} if corpus.codec.source is None else {"tokenizer.json": corpus.codec.source}
     held_out, raw = corpus.held_out(options.eval_bytes)
-    log = MetricsLog(run.folder / "metrics.jsonl", step) if placement.main else None
+    unit, size = "bits_per_byte", len(raw)
+    if corpus.lost:
+        unit, size = "bits_per_token", len(held_out) - 1
+    log = MetricsLog(run.folder / METRICS, step) if placement.main else None
     logged_at, busy = step, 0.0
     told: list[Tensor] = []  # by steps whose loss nobody has looked at: a look waits for the device
     began = time.monotonic() - elapsed
@@ -197,6 +237,7 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
             "config": config.to_dict(),
             "options": dataclasses.asdict(options),
             "data": corpus.fingerprint,
+            "position": dataclasses.asdict(position),
         }
         placement.save(run.folder, meta, state, texts)
         return record("save")
@@ -207,7 +248,9 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
     while not done:
         started = time.monotonic()
         lr = options.lr_at(options.progress(step, elapsed))
-        told.append(_step(state, corpus, options, placement, step, lr))
+        told.append(_step(state, corpus, options, placement, position, lr))
+        rows = options.batch * options.accumulate
+        position = corpus.advance(position, rows, options.seed, options.context)
         step += 1
         if step % options.log_every == 0:
             look()
@@ -219,8 +262,8 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
             yield record("train", loss=look(), lr=lr, tokens_per_second=round(speed, 1))
             logged_at, busy = step, 0.0
         if step % options.eval_every == 0 or done:
-            bits = evaluate(state.model, held_out, len(raw), options, placement.device)
-            yield record("eval", bits_per_byte=bits)
+            bits = evaluate(state.model, held_out, size, options, placement.device)
+            yield record("eval", **{unit: bits})
         elapsed = clock()
         if step % options.save_every == 0 or done:
             yield save()
@@ -231,7 +274,8 @@ def evaluate(
     model: nn.Module, stream: Tensor, size: int, options: TrainOptions, device: torch.device,
     window: int | None = None,
 ) -> float:  # fmt: skip
-    """Bits a byte that the model needs for `stream` (tokens,), which encodes `size` bytes.
+    """Bits a byte that the model needs for `stream` (tokens,), which encodes `size` bytes; or bits
+    a token, where `size` is the number of tokens but the first.
 
     The stream is read in windows, by default of the training context, from an empty state, so a
     window's first tokens are the dear ones: sum over all tokens but the first of
@@ -249,35 +293,6 @@ def evaluate(
     return nats / math.log(2) / size
 
 
-class MetricsLog:
-    """The records as JSON lines; those after `step`, of a run that died later, are dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        whole = "".join(json.dumps(line) + "\n" for line in kept)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(whole, "utf-8")
-        temporary.replace(path)
-        self.path = path
-
-    def write(self, line: Record) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """The records of a run; none without the file. A line that is none, cut short by a kill or
-    damaged since, is passed over: nothing that is computed depends on it."""
-    records = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
-                records.append(record)
-    return records
-
-
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 where asked for, or where `precision` is "auto" and the device is a GPU that has it."""
     cuda = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -286,19 +301,20 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def _step(
-    state: TrainState, corpus: Corpus, options: TrainOptions, placement: Placement, step: int,
-    lr: float,
+    state: TrainState, corpus: Corpus, options: TrainOptions, placement: Placement,
+    position: Position, lr: float,
 ) -> Tensor:  # fmt: skip
     """One update; returns the mean loss of its tokens in nats and the gradient's norm, (2,)."""
     rows = options.batch * options.accumulate
     own = np.arange(rows).reshape(options.accumulate, placement.rows, -1)[:, placement.row]
     windows = corpus.windows(
-        options.seed, step, rows, options.context, own.flatten().tolist(), placement.part
+        position, rows, options.context, options.seed, own.flatten().tolist(), placement.part
     )
+    parts = (x.to(placement.device).chunk(options.accumulate) for x in windows)
     total = torch.zeros((), device=placement.device)
-    for micro in windows.to(placement.device).chunk(options.accumulate):
+    for inputs, targets in zip(*parts, strict=True):
         with autocast(options.precision, placement.device):
-            loss = mean_nats(state.model, micro) / options.accumulate
+            loss = mean_nats(state.model, inputs, targets) / options.accumulate
         loss.backward()
         total += loss.detach()
     found = placement.clip(state, total, options.clip)
@@ -306,10 +322,10 @@ def _step(
     return found
 
 
-def mean_nats(model: nn.Module, windows: Tensor) -> Tensor:
-    """The mean loss of windows (B, T + 1), in nats. Of many tokens the logits are made in pieces,
-    and again for the backward pass: those of 131,072 tokens and 50,304 words take 26 GB."""
-    inputs, targets = windows[:, :-1], windows[:, 1:]
+def mean_nats(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss of tokens (B, T) and their successors, in nats. Of many tokens the logits are
+    made in pieces, and again for the backward pass: those of 131,072 tokens and 50,304 words take
+    26 GB."""
     if targets.numel() <= PIECE:
         return _nats(model(inputs)[0], targets, "mean")
     x, _ = model.hidden(inputs)  # type: ignore[operator]

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from tfla.xlstm import checkpoint
+from tfla.xlstm.arguments import integer
 from tfla.xlstm.checkpoint import RunError
-from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.data import Codec
 from tfla.xlstm.model import XLSTM
+from tfla.xlstm.run import check_vocabulary
 
 
 class Writer:
@@ -30,15 +31,25 @@ class Writer:
         """The continuation of `prompt` piece by piece, each as soon as its characters are whole.
 
         It ends after `tokens` tokens, at the end of the document, or before the first text of
-        `stop`. `seed` None draws another one each time. RunError when an argument is out of range.
+        `stop`. `seed` None draws another one each time. RunError when an argument is out of range,
+        when the model's logits are not finite, or when the prompt cannot be encoded; TypeError when
+        an argument is of another kind.
         """
-        stops = tuple(stop)
+        if not isinstance(prompt, (bytes, bytearray)):
+            raise TypeError(f"prompt must be bytes; got {type(prompt).__name__}.")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if others := [text for text in stops if not isinstance(text, str)]:
+            raise TypeError(f"stop must hold texts; got {others[0]!r}.")
         if "" in stops:
             raise RunError("--stop is empty; give the text to stop at")
-        if tokens < 1:
-            raise RunError(f"--tokens is {tokens}, wanted at least 1")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise RunError(f"--seed is {seed}, wanted from 0 to 2^63 - 1")
+        try:
+            tokens = integer("tokens", tokens, 1, 2**63 - 1)
+        except ValueError:
+            raise RunError(f"--tokens is {tokens}, wanted at least 1") from None
+        try:
+            seed = None if seed is None else integer("seed", seed, 0, 2**63 - 1)
+        except ValueError:
+            raise RunError(f"--seed is {seed}, wanted from 0 to 2^63 - 1") from None
         ids = [self.codec.end, *self.codec.encode(prompt).tolist()]
         try:
             stream = self.model.stream(
@@ -46,18 +57,28 @@ class Writer:
                 temperature=temperature, top_k=top_k, top_p=top_p,
                 seed=torch.seed() % 2**63 if seed is None else seed, stop=self.codec.end,
             )  # fmt: skip
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, FloatingPointError) as error:
             raise RunError(str(error).rstrip(".")) from error
         decode = self.codec.decoder()
-        return _until((decode(int(token)) for token in stream), stops)
+        return _until((decode(token) for token in _numbers(stream)), stops)
 
 
 def load_writer(path: Path, device: torch.device | str = "cpu") -> Writer:
     """The model in `path`, a run's folder or a checkpoint; RunError names a damaged file."""
     saved = checkpoint.load(path)
-    model = XLSTM(XLSTMConfig.from_dict(saved.meta["config"]))
+    config, codec = saved.config(), Codec(saved.text("tokenizer.json"))
+    check_vocabulary(saved, config, codec)
+    model = XLSTM(config)
     saved.restore(model)
-    return Writer(model.to(device), Codec(saved.text("tokenizer.json")))
+    return Writer(model.to(device), codec)
+
+
+def _numbers(stream: Iterable[torch.Tensor]) -> Iterator[int]:
+    try:
+        for token in stream:
+            yield int(token)
+    except FloatingPointError as error:
+        raise RunError(str(error).rstrip(".")) from error
 
 
 def _until(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
