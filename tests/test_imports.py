@@ -19,14 +19,14 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"bench", "demo", "integrations"},
-    {"render"},
+    {"render", "threads"},
     {"nn", "xlstm"},
     {"tfla"},  # the package itself: its public face
     {"api"},
     {"checks", "parallel"},
     {"ops"},
     {"reference", "kernels"},
-    {"gates", "plan"},
+    {"errors", "gates", "plan"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 CORE = {unit for units in LAYERS[LAYERS.index({"tfla"}) :] for unit in units}

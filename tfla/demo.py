@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 import tfla
 from tfla import render
+from tfla.threads import Threads, for_generation, requested, words
 from tfla.xlstm import checkpoint
 from tfla.xlstm.model import XLSTM
-from tfla.xlstm.run import Run, start
+from tfla.xlstm.run import start
 from tfla.xlstm.train import Placement, evaluate, read_metrics, train
 from tfla.xlstm.writer import load_writer
 
@@ -35,24 +36,29 @@ CONTEXTS = [2**power for power in range(8, 17)]
 
 
 def run_demo(
-    out: Path | None, seconds: float, device: torch.device, seed: int, console: "Console"
-) -> None:
-    """The whole demonstration; `out` is by default runs/demo, or the first free runs/demo-N."""
+    out: Path | None, seconds: float, device: torch.device, seed: int, console: "Console",
+    threads: int | None = None,
+) -> None:  # fmt: skip
+    """The whole demonstration; `out` is by default runs/demo, or the first free runs/demo-N.
+    `threads` of a CPU are by default as many as are fastest, each part for itself."""
     began = time.monotonic()
     folder = out or _free_folder(Path("runs/demo"))
     plan = {
         "seconds": seconds, "seed": seed, "eval_every": 100, "eval_bytes": 16384, "log_every": 5,
     }  # fmt: skip
     run = start(folder, MODEL | TRAINING | plan)
-    settle_threads(run, device)
+    place = Placement(device)
+    on = machine(device)
+    if device.type == "cpu":
+        asked = requested(threads)
+        chosen = Threads(asked) if asked else Threads.adaptive()
+        place.around_step, on = chosen.step, f"CPU, {chosen}"
     corpus = run.corpus
     megabytes = corpus.info["train"]["bytes"] / 1e6
 
     _head(console, f"1. Train for {seconds:g} s on {corpus.name}, {megabytes:.1f} MB")
-    render.line(
-        console, f"an xLSTM of {run.config.num_parameters():,} parameters on {machine(device)}"
-    )
-    render.watch(train(run, Placement(device)), console)
+    render.line(console, f"an xLSTM of {run.config.num_parameters():,} parameters, on {on}")
+    render.watch(train(run, place), console)
     writer = load_writer(folder, device)
     records = read_metrics(folder / "metrics.jsonl")
     speed = statistics.median(r["tokens_per_second"] for r in records if r["event"] == "train")
@@ -66,6 +72,8 @@ def run_demo(
     render.line(console, f"[bold]{verdict}[/bold]")
 
     _head(console, "2. Let it write, after a prompt")
+    if device.type == "cpu":
+        Threads(for_generation(run.config.num_parameters(), threads)).set()
     latest = time.monotonic() + seconds / 10
     console.file.write(PROMPT)
     for piece in writer.write(PROMPT.encode(), 500, temperature=0.7, seed=seed):
@@ -76,7 +84,13 @@ def run_demo(
     console.file.write("\n")
 
     _head(console, f"3. mLSTM beside attention: one sequence, {HEADS} heads of {WIDTH}")
-    settle_threads(run, device)
+    if device.type == "cpu":
+        model = XLSTM(run.config)
+        tokens = torch.zeros(run.options.batch, run.options.context, dtype=torch.int64)
+        asked = requested(threads)
+        settled = Threads(asked) if asked else Threads.fastest(lambda: _pass(model, tokens))
+        settled.set()
+        render.line(console, f"on {machine(device)}")
     rows = compare(CONTEXTS, seconds / 3, device)
     render.line(
         console,
@@ -86,30 +100,68 @@ def run_demo(
     console.print(_table(rows))
 
     title = f"{run.config.num_parameters() / 1e6:.2f}M-parameter xLSTM on {corpus.name}"
-    render.loss_curve(records, folder / "loss.png", title=title, gzip_bits=zipped, final_bits=bits)
+    render.loss_curve(
+        records, folder / "loss.png", title=title, gzip_bits=zipped, final=(READ, bits)
+    )
     render.curves(
         _panels(rows), folder / "context.png", title=f"mLSTM and attention on {machine(device)}"
     )
     (folder / "demo.md").write_text(_report(rows, verdict, device), "utf-8")
+
+    _head(console, "4. What this has shown")
+    for sentence in findings(records, rows, bits, zipped, len(raw)):
+        render.line(console, f"- {sentence}")
     render.line(console, f"plots: {folder}/loss.png, {folder}/context.png; table: {folder}/demo.md")
     render.line(console, f'more of its prose: tfla generate {folder} "def "')
     render.line(console, f"took {render.clock(time.monotonic() - began)}")
 
 
-def settle_threads(run: Run, device: torch.device) -> None:
-    """On a CPU with other work: one thread, where a step takes all of them longer.
+def findings(
+    records: Sequence[Row], rows: Sequence[Row], bits: float, zipped: float, size: int
+) -> list[str]:
+    """What the demonstration has measured, a sentence each."""
+    seconds = next((r["elapsed"] for r in reversed(records) if r["event"] == "train"), 0.0)
+    held = [r["bits_per_byte"] for r in records if r["event"] == "eval"]
+    than = "fewer than" if bits < zipped else "no fewer than"
+    said = [
+        f"It learns: after {seconds:,.0f} s of training it needs {bits:.2f} bits a byte for "
+        f"{size:,} bytes that it has never seen, {than} the {zipped:.2f} of gzip -9; without "
+        "training it would be 8."
+    ]
+    if held:
+        window = TRAINING["context"]
+        than = "fewer than" if bits < held[-1] else "no fewer than"
+        said.append(
+            f"Its state reaches beyond what it was trained on: in windows of {READ:,} tokens it "
+            f"needs {bits:.2f} bits a byte, {than} the {held[-1]:.2f} in windows of {window}, as "
+            "long as those of the training."
+        )
+    ours = [(row["context"], row["mLSTM"]) for row in rows if row["mLSTM"] is not None]
+    both = [row for row in rows if row["mLSTM"] is not None and row["attention"] is not None]
+    if not ours or not both:
+        return said
+    (short, first), (long, last) = ours[0], ours[-1]
+    widest = both[-1]
+    T, one, other = widest["context"], widest["mLSTM"], widest["attention"]
+    start = both[0]["attention"]
+    said.append(
+        f"Its training takes linear time: a token of {long:,} costs "
+        f"{last['train'] / first['train']:.1f} times a token of {short:,}; with attention a token "
+        f"of {T:,} costs {other['train'] / start['train']:.1f} times a token of "
+        f"{both[0]['context']:,}, and {other['train'] / one['train']:.1f} times one of the mLSTM."
+    )
+    said.append(
+        f"It writes in constant memory: after {T:,} tokens the mLSTM keeps "
+        f"{one['bytes'] / 1024:,.0f} KiB and makes the next one in {one['next'] * 1e6:,.0f} us "
+        f"({both[0]['mLSTM']['next'] * 1e6:,.0f} us after {both[0]['context']:,}), attention "
+        f"{other['bytes'] / 1024:,.0f} KiB, in {other['next'] * 1e6:,.0f} us "
+        f"({start['next'] * 1e6:,.0f})."
+    )
+    return said
 
-    They wait for each other at every operation, so one busy core can cost a factor of ten.
-    """
-    if device.type != "cpu":
-        return
-    model = XLSTM(run.config)
-    tokens = torch.zeros(run.options.batch, run.options.context, dtype=torch.int64)
-    quickest: dict[int, float] = {}
-    for threads in {torch.get_num_threads(), 1}:
-        torch.set_num_threads(threads)
-        quickest[threads] = _seconds(lambda: model(tokens)[0].sum().backward(), device)
-    torch.set_num_threads(min(quickest, key=quickest.__getitem__))
+
+def _pass(model: XLSTM, tokens: torch.Tensor) -> None:
+    model(tokens)[0].sum().backward()
 
 
 def compare(contexts: Sequence[int], budget: float, device: torch.device) -> list[Row]:
@@ -217,9 +269,7 @@ def machine(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    words = "1 CPU thread" if threads == 1 else f"{threads} CPU threads"
-    return words if device.type == "cpu" else str(device)
+    return f"CPU, {words(torch.get_num_threads())}" if device.type == "cpu" else str(device)
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:

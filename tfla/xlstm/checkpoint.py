@@ -27,12 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfla.errors import RunError
+
 FORMAT = 1
 Seal = dict[str, Any]
-
-
-class RunError(Exception):
-    """What the person at the keyboard can put right; one line: what is wrong and what to do."""
 
 
 @dataclass(frozen=True)

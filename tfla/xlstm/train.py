@@ -49,6 +49,8 @@ class Placement:
     main = True
     row, rows = 0, 1
     part = (0, 1)
+    # Entered around every step: whoever starts a run may time its steps, or choose threads.
+    around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, device: torch.device | str, compile: bool = False) -> None:
         self.device, self.compile = torch.device(device), compile
@@ -146,8 +148,9 @@ class TrainState:
 def train(run: Run, placement: Placement) -> Iterator[Record]:
     """Train to the end of the run's options, from its checkpoint or its seed; yields what happens.
 
-    Records are dictionaries with "event" ("train": loss in nats a token, lr, tokens_per_second;
-    "eval": held-out bits_per_byte; "save"), "step", "progress" in [0, 1] and "elapsed" seconds.
+    Records are dictionaries with "event" ("train": loss in nats a token, lr, tokens_per_second,
+    on a CPU threads; "eval": held-out bits_per_byte; "save"), "step", "progress" in [0, 1] and
+    "elapsed" seconds.
     RunError when the corpus is too small for one window or the loss is no longer a number.
     """
     corpus, config, options = run.corpus, run.config, run.options
@@ -198,6 +201,8 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
             "options": dataclasses.asdict(options),
             "data": corpus.fingerprint,
         }
+        if placement.device.type == "cpu":
+            meta["threads"] = torch.get_num_threads()
         placement.save(run.folder, meta, state, texts)
         return record("save")
 
@@ -207,7 +212,8 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
     while not done:
         started = time.monotonic()
         lr = options.lr_at(options.progress(step, elapsed))
-        told.append(_step(state, corpus, options, placement, step, lr))
+        with placement.around_step():
+            told.append(_step(state, corpus, options, placement, step, lr))
         step += 1
         if step % options.log_every == 0:
             look()
@@ -216,7 +222,8 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
         done = options.progress(step, elapsed) >= 1.0
         if step % options.log_every == 0 or done:
             speed = (step - logged_at) * options.tokens_per_step / max(busy, 1e-9)
-            yield record("train", loss=look(), lr=lr, tokens_per_second=round(speed, 1))
+            on = {"threads": torch.get_num_threads()} if placement.device.type == "cpu" else {}
+            yield record("train", loss=look(), lr=lr, tokens_per_second=round(speed, 1), **on)
             logged_at, busy = step, 0.0
         if step % options.eval_every == 0 or done:
             bits = evaluate(state.model, held_out, len(raw), options, placement.device)
