@@ -26,15 +26,6 @@ COMMANDS = ["train", "generate", "demo"]
 TINY = "--hidden-size 16 --num-layers 1 --num-heads 2 --context 32 --batch 2 --eval-bytes 500"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On models this small a second thread only makes the first one wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -360,7 +351,7 @@ def test_a_closed_pipe_ends_it_in_silence(trained: Path) -> None:
     process.stdout.read(5)
     process.stdout.close()
     assert process.stderr.read() == b""
-    assert process.wait(60) == 1
+    assert process.wait(900) == 1
     process.stderr.close()
 
 
@@ -408,7 +399,8 @@ def test_demo_leaves_two_plots_and_a_table(
     assert 2 < bits < 8.1 and 1.5 < zipped < 4
     assert f"{bits:.3f} bits per byte; gzip -9 on the same: {zipped:.3f}" in out
     rows = [line.split("|")[1:-1] for line in report.splitlines() if re.match(r"\| \d", line)]
-    assert [row[0].strip() for row in rows[:2]] == ["256", "512"]
+    measured = [int(row[0].replace(",", "")) for row in rows]
+    assert measured and measured == demo.CONTEXTS[: len(measured)]
     assert demo.PROMPT in out
     assert demo._free_folder(folder).name == "demo-2"
 

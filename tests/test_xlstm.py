@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -14,15 +13,6 @@ from xlstm_models import GATES, SMALL, close, draw, make, plain, plain_norm, sam
 
 import tfla
 from tfla.xlstm import XLSTM, Block, XLSTMConfig
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """At these sizes threads cost more than they give, a hundred times more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=GATES)
