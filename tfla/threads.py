@@ -13,7 +13,6 @@ import math
 import os
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,14 +41,19 @@ PARAMETERS_PER_THREAD = 10_000_000
 BETTER = 0.95  # another number of threads is taken for steps that last less than this share
 CLEARLY_BETTER = 0.85  # the same, where the number is kept for a whole run
 DRIFT = 0.75, 1.3  # steps that last less or more than expected by this: the choice is made again
+MUCH = 3.0  # two steps in a row that last so many times as long as expected: the same, at once
 LOOK_AGAIN = 15.0  # seconds of steps: what a neighbour that is gone has freed is found by trying
 TRIAL_SHARE = 0.05  # of the time may be lost to trials
+
+
+# What the user may have told OpenMP: how many threads, and how they wait.
+OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def limit_spinning() -> None:
     """Let OpenMP's threads sleep where they would spin for long; to be called before torch is
     imported. What the user has set stays."""
-    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    if not os.environ.keys() & {*OPENMP[1:]}:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
@@ -124,58 +128,88 @@ def words(count: int) -> str:
 Steps = Generator[int, float, None]
 
 
-def _median_of_steps(count: int) -> Generator[int, float, float]:
-    """Seconds of a step: the median of at least three and a tenth of a second, or what two seconds
-    hold."""
+def _timed_steps(count: int, best: float) -> Generator[int, float, list[float]]:
+    """The seconds of at least three steps and a tenth of a second, or of what two seconds hold; of
+    one, where that lasts much longer than the `best` so far."""
     times: list[float] = []
     while not times or not (sum(times) >= 2 or (len(times) >= 3 and sum(times) >= 0.1)):
         times.append((yield count))
-    return statistics.median(times)
+        if times[0] > MUCH * best:
+            break
+    return times
 
 
-def _steps_in_trial(seconds: float) -> float:
-    """About as many as `_median_of_steps` takes, of steps of that length."""
-    return 1 if seconds >= 2 else max(3, 0.1 / max(seconds, 1e-6))
+def explore(
+    among: Sequence[int], current: int, wide: bool
+) -> Generator[int, float, dict[int, list[float]]]:
+    """Seconds of steps by number of threads: of `current`, then of fewer and of more, each as long
+    as that is better.
 
+    `wide`: where more programs run than cores are free, a few threads less may be no better, and
+    one alone the best. So the fewest are tried next: when they are better, then more from there on,
+    else all that are fewer than `current`.
+    """
+    found: dict[int, list[float]] = {}
 
-def explore(among: Sequence[int], current: int) -> Generator[int, float, dict[int, float]]:
-    """Seconds of a step by number of threads: `current`, then fewer as long as that is better, then
-    more. Of 64 threads, one is tried only where two were better than four."""
-    found = {current: (yield from _median_of_steps(current))}
-    at = among.index(current)
-    for others in (among[:at][::-1], among[at + 1 :]):
-        for count in others:
-            best = min(found.values())
-            found[count] = yield from _median_of_steps(count)
-            if found[count] >= best:
+    def try_each(counts: Sequence[int], to_the_end: bool = False) -> Generator[int, float, None]:
+        for count in counts:
+            best = min(map(statistics.median, found.values()), default=math.inf)
+            found[count] = yield from _timed_steps(count, best)
+            if statistics.median(found[count]) >= best and not to_the_end:
                 break
+
+    at = among.index(current)
+    yield from try_each([current])
+    if wide and at > 0:
+        yield from try_each(among[:1])
+        if _best(found, current, 1.0) != current:
+            yield from try_each(among[1:at])
+            return found
+        yield from try_each(among[1:at][::-1], to_the_end=True)
+    else:
+        yield from try_each(among[:at][::-1])
+    yield from try_each(among[at + 1 :])
     return found
 
 
 def tune(among: Sequence[int], current: int) -> Steps:
     """Never ends: explore, stay with the fastest, explore again when steps last longer or shorter
     than they did, and after a while in any case. What trials lose is bounded by TRIAL_SHARE."""
+    slower, before = True, math.inf
     while True:
-        found = yield from explore(among, current)
+        found = yield from explore(among, current, wide=slower)
         current = _best(found, current, BETTER)
-        expected = found[current]
-        lost = sum(_steps_in_trial(seconds) * (seconds - expected) for seconds in found.values())
+        expected = statistics.median(found[current])
+        if not slower and expected > DRIFT[1] * before:  # a neighbour came just now
+            slower = True
+            continue
+        before = expected
+        lost = sum(seconds - expected for times in found.values() for seconds in times)
         rest = max(0.0, lost) / TRIAL_SHARE
-        latest: deque[float] = deque(maxlen=max(5, math.ceil(0.1 / max(expected, 1e-6))))
-        passed = 0.0
+        size = max(5, math.ceil(0.1 / max(expected, 1e-6)))
+        latest: list[float] = []
+        passed, slower = 0.0, False
         while passed < max(LOOK_AGAIN, rest):
+            if len(latest) == size:
+                latest = []
             latest.append((yield current))
             passed += latest[-1]
-            if passed >= rest and len(latest) == latest.maxlen:
-                low, high = (factor * expected for factor in DRIFT)
-                if not low <= statistics.median(latest) <= high:
-                    break
+            much = min(latest[-2:]) > MUCH * expected and len(latest) > 1
+            if much or (passed >= rest and len(latest) == size and _has_drifted(latest, expected)):
+                slower = statistics.median(latest) > expected
+                break
 
 
-def _best(found: dict[int, float], current: int, share: float) -> int:
+def _has_drifted(latest: list[float], expected: float) -> bool:
+    low, high = (factor * expected for factor in DRIFT)
+    return not low <= statistics.median(latest) <= high
+
+
+def _best(found: dict[int, list[float]], current: int, share: float) -> int:
     """The fastest; `current` unless a step takes less than `share` of its time with another."""
-    fastest = min(found, key=found.__getitem__)
-    return fastest if found[fastest] < share * found[current] else current
+    seconds = {count: statistics.median(times) for count, times in found.items()}
+    fastest = min(seconds, key=seconds.__getitem__)
+    return fastest if seconds[fastest] < share * seconds[current] else current
 
 
 KEPT = "kept for the whole run, so that it can be resumed to the same losses"
@@ -208,7 +242,7 @@ class Threads:
         if len(among) > 1:
             threads.set()
             once()  # what happens only once is not timed
-            search = explore(among, threads.count)
+            search = explore(among, threads.count, wide=True)
             current = threads.count
             try:
                 threads.count = next(search)
