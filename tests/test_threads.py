@@ -77,8 +77,8 @@ def test_alone_a_tenth_of_the_time_is_not_lost(cores: int, step: float, noise: f
 
 
 @pytest.mark.parametrize("cores", [2, 4, 16])
-@pytest.mark.parametrize("step", [0.02, 0.09, 0.2])
-@pytest.mark.parametrize("stall", [3.0, 10.0, 30.0])
+@pytest.mark.parametrize("step", [0.02, 0.2])
+@pytest.mark.parametrize("stall", [3.0, 30.0])
 @pytest.mark.parametrize("neighbours", [1, 3])
 @pytest.mark.parametrize("begins", [0.0, 1.0, 40.0, 43.7, 47.0, 55.9])
 def test_a_neighbour_costs_its_share_and_for_as_long_as_it_runs(

@@ -126,10 +126,10 @@ def loss_curve(
         at = times[-1] if times else trained[-1]["elapsed"] if trained else 0.0
         ax.plot(
             [at], [last], color=COLOURS["mLSTM"], marker="D", markersize=8, linestyle="none",
-            label=f"read in windows of {window:,} tokens: {last:.2f}",
+            label=f"more of it, in windows of {window:,} tokens: {last:.2f}",
         )  # fmt: skip
     if gzip_bits is not None:
-        text = f"gzip -9, same held-out text: {gzip_bits:.2f}"
+        text = f"gzip -9 of that: {gzip_bits:.2f}"
         ax.axhline(gzip_bits, color=COLOURS["gzip -9"], linestyle="--", linewidth=1.5, label=text)
     levels = [r["loss"] * scale for r in trained] + bits
     if levels:
@@ -150,13 +150,16 @@ def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
 
     figure, axes = _figure(len(panels))
     for ax, (heading, unit, lines) in zip(axes, panels, strict=True):
-        for name, points in lines.items():
-            if not points:
-                continue
+        drawn = {name: points for name, points in lines.items() if points}
+        lowest = min(drawn, key=lambda name: drawn[name][-1][1], default=None)
+        for name, points in drawn.items():
             x, y = zip(*points, strict=True)
+            # Above its curve, the lowest one's below: two that end side by side stay apart.
+            above = name != lowest or len(drawn) == 1
             ax.plot(x, y, color=COLOURS[name], marker="o", markersize=5, linewidth=2.2)
             ax.annotate(
-                name, (x[-1], y[-1]), xytext=(0, 9), textcoords="offset points", ha="right",
+                name, (x[-1], y[-1]), xytext=(0, 9 if above else -18), ha="right",
+                textcoords="offset points",
                 color=COLOURS[name], fontweight="bold",
             )  # fmt: skip
         ticks = sorted({x for points in lines.values() for x, _ in points})
