@@ -62,7 +62,9 @@ def run_demo(
     writer = load_writer(folder, device)
     records = read_metrics(folder / "metrics.jsonl")
     speed = statistics.median(r["tokens_per_second"] for r in records if r["event"] == "train")
-    stream, raw = corpus.held_out(int(1.25 * speed * seconds / 8))
+    # As much as takes an eighth of the time of the training, and enough for gzip.
+    size = max(run.options.eval_bytes, int(1.25 * speed * seconds / 8))
+    stream, raw = corpus.held_out(size)
     bits, short = (
         evaluate(writer.model, stream, len(raw), run.options, device, window=window)
         for window in (READ, run.options.context)

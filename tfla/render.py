@@ -145,23 +145,19 @@ def loss_curve(
 
 
 def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
-    """Log-log panels side by side, each curve named at its end."""
+    """Log-log panels side by side, their curves named above them, where none of them lies."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, axes = _figure(len(panels))
+    named = {}
     for ax, (heading, unit, lines) in zip(axes, panels, strict=True):
-        drawn = {name: points for name, points in lines.items() if points}
-        lowest = min(drawn, key=lambda name: drawn[name][-1][1], default=None)
-        for name, points in drawn.items():
-            x, y = zip(*points, strict=True)
-            # Above its curve, the lowest one's below: two that end side by side stay apart.
-            above = name != lowest or len(drawn) == 1
-            ax.plot(x, y, color=COLOURS[name], marker="o", markersize=5, linewidth=2.2)
-            ax.annotate(
-                name, (x[-1], y[-1]), xytext=(0, 9 if above else -18), ha="right",
-                textcoords="offset points",
-                color=COLOURS[name], fontweight="bold",
-            )  # fmt: skip
+        for name, points in lines.items():
+            if points:
+                x, y = zip(*points, strict=True)
+                [curve] = ax.plot(
+                    x, y, color=COLOURS[name], marker="o", markersize=5, linewidth=2.2
+                )
+                named[name] = curve
         ticks = sorted({x for points in lines.values() for x, _ in points})
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
@@ -175,6 +171,11 @@ def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
         ax.set_ylabel(unit)
         ax.set_title(heading, loc="left", fontsize=12)
     figure.suptitle(title, x=0.01, ha="left", fontsize=14)
+    if named:
+        figure.legend(
+            list(named.values()), list(named), loc="outside upper right", ncols=len(named),
+            frameon=False, fontsize=12,
+        )  # fmt: skip
     _finish(figure, path)
 
 
