@@ -29,8 +29,9 @@ MOST = 1024  # more threads than that, OpenMP may fail to start
 #   alone                 24           40           41          40          40         38
 #   beside one            22            8            9          12          14         15
 #
-# Without any spinning (OMP_WAIT_POLICY=passive) two threads are as slow as one, alone too.
-SPINS = 10_000
+# Without any spinning (OMP_WAIT_POLICY=passive) two threads are as slow as one, alone too. Where
+# other programs came and went, 10,000 was up to a quarter slower than 300,000, 20,000 a tenth.
+SPINS = 30_000
 
 # Tokens are drawn one after the other, in operations so small that meeting costs more than it
 # gains. A token of models of 0.5, 3.4, 7.3, 20, 57 and 102 million parameters took 0.80, 2.25,
