@@ -1,13 +1,15 @@
 """The command's threads: fastest beside whatever else runs, kept where losses depend on them."""
 
+import itertools
 import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,26 +183,29 @@ def test_the_fastest_for_a_whole_run_is_found_by_trying(
 
 
 def choose(option: int | None = None, **given: object) -> Threads:
-    values = {"keep": True, "before": None, "ranks": 1, "once": lambda: None} | given
+    values = {"keep": threads.KEPT, "before": None, "ranks": 1, "once": lambda: None} | given
     return Threads.for_training(option, **values)
 
 
 def test_what_a_run_computes_with(free: pytest.MonkeyPatch) -> None:
     kept = "kept for the whole run"
-    adaptive = choose(keep=False)
+    adaptive = choose(keep="")
     assert adaptive.search is not None and "follows the load" in str(adaptive)
-    assert choose(keep=False, before=1).search is not None
+    assert choose(keep="", before=1).search is not None
     assert choose(before=1).count == 1 and kept in str(choose(before=1))
     fixed = choose(1)
     assert fixed.count == 1 and fixed.search is None and kept in str(fixed)
+    compiled = choose(2, keep=threads.COMPILED, before=1)
+    assert str(compiled) == f"2 threads ({threads.COMPILED})" and compiled.search is None
+    assert choose(once=lambda: torch.empty(2**60)).count == 2  # the run says what is wrong
     assert "the run had 1 so far" in str(choose(2, before=1))
-    assert str(choose(2, keep=False)) == "2 threads" and str(choose(1, keep=False)) == "1 thread"
+    assert str(choose(2, keep="")) == "2 threads" and str(choose(1, keep="")) == "1 thread"
     free.setenv("OMP_NUM_THREADS", "2")
-    assert choose().count == 2 and choose(keep=False).search is None
+    assert choose().count == 2 and choose(keep="").search is None
     free.delenv("OMP_NUM_THREADS")
-    assert choose(ranks=2, keep=False) == Threads(1) and choose(ranks=8).count == 1
+    assert choose(ranks=2, keep="") == Threads(1) and choose(ranks=8).count == 1
     free.setattr(threads, "cores", lambda: 1)
-    assert choose(keep=False).search is None and str(choose(keep=False)) == "1 thread"
+    assert choose(keep="").search is None and str(choose(keep="")) == "1 thread"
 
 
 def test_the_user_says_how_openmp_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +290,9 @@ def test_a_run_by_steps_keeps_its_threads_and_says_so(
     line = f"train {text} --out {out} {TINY} --log-every 1"
     said = run(f"{line} --steps 2 --threads 2", capfd)
     assert "on CPU, 2 threads (kept for the whole run" in said
-    assert checkpoint.load(out).meta["threads"] == 2
+    for step in (0, 2):
+        saved = checkpoint.load(out / "checkpoints" / f"step-{step:08d}")
+        assert saved.meta["threads"] == 2
     free.setattr(threads, "cores", lambda: 1)  # what would be chosen today
     said = run(f"train --out {out} --resume --steps 4", capfd)
     assert "on CPU, 2 threads (kept for the whole run" in said
@@ -306,6 +313,8 @@ def test_a_trial_leaves_no_trace_in_a_run(
         out = tmp_path / name
         said = run(f"train {text} --out {out} {TINY} --steps 3 --log-every 1 {more}", capfd)
         assert "on CPU, 1 thread (kept for the whole run" in said
+        first = checkpoint.load(out / "checkpoints" / "step-00000000")
+        assert first.meta["threads"] == 1
         records = read_metrics(out / "metrics.jsonl")
         losses.append([r["loss"] for r in records if r["event"] == "train"])
     assert losses[0] == losses[1]
@@ -314,11 +323,23 @@ def test_a_trial_leaves_no_trace_in_a_run(
 def test_a_run_by_the_clock_follows_the_load(
     text: Path, tmp_path: Path, free: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """By turns with two threads and with one, and by a clock that every look at it moves on."""
+
+    def turns(among: list[int], current: int) -> Iterator[int]:
+        assert (among, current) == ([1, 2], 2)
+        while True:
+            yield 2
+            yield 1
+
+    ticks = itertools.count()
+    free.setattr(threads, "tune", turns)
+    clock = SimpleNamespace(monotonic=lambda: next(ticks) / 16)
+    free.setattr("tfla.xlstm.train.time", clock)
     out = tmp_path / "run"
     said = run(f"train {text} --out {out} {TINY} --seconds 2 --log-every 1", capfd)
     assert "on CPU, 2 threads (the number follows the load of the machine)" in said
     records = [r for r in read_metrics(out / "metrics.jsonl") if r["event"] == "train"]
-    assert {r["threads"] for r in records} == {1, 2}  # both were tried
+    assert [r["threads"] for r in records[:4]] == [2, 1, 2, 1]
     assert "thread, " in said or "threads, " in said
     run(f"generate {out} x --tokens 3", capfd)
     assert torch.get_num_threads() == 1

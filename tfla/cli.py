@@ -171,6 +171,7 @@ def train(
         on = str(place.device)
         if place.device.type == "cpu":
             chosen = _threads_for(run, place, threads)
+            chosen.set()  # the checkpoint before the first step names them too
             place.around_step = chosen.step
             on = f"CPU, {chosen}"
         render.describe(run, on, console)
@@ -388,7 +389,8 @@ def _threads_for(run: "Run", place: "Placement", asked: int | None) -> "Threads"
     before = run.saved.meta.get("threads") if run.saved else None
     return threads_.Threads.for_training(
         asked,
-        keep=run.options.seconds is None or place.compile,
+        keep=threads_.KEPT if run.options.seconds is None
+        else threads_.COMPILED if place.compile else "",
         before=before if isinstance(before, int) and 1 <= before <= threads_.MOST else None,
         ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "RANK" in os.environ else 1,
         once=step,

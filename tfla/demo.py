@@ -52,6 +52,7 @@ def run_demo(
     if device.type == "cpu":
         asked = requested(threads)
         chosen = Threads(asked) if asked else Threads.adaptive()
+        chosen.set()
         place.around_step, on = chosen.step, f"CPU, {chosen}"
     corpus = run.corpus
     megabytes = corpus.info["train"]["bytes"] / 1e6

@@ -126,10 +126,10 @@ def loss_curve(
         at = times[-1] if times else trained[-1]["elapsed"] if trained else 0.0
         ax.plot(
             [at], [last], color=COLOURS["mLSTM"], marker="D", markersize=8, linestyle="none",
-            label=f"more of it, in windows of {window:,} tokens: {last:.2f}",
+            label=f"after training, in windows of {window:,} tokens: {last:.2f}",
         )  # fmt: skip
     if gzip_bits is not None:
-        text = f"gzip -9 of that: {gzip_bits:.2f}"
+        text = f"gzip -9 of that text: {gzip_bits:.2f}"
         ax.axhline(gzip_bits, color=COLOURS["gzip -9"], linestyle="--", linewidth=1.5, label=text)
     levels = [r["loss"] * scale for r in trained] + bits
     if levels:

@@ -214,6 +214,7 @@ def _best(found: dict[int, list[float]], current: int, share: float) -> int:
 
 
 KEPT = "kept for the whole run, so that it can be resumed to the same losses"
+COMPILED = "kept for the whole run, as its compiled code is made for them"
 
 
 @dataclasses.dataclass
@@ -258,27 +259,30 @@ class Threads:
 
     @classmethod
     def for_training(
-        cls, option: int | None, *, keep: bool, before: int | None, ranks: int,
+        cls, option: int | None, *, keep: str, before: int | None, ranks: int,
         once: Callable[[], object],
     ) -> "Threads":  # fmt: skip
         """What the user asked for, else the choice for a run.
 
         Args:
             option: the value of `--threads`, or None.
-            keep: the number may not change during the run.
+            keep: why the number may not change during the run; empty if it may.
             before: the number that the run had when it was last saved, or None.
             ranks: processes on this machine that share in the run.
             once: a pass like a step's, to be timed where the number is kept.
         """
         if asked := requested(option):
-            other = keep and before not in (None, asked)
+            other = keep == KEPT and before not in (None, asked)
             had = f"the run had {before} so far: its losses now differ in the last digits"
-            return cls(asked, had if other else KEPT if keep else "")
+            return cls(asked, had if other else keep)
         if ranks > 1:  # each would measure the others
             return cls(max(1, cores() // ranks))
         if not keep:
             return cls.adaptive()
-        return cls(before, KEPT) if before else cls.fastest(once, KEPT)
+        try:
+            return cls(before, keep) if before else cls.fastest(once, keep)
+        except (MemoryError, RuntimeError):  # the run itself will say what is wrong with it
+            return cls(cores(), keep)
 
     def set(self) -> None:
         """Tell torch."""
