@@ -138,10 +138,16 @@ def cancellation(
     e^-12), and no rounding of the terms can be undone by it. Every other result is a plain sum: 0.
     """
     if name == "df" and independent:
-        terms = (inputs.q.double() * truth["dq"]).square().sum(-1)
+        # df_t = slope_t (sum of q . dq - k . dk from t on, and <C_T, dC_T> + <n_T, dn_T>): dq, dk
+        # and the final state are results of their own, each of whose entries is rounded.
         slopes = torch.sigmoid(-inputs.f.double())
+        terms = (inputs.q.double() * truth["dq"]).square().sum(-1)
+        terms += (inputs.k.double() * truth["dk"]).square().sum(-1)
         pairs = zip(rows("df", terms, case), rows("df", slopes, case), strict=True)
-        return [(root_of_later(t, 0) * slope).norm().item() for t, slope in pairs]
+        return [
+            ((squares_of_later(t, 0) + end).sqrt() * slope).norm().item()
+            for (t, slope), end in zip(pairs, final_terms(case, inputs, truth), strict=True)
+        ]
     if name == "df":
         terms = rows("dq", (inputs.q.double() * truth["dq"]).abs(), case)
         T = [len(row) for row in rows("df", truth["df"], case)]
@@ -151,9 +157,20 @@ def cancellation(
     return [0.0] * len(rows(name, truth[name], case))
 
 
-def root_of_later(squares: Tensor, dim: int) -> Tensor:
-    """The root of the sum over each token and all later ones: the size of a sum of roundings."""
-    return squares.flip(dim).cumsum(dim).flip(dim).sqrt()
+def squares_of_later(squares: Tensor, dim: int) -> Tensor:
+    """The sum over each token and all later ones: the square of the size of a sum of roundings."""
+    return squares.flip(dim).cumsum(dim).flip(dim)
+
+
+def final_terms(case: Case, inputs: Inputs, truth: Results) -> list[float]:
+    """Row by row, the sum of squares of the terms of <C_T, dC_T> + <n_T, dn_T>."""
+    if not case.final:
+        return [0.0] * (case.rows * case.H)
+    parts = [truth["C"] * inputs.G_C]
+    if "n" in truth:
+        parts.append(truth["n"] * inputs.G_n)
+    squares = [[row.square().sum().item() for row in rows("C", part, case)] for part in parts]
+    return [sum(each) for each in zip(*squares, strict=True)]
 
 
 def terms_of_dm0(case: Case, inputs: Inputs, dC: Tensor, dn: Tensor) -> list[float]:

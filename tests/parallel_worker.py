@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tfla
+from tfla import parallel
 
 EXACT = 1e-10  # of the largest number in a result, in fp64
 
@@ -33,6 +34,8 @@ def results(
     for name in "qkvif":
         leaves[name] = leaves[name].detach()[:, own].clone().requires_grad_()
     cu = None if case.lengths is None else offsets(case.lengths)
+    if cu is not None and group is not None:
+        cu = torch.stack([cu, cu - 1], 1)[:, 0]  # strides may be any
 
     def call(leaves: dict[str, Tensor]) -> Any:
         state = inputs.memory and tfla.State(*(leaves.get(f"{x}0") for x in "Cnm"))
@@ -136,6 +139,51 @@ def wrong_offsets(group: Any) -> None:
     )
 
 
+def unread_offsets(group: Any) -> None:
+    """As where the host does not read them: the tail of no sequence has zeros, whichever ranks it
+    is on, and the rest is that of one process."""
+    world, rank = group.size(), group.rank()
+    T, N = 96, 2
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(1, T, 1, *d, generator=g) for d in ([16], [16], [16], [], [])]
+    G_C, C, n = (torch.randn(N, 1, 16, *d, generator=g) for d in ([16], [16], []))
+    state = tfla.State(C, n, torch.zeros(N, 1))
+    real = parallel.check_offsets
+    unchecked = (parallel, tfla.checks)  # type: ignore[attr-defined]
+    for values in ([0, 20, 70], [0, 20, 40], [10, 30, 20]):
+        ends = [0, max(values[:2]), max(values)]
+        first = values[0]
+
+        def run(cu: list[int], own: slice, group: Any, first: int = first) -> list[Tensor]:
+            leaves = [t[:, own].clone().requires_grad_() for t in x]
+            memory = state if group else tfla.State(*(torch.cat([s[:1], s, s[:1]]) for s in state))
+            h, end = tfla.mlstm(
+                *leaves, cu_seqlens=torch.tensor(cu), initial_state=memory, backend="triton",
+                output_final_state=True, group=group,
+            )  # fmt: skip
+            C = (end.C * end.m.exp()[..., None, None])[slice(None) if group else slice(1, -1)]
+            loss = (h * (1 + torch.arange(T)[own][None, :, None, None] % 5)).sum()
+            share = (rank + 1) / (world * (world + 1) / 2) if group else 1.0
+            grads = torch.autograd.grad(loss + share * (C * G_C).sum(), leaves)
+            return [h.detach(), *grads, C.detach()]
+
+        for module in unchecked:
+            module.check_offsets = lambda *_: None
+        try:
+            own = slice(rank * T // world, (rank + 1) * T // world)
+            got = run(values, own, group)
+        finally:
+            for module in unchecked:
+                module.check_offsets = real
+        *expected, C_end = run([0, first, *ends[1:], T], slice(None), None)
+        torch.testing.assert_close(got[-1], C_end, rtol=1e-3, atol=1e-4)
+        t = torch.arange(T)[own]
+        inside = (t >= first) & (t < ends[-1])
+        for a, b in zip(got, expected, strict=False):
+            assert (a[:, ~inside] == 0).all(), values
+            torch.testing.assert_close(a[:, inside], b[:, own][:, inside], rtol=1e-3, atol=1e-3)
+
+
 def not_a_group(group: Any) -> None:
     x = [torch.randn(1, 8, 2, *d) for d in ([4], [4], [4], [], [])]
     raises(TypeError, "process group", lambda: tfla.mlstm(*x, group="context"))
@@ -220,6 +268,7 @@ TRITON = {
     "packed, sigmoid": agrees(
         dataclasses.replace(SMALL, lengths=(20, 70, 6), input_gate="sigmoid", final=False)
     ),
+    "offsets that no host has read": unread_offsets,
 }
 
 

@@ -22,12 +22,13 @@ LAYERS = [
     {"render"},
     {"threads"},
     {"nn", "xlstm"},
+    {"linear"},
     {"tfla"},  # the package itself: its public face
     {"api"},
     {"checks", "parallel"},
     {"ops"},
     {"reference", "kernels"},
-    {"errors", "gates", "plan"},
+    {"errors", "gates", "offsets", "plan"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 CORE = {unit for units in LAYERS[LAYERS.index({"tfla"}) :] for unit in units}

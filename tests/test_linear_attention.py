@@ -75,9 +75,42 @@ def test_with_step_sizes_it_is_the_ssd_of_mamba_2() -> None:
         inflow = torch.einsum("bhk,bhv->bhkv", B[:, t], x.v[:, t]) * dt[:, t, :, None, None]
         S = (A * dt[:, t]).exp()[..., None, None] * S + inflow
         ys.append(torch.einsum("bhk,bhkv->bhv", C[:, t], S))
-    y, end = tfla.linear_attention(C, B, x.v, A * dt, dt.log(), scale=1.0, output_final_state=True)
-    assert_close(y, torch.stack(ys, 1), 1e-12)
-    assert_close(end.C, S, 1e-12)
+    options = {"scale": 1.0, "output_final_state": True}
+    for y, end in (
+        tfla.linear_attention(C, B, x.v * dt[..., None], A * dt, **options),
+        tfla.linear_attention(C, B, x.v, A * dt, dt.log(), **options),
+    ):
+        assert_close(y, torch.stack(ys, 1), 1e-12)
+        assert_close(end.C, S, 1e-12)
+
+
+def test_steps_of_size_0_mask_tokens_and_have_gradients() -> None:
+    """dt = 0 is how users of Mamba-2 mask padding; the gradient of dt is right there too."""
+    x = make_inputs(Case(T=40, B=1, H=2))
+    g = torch.Generator().manual_seed(5)
+    dt = torch.rand(1, 40, 2, generator=g, dtype=torch.float64)
+    dt[:, 10:20] = 0.0
+    dt.requires_grad_()
+    A = torch.tensor([-0.4, -0.1], dtype=torch.float64, requires_grad=True)
+    leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
+
+    def recurrent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        S, ys = torch.zeros(1, 2, 12, 10, dtype=torch.float64), []
+        for t in range(40):
+            inflow = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t]) * dt[:, t, :, None, None]
+            S = (A * dt[:, t]).exp()[..., None, None] * S + inflow
+            ys.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+        return torch.stack(ys, 1)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tfla.linear_attention(q, k, v * dt[..., None], A * dt, scale=1.0)[0]
+
+    y, expected = ours(*leaves), recurrent(*leaves)
+    assert_close(y, expected, 1e-12)
+    grads = [torch.autograd.grad((h * x.dh).sum(), [*leaves, dt, A]) for h in (y, expected)]
+    for a, b in zip(*grads, strict=True):
+        assert a.isfinite().all()
+        assert_close(a, b, 1e-11)
 
 
 def test_the_mlstm_is_gate_activations_plus_this() -> None:

@@ -1,8 +1,12 @@
 """The operators, what they keep and what they hold: opcheck, second derivatives, bits, memory."""
 
 import dataclasses
+import functools
 import gc
 import json
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,10 +20,17 @@ from checks import (
 )
 from problems import Case, Inputs, make_inputs, offsets, packed, variants
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import tfla
+from tfla import ops
 
 
 def arguments(case: Case) -> tuple[list[Tensor | None], Inputs]:
@@ -244,3 +255,130 @@ def test_what_autograd_keeps_is_the_inputs_the_output_and_a_few_rows(
         sequence(case)(leaves)
     given = sum(t.nbytes for t in leaves.values()) + x.v.nbytes
     assert sum(kept.values()) <= given + 16 * 4 * x.i.numel()  # 16 fp32 numbers a token and head
+
+
+# ---------------------------------------------------------------- who looks at the operators
+
+
+def grads_of_a_checkpoint(case: Case, save: bool, monkeypatch: pytest.MonkeyPatch) -> tuple:
+    """Gradients through selective checkpointing, and how often the forward pass has run."""
+    tensors, x = arguments(case)
+    leaves, cu = [t for t in tensors[:8] if t is not None], tensors[8]
+    runs: list[int] = []
+    real = ops.forward
+    monkeypatch.setattr(ops, "forward", lambda *a: (runs.append(1), real(*a))[1])
+
+    def policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        kept = save and op is torch.ops.tfla.forward.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def layer(*t: Tensor) -> Tensor:
+        state = tfla.State(*t[5:], *[None] * (8 - len(t))) if len(t) > 5 else None
+        return tfla.mlstm(
+            *t[:5], input_gate=case.input_gate, initial_state=state, cu_seqlens=cu
+        )[0].sin()  # fmt: skip
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    y = checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
+    grads = torch.autograd.grad((y * x.dh).sum(), leaves)
+    plain = torch.autograd.grad((layer(*leaves) * x.dh).sum(), leaves)
+    return grads, plain, len(runs)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(T=70), Case(T=70, input_gate="sigmoid", state=False), packed(0, 40, 30)], ids=str
+)
+def test_selective_checkpointing_sees_the_forward_operator(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for save, expected in ((True, 1), (False, 2)):
+        grads, plain, runs = grads_of_a_checkpoint(case, save, monkeypatch)
+        assert runs == expected  # through the operator; the plain call takes another way
+        for a, b in zip(grads, plain, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", [Case(T=70), Case(T=70, input_gate="sigmoid"), packed(0, 40, 30)])
+def test_tensors_without_values_give_shapes(case: Case) -> None:
+    """FakeTensorMode and the device "meta", without torch.compile: forward, backward and a step."""
+    tensors, _ = arguments(case)
+    memory = [None if t is None else t.detach() for t in tensors[5:8]]
+    cu = tensors[8]
+
+    def call(*t: Tensor | None) -> list[Tensor]:
+        leaves = [s for s in t[:5] if s is not None]
+        h, end = tfla.mlstm(
+            *leaves, input_gate=case.input_gate, initial_state=tfla.State(*t[5:8]),  # type: ignore[arg-type]
+            output_final_state=True, cu_seqlens=t[8],
+        )  # fmt: skip
+        grads = torch.autograd.grad(h.sum() + end.C.sum(), leaves)
+        state = tfla.State(*(s if s is None else s[:1] for s in t[5:8]))  # type: ignore[arg-type]
+        token = [s.detach()[:1, 0] for s in leaves]
+        slots = torch.zeros(1, dtype=torch.int64, device=leaves[0].device)
+        one, _ = tfla.mlstm_step(
+            *token, state, input_gate=case.input_gate, inplace=True, slots=slots
+        )  # fmt: skip
+        return [h, *(s for s in end if s is not None), *grads, one]
+
+    flat = [*(t.detach().requires_grad_() for t in tensors[:5]), *memory, cu]
+    real = call(*flat)
+    on_meta = [None if t is None else t.detach().to("meta") for t in flat]
+    for t in on_meta[:5]:
+        t.requires_grad_()
+    for a, b in zip(call(*on_meta), real, strict=True):
+        assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
+    with FakeTensorMode() as mode:
+        fakes = [None if t is None else mode.from_tensor(t) for t in flat]
+        for a, b in zip(call(*fakes), real, strict=True):
+            assert isinstance(a, FakeTensor) and a.device == b.device
+            assert a.shape == b.shape and a.dtype == b.dtype
+
+
+def test_a_batch_of_gradients_is_refused_in_words() -> None:
+    tensors, _ = arguments(Case(T=10))
+    leaves = tensors[:5]
+    state = tfla.State(*(t.detach() for t in tensors[5:8]))
+    h, end = tfla.mlstm(*leaves, initial_state=state, output_final_state=True)
+    with pytest.raises(RuntimeError, match="is_grads_batched=True, jacobian with vectorize=True"):
+        torch.autograd.grad(h, leaves, torch.ones(3, *h.shape).double(), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match="is_grads_batched"):
+        torch.autograd.grad(end.C, leaves, torch.ones(3, *end.C.shape).double(),
+                            is_grads_batched=True)  # fmt: skip
+
+    def f(q: Tensor) -> Tensor:
+        return tfla.mlstm(q, *leaves[1:], initial_state=state)[0]
+
+    with pytest.raises(RuntimeError, match="vectorize=False"):
+        torch.autograd.functional.jacobian(f, leaves[0], vectorize=True)
+    J = torch.autograd.functional.jacobian(f, leaves[0].detach())
+    (dq,) = torch.autograd.grad(f(leaves[0]).sum(), leaves[0])
+    assert_close(J.sum((0, 1, 2, 3)), dq)
+
+
+def test_a_saved_state_is_loaded_without_trust(tmp_path: Path) -> None:
+    """torch.load with weights_only=True, its default, in a process that has only imported tfla."""
+    state = tfla.State(*make_inputs(Case(T=3)).memory)
+    torch.save({"layers": (state, tfla.State(state.C, None, None))}, tmp_path / "state.pt")
+    code = """
+import sys, torch, tfla
+one, other = torch.load(sys.argv[1])["layers"]
+assert type(one) is tfla.State and type(other) is tfla.State and other.n is None
+torch.save(one.C, sys.argv[2])
+"""
+    args = [sys.executable, "-c", code, str(tmp_path / "state.pt"), str(tmp_path / "C.pt")]
+    subprocess.run(args, check=True)
+    assert torch.equal(torch.load(tmp_path / "C.pt"), state.C)
+
+
+def test_a_state_saved_by_an_older_version_is_loaded(tmp_path: Path) -> None:
+    state = tfla.State(*make_inputs(Case(T=3)).memory)
+    file = tmp_path / "state.pt"
+    torch.save(state, file)
+    old = tmp_path / "old.pt"
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(old, "w") as target:
+        for name in source.namelist():
+            data = source.read(name).replace(b"ctfla\nState\n", b"ctfla.checks\nState\n")
+            target.writestr(name, data)
+    assert old.read_bytes() != file.read_bytes()
+    loaded = torch.load(old)
+    assert type(loaded) is tfla.State and torch.equal(loaded.C, state.C)

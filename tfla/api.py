@@ -50,7 +50,12 @@ def mlstm(
         q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides. Under
             autocast they are cast first.
         i, f: (B, T, H) gate pre-activations, any floating dtype; computed in fp32 (fp64 for fp64
-            q).
+            q), their sums in fp64. f = +-inf and i = -inf are exact limits. Log-gates above 2^100
+            (1.3e30) count as that, i = +inf among them, those below -2^100 as -inf. A sum of gates
+            has 53 bits: sums of gates up to 1e6 are exact to 1e-8, and beside 2^53 (9e15) of one
+            gate a difference of 1 in another is lost. The final m is fp32 (fp64 for fp64 q): up
+            to 1e9 its rounding is made up for by C and n, beyond it m alone is rounded. NaN stays
+            NaN, in its own and later tokens.
         input_gate: "exp" or "sigmoid".
         normalize: divide by the normaliser? None: True for "exp", False for "sigmoid", the paper's
             two variants.
@@ -59,13 +64,22 @@ def mlstm(
             None for an empty memory.
         output_final_state: also return the state after the last token.
         cu_seqlens: (N + 1,) int32 or int64 offsets 0 = c_0 <= ... <= c_N = T of sequences packed
-            along T; B must be 1. Without states, what is not finite in one may spoil all of them.
+            along T, any stride; B must be 1. On a GPU the host does not read them: there an offset
+            out of range or below an earlier one counts as the nearest that is not, and tokens
+            before the first and behind the last get zeros, in h and in gradients.
         backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
         group: a torch.distributed process group (or DeviceMesh of one dimension) over whose ranks T
             is split evenly, in rank order: each rank gives and gets its own tokens, but the whole
             ``cu_seqlens`` and ``initial_state``, and gets the whole final state. Gradients are
             those of the sum of all ranks' losses; that of ``initial_state`` is on the rank where a
             sequence begins, 0 on the others. All ranks must call, and run backward.
+
+    What is not finite stays in its row of B and its head, and in later tokens; NaN and inf in q, k
+    and v may reach earlier tokens of their own chunk of up to 64. It stays in its packed sequence,
+    but for "triton" without states in or out: there sequences run as one row, in which a closed
+    forget gate clears the state, and NaN and inf may reach the two neighbours of a sequence (on
+    Hopper, whose kernel multiplies the state by 0, all that follow, or in gradients precede it).
+    Finite inputs never spoil an earlier token.
 
     Returns:
         h: (B, T, H, V) in v's dtype, and the final State or None. Gradients are exact for any
@@ -114,16 +128,17 @@ def linear_attention(
         C_t = exp(log_f_t) C_{t-1} + exp(log_i_t) k_t v_t^T          h_t = C_t^T (scale q_t)
 
     Linear attention has no gates; retention and Lightning attention a constant log_f per head,
-    (H,); simple GLA log_f (B, T, H); Mamba-2's SSD log_f = A dt and log_i = log dt, with q = C, k
-    = B, v = x. With ``normalize`` h_t is divided by max(|n_t . scale q_t|, 1), n the same
-    recurrence over k, in a gauge m that cannot overflow (see ``mlstm``). Source: arXiv 2006.16236,
-    2307.08621, 2405.21060.
+    (H,); simple GLA log_f (B, T, H); Mamba-2's SSD log_f = A dt with q = C, k = B, v = dt x and
+    scale = 1 (log_i = log dt is the same function, but its gradient is NaN where dt = 0, which is
+    how padding is masked). With ``normalize`` h_t is divided by max(|n_t . scale q_t|, 1), n the
+    same recurrence over k, in a gauge m that cannot overflow (see ``mlstm``). Source: arXiv
+    2006.16236, 2307.08621, 2405.21060.
 
     Args:
         q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides.
         log_f, log_i: (B, T, H), (H,) or None (= 0): natural logarithms of the decay and of the
-            weight of each token. Positive ones are allowed, and may overflow when not normalised:
-            that is the function asked for.
+            weight of each token, with the limits of ``mlstm``. Positive ones are allowed, and may
+            overflow when not normalised, as log_f = +inf does: that is the function asked for.
         normalize, scale, initial_state, output_final_state, cu_seqlens, backend, group: as in
             ``mlstm``.
 
@@ -171,8 +186,10 @@ def mlstm_step(
             given; m in fp32 (fp64).
         input_gate, normalize, scale, backend: as in ``mlstm``.
         inplace: update ``state`` itself and return it; raises if anything requires grad.
-        slots: (B,) int32 or int64, distinct rows of a larger in-place state that the batch uses;
-            needs ``inplace=True``.
+        slots: (B,) int32 or int64, any stride: distinct rows of a larger in-place state that the
+            batch uses; needs ``inplace=True``. On a GPU the host does not read them: there h is NaN
+            for a row that does not exist, and no state is touched; where a row is named twice, its
+            state and the h of both are of no use, but no other's.
 
     Returns:
         h: (B, H, V) in v's dtype, and the State after the token.
@@ -207,8 +224,8 @@ def _sequence(
     B, T, H, K = q.shape
     V = v.shape[-1]
     i, f = (checks.gate_tensor(name, x, q) for name, x in gates.items())
-    N = checks.sequences(cu_seqlens, q)
     group = checks.group_of(group)
+    N = checks.sequences(cu_seqlens, q, 1 if group is None else group.size())
     if state is not None:
         state = checks.check_state(state, normalize, q, (N, H, K, V), "initial_state")
     name = checks.pick_backend(backend, q)
@@ -234,7 +251,7 @@ def _sequence(
     C, n, m = (None, None, None) if state is None else state
     options = ops.Options(scale, *activations, normalize, output_final_state, needs_grad, name)
     inputs = ops.Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    h, C, n, m = parallel.run(inputs, options, group)
+    h, C, n, m = _run(inputs, options, group)
     if not output_final_state:
         return h, None
     return h, State(C, n, m) if normalize else State(C, None, None)
@@ -272,10 +289,21 @@ def _step(
     C, n, m = (None if s is None else s.to(full) for s in state)
     one = (x[:, None] for x in (q, k, v, i, f))
     options = ops.Options(scale, *activations, normalize, True, True, name)
-    h, *after = ops.run(ops.Inputs(*one, C, n, m, None), options)  # type: ignore[call-arg]
+    h, *after = _run(ops.Inputs(*one, C, n, m, None), options, None)  # type: ignore[call-arg]
     # C and n go back in the dtypes that they came in; what is not there stays None.
     end = [None if s is None else t.to(s.dtype) for s, t in zip(state, after[:3], strict=True)]
     return h[:, 0], State(*end)  # type: ignore[arg-type]
+
+
+def _run(inputs: ops.Inputs, options: ops.Options, group: Any) -> tuple[Any, ...]:
+    """(h, C, n, m). Triton's interpreter multiplies the bit patterns of bf16 tiles as if they were
+    integers (3.6 to 3.9), so what it would get in bf16 it gets in fp32, and gives back in bf16."""
+    q, k, v = inputs[:3]
+    if options.backend != "triton" or q.dtype != torch.bfloat16 or not checks.interpreted():
+        return parallel.run(inputs, options, group)
+    wide = inputs._replace(q=q.float(), k=k.float(), v=v.float())
+    h, *after = parallel.run(wide, options, group)
+    return h.to(v.dtype), *after
 
 
 def _run_step(

@@ -6,6 +6,7 @@ Every error names the argument, what came and what is wanted.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tfla import ops
 from tfla.gates import INPUT_GATES
+from tfla.offsets import check_offsets
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,6 +40,12 @@ class State(NamedTuple):
     def detach(self) -> State:
         """The same state, cut off from the graph (truncated backpropagation through time)."""
         return State(*(None if t is None else t.detach() for t in self))  # type: ignore[arg-type]
+
+
+# Pickled by its public name, wherever it is defined, and read by torch.load with weights_only=True;
+# files of older versions have the other name.
+State.__module__ = "tfla"
+torch.serialization.add_safe_globals([State, (State, "tfla.checks.State")])
 
 
 def gate_of(name: str) -> Any:
@@ -120,9 +128,15 @@ def gate_tensor(name: str, x: Tensor | None, q: Tensor) -> Tensor:
     return x
 
 
-def sequences(cu_seqlens: Tensor | None, q: Tensor) -> int:
-    """N. The values of cu_seqlens are checked where they are read: never by the host when they are
-    on a GPU."""
+def host_has_values(x: Tensor) -> bool:
+    """May the host look at the values of x: without waiting for a device, and where there are any
+    (not in a graph that is being traced, not under FakeTensorMode)?"""
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or ops.by_operator(x))
+
+
+def sequences(cu_seqlens: Tensor | None, q: Tensor, ranks: int = 1) -> int:
+    """N. T is split over ``ranks``. Values are read where the host has them; on a GPU the kernels
+    make any offsets ascend within [0, T], and tokens that are then in no sequence get zeros."""
     if cu_seqlens is None:
         return q.shape[0]
     tensor("cu_seqlens", cu_seqlens)
@@ -140,6 +154,8 @@ def sequences(cu_seqlens: Tensor | None, q: Tensor) -> int:
         )
     if q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs sequences along T, so B must be 1; got q {what(q)}.")
+    if host_has_values(cu_seqlens):
+        check_offsets(cu_seqlens, q.shape[1], ranks)
     return cu_seqlens.shape[0] - 1
 
 
@@ -185,8 +201,8 @@ def check_state(
 
 
 def check_slots(slots: Any, B: int, rows: int, q: Tensor, inplace: bool) -> None:
-    """Rows of a state for a batch. Values are read where the host has them; on a GPU the kernel
-    keeps to the state and answers NaN."""
+    """Rows of a state for a batch. Values are read where the host has them; elsewhere a row out of
+    range is answered with NaN and touches no state."""
     kinds = (torch.int32, torch.int64)
     if not isinstance(slots, Tensor) or slots.shape != (B,) or slots.dtype not in kinds:
         raise TypeError(
@@ -199,7 +215,7 @@ def check_slots(slots: Any, B: int, rows: int, q: Tensor, inplace: bool) -> None
         raise ValueError(
             "slots says which rows of an in-place state the batch uses; pass inplace=True with it."
         )
-    if slots.device.type != "cpu" or torch.compiler.is_compiling():
+    if not host_has_values(slots):
         return
     values = slots.tolist()
     if any(not 0 <= value < rows for value in values) or len(set(values)) < len(values):
@@ -288,6 +304,12 @@ def pick_backend(backend: str | None, q: Tensor) -> str:
     if backend == "triton" and (reason := why_not_triton(q)):
         raise RuntimeError(f'backend="triton" cannot serve this call: {reason}')
     return backend
+
+
+@functools.cache  # Triton reads it once, too
+def interpreted() -> bool:
+    """Does Triton's interpreter run the kernels?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not_triton(q: Tensor) -> str | None:

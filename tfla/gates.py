@@ -1,24 +1,32 @@
 """Gates become two exponents, and their gradients come back: the only file that knows which gate
-it serves.
+it serves, and the one that holds the limits of gates, for both backends, sequences and steps.
 
-With ``log_i``, ``log_f`` the log-gates of a chunk of L tokens and ``m_in`` the gauge of the state
-that enters it,
+With ``log_i``, ``log_f`` the log-gates of a chunk of L tokens, token s reaches a later token t with
+weight exp(log_i_s + log_f_{s+1} + ... + log_f_t). With a normaliser the recurrence is written
+in a gauge m (m_in is that of the state which enters the chunk), and its gates are *stabilised*:
 
-    b_t = sum_{r<=t} log_f_r            p_s = log_i_s - b_s                 source exponent
-    M_t = max(m_in, max_{s<=t} p_s)     normalised                          target exponent
-    M_t = -b_t                          not normalised (the gauge is 0 throughout)
-    m_t = b_t + M_t                     m_out = round(m_L),  M_out = m_out - b_L
+    m_t = max(log_f_t + m_{t-1}, log_i_t)
+    a_t = log_f_t + m_{t-1} - m_t            the log-decay of the state       a, u <= 0, and one of
+    u_t = log_i_t - m_t                      the log-weight of the token      the two is 0
 
-so that token s reaches token t with weight exp(p_s - M_t), the incoming state with
-exp(m_in - M_t), and both reach the end of the chunk with exp(p_s - M_out) and exp(m_in - M_out).
+Without one m = 0, a = log_f and u = log_i. From here on there is one recurrence, of (a, u):
+
+    b_t = sum_{r<=t} a_r       p_s = u_s - b_s                           source exponent
+    D_ts = exp(p_s + b_t)      weight of token s at token t >= s         target exponent: -b_t
+
+The incoming state weighs exp(b_t), and at the end of the chunk token s weighs exp(p_s + b_L).
 Source: arXiv 2503.14376, section 3, in another gauge.
 
-Only differences of exponents matter, and they must stay exact while the exponents drift by
-thousands, or by millions where users reset with f = -1e5: a whole-row fp32 sum is off by 1e-2 in
-dq at 65,536 tokens. So exponents count in powers of two, whole ones and a rest apart: a *pair* is
-an fp64 tensor (2, ...) of integers and of numbers in [-1/2, 1/2], whose sum is meant. The rounding
-of m_out is taken up by M_out, so no error passes from chunk to chunk: a gauge may be any number
-near the maximum, if all weights are made with the same one.
+m_t is a maximum of sums that start at a token and never a difference of sums from the start of the
+chunk, so no gate, however large, takes digits from another: a reset with f = -1e5, or -1e30, leaves
+what follows as exact as if the sequence began there. What is compared with something 2^2048 times
+as large weighs nothing, so a and u are bounded, and their sums over a chunk are small enough that
+whole powers of two are exact in fp32. A *pair* is a tensor (2, ...) of whole powers of two and of
+rests in [-1/2, 1/2], whose sum is meant.
+
+A gauge may be any number near the maximum, if all weights are made with the same one: within a call
+it is fp64, and the rounding of the final one to the dtype of states is taken up by the weights of
+the last chunk, unless it is so large (beyond 1e9 in fp32) that only the gauge is rounded.
 """
 
 from __future__ import annotations
@@ -32,12 +40,23 @@ from torch.nn.functional import logsigmoid
 
 LOG2E = 1.4426950408889634
 
-# Stand-ins for -inf that survive subtraction. A forget gate of e^-1e5 erases any state, and what 64
-# of them sum up to is a whole power of two that fp32 still holds exactly. A state of gauge -1e30
-# loses to any token but those of log_i = -inf, which lose to it.
-LOG_F_MIN = -1e5
-GAUGE_MIN = -1e30
-LOG_I_MIN = -1e31
+# The limits of log-gates, natural logarithms: what is above LIMIT counts as LIMIT, what is below
+# -LIMIT as -inf, which has a stand-in that survives subtraction: a state of gauge EMPTY holds
+# nothing and loses to any token of a finite gate, log_i = -inf loses to it, and log_f = -inf makes
+# everything lose to that. Powers of two are the same numbers in every dtype; fp32 holds the sums
+# of a chunk of 64 tokens, fp64 those of any sequence.
+LIMIT = 2.0**100  # 1.3e30
+EMPTY = -(2.0**113)
+LOG_I_NOTHING = -(2.0**116)
+LOG_F_NOTHING = -(2.0**120)
+
+# The limits of (a, u), powers of two. 64 (RESET + STEP) < 2^24: whole exponents are exact in fp32.
+STEP = 2048.0  # of a finite log-decay; a weight beyond 2^-STEP of another is 0 beside it
+WRITE = 4096.0  # of a finite log-weight, downwards
+RESET = 147456.0  # log-decay of log_f = -inf: more than 64 steps can add up to
+NOTHING = -(2.0**100)  # of log_i = -inf: 2^NOTHING is 0, whatever is added to it
+# A gauge that is rounded by more than this is not followed by the weights: exp(32) is 8e13.
+FOLLOWED = 32.0
 
 
 class Gate(NamedTuple):
@@ -62,10 +81,39 @@ class Activations(NamedTuple):
 
 
 def log_gates(i: Tensor, f: Tensor, activations: Activations) -> tuple[Tensor, Tensor]:
-    """(log_i, log_f) from pre-activations, in the dtype that comes in; -inf becomes finite."""
+    """(log_i, log_f) from pre-activations, in the dtype that comes in and within the limits: finite
+    unless NaN, which stays NaN."""
     log_i = logsigmoid(i) if activations.sigmoid_i else i
     log_f = logsigmoid(f) if activations.sigmoid_f else f
-    return log_i.clamp(min=LOG_I_MIN), log_f.clamp(min=LOG_F_MIN)
+    return limited(log_i, log_f)
+
+
+def limited(log_i: Tensor, log_f: Tensor) -> tuple[Tensor, Tensor]:
+    """The same log-gates within the limits."""
+    pairs = ((log_i, LOG_I_NOTHING), (log_f, LOG_F_NOTHING))
+    log_i, log_f = (
+        x.clamp(max=LIMIT).masked_fill(x < -LIMIT, nothing) for x, nothing in pairs
+    )
+    return log_i, log_f
+
+
+def difference(log_f: Tensor, m: Tensor, m_next: Tensor) -> Tensor:
+    """log_f + m - m_next, the log-decay of a state; below fp64 with what rounding takes from
+    log_f + m: a gauge of 1e5 has steps of 0.008 in fp32."""
+    carried = log_f + m
+    if carried.dtype == torch.float64:
+        return carried - m_next
+    kept = carried - log_f
+    lost = (log_f - (carried - kept)) + (m - kept)
+    return carried - m_next + torch.where(lost.abs() > FOLLOWED, 0.0, lost)
+
+
+def rounded(m: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A gauge (fp64) in ``dtype``, and the number in fp64 that weights are made with: the same,
+    unless rounding it took more than weights can follow."""
+    low = m.to(dtype)
+    lost = m - low
+    return low, torch.where(lost.abs() > FOLLOWED, m, m - lost)
 
 
 def gate_gradients(
@@ -94,8 +142,8 @@ def behind(x: Tensor) -> Tensor:
 
 
 def pair(x: Tensor) -> Tensor:
-    """(...) natural logarithms, fp64 -> (2, ...) whole powers of two and rests."""
-    return _carry(torch.stack([torch.zeros_like(x), x * LOG2E]))
+    """(...) binary logarithms, fp64 -> (2, ...) whole ones and rests."""
+    return _carry(torch.stack([torch.zeros_like(x), x]))
 
 
 def _carry(x: Tensor) -> Tensor:
@@ -110,13 +158,12 @@ def exp(x: Tensor) -> Tensor:
 
 
 class Exponents(NamedTuple):
-    """The exponents of C chunks as pairs: (2, C, H, L), or (2, C, H) for a whole chunk."""
+    """The exponents of C chunks; pairs are (2, C, H, L), or (2, C, H) for a whole chunk."""
 
-    source: Tensor  # p
-    target: Tensor  # M
-    m: Tensor  # m_t, the gauge after each token
-    m_in: Tensor  # gauge of the state that enters the chunk
-    M_out: Tensor  # what the end of the chunk is for a source: exp(p - M_out)
+    source: Tensor  # p, a pair
+    target: Tensor  # -b, a pair
+    m: Tensor  # (C, H, L) m_t, the gauge after each token; 0 without a normaliser
+    end: Tensor  # b_L, a pair: what the end of the chunk is for a source, exp(p + b_L)
     m_final: Tensor  # (N, H) gauge after the last chunk of each sequence, in ``dtype``
 
 
@@ -126,36 +173,63 @@ def exponents(
 ) -> Exponents:  # fmt: skip
     """The exponents of every chunk.
 
-    log_i, log_f: (C, H, L) fp64. m: (N, H) initial gauge or None. steps: which sequences the first
-    chunks continue, which the next ones do, and so on. n: N, the number of sequences. dtype: the
-    dtype of gauges.
+    log_i, log_f: (C, H, L) fp64, within the limits. m: (N, H) initial gauge or None. steps: which
+    sequences the first chunks continue, which the next ones do, and so on. n: N, the number of
+    sequences. dtype: the dtype of gauges.
     """
     H = log_i.shape[1]
-    b = _carry(pair(log_f).cumsum(-1))
-    p = _carry(pair(log_i) - b)
-    b_L = b[..., -1]
-    if not normalize:
-        zero = torch.zeros_like(b_L)
-        return Exponents(p, -b, torch.zeros_like(b), zero, -b_L, log_i.new_zeros(n, H, dtype=dtype))
+    empty, resets = log_i <= LOG_I_NOTHING, log_f <= LOG_F_NOTHING
+    if normalize:
+        log_i, log_f, m_t, rounding, m_final = _stabilized(log_i, log_f, m, steps, n, dtype)
+    else:
+        m_t, rounding = torch.zeros_like(log_i), torch.zeros_like(log_i[..., 0])
+        m_final = log_i.new_zeros(n, H, dtype=dtype)
+    a = (log_f * LOG2E).clamp(-STEP, STEP).masked_fill(resets, -RESET)
+    b = _carry(pair(a).cumsum(-1))
+    p = _carry(pair((log_i * LOG2E).clamp(-WRITE, STEP)) - b)
+    p[0].masked_fill_(empty, NOTHING)
+    end = _carry(b[..., -1] + pair(rounding * LOG2E))
+    return Exponents(p, -b, m_t, end, m_final)
 
-    # From chunk to chunk, m_out = max(m_in, max p) + b_L.
-    gauge = log_i.new_full((n, H), GAUGE_MIN) if m is None else m.to(log_i.dtype)
-    gauge = gauge.clamp(min=GAUGE_MIN)
-    p_max, total = p.sum(0).amax(-1) / LOG2E, b_L.sum(0) / LOG2E
-    m_in, m_out = torch.empty_like(total), torch.empty_like(total)
+
+def _stabilized(
+    log_i: Tensor, log_f: Tensor, m: Tensor | None, steps: list[slice], n: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(u, a, m_t, rounding, m_final): stabilised gates and gauges, (C, H, L), how much smaller the
+    gauge at the end of each chunk (C, H) is than m_L, and that after the last one, (N, H)."""
+    # What each chunk makes of a gauge: m_L = max(m_in + total, top), by doubling.
+    total, top, reach = log_f, log_i, 1
+    while reach < log_i.shape[-1]:
+        near, far = slice(reach, None), slice(None, -reach)
+        raised = torch.maximum(top[..., near], top[..., far] + total[..., near])
+        summed = total[..., near] + total[..., far]
+        top = torch.cat([top[..., :reach], raised], -1)
+        total = torch.cat([total[..., :reach], summed], -1)
+        reach *= 2
+    gauge = log_i.new_full((n, log_i.shape[1]), EMPTY)
+    if m is not None:
+        gauge = m.to(log_i.dtype).clamp(EMPTY, -EMPTY)
+    m_in = torch.empty_like(total[..., -1])
+    last = torch.full((n,), -1)  # the last chunk of each sequence
     counts = [step.stop - step.start for step in steps]
-    parts = (x.split(counts) for x in (m_in, m_out, p_max, total))
-    for step, enters, leaves, top, b_last in zip(steps, *parts, strict=True):
+    parts = (x.split(counts) for x in (m_in, total[..., -1], top[..., -1]))
+    done = 0
+    for step, enters, sum_f, most in zip(steps, *parts, strict=True):
         rows = gauge[step]
         enters.copy_(rows)
-        leaves.copy_(torch.maximum(rows, top).add_(b_last).to(dtype))
-        rows.copy_(leaves)
+        rows.copy_(torch.maximum(rows + sum_f, most).clamp_(min=EMPTY))
+        last[step] = torch.arange(done, done + len(rows))
+        done += len(rows)
     # A gauge that is still the stand-in belongs to a state of zeros: its gauge may as well be 0.
-    final = torch.where(gauge <= GAUGE_MIN, 0.0, gauge).to(dtype)
+    gauge = torch.where(gauge <= EMPTY, 0.0, gauge)
+    final, followed = rounded(gauge, dtype)
+    rounding = torch.zeros_like(m_in)
+    used = last >= 0
+    rounding[last[used].to(m_in.device)] = (gauge - followed)[used.to(m_in.device)]
 
-    # Within each chunk, the largest of m_in and p so far.
-    m_in, m_out = pair(m_in), pair(m_out)
-    candidates = torch.cat([m_in[..., None], p], -1)
-    largest = candidates.sum(0).cummax(-1).indices[..., 1:]
-    M = candidates.gather(-1, largest.expand(2, *largest.shape))
-    return Exponents(p, M, b + M, m_in, m_out - b_L, final)
+    m_t = torch.maximum(m_in[..., None] + total, top).clamp_(min=EMPTY)
+    carried = log_f + torch.cat([m_in[..., None], m_t[..., :-1]], -1)
+    # Where the state has won, it keeps its weight: the difference would be one of roundings.
+    won = (log_i < m_t) & (m_t > EMPTY)
+    a = (carried - m_t).clamp_(max=0.0).masked_fill_(won, 0.0)
+    return log_i - m_t, a, m_t, rounding, final

@@ -6,7 +6,7 @@ Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, N packed s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 import tfla
-from tfla.ops import no_autocast
+from tfla.linear import PreciseLinear
 
 States = tuple[tfla.State, ...]
 
@@ -89,9 +89,7 @@ class MLSTM(nn.Module):
         width = (proj_size or hidden_size) * (1 + bidirectional)
         sources = [input_size] + [width] * (num_layers - 1)
         self.layers = nn.ModuleList(
-            _Layer(size, self).to(device=device, dtype=dtype)
-            for size in sources
-            for _ in range(1 + bidirectional)
+            _Layer(size, self, device, dtype) for size in sources for _ in range(1 + bidirectional)
         )
 
     def forward(
@@ -173,27 +171,33 @@ class MLSTM(nn.Module):
 class _Layer(nn.Module):
     """One layer in one direction: (B, T, size) -> (B, T, hidden_size or proj_size)."""
 
-    def __init__(self, size: int, of: MLSTM) -> None:
+    def __init__(
+        self, size: int, of: MLSTM, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.input_gate = of.num_heads, of.input_gate
         self.widths = [of.qk_size, of.qk_size, of.hidden_size, of.hidden_size]
-        self.qkvo = nn.Linear(size, sum(self.widths), bias=of.bias)
-        self.gates = nn.Linear(size, 2 * of.num_heads)  # rows: i, then f
-        self.norm_weight = nn.Parameter(torch.ones(of.hidden_size))
-        self.norm_bias = nn.Parameter(torch.zeros(of.hidden_size))
-        self.proj = nn.Linear(of.hidden_size, of.proj_size, bias=False) if of.proj_size else None
+        self.qkvo = nn.Linear(size, sum(self.widths), bias=of.bias, **at)
+        # Rows: i, then f. In fp32: an error in f acts on all later tokens.
+        self.gates = PreciseLinear(size, 2 * of.num_heads, **at)
+        self.norm_weight = nn.Parameter(torch.ones(of.hidden_size, **at))
+        self.norm_bias = nn.Parameter(torch.zeros(of.hidden_size, **at))
+        self.proj = None
+        if of.proj_size:
+            self.proj = nn.Linear(of.hidden_size, of.proj_size, bias=False, **at)
         with torch.no_grad():
             # At first the gates ignore x, and the heads remember for 20 to 400 tokens.
             self.gates.weight.zero_()
             self.gates.bias[: of.num_heads] = 0.0
-            self.gates.bias[of.num_heads :] = torch.linspace(3.0, 6.0, of.num_heads)
+            self.gates.bias[of.num_heads :] = torch.linspace(3.0, 6.0, of.num_heads, **at)
 
     def forward(
         self, x: Tensor, state: tfla.State | None, cu_seqlens: Tensor | None, backend: str | None
     ) -> tuple[Tensor, tfla.State]:
         q, k, v, o = self.qkvo(x).split(self.widths, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
-        i, f = self._gates(x)
+        i, f = self.gates(x).chunk(2, -1)
         h, after = tfla.mlstm(
             q, k, v, i, f, input_gate=self.input_gate, initial_state=state, output_final_state=True,
             cu_seqlens=cu_seqlens, backend=backend,
@@ -202,14 +206,6 @@ class _Layer(nn.Module):
         h = F.layer_norm(h, h.shape[-1:], eps=1e-6).flatten(-2)
         y = torch.sigmoid(o) * (h * self.norm_weight + self.norm_bias)
         return (y if self.proj is None else self.proj(y)), after
-
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """i and f (B, T, H) in fp32 (fp64 for fp64 x): an error in f acts on all later tokens."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with no_autocast(x.device.type):
-            y = F.linear(x.to(dtype), self.gates.weight.to(dtype), self.gates.bias.to(dtype))
-        i, f = y.chunk(2, -1)
-        return i, f
 
 
 class _Packing(NamedTuple):
@@ -226,14 +222,15 @@ def _packing(x: PackedSequence) -> _Packing:
     batch_sizes is on the CPU, so lengths are known without waiting for a device.
     """
     sizes = x.batch_sizes
+    at = sizes.device  # and not torch's default one
     N, T = int(sizes[0]), len(sizes)
-    lengths = T - torch.searchsorted(sizes.flip(0), torch.arange(N), right=True)
+    lengths = T - torch.searchsorted(sizes.flip(0), torch.arange(N, device=at), right=True)
     ends = F.pad(lengths.cumsum(0), (1, 0))
-    sequence = torch.arange(N).repeat_interleave(lengths)
-    t = torch.arange(len(sequence)) - ends[sequence]
+    sequence = torch.arange(N, device=at).repeat_interleave(lengths)
+    t = torch.arange(len(sequence), device=at) - ends[sequence]
     offset = sizes.cumsum(0) - sizes
     gather = offset[t] + sequence
-    mirror = ends[sequence] + ends[sequence + 1] - 1 - torch.arange(len(sequence))
+    mirror = ends[sequence] + ends[sequence + 1] - 1 - torch.arange(len(sequence), device=at)
     return _Packing(*(index.to(x.data.device) for index in (gather, mirror, ends)))
 
 

@@ -8,10 +8,10 @@ registration with PyTorch.
 
 and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module
 with the functions ``exponents``, ``saved``, ``normalizer_backward``, ``normalizer_carried``,
-``scan``, ``gate_gradients`` and ``initial_gradients`` (and ``saved_like``, for graphs, ``reach``,
-for many processes, ``update``, the decode step, ``recorded``, if it can do a call again without
-these, ``joined``, if packed sequences may be one); nothing here knows which one it is, nor which
-gate.
+``scan``, ``gate_gradients``, ``initial_gradients``, ``offsets`` and ``clear`` (and ``saved_like``,
+for graphs, ``reach``, for many processes, ``update``, the decode step, ``recorded``, if it can do a
+call again without these, ``joined``, if packed sequences may be one); nothing here knows which one
+it is, nor which gate.
 
 Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to
 dispatch); both run the same two functions below.
@@ -98,16 +98,31 @@ def scan_forward(x: Inputs, o: Options, ends: bool) -> tuple[Any, Any]:
 def _one(x: Inputs, o: Options) -> bool:
     """Are packed sequences one to the backend, as fast whatever their number and lengths? They may
     be where they neither start from states nor leave any: each begins by forgetting everything,
-    exp(log_f + m - m') = 0, and df there is 0. A log_f above 0 could raise m beyond any log_f."""
+    exp(log_f + m - m') = 0, and df there is 0. A log_f above 0 could raise m beyond any log_f. The
+    one is packed, too, for tokens that belong to no sequence are none of its."""
     if x.cu_seqlens is None or x.C is not None or o.final or not hasattr(o.leaf, "joined"):
         return False
     return o.sigmoid_f or not o.normalize
 
 
+def ordered(x: Inputs, o: Options) -> Inputs:
+    """x with offsets that the backend can rely on; see its ``offsets``."""
+    if x.cu_seqlens is None:
+        return x
+    return x._replace(cu_seqlens=o.leaf.offsets(x.cu_seqlens, x.q.shape[1]))
+
+
+def clear(x: Inputs, o: Options, *outputs: Tensor) -> None:
+    """Zeros in outputs (B, T, ...) at tokens that belong to no sequence."""
+    if x.cu_seqlens is not None:
+        o.leaf.clear(x.cu_seqlens, *outputs)
+
+
 def _joined(x: Inputs, o: Options) -> Inputs:
     if not _one(x, o):
         return x
-    return x._replace(f=o.leaf.joined(x.f, x.cu_seqlens), cu_seqlens=None)
+    f, ends = o.leaf.joined(x.f, x.cu_seqlens)
+    return x._replace(f=f, cu_seqlens=ends)
 
 
 def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
@@ -116,8 +131,10 @@ def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
 
 
 def _forward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
-    x = _joined(Inputs(*tensors), o)
+    given = ordered(Inputs(*tensors), o)
+    x = _joined(given, o)
     grid, result = scan_forward(x, o, o.final)
+    clear(given, o, result.out)
     C, n, m = result.final if o.final else None, None, None
     if o.final and o.normalize:
         n, m = grid.n_final.clone(), grid.m_final.clone()
@@ -141,7 +158,8 @@ def backward(
 
 
 def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
-    given, (h, saved, dh, dC, dn, *exchange), leaf = Inputs(*tensors[:9]), tensors[9:], o.leaf
+    (h, saved, dh, dC, dn, *exchange), leaf = tensors[9:], o.leaf
+    given = ordered(Inputs(*tensors[:9]), o)
     x = _joined(given, o)
     dh = torch.zeros_like(h) if dh is None else dh
     # An output that was not wanted is empty, and so is its cotangent.
@@ -168,6 +186,7 @@ def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
     dC_T = None if dC is None else dC.mT
     dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, column=column, dot=x.k, against=dq)
     di, df = leaf.gate_gradients(x.i, x.f, dq, dk, grid, o.activations)
+    clear(given, o, dq.out, dk.out, dv.out, di, df)
     dC_0, dn_0, dm_0 = None, None, None
     if x.C is not None:
         dC_0, dn = leaf.initial_gradients(dv, dk)
@@ -197,6 +216,8 @@ def run(x: Inputs, o: Options) -> tuple[Any, ...]:
     if torch.compiler.is_compiling():
         return torch.ops.tfla.forward(*x, *o)[:4]
     _refuse_transforms()
+    if by_operator(*x):
+        return torch.ops.tfla.forward(*x, *o)[:4]
     if o.keep or forward_ad._current_level >= 0:
         return _Forward.apply(o, *x)
     return _called(_forward, o, x)[:4]
@@ -211,12 +232,24 @@ def step(
     (N, H, ...), see ``tfla.State``."""
     if not inplace:
         C, n, m = C.clone(), None if n is None else n.clone(), None if m is None else m.clone()
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        _refuse_transforms()
+    if torch.compiler.is_compiling() or by_operator(q, k, v, i, f, C, n, m, slots):
         h = torch.ops.tfla.step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
     else:
-        _refuse_transforms()
         h = _step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
     return h, C, n, m
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def by_operator(*tensors: Tensor | None) -> bool:
+    """Is somebody to see the operators in place of what they do: a dispatch mode (selective
+    checkpointing, FakeTensorMode, modes that count) or tensors of another make, or of no values?"""
+    if torch._C._len_torch_dispatch_stack() > 0 or tensors[0].is_meta:  # type: ignore[union-attr]
+        return True
+    return not _PLAIN.issuperset(map(type, tensors))
 
 
 # ---------------------------------------------------------------- eager
@@ -239,6 +272,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, _: Any) -> Any:
+        _refuse_batches(dh, dC, dn)
         tensors = *ctx.saved_tensors, dh, dC, dn
         if torch.is_grad_enabled():  # create_graph: a node that refuses
             grads = _Backward.apply(ctx.options, *tensors)
@@ -270,6 +304,19 @@ def _refuse_transforms() -> None:
         raise RuntimeError(
             "tfla does not run under the transforms of torch.func (vmap, grad, jvp and the like): "
             "put what vmap maps over into B, and take gradients with torch.autograd.grad."
+        )
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def _refuse_batches(*cotangents: Tensor | None) -> None:
+    # The batches of torch.autograd are no transform of torch.func: only the tensors show them.
+    if any([x is not None and _is_batched(x) for x in cotangents]):
+        raise RuntimeError(
+            "tfla's backward pass does not take a batch of gradients (is_grads_batched=True, "
+            "jacobian with vectorize=True): call torch.autograd.grad once for each of them, or "
+            "jacobian with vectorize=False."
         )
 
 
@@ -308,7 +355,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     n, m = (new(N, H, K), new(N, H)) if o.final and o.normalize else (new(0), new(0))
     saved = new(0)
     if o.keep:
-        cu_seqlens = None if _one(x, o) else x.cu_seqlens
+        cu_seqlens = x.cu_seqlens
+        if cu_seqlens is not None and _one(x, o):
+            cu_seqlens = cu_seqlens.new_empty(2)
         saved = o.leaf.saved_like(x.q, x.v, cu_seqlens, o.normalize, o.keep, o.final)
     return x.v.new_empty(x.v.shape), C, n, m, saved
 

@@ -25,10 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tfla import gates, ops
-from tfla.gates import GAUGE_MIN
+from tfla.gates import EMPTY
+from tfla.offsets import check_offsets
 from tfla.ops import Inputs, Options
 
-CUT = -1e33  # below any gauge, and finite: a log weight of 0
+CUT = gates.LOG_F_NOTHING  # below any gauge, and finite: a log weight of 0
 SECONDS = 60  # that ranks wait for each other where shapes are compared
 
 
@@ -59,7 +60,7 @@ class Part(NamedTuple):
         if x.cu_seqlens is None:
             sides = (rank > 0, rank < size - 1, rank == 0, rank == size - 1)
             return Part(None, None, None, *sides, None, None)
-        cu, begin, end = x.cu_seqlens, rank * T, (rank + 1) * T
+        cu, begin, end = x.cu_seqlens.contiguous(), rank * T, (rank + 1) * T
         N = len(cu) - 1
         rows, t = torch.arange(N, device=device), torch.arange(T, device=device)
         edges = torch.arange(2, device=device, dtype=cu.dtype) * (T - 1) + begin
@@ -69,7 +70,7 @@ class Part(NamedTuple):
         starts = (cu[:-1] // T).clamp(0, size - 1) == rank
         ends = (torch.maximum(cu[1:] - 1, cu[:-1]) // T).clamp(0, size - 1) == rank
         own = (cu - begin).clamp(0, T)
-        head, tail = t < own[first + 1], t >= own[last]
+        head, tail = t < own[first + 1], (t >= own[last]) & (t < own[last + 1])
         return Part(own, first, last, enters, leaves, starts, ends, head, tail)
 
 
@@ -124,10 +125,11 @@ class _States(NamedTuple):
 
 def _sum(states: _States, power: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """(C, n, m): the sum of states (S, P, H, ...) of weights e^power (S, P, H), fp64."""
-    m = power.amax(0).clamp(min=GAUGE_MIN) if normalize else torch.zeros_like(power[0])
-    C, n = _weigh(states, power - (m := m.to(states.C.dtype)))
+    m = power.amax(0).clamp(min=EMPTY) if normalize else torch.zeros_like(power[0])
+    m, followed = gates.rounded(m, states.C.dtype)
+    C, n = _weigh(states, power - followed)
     # A gauge that is still the stand-in belongs to a state of zeros: it may as well be 0.
-    return C, n, torch.where(m <= GAUGE_MIN, 0.0, m)
+    return C, n, torch.where(m <= EMPTY, 0.0, m)
 
 
 def _weigh(states: _States, power: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -170,9 +172,10 @@ def _left(x: Inputs, o: Options, part: Part) -> _States:
     log_i, log_f = map(_mask, (part.tail, part.tail), logs, (-torch.inf, 0.0))
     log_i, log_f = (y.transpose(1, 2).contiguous() for y in (log_i, log_f))  # (B, H, T)
     power = log_i + gates.behind(log_f)
-    m = power.amax(-1).clamp(min=GAUGE_MIN) if o.normalize else torch.zeros_like(power[..., 0])
-    m, b = m.to(full), log_f.sum(-1)
-    w = (power - m[..., None]).exp().to(full).transpose(1, 2)
+    m = power.amax(-1).clamp(min=EMPTY) if o.normalize else torch.zeros_like(power[..., 0])
+    m, followed = gates.rounded(m, full)
+    b = log_f.sum(-1).clamp(min=CUT)  # which fp32 holds
+    w = (power - followed[..., None]).exp().to(full).transpose(1, 2)
     C = _product(x.k, w, x.v, full)
     n = _sum_of(x.k, w, full) if o.normalize else None
     begins = _pick(part.starts, part.last)
@@ -196,7 +199,7 @@ def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
         C = x.q.new_zeros(N, H, K, V, dtype=full) if x.C is None else x.C
         n, m = x.n, x.m
         if o.normalize and x.n is None:
-            n, m = C.new_zeros(N, H, K), C.new_full((N, H), GAUGE_MIN)
+            n, m = C.new_zeros(N, H, K), C.new_full((N, H), EMPTY)
         states = arrives()
         if rank:
             before = states.ranks(0, rank)
@@ -205,8 +208,9 @@ def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
             if n is not None and n_r is not None and m is not None:
                 n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
         packed = x.cu_seqlens is not None
-        inner = x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
+        inner = ops.ordered(x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens), o)
         grid, result = ops.scan_forward(inner, o._replace(final=o.final and packed), True)
+        ops.clear(inner, o, result.out)
         ends = [result.out.new_empty(0, dtype=full) for _ in range(3)]
         m_last = grid.m_final.clone() if o.normalize else C.new_zeros(N, H)
         if o.final and packed:  # each is known where its sequence ends
@@ -294,14 +298,8 @@ _seen: dict[str, list[Any]] = {}  # by name: the group, the calls that agreed, c
 
 def _agree(x: Inputs, o: Options, group: Any) -> None:
     """ValueError in every rank unless all make the same call: compared once, by no collective."""
-    if x.cu_seqlens is not None and x.cu_seqlens.device.type == "cpu":
-        T = x.q.shape[1] * group.size()
-        offsets = x.cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != T or offsets != sorted(offsets):
-            raise ValueError(
-                f"cu_seqlens must ascend from 0 to T = {T}, that of the {group.size()} ranks of "
-                f"group together; got [{', '.join(map(str, offsets[:8]))}, ...]."
-            )
+    if x.cu_seqlens is not None and x.cu_seqlens.device.type == "cpu":  # of graphs, too
+        check_offsets(x.cu_seqlens, x.q.shape[1], group.size())
     options = o._replace(keep=True, backend="")
     call = (options, *(None if t is None else (t.shape, t.dtype) for t in x))
     known = _seen.get(group.group_name)

@@ -54,6 +54,8 @@ class Tile:
     transposed: bool
     descriptor: bool
     hopper: bool = False  # by hand, hopper.py
+    mma: bool = False  # by hand, mma.py
+    y_ahead: bool = False  # of mma.py: is there shared memory for y of two chunks?
 
     @property
     def tiles(self) -> int:
@@ -107,6 +109,7 @@ class Shape:
     stages: int
     transposed: bool = False
     hopper: bool = False
+    mma: bool = False
 
 
 # Chosen from ahead-of-time builds: the widest that leave (next to) nothing on the stack and two
@@ -121,7 +124,11 @@ SHAPES = {
         32, 256, 64, 4, 3, True
     ),  # at L = 64 a contraction of 256 spills 256 to 1,264 bytes
     "wgmma tf32": Shape(32, 128, 64, 4, 2, True),
-    "mma": Shape(32, 128, 64, 8, 2),
+    # mma.py, measured as compiled for 8.0 on an H200 (docs/performance.md).
+    "mma.sync": Shape(32, 256, 128, 8, 2, True, mma=True),
+    "mma.sync pairs": Shape(32, 128, 128, 8, 2, True, mma=True),  # fp32 as sums of two bf16
+    "mma.sync pairs, 99 KiB": Shape(16, 128, 128, 8, 2, True, mma=True),
+    "mma": Shape(64, 128, 64, 4, 2, True),  # what cannot use it: rows that are not of 16 bytes
     "mma 4 warps": Shape(32, 128, 64, 4, 2),
     "mma tf32": Shape(32, 64, 32, 4, 2),
 }
@@ -133,6 +140,11 @@ def _shape(p: Problem, device: Device, mean: int) -> Shape:
         return SHAPES["ieee"]
     if major == 9 and _descriptors(p, device) and mean > 32:
         return SHAPES["hopper" if p.bytes == 2 else "hopper pairs"]
+    if major in (8, 12) and _whole_rows(p):
+        if p.bytes == 2:
+            return SHAPES["mma.sync"]
+        small = device.shared_memory < 128 * 1024
+        return SHAPES["mma.sync pairs, 99 KiB" if small else "mma.sync pairs"]
     if p.bytes == 4:
         return SHAPES["wgmma tf32" if major == 9 else "mma tf32"]
     if major == 9:
@@ -150,7 +162,8 @@ def plan(problem: Problem, device: Device) -> Plan:
     h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
     # Programs that a multiprocessor holds: registers for two of four warps, or one of eight; of
     # fp32 in hopper.py one by its shared memory.
-    one = shape.hopper and (p.bytes == 4 or max(h.warps, dq.warps) == 8)
+    by_hand = shape.hopper or shape.mma
+    one = by_hand and (p.bytes == 4 or max(h.warps, dq.warps) == 8)
     wanted = device.multiprocessors * (1 if one else 2)
     # Kept states: as few as leave enough pieces for dq and dk to fill the machine.
     span = 2048
@@ -170,29 +183,44 @@ def plan(problem: Problem, device: Device) -> Plan:
     if mean >= 512 * L:
         block_c, block_n = 256, 8
     return Plan(
-        L, span, segment, h, dq, small, small, block_c, min(block_n, small), small_warps=4,
-        gate_warps=2, divides=divides,
+        L, span, segment, h, dq, small, small, block_c, min(block_n, small),
+        small_warps=2 if L <= 32 and shape.mma else 4, gate_warps=1 if L <= 32 and shape.mma else 2,
+        divides=divides,
     )  # fmt: skip
 
 
 def _descriptors(p: Problem, device: Device) -> bool:
     """Can the copy engine read the rows? They must be multiples of 16 bytes."""
-    return device.descriptors and p.K * p.bytes % 16 == 0 and p.V * p.bytes % 16 == 0
+    return device.descriptors and _whole_rows(p)
+
+
+def _whole_rows(p: Problem) -> bool:
+    """Are rows of q, k and v multiples of 16 bytes, what one thread copies at once?"""
+    return p.K * p.bytes % 16 == 0 and p.V * p.bytes % 16 == 0
 
 
 def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
     block_a = min(shape.block_a, power_of_two(A))
-    block_x = min(shape.block_x, power_of_two(X, 64 if shape.hopper else 16))
+    block_x = min(shape.block_x, power_of_two(X, 64 if shape.hopper or shape.mma else 16))
+    warps, stages = shape.warps, shape.stages
+    if shape.hopper:
+        warps = block_x // 16
+        stages += shape is SHAPES["hopper"] and block_a <= 128 and block_x == 128
+    if shape.mma:  # half of the registers of a program hold the state, or less
+        warps = 4 if block_a * block_x <= 8192 else shape.warps
+        stages += p.bytes == 2 and block_a * block_x <= 4096
     return Tile(
         A,
         X,
         block_a,
         block_x,
         splits=-(-A // block_a),
-        warps=block_x // 16 if shape.hopper else shape.warps,
-        stages=shape.stages + (shape is SHAPES["hopper"] and block_a <= 128 and block_x == 128),
+        warps=warps,
+        stages=stages,
         # The transposed form has block_x rows, of which a warp-group product needs 64.
         transposed=shape.transposed and block_x >= 64,
         descriptor=_descriptors(p, device),
         hopper=shape.hopper,
+        mma=shape.mma,
+        y_ahead=shape.mma and device.shared_memory >= 128 * 1024,
     )

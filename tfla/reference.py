@@ -7,6 +7,7 @@ and memory linear in T, in fp32 (fp64 for fp64 inputs), on chunks that never cro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch.nn.functional import pad
 
 from tfla import gates
 from tfla.gates import Activations
+from tfla.offsets import check_offsets
 
 # Tokens a chunk. On a CPU (AVX2, heads of 64) chunks of 32 and 128 take 1.5 and 1.4 times as long.
 L = 64
@@ -39,19 +41,32 @@ def step(
         h  = C'^T (scale q) / max(|n' . scale q|, exp(-m'))
 
     q, k: (N, H, K). v: (N, H, V). log_i, log_f, m: (N, H). C: (N, H, K, V). n: (N, H, K). Without
-    the normaliser m = 0, h = C'^T (scale q). Source: arXiv 2503.14376, equations 3 to 9."""
-    q = q * scale
-    m_next = None if m is None else torch.maximum(log_f + m, log_i)
-    if m is not None and m_next is not None:
-        log_f, log_i = log_f + m - m_next, log_i - m_next
-    decay, k = log_f.exp()[..., None], log_i.exp()[..., None] * k
-    C = C.mul_(decay[..., None]) if inplace else decay[..., None] * C
+    the normaliser m = 0, h = C'^T (scale q). Source: arXiv 2503.14376, equations 3 to 9.
+
+    Log-gates may be infinite (``tfla.gates.limited``). What is decayed to 0 is 0, whatever it was;
+    where nothing is left of a state, log_i = log_f = -inf, its gauge is 0."""
+    q, log_i, log_f = q * scale, *gates.limited(log_i, log_f)
+    m_next = None
+    if m is not None:
+        carried = log_f + m
+        m_next = torch.maximum(carried, log_i)
+        m_next = m_next.masked_fill(m_next < gates.EMPTY, 0.0)
+        log_f, log_i = gates.difference(log_f, m, m_next), log_i - m_next
+    decay, weight = log_f.exp(), log_i.exp()
+    erased, k = (decay == 0.0)[..., None], weight[..., None] * k
+    if inplace:
+        C = C.mul_(decay[..., None, None])
+        if C.device.type != "cpu" or erased.any():
+            C.masked_fill_(erased[..., None], 0.0)
+    else:
+        C = (decay[..., None, None] * C).masked_fill(erased[..., None], 0.0)
     C = C.addcmul_(k[..., :, None], v[..., None, :])
     h = (q[..., None, :] @ C).squeeze(-2)
     if n is None or m_next is None:
         return h, C, None, None
-    n = decay * n + k
-    floor = (-m_next).exp().clamp(min=torch.finfo(q.dtype).tiny)
+    n = (decay[..., None] * n).masked_fill(erased, 0.0) + k
+    most = -math.log(torch.finfo(q.dtype).tiny)
+    floor = (-m_next).clamp(-most, most).exp()
     return h / torch.maximum((q * n).sum(-1).abs(), floor)[..., None], C, n, m_next
 
 
@@ -91,29 +106,25 @@ class Layout(NamedTuple):
     @staticmethod
     def make(B: int, T: int, cu_seqlens: Any, numbers: int, device: torch.device) -> Layout:
         """numbers: those in the largest matrix of a chunk, all heads."""
+        cpu = torch.device("cpu")  # whatever torch's default device is
         if cu_seqlens is None:
-            start, length = torch.arange(B) * T, torch.full((B,), T)
+            start = torch.arange(B, device=cpu) * T
+            length = torch.full((B,), T, device=cpu)
         else:
-            offsets = cu_seqlens.to("cpu", torch.int64)
+            offsets = torch.tensor(check_offsets(cu_seqlens, T), device=cpu)
             start, length = offsets[:-1], offsets.diff()
-            if int(offsets[0]) != 0 or int(offsets[-1]) != T or bool((length < 0).any()):
-                got = ", ".join(map(str, offsets.tolist()[:8])) + ", ..." * (len(offsets) > 8)
-                raise ValueError(
-                    f"cu_seqlens must ascend from 0 to T = {T}; got [{got}]. "
-                    "Give the offsets at which the packed sequences start, followed by T."
-                )
         length, rank = length.sort(descending=True, stable=True)
         longest = int(length[0]) if len(length) else 0
         size = min(L, max(longest, 1))
-        first = torch.arange(0, longest, size)
+        first = torch.arange(0, longest, size, device=cpu)
         counts = torch.searchsorted(-length, -first)  # how many sequences are longer than that
-        ranks = torch.cat([torch.arange(n) for n in [0, *counts.tolist()]])
-        position = first.repeat_interleave(counts)[:, None] + torch.arange(size)
+        ranks = torch.cat([torch.arange(n, device=cpu) for n in [0, *counts.tolist()]])
+        position = first.repeat_interleave(counts)[:, None] + torch.arange(size, device=cpu)
         past = position >= length[ranks, None]
         index = torch.where(past, B * T, start[rank[ranks], None] + position)
         room, C = max(BLOCK // numbers, 1), len(ranks)
         blocks = [Block(slice(c, min(c + room, C)), []) for c in range(0, C, room)]
-        starts = ((ranks == 0) | (torch.arange(C) % room == 0)).nonzero()[:, 0]
+        starts = ((ranks == 0) | (torch.arange(C, device=cpu) % room == 0)).nonzero()[:, 0]
         ends = [*starts[1:].tolist(), C]
         for c, end, r in zip(starts.tolist(), ends, ranks[starts].tolist(), strict=False):
             blocks[c // room].steps.append(slice(r, r + end - c))
@@ -167,10 +178,11 @@ class Grid:
 
     def weights(self, c: slice) -> Tensor:
         """D_ts of some chunks, (., H, L, L). Powers of whole numbers are exact, and so are their
-        differences. Select s <= t after exp2: beyond the diagonal it overflows."""
+        differences. Select s <= t last: beyond the diagonal there may be anything."""
         source, target = self.source, self.target
-        D = (source.whole[c][..., None, :] - target.whole[c][..., None]).exp2_().tril_()
-        return D.mul_(source.factor[c][..., None, :]).mul_(target.factor[c][..., None])
+        D = (source.whole[c][..., None, :] - target.whole[c][..., None]).exp2_()
+        D = D.mul_(source.factor[c][..., None, :]).mul_(target.factor[c][..., None])
+        return D.tril_()
 
     def join(self, x: Tensor) -> Tensor:
         B, T, H = self.shape
@@ -195,7 +207,7 @@ def exponents(
     host = q.device if q.device.type != "mps" else torch.device("cpu")  # MPS has no fp64
     log_i, log_f = gates.log_gates(i.to(host, dtype), f.to(host, dtype), activations)
     e = gates.exponents(
-        layout.cut(log_i, torch.float64, whole, gates.LOG_I_MIN),
+        layout.cut(log_i, torch.float64, whole, gates.LOG_I_NOTHING),
         layout.cut(log_f, torch.float64, whole), None if m is None else m[layout.rank].to(host),
         whole.steps, len(layout.rank), normalize, dtype,
     )  # fmt: skip
@@ -204,17 +216,16 @@ def exponents(
         return x.to(q.device, dtype)
 
     info = torch.finfo(dtype)
-    floor = put(gates.exp(-e.m).clamp(info.tiny, info.max))
-    factor = put((-e.target[1]).exp2() * scale)
-    edge = put(gates.exp(e.m_in[..., None] - e.target) * scale)
+    floor = put(gates.exp(gates.pair(-e.m * gates.LOG2E)).clamp(info.tiny, info.max))
+    factor, edge = (-e.target[1]).exp2() * scale, gates.exp(-e.target) * scale
     if saved is not None and normalize:
         den = torch.maximum(layout.cut(saved, dtype, whole).abs(), floor)
         # Of a token that weighs nothing, but finite: 1 / den may be 2^126, and inf times 0 is NaN.
         factor, edge = ((x / den).clamp(max=info.max / 4) for x in (factor, edge))
-    reach = gates.exp(e.source - e.M_out[..., None])
+    reach = gates.exp(e.source + e.end[..., None])
     source = Side(put(e.source[0]), put(e.source[1].exp2()), put(reach))
-    target = Side(put(e.target[0]), factor, edge)
-    decay, m_final = put(gates.exp(e.m_in - e.M_out)), put(e.m_final)[layout.rank_of]
+    target = Side(put(e.target[0]), put(factor), put(edge))
+    decay, m_final = put(gates.exp(e.end)), put(e.m_final)[layout.rank_of]
     nu, shape = saved if normalize else None, q.shape[:3]
     return Grid(layout, shape, dtype, source, target, decay, floor, normalize, n, nu, m_final)
 
@@ -322,12 +333,13 @@ def scan(
             left, right = (torch.ones_like(d), d) if reverse else (d, torch.ones_like(d))
             a_, b_ = torch.cat([a_, left], -1), torch.cat([b_, right], -1)
 
-        scores = (b_ @ a_.mT if reverse else a_ @ b_.mT).mul_(grid.weights(c))
         update = (b_ * writes[c][..., None]).mT @ x_
         entering = torch.empty_like(update) if states is None else states[c]
         _carry(current, entering, update, grid.decay[c], block.steps, reverse)
-        from_state = (a_ @ entering).mul_(reads[c][..., None])
-        y = ((scores.mT if reverse else scores) @ x_).add_(from_state)
+        operands = a_, b_, x_, grid.weights(c), entering, reads[c][..., None], reverse
+        scores, from_state, y = _chunk(*operands, select=False)
+        if not _is_finite(y):
+            scores, from_state, y = _chunk(*operands, select=True)
 
         if divide:
             layout.join(y[..., -1], nu, block)
@@ -337,9 +349,11 @@ def scan(
             z = layout.cut(dot, dtype, block)
             dots[c] = (from_state * z).sum(-1)
             if against is not None and against.states is not None:
-                flow = (x_ @ z.mT).mul_(scores)  # from s (column) to r; dots: on to the next chunk
+                # From s (column) to r; dots: on to the next chunk.
+                flow = (x_ @ z.mT).mul_(scores).masked_fill_(scores == 0.0, 0.0)
                 after = flow.cumsum(-1).tril_(-1).sum(-2) + dots[c].cumsum(-1)
                 past = (against.states[c] * entering).sum((-2, -1)) * grid.decay[c]
+                past.masked_fill_(grid.decay[c] == 0.0, 0.0)
                 across[c] = pad(after[..., :-1], (1, 0)) + past[..., None]
                 dots[c] += flow.sum(-2)
 
@@ -360,7 +374,32 @@ def _carry(
     run = list(zip(steps, *parts, strict=True))
     for ranks, enters, new, kept in reversed(run) if reverse else run:
         enters.copy_(S[ranks])
+        if S.device.type != "cpu" or not kept.all():  # the state is forgotten, whatever it was
+            S[ranks].masked_fill_(kept == 0.0, 0.0)
         torch.addcmul(new, S[ranks], kept, out=S[ranks])
+
+
+def _chunk(
+    a: Tensor, b: Tensor, x: Tensor, D: Tensor, S: Tensor, edge: Tensor, reverse: bool,
+    select: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of some chunks: scores (target, source), the state's share of the output, and the output.
+    select: what has a weight of 0 is 0, also where it is not finite."""
+    scores, from_state = (b @ a.mT if reverse else a @ b.mT).mul_(D), (a @ S).mul_(edge)
+    if not select:
+        return scores, from_state, ((scores.mT if reverse else scores) @ x).add_(from_state)
+    scores.masked_fill_(D == 0.0, 0.0)
+    from_state.masked_fill_(edge == 0.0, 0.0)
+    weights, D = (scores.mT, D.mT) if reverse else (scores, D)
+    bad = ~x.isfinite()
+    reached = (D != 0.0).to(x.dtype) @ bad.to(x.dtype) > 0.0
+    y = torch.where(reached, weights @ x, weights @ x.masked_fill(bad, 0.0))
+    return scores, from_state, y + from_state
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Nothing in x is inf or NaN (a sum may overflow too, which costs time only)."""
+    return x.device.type == "cpu" and math.isfinite(x.sum())
 
 
 def gate_gradients(
@@ -389,12 +428,31 @@ def update(
     """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     log_i, log_f = gates.log_gates(i.to(dtype), f.to(dtype), activations)
-    rows = slice(None) if slots is None else slots
+    rows: Any = slice(None) if slots is None else slots.long().clamp(0, max(len(C) - 1, 0))
     states = [None if s is None else s[rows].to(dtype) for s in (C, n, m)]
     inplace = slots is None and C.dtype == dtype  # fresh memory takes five times the arithmetic
     tokens = (x.to(dtype) for x in (q, k, v))
     h, *new = step(*tokens, log_i, log_f, *states, scale, inplace)  # type: ignore
+    if slots is not None and len(slots) > 0:
+        known = (slots >= 0) & (slots < len(C))
+        # Without waiting for a device: who has no row writes what the first who has one does, to
+        # the same place, and nobody writes anything where there is none.
+        source = torch.where(known, torch.arange(len(known), device=q.device), known.int().argmax())
+        rows = rows[source]
+        for at, old in enumerate(states):
+            if old is not None:
+                new[at] = torch.where(known.any(), new[at][source], old)  # type: ignore[index]
+        h = h.masked_fill(~known[:, None, None], torch.nan)
     for state, value in zip((C, n, m), new, strict=True):
         if state is not None and value is not None and not (inplace and state is C):
             state[rows] = value.to(state.dtype)
     return h.to(v.dtype)
+
+
+def offsets(cu_seqlens: Tensor, T: int) -> Tensor:
+    """Offsets as the functions above take them: any, for ``Layout.make`` reads and checks them."""
+    return cu_seqlens
+
+
+def clear(offsets: Tensor, *outputs: Tensor) -> None:
+    """Zeros at tokens that belong to no sequence: ``Layout.make`` allows none."""

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -325,3 +326,63 @@ def test_what_is_no_xlstm_is_refused() -> None:
     with pytest.raises(ValueError, match="state_dtype"):
         patch(make(), state_dtype=torch.float16)
     assert VOCAB == make().config.vocab_size
+
+
+# Which the other name of it, new in 5.23, would not need.
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("train", [False, True])
+def test_threads_that_share_a_model_keep_their_own_padding(train: bool) -> None:
+    """Values, and gradients through checkpoints, whose second computation may be in any thread."""
+    model = patch(make())
+    model.train(train)
+    if train:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens(2, 33)
+    masks = [torch.ones_like(ids) for _ in range(3)]
+    for n, mask in enumerate(masks):
+        mask[0, : 7 * n] = 0
+    weight = model.backbone.blocks[0].mlstm_layer.q.weight
+
+    def answer(mask: Tensor) -> Tensor:
+        with torch.set_grad_enabled(train):
+            logits = model(ids, attention_mask=mask).logits
+            return torch.autograd.grad(logits.sum(), weight)[0] if train else logits
+
+    right = [answer(mask) for mask in masks]
+    assert not torch.equal(right[0], right[1]) and not torch.equal(right[1], right[2])
+    wrong: list[int] = []
+
+    def work(n: int) -> None:
+        try:
+            for _ in range(3 if train else 8):
+                if not torch.equal(answer(masks[n]), right[n]):
+                    wrong.append(n)
+        except Exception:
+            wrong.append(n)
+            raise
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+
+
+def test_what_a_call_raises_leaves_no_mask_behind() -> None:
+    model, ids = patch(make()).eval(), tokens(2, 9)
+    right = model(ids).logits
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    handle = model.backbone.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids, attention_mask=mask)
+    handle.remove()
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(ids, attention_mask=mask[:, :5])
+    assert torch.equal(model(ids).logits, right)

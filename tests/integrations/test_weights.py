@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 
 from tfla.integrations import load_xlstm, save_xlstm
 from tfla.xlstm import XLSTM, XLSTMConfig
@@ -266,3 +267,17 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not an empty folder"):
         saved(tmp_path / "m")
     assert (tmp_path / "m/precious").read_text() == "x"
+
+
+@pytest.mark.parametrize("module", ["blocks.1.mlstm.gates", "head"])
+def test_weights_that_lie_elsewhere_are_not_left_out(module: str, tmp_path: Path) -> None:
+    """A pruned or adapted model is not what its parameters say."""
+    model = XLSTM(CONFIG)
+    prune.random_unstructured(model.get_submodule(module), "weight", 0.5)
+    with pytest.raises(ValueError, match=rf"model must hold {module}.weight .*prune.remove"):
+        save_xlstm(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    prune.remove(model.get_submodule(module), "weight")
+    again = load_xlstm(save_xlstm(model, tmp_path / "x"))
+    tokens = torch.randint(50, (1, 9))
+    assert torch.equal(again(tokens)[0], model(tokens)[0])

@@ -27,6 +27,8 @@ from tfla.gates import INPUT_GATES
 
 DEVICES = {
     ("cuda", 80): plan.Device((8, 0), 108, 166912),
+    ("cuda", 86): plan.Device((8, 6), 82, 101376),
+    ("cuda", 89): plan.Device((8, 9), 128, 101376),
     ("cuda", 90): plan.Device((9, 0), 132, 232448),
     ("cuda", 100): plan.Device((10, 0), 148, 232448),
     ("cuda", 120): plan.Device((12, 0), 170, 101376),

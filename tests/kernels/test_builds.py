@@ -22,15 +22,19 @@ from tfla import kernels
 from tfla.gates import INPUT_GATES, Activations
 from tfla.kernels import pointwise, step
 from tfla.kernels.hopper import _scan_hopper_kernel
+from tfla.kernels.mma import _scan_mma_kernel
 from tfla.kernels.scan import _scan_kernel
 
-SCANS = (_scan_kernel, _scan_hopper_kernel)
+SCANS = (_scan_kernel, _scan_hopper_kernel, _scan_mma_kernel)
+MMA = [target for target in DEVICES if target[0] == "cuda" and target[1] in (80, 86, 89, 120)]
 
 # Bytes of stack a thread. Triton says nothing of spills without a GPU; the linker does. What is
-# tolerated was measured to be touched at the ends of spans only, or (compute capability 12.0) is
-# one accumulator of eight.
+# tolerated was measured to be touched at the ends of spans only, or (mma.py) is what 255 registers
+# do not hold beside a state of 256 rows: dq and dk were timed with it.
 STACK = {
-    ("cuda", 80): 32,
+    ("cuda", 80): 128,
+    ("cuda", 86): 128,
+    ("cuda", 89): 128,
     ("cuda", 90): 128,
     ("cuda", 100): 32,
     ("cuda", 120): 128,
@@ -64,8 +68,41 @@ def test_the_scans_build(target: tuple[str, int | str]) -> None:
     scans = [x for x in launches(DEVICES[target], *MAIN) if x.kernel in SCANS]
     whole = [x for x in scans if dict(x.constants).get("out", 0) == 0]
     assert len(whole) >= 4
-    for launch in whole if target == ("cuda", 90) else whole[:2]:
+    for launch in whole if target in (("cuda", 80), ("cuda", 90)) else whole[:2]:
         check(launch, target, STACK[target])
+
+
+# What a call may have, and the least of what it may be.
+ON_MMA: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "states": ((2, 1000, 4, 128, 256), {"state": True, "dtype": torch.float16}),
+    "cut": ((1, 20000, 4, 64, 64), {"state": True, "gate": "sigmoid"}),
+    "packed": ((1, 20000, 4, 48, 80), {"state": True, "packed": 5}),
+    "wide": ((2, 1000, 4, 256, 512), {"gate": "sigmoid"}),
+    "small": ((4, 20, 4, 16, 8), {"state": True}),
+    "fp32": ((2, 1000, 4, 128, 256), {"state": True, "dtype": torch.float32}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
+@pytest.mark.parametrize("name", ON_MMA)
+@pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 86)], ids=lambda t: f"{t[0]}{t[1]}")
+def test_whatever_a_call_has_runs_on_tensor_cores(
+    target: tuple[str, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also fp32, where TF32 is allowed, as sums of two bf16; within the shared memory of an A100
+    and the 99 KiB of consumer parts."""
+    for module in ("tfla.kernels", "tfla.kernels.grid"):
+        monkeypatch.setattr(f"{module}.precision", lambda x: "tf32")
+    shape, options = ON_MMA[name]
+    scans = [x for x in launches(DEVICES[target], *shape, **options) if x.kernel in SCANS]
+    assert len(scans) >= 4 and {x.kernel for x in scans} == {_scan_mma_kernel}
+    for launch in scans:
+        built = build(launch, *target)
+        used = resources(built, "cuda")
+        assert used.stack <= 256 if name == "wide" else STACK[target], f"{launch}: {used}"
+        assert used.shared <= DEVICES[target].shared_memory, f"{launch}: {used}"
+        kind = "f16" if options.get("dtype") == torch.float16 else "bf16"
+        assert f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}" in built.asm["ptx"]
 
 
 @pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")

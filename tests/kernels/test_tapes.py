@@ -123,6 +123,8 @@ if not INTERPRETED:
             ):  # fmt: skip
                 stack.enter_context(mock.patch(f"tfla.kernels.{name}", value))
             stack.enter_context(mock.patch("tfla.checks.why_not_triton", lambda q: None))
+            # `Kept` is to see what the operators do, and not them.
+            stack.enter_context(mock.patch("tfla.ops.by_operator", lambda *x: False))
             x = inputs()
             with Kept() as kept:
                 y = call(x, gate, "states" in more)

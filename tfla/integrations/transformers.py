@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -56,13 +57,37 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
     return model
 
 
+class _Call:
+    """One call of a patched stack: its mask, and how far each layer has read it."""
+
+    def __init__(self, patch: _Patch, mask: Tensor | None, outer: _Call | None) -> None:
+        self.patch, self.mask, self.outer = patch, mask, outer
+        self.read: dict[int, int] = {}
+
+    def kept(self, layer: int, T: int) -> Tensor | None:
+        """The mask of the T tokens that a layer reads now; long prompts come to it in pieces."""
+        if self.mask is None or self.mask.shape[1] == T:
+            return self.mask
+        start = self.read.get(layer, 0)
+        self.read[layer] = start + T
+        return self.mask[:, start : start + T]
+
+
+class _Thread(threading.local):
+    """What belongs to a thread. Threads share a model, and with it all that hangs on it, so a call
+    is kept here and never there. (Of a ContextVar torch.compile makes no graph.)"""
+
+    call: _Call | None = None
+
+
+_thread = _Thread()
+
+
 class _Patch:
-    """What a patched stack knows while it computes: the mask, and how far a layer has read it."""
+    """What is known of a patched stack: nothing of a call, which other threads make as well."""
 
     def __init__(self, state_dtype: torch.dtype) -> None:
         self.state_dtype = state_dtype
-        self.mask: Tensor | None = None
-        self.read: dict[int, int] = {}
         self.layers = 0
 
     # -- around the stack
@@ -77,9 +102,9 @@ class _Patch:
         ids, embedded = given.get("input_ids"), given.get("inputs_embeds")
         x = ids if ids is not None else embedded
         if x is None:
+            _thread.call = _Call(self, None, _thread.call)
             return (), given  # the stack says what is missing
-        self.read = {}
-        self.mask = _mask(given.get("attention_mask"), *x.shape[:2])
+        mask = _mask(given.get("attention_mask"), *x.shape[:2])
         config = stack.config
         use_cache = given.get("use_cache")
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -89,7 +114,7 @@ class _Patch:
             for block in stack.blocks:
                 func = getattr(block, "_gradient_checkpointing_func", None)
                 if func is not None and not isinstance(func, _Again):
-                    block._gradient_checkpointing_func = _Again(func, self)
+                    block._gradient_checkpointing_func = _Again(func)
         cut = not stack.training and x.shape[1] > config.max_inference_chunksize
         weight = stack.get_input_embeddings().weight
         dtype = weight.dtype if embedded is None else embedded.dtype
@@ -97,10 +122,13 @@ class _Patch:
             given[cache] = _new_cache(config, x.shape[0], x.device, dtype)
         if given.get(cache) is not None:
             self.widen(given[cache], dtype)
+        _thread.call = _Call(self, mask, _thread.call)
         return (), given
 
     def leave(self, stack: nn.Module, args: Any, output: Any) -> None:
-        self.mask = None
+        """After the stack's forward, or what it has raised."""
+        if _thread.call is not None and _thread.call.patch is self:
+            _thread.call = _thread.call.outer
 
     def widen(self, cache: Any, dtype: torch.dtype) -> None:
         """Give a cache that transformers made in the model's dtype ours."""
@@ -134,7 +162,8 @@ class _Patch:
         """One layer. transformers names its tensors query, igate, ...; mlstm_kernels q, i, ..."""
         q, k, v, i, f = (given[a] if a in given else given[b] for a, b in _NAMES)
         T = q.shape[2]
-        keep = self.kept(layer, T)
+        call = _thread.call
+        keep = None if call is None or call.patch is not self else call.kept(layer, T)
         if keep is not None:
             i, f = head_first.close(i, f, keep)
         gate: dict[str, Any] = {"input_gate": input_gate, "normalize": normalize}
@@ -147,32 +176,25 @@ class _Patch:
         h, after = head_first.sequence(q, k, v, i, f, *states, states=return_last_states, **gate)
         return (h, after) if return_last_states else h
 
-    def kept(self, layer: int, T: int) -> Tensor | None:
-        """The mask of the T tokens that a layer reads now; long prompts come to it in pieces."""
-        if self.mask is None or self.mask.shape[1] == T:
-            return self.mask
-        start = self.read.get(layer, 0)
-        self.read[layer] = start + T
-        return self.mask[:, start : start + T]
-
 
 class _Again:
-    """A checkpointing function whose second computation sees the mask of the first."""
+    """A checkpointing function whose second computation, in whatever thread, belongs to the call of
+    the first."""
 
-    def __init__(self, func: Callable[..., Any], patch: _Patch) -> None:
-        self.func, self.patch = func, patch
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = func
 
     def __call__(self, block: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        mask = self.patch.mask
+        call = _thread.call
 
-        def with_mask(*x: Any, **y: Any) -> Any:
-            before, self.patch.mask = self.patch.mask, mask
+        def within_call(*x: Any, **y: Any) -> Any:
+            before, _thread.call = _thread.call, call
             try:
                 return block(*x, **y)
             finally:
-                self.patch.mask = before
+                _thread.call = before
 
-        return self.func(with_mask, *args, **options)
+        return self.func(within_call, *args, **options)
 
 
 _NAMES = (("query", "q"), ("key", "k"), ("value", "v"), ("igate", "i"), ("fgate", "f"))
@@ -204,4 +226,5 @@ def _mask(mask: Tensor | None, B: int, T: int) -> Tensor | None:
 def _new_cache(config: Any, B: int, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers.models.xlstm.modeling_xlstm import xLSTMCache
 
-    return xLSTMCache(config, B, dtype=dtype, device=device)
+    make: Any = xLSTMCache  # which says that it wants the name of a device
+    return make(config, B, dtype=dtype, device=device)

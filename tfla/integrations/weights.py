@@ -133,7 +133,13 @@ def save_xlstm(
     names = names_in_checkpoint(model.config, weight_mode)
     # transformers 5 reads both tables also where its configuration says that they are one.
     names["head.weight"] = [("lm_head.weight", model.config.vocab_size)]
-    own = {**dict(model.named_parameters()), "head.weight": model.head.weight}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    if missing := sorted(names.keys() - own.keys()):
+        raise ValueError(
+            f"model must hold {missing[0]} as a parameter of that name; adapters, pruning and "
+            "parametrizations keep it elsewhere. Put them into the weights first: "
+            "merge_and_unload(), prune.remove or parametrize.remove_parametrizations."
+        )
     pieces = {
         name: piece
         for key, parts in names.items()

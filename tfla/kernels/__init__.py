@@ -22,6 +22,8 @@ from tfla.kernels.grid import (
     _geometry,
     _new,
     _split,
+    clear,
+    offsets,
     padded,
     plan_of,
     precision,
@@ -35,12 +37,14 @@ from tfla.kernels.step import update
 from tfla.plan import Tile
 
 __all__ = [
+    "clear",
     "exponents",
     "gate_gradients",
     "initial_gradients",
     "joined",
     "normalizer_backward",
     "normalizer_carried",
+    "offsets",
     "reach",
     "recorded",
     "saved",
@@ -72,15 +76,17 @@ def saved(grid: Grid) -> Tensor:
     return grid.buffer
 
 
-def joined(f: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The forget gates of packed sequences as of one, in fp32. See ``tfla.ops``."""
+def joined(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The forget gates of packed sequences as of one, in fp32, and the (2,) offsets of that one.
+    See ``tfla.ops``."""
     _, T, H = f.shape
     out = _new(f, 1, T, H)
+    ends = torch.empty(2, dtype=torch.int64, device=f.device)
     launch(
-        _joined_kernel, (triton.cdiv(T, 64),), (4, 1), (f, cu_seqlens, out), T,
+        _joined_kernel, (max(triton.cdiv(T, 64), 1),), (4, 1), (f, cu_seqlens, out, ends), T,
         cu_seqlens.shape[0] - 1, H, *f.stride()[1:], BLOCK=64, BLOCK_H=16,
     )  # fmt: skip
-    return out
+    return out, ends
 
 
 def exponents(
@@ -125,8 +131,8 @@ def exponents(
         )  # fmt: skip
         return grid
     sums = _new(q, grid.chunks() * K)
-    gauge = None if undivided is not None else _new(q, grid.chunks())
     chunk_f, chunk_p = (q.new_empty(grid.chunks(), dtype=torch.float64) for _ in range(2))
+    gauge = None if undivided is not None else torch.empty_like(chunk_f)
     vectors = weights if undivided is None else undivided
     launch(
         normalizer._sums_kernel, (grid.chunks(),), (plan.gate_warps, 2),
@@ -144,7 +150,8 @@ def exponents(
         products = "ieee" if precision(q) == "ieee" else "tf32x3"
         launch(
             normalizer._denominator_kernel, (grid.chunks(),), (plan.small_warps, 2),
-            (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f, vectors),
+            (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f,
+             chunk_p, vectors),
             *q.stride()[:3], *k.stride()[:3], *grid.common(), K, scale, L=plan.L,
             BLOCK_K=plan.block_k, PACKED=packed, PRECISION=products,
         )  # fmt: skip
@@ -244,10 +251,10 @@ def scan(
     # From one end of a sequence to the other, for dq and dk to follow span by span.
     walks = name in ("h", "dv")
     reverse = name in ("dk", "dv")
-    a, b, x = (rows_of(t, tile.descriptor) for t in (a, b, x))
+    a, b, x = (rows_of(t, tile.descriptor or tile.mma) for t in (a, b, x))
     if name == "dv" and not tile.hopper:
         dot = None
-    y = None if dot is None else rows_of(dot, tile.hopper)
+    y = None if dot is None else rows_of(dot, tile.hopper or tile.mma)
     out = x.new_empty(B, T, H, X)
     end = _new(x, grid.N, H, A, X) if walks and final else None
     dots = None if y is None else _new(x, tile.tiles * grid.size)
@@ -302,6 +309,11 @@ def _scan_piece(
     kernel = _scan_kernel
     forms: dict[str, Any] = {"TRANSPOSED": tile.transposed, "DESCRIPTOR": tile.descriptor,
                              "PRECISION": precision(x)}  # fmt: skip
+    if tile.mma:
+        from tfla.kernels.mma import _scan_mma_kernel
+
+        kernel = _scan_mma_kernel
+        forms = {"STAGES": tile.stages, "Y_AHEAD": tile.y_ahead, "WARPS": tile.warps}
     weights = grid.weights
     divides: tuple[Tensor | None, ...] = ()  # by what the scan of h divides, and where it notes it
     if tile.hopper:

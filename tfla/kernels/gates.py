@@ -2,10 +2,10 @@
 
 Weights of a token, in log2 units, seven vectors of L numbers a chunk, (row, slot, 8, L) in all:
 
-    0, 1   target   -M - ln den + ln scale as (whole, rest)
-    2               exp of it + m_in: what the incoming state weighs here
+    0, 1   target   b - ln den + ln scale as (whole, rest)
+    2               exp(b) scale / den: what the incoming state weighs here
     3, 4   source   p as (whole, rest)
-    5               exp(p - M_out): what the token weighs at the end of the chunk
+    5               exp(p + b_L): what the token weighs at the end of the chunk
     6      mark     sign(nu) where the normaliser is active, else 0; plus 4 where the token erases
                     what came before it
 
@@ -21,10 +21,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tfla import gates as limits
 from tfla.kernels.layout import chunk, first_kept, first_slot, sequence, unit
 
-LOG2E = tl.constexpr(1.4426950408889634)
-NOTHING = tl.constexpr(-(2.0**100))  # an exponent whose power is 0, exact in fp32
+LOG2E = tl.constexpr(limits.LOG2E)
+LIMIT = tl.constexpr(limits.LIMIT)
+EMPTY = tl.constexpr(limits.EMPTY)
+LOG_I_NOTHING = tl.constexpr(limits.LOG_I_NOTHING)
+LOG_F_NOTHING = tl.constexpr(limits.LOG_F_NOTHING)
+STEP = tl.constexpr(limits.STEP)
+WRITE = tl.constexpr(limits.WRITE)
+RESET = tl.constexpr(limits.RESET)
+NOTHING = tl.constexpr(limits.NOTHING)
+FOLLOWED = tl.constexpr(limits.FOLLOWED)
 SMALLEST = tl.constexpr(-104.0)  # exp of less than this is 0 in fp32
 FIRST_SOURCE = tl.constexpr(3)
 MARK = tl.constexpr(6)
@@ -42,22 +51,43 @@ def _log_sigmoid(x):
 
 
 @triton.jit
-def _log_gates(i, f, inside, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr):
-    """(log_i, log_f) in fp64; a token past the end weighs nothing and forgets nothing.
+def within(x, low, high):
+    """x between low and high; NaN stays NaN, which tl.minimum and tl.maximum do not promise."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
 
-    What is below -1e5 erases everything and what is below -1e6 weighs nothing, -inf among them;
-    kept there, a chunk of 64 resets sums to less than 2^24, so that whole exponents are exact in
-    fp32.
-    """
+
+@triton.jit
+def larger(x, y):
+    return tl.where((x > y) | (x != x), x, y)
+
+
+@triton.jit
+def scaled(x, factor):
+    """factor x, and 0 where factor is 0, whatever x is."""
+    return tl.where(factor == 0.0, 0.0, x * factor)
+
+
+@triton.jit
+def limited(log_i, log_f):
+    """Log-gates within the limits of ``tfla.gates``, in fp64."""
+    log_i = tl.where(log_i < -LIMIT, LOG_I_NOTHING, tl.where(log_i > LIMIT, LIMIT, log_i))
+    log_f = tl.where(log_f < -LIMIT, LOG_F_NOTHING, tl.where(log_f > LIMIT, LIMIT, log_f))
+    return log_i, log_f
+
+
+@triton.jit
+def _log_gates(i, f, inside, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr):
+    """(log_i, log_f) in fp64 and within the limits; a token past the end weighs nothing and forgets
+    nothing."""
     i = i.to(tl.float32).to(tl.float64)
     f = f.to(tl.float32).to(tl.float64)
     if SIGMOID_I:
         i = _log_sigmoid(i)
     if SIGMOID_F:
         f = _log_sigmoid(f)
-    i = tl.where(inside, tl.maximum(i, -1e6), -1e30)
-    f = tl.where(inside, tl.maximum(f, -1e5), 0.0)
-    return i, f
+    i, f = limited(i, f)
+    return tl.where(inside, i, LOG_I_NOTHING), tl.where(inside, f, 0.0)
 
 
 @triton.jit
@@ -71,7 +101,7 @@ def _pair(x):
 @triton.jit
 def _exp2(x):
     """2^x of an fp64 exponent, in fp32 and good to its last bit or two."""
-    whole, rest = _pair(tl.minimum(tl.maximum(x, -1000.0), 1000.0))
+    whole, rest = _pair(within(x, -1000.0, 1000.0))
     return tl.exp2(whole) * tl.exp2(rest)
 
 
@@ -92,7 +122,7 @@ def power(whole, rest, PRECISE: tl.constexpr):
 
 @triton.jit
 def _affine(factor_1, value_1, factor_2, value_2):
-    return factor_1 * factor_2, value_1 * factor_2 + value_2
+    return scaled(factor_1, factor_2), scaled(value_1, factor_2) + value_2
 
 
 @triton.jit
@@ -103,11 +133,19 @@ def store_pair(here, x, L: tl.constexpr):
 
 
 @triton.jit
+def log_scale(scale):
+    """log2 of a scale, which may be too small for the normal numbers of fp32, in fp64; that of 0 is
+    not used."""
+    return tl.log2(tl.maximum(tl.zeros([], tl.float64) + scale, 2.0**-150))
+
+
+@triton.jit
 def store_weights(here, target, edge, source, source_edge, mark, inside, used, L: tl.constexpr):
-    """The seven vectors of a chunk. here: pointers to the first. target, source: fp64."""
+    """The seven vectors of a chunk. here: pointers to the first. target, source: fp64, the latter
+    NOTHING where a token weighs nothing."""
     store_pair(here, tl.where(used, target, NOTHING), L)
     tl.store(here + 2 * L, tl.where(inside, edge, 0.0))
-    store_pair(here + FIRST_SOURCE * L, tl.where(inside, source, NOTHING), L)
+    store_pair(here + FIRST_SOURCE * L, source, L)
     tl.store(here + (FIRST_SOURCE + 2) * L, source_edge)
     tl.store(here + MARK * L, mark)
 
@@ -130,15 +168,17 @@ def _weights_kernel(
         tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
         inside, SIGMOID_I, SIGMOID_F,
     )  # fmt: skip
-    b = tl.cumsum(log_f, 0)
-    p = log_i - b
-    b_last = tl.sum(log_f, 0)
-    tl.store(decay + slot, _exp(b_last))
+    a = tl.where(log_f <= LOG_F_NOTHING, -RESET, within(log_f * LOG2E, -STEP, STEP))
+    b = tl.cumsum(a, 0)
+    b_last = tl.sum(a, 0)
+    p = within(log_i * LOG2E, -WRITE, STEP) - b
+    p = tl.where(log_i <= LOG_I_NOTHING, NOTHING, p)
+    log_s = log_scale(scale)
+    tl.store(decay + slot, _exp2(b_last))
     store_weights(
-        weights + slot * VECTORS * L + l,
-        b * LOG2E + tl.log2(tl.maximum(scale, 1e-30).to(tl.float64)), _exp(b) * scale,
-        p * LOG2E, _exp(p + b_last), tl.where(log_f < SMALLEST, 4.0, 0.0),
-        inside, inside & (scale > 0.0), L,
+        weights + slot * VECTORS * L + l, b + log_s, tl.where(scale > 0.0, _exp2(b + log_s), 0.0),
+        p, _exp2(p + b_last), tl.where(log_f < SMALLEST, 4.0, 0.0), inside, inside & (scale > 0.0),
+        L,
     )  # fmt: skip
 
 
@@ -199,8 +239,9 @@ def _gradients_kernel(
     mark = weights + (first + position // L) * (VECTORS * L) + MARK * L + position % L
     erased = tl.load(mark, mask=inside, other=0.0) > 2.0
     keep = tl.where(erased, 0.0, 1.0).to(tl.float64)
-    factor, value = tl.associative_scan((keep, keep * (dot - dlog_i).to(tl.float64)), 0, _affine)
-    dlog_f = (factor * total + value).to(tl.float32)
+    flow = tl.where(erased, 0.0, dot - dlog_i).to(tl.float64)
+    factor, value = tl.associative_scan((keep, flow), 0, _affine)
+    dlog_f = (scaled(total, factor) + value).to(tl.float32)
     t = start + position
     if SIGMOID_I:
         x = tl.load(

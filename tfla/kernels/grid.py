@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tfla.kernels import gates
 from tfla.kernels.host import launch
-from tfla.kernels.layout import _tables_kernel
+from tfla.kernels.layout import _clear_kernel, _offsets_kernel, _tables_kernel
 from tfla.plan import Device, Plan, Problem, plan
 
 _devices: dict[torch.device, Device] = {}
@@ -56,6 +56,28 @@ def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     return found
 
 
+def offsets(cu_seqlens: Tensor, T: int) -> Tensor:
+    """The offsets that kernels read: dense, int64, ascending within [0, T], whatever was given."""
+    N = cu_seqlens.shape[0] - 1
+    out = torch.empty(N + 1, dtype=torch.int64, device=cu_seqlens.device)
+    launch(
+        _offsets_kernel, (1,), (8, 1), (cu_seqlens, out), T, N, cu_seqlens.stride(0), BLOCK=2048
+    )  # fmt: skip
+    return out
+
+
+def clear(offsets: Tensor, *outputs: Tensor) -> None:
+    """Zeros in up to five outputs (1, T, ...) at tokens that belong to no sequence, in one launch.
+    ``offsets``: those of the function of this name."""
+    T, N = outputs[0].shape[1], offsets.shape[0] - 1
+    missing = 5 - len(outputs)
+    widths = [x.numel() // max(T, 1) for x in outputs] + [0] * missing
+    launch(
+        _clear_kernel, (device_of(offsets).multiprocessors * 2 if T else 0,), (4, 1),
+        (offsets, *outputs, *[None] * missing), T, N, *widths, BLOCK=2048,
+    )  # fmt: skip
+
+
 def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, ...]:
     """Of packed sequences: which one each slot of chunks, spans and segments belongs to, in one
     launch."""
@@ -70,7 +92,6 @@ def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, .
         (triton.cdiv(sum(sizes), 256),),
         (4, 1),
         (cu_seqlens, table),
-        T,
         N,
         *units,
         *sizes,
@@ -97,7 +118,8 @@ def rows_of(x: Tensor, descriptor: bool = False) -> Tensor:
 def _aligned(x: Tensor) -> bool:
     size = x.element_size()
     b, t, h = x.stride()[:3]
-    return t > 0 and x.data_ptr() % 16 == 0 and (b | t | h) * size % 16 == 0
+    # Within a chunk rows are counted in 32 bits: 64 of them, 2^25 numbers apart.
+    return 0 < t < 1 << 25 and x.data_ptr() % 16 == 0 and (b | t | h) * size % 16 == 0
 
 
 class Grid(NamedTuple):

@@ -13,13 +13,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tfla.kernels.gates import FIRST_SOURCE, FLOOR, MARK, VECTORS
+from tfla.kernels.parts import barrier, columns, load, parts_of, store_parts, turned, view
+
+__all__ = ["barrier", "columns", "load", "store_parts", "turned"]  # of parts.py, for hopper.py
 
 # The same functions under the names of Triton 3.6 and of later ones.
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_rows = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_memory = gl.shared_memory_descriptor
-_as = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 LINE = gl.constexpr(256)  # what a copy moves is at most so wide
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
@@ -49,7 +49,7 @@ def fetch(channels, ready, c, chunk, wanted, STAGES: gl.constexpr):
 @gluon.jit
 def flat(channel, stage, SIZE: gl.constexpr):
     """What came of an operand of a few lines, as one vector."""
-    return _as(channel[1].index(stage), gl.float32, [SIZE], FLAT)
+    return view(channel[1].index(stage), gl.float32, [SIZE], FLAT)
 
 
 @gluon.jit
@@ -61,41 +61,8 @@ def tile(channel, stage):
         return (whole,)
     else:
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(whole.shape, gl.bfloat16)
-        both = _as(whole, gl.bfloat16, [2, whole.shape[0], whole.shape[1]], LAYOUT)
+        both = view(whole, gl.bfloat16, [2, whole.shape[0], whole.shape[1]], LAYOUT)
         return both.index(0), both.index(1)
-
-
-# What bf16 leaves of two numbers, as bf16. Of numbers that are rounded and widened again the
-# compiler makes conversions of one each, 16 a clock and multiprocessor (h 462 us, not 384).
-_REST = gl.constexpr("""{
-    .reg .b32 both, a, b;
-    .reg .f32 x, y;
-    cvt.rn.bf16x2.f32 both, $2, $1;
-    shl.b32 a, both, 16;
-    and.b32 b, both, 0xffff0000;
-    mov.b32 x, a;
-    mov.b32 y, b;
-    sub.f32 x, $1, x;
-    sub.f32 y, $2, y;
-    cvt.rn.bf16x2.f32 $0, y, x;
-}""")
-
-
-@gluon.jit
-def _parts(value, like):
-    """fp32 as the parts that ``like`` has: one of its dtype, or two bf16 that add up to it."""
-    first = value.to(like[0].dtype)
-    if len(like) == 1:
-        return (first,)
-    else:
-        return first, gl.inline_asm_elementwise(_REST, "=r,r,r", [value], gl.bfloat16, True, 2)
-
-
-@gluon.jit
-def store_parts(at, value):
-    parts = _parts(value, at)
-    for n in gl.static_range(len(at)):
-        at[n].store(parts[n])
 
 
 @gluon.jit
@@ -104,24 +71,6 @@ def split(channel, stage, LAYOUT: gl.constexpr):
     value = channel[1].index(stage).load(LAYOUT)
     barrier()
     store_parts(tile(channel, stage), value)
-
-
-@gluon.jit
-def load(parts, LAYOUT: gl.constexpr):
-    value = parts[0].load(LAYOUT)
-    if len(parts) == 2:
-        value = value.to(gl.float32) + parts[1].load(LAYOUT).to(gl.float32)
-    return value
-
-
-@gluon.jit
-def turned(parts):
-    return [each.permute((1, 0)) for each in parts]
-
-
-@gluon.jit
-def columns(parts, FIRST: gl.constexpr, SIZE: gl.constexpr):
-    return [each.slice(FIRST, SIZE, dim=1) for each in parts]
 
 
 @gluon.jit
@@ -149,7 +98,7 @@ def scores(a_in, b_in, stage, L: gl.constexpr, LAYOUT: gl.constexpr, SOURCE_FIRS
 @gluon.jit
 def state_share(S, A_rows, O, ADD: gl.constexpr, OPERAND: gl.constexpr):
     """O + S A^T, while it is being made."""
-    operands = [gl.convert_layout(each, OPERAND) for each in _parts(S, A_rows)]
+    operands = [gl.convert_layout(each, OPERAND) for each in parts_of(S, A_rows)]
     return product(operands, turned(A_rows), O, ADD)
 
 
@@ -209,7 +158,7 @@ def updated(
 ):  # fmt: skip
     """The state after a chunk, while it is being made."""
     col_edge = edge.load(gl.SliceLayout(0, SOURCE))
-    X_low = _parts(load(turned(X_rows), SOURCE).to(gl.float32) * col_edge[None, :], B)
+    X_low = parts_of(load(turned(X_rows), SOURCE).to(gl.float32) * col_edge[None, :], B)
     S = product(X_low, columns(B, 0, HALF), S * keep, True)
     if HALVES == 2:
         S_2 = product(X_low, columns(B, HALF, HALF), S_2 * keep, True)
@@ -220,7 +169,9 @@ def updated(
 def over_den(vectors, n_q_s, sums_s, L: gl.constexpr, LAYOUT: gl.constexpr):
     """(sign of nu where it is above the floor of den, 1 / den) of a chunk's tokens."""
     edge = vectors.slice(2 * L, L).load(LAYOUT)
-    nu = edge * n_q_s.load(LAYOUT) + gl.sum(sums_s.load(LAYOUT.parent), 0)
+    # What is forgotten is 0, whatever it was.
+    nu = gl.where(edge == 0.0, 0.0, edge * n_q_s.load(LAYOUT))
+    nu += gl.sum(sums_s.load(LAYOUT.parent), 0)
     floor = vectors.slice(FLOOR * L, L).load(LAYOUT)
     sign = gl.where(gl.abs(nu) > floor, gl.where(nu > 0.0, 1.0, -1.0), 0.0)
     # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
@@ -235,7 +186,8 @@ def fold(folded, vectors, sign, factor, slot, L: gl.constexpr, LAYOUT: gl.conste
     carry = gl.floor(rest + 0.5)
     gl.store(here, vectors.slice(0, L).load(LAYOUT) + carry)
     gl.store(here + L, rest - carry)
-    gl.store(here + 2 * L, vectors.slice(2 * L, L).load(LAYOUT) * factor)
+    edge = vectors.slice(2 * L, L).load(LAYOUT)
+    gl.store(here + 2 * L, gl.where(edge == 0.0, 0.0, edge * factor))
     for each in gl.static_range(FIRST_SOURCE, MARK):
         gl.store(here + each * L, vectors.slice(each * L, L).load(LAYOUT))
     gl.store(here + MARK * L, vectors.slice(MARK * L, L).load(LAYOUT) + sign)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, once for a kernel
+
 _compiled: dict[tuple[Any, ...], _Bound] = {}
 
 
@@ -53,7 +55,8 @@ def launch(
         if known is None:
             triton.set_allocator(_allocate)
             options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
-            compiled = kernel[grid](*tensors, *numbers, **options)
+            run = functools.partial(_alone, kernel[grid]) if INTERPRETED else kernel[grid]
+            compiled = run(*tensors, *numbers, **options)
             if compiled is not None and _can_be_bound(compiled.metadata):
                 if len(_compiled) >= 10_000:  # lengths without end
                     _compiled.clear()
@@ -61,7 +64,7 @@ def launch(
                 _compiled[key] = _Bound(compiled, (*grid, 1, 1)[:3], device.index, values)
             if tape is not None:
                 tape.complete &= compiled is None
-                tape.note(functools.partial(kernel[grid], **options), (*tensors, *numbers))
+                tape.note(functools.partial(run, **options), (*tensors, *numbers))
         else:
             there = [(p, x) for p, x in zip(pointers, tensors, strict=True) if x is not None]
             scratch = _allocate(known.scratch, 0, None) if known.scratch else None
@@ -72,11 +75,21 @@ def launch(
     _now.tape = tape
 
 
+_interpreter = threading.Lock()
+
+
+def _alone(run: Any, *arguments: Any, **options: Any) -> Any:
+    """A kernel in Triton's interpreter, which keeps the number of its program in one place for all
+    threads."""
+    with _interpreter:
+        return run(*arguments, **options)
+
+
 def _stream(index: int) -> int:
     return triton.runtime.driver.active.get_current_stream(index)
 
 
-_scratch_device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+_scratch_device = "cpu" if INTERPRETED else "cuda"
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -5,6 +5,10 @@ A sequence of packed tokens [c_n, c_{n+1}) gets the slots from c_n // U + n on w
 units of U tokens: never fewer than it needs, never more than T // U + N in all, and no prefix sum
 to wait for. Vectors of one number a token lie as (row, slot, L), rows being (batch, head), or
 heads alone when sequences are packed.
+
+The host does not know the offsets of packed sequences on a GPU, so they may be anything.
+``_offsets_kernel`` makes them ascend within [0, T]; every other kernel reads what it wrote, never
+what the caller gave, and ``_clear_kernel`` writes the zeros of tokens that are then in no sequence.
 """
 
 from __future__ import annotations
@@ -14,12 +18,64 @@ import triton.language as tl
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=["T", "N", "stride"])
+def _offsets_kernel(cu_seqlens, out, T, N, stride, BLOCK: tl.constexpr):
+    """out (N + 1,) int64: each offset within [0, T], and no less than any before it. One program,
+    which has the next offsets on their way while it works on these."""
+    lanes = tl.arange(0, BLOCK)
+    largest = tl.zeros([], tl.int64)
+    at = cu_seqlens + lanes.to(tl.int64) * stride
+    given = tl.load(at, mask=lanes <= N, other=0).to(tl.int64)
+    for first in range(0, N + 1, BLOCK):
+        n = first + lanes
+        at += BLOCK * stride
+        following = tl.load(at, mask=n + BLOCK <= N, other=0).to(tl.int64)
+        here = tl.associative_scan(tl.minimum(tl.maximum(given, 0), T), 0, _larger)
+        here = tl.maximum(here, largest)
+        tl.store(out + n, here, mask=n <= N)
+        largest = tl.max(here, 0)
+        given = following
+
+
+@triton.jit
+def _clear(x, width, T, start, end, BLOCK: tl.constexpr):
+    """Zeros in the rows of x (T, width) before ``start`` and from ``end`` on; each program of the
+    grid takes every so many blocks."""
+    if x is not None:
+        lanes = tl.arange(0, BLOCK)
+        zeros = tl.zeros([BLOCK], x.dtype.element_ty)
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for at in range(first, start * width, step):
+            tl.store(x + at + lanes, zeros, mask=at + lanes < start * width)
+        for at in range(end * width + first, T.to(tl.int64) * width, step):
+            tl.store(x + at + lanes, zeros, mask=at + lanes < T.to(tl.int64) * width)
+
+
+@triton.jit(do_not_specialize=["T", "N", "width_a", "width_b", "width_c", "width_d", "width_e"])
+def _clear_kernel(
+    offsets, a, b, c, d, e, T, N, width_a, width_b, width_c, width_d, width_e, BLOCK: tl.constexpr
+):
+    """Zeros in up to five contiguous tensors (T, width), at tokens before the first sequence and
+    behind the last: a GPU that has nothing to clear reads two offsets."""
+    start, end = tl.load(offsets), tl.load(offsets + N)
+    _clear(a, width_a, T, start, end, BLOCK)
+    _clear(b, width_b, T, start, end, BLOCK)
+    _clear(c, width_c, T, start, end, BLOCK)
+    _clear(d, width_d, T, start, end, BLOCK)
+    _clear(e, width_e, T, start, end, BLOCK)
+
+
+@triton.jit
 def sequence(n, cu_seqlens, T, PACKED: tl.constexpr):
-    """(batch, first token, length) of sequence n; offsets out of range are clamped into the
-    buffers."""
+    """(batch, first token, length) of sequence n."""
     if PACKED:
-        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), start), T)
+        start = tl.load(cu_seqlens + n)
+        end = tl.load(cu_seqlens + n + 1)
         batch = start * 0
     else:
         batch = n.to(tl.int64)
@@ -35,7 +91,7 @@ def unit(w, cu_seqlens, table, T, U, PACKED: tl.constexpr):
     w = w.to(tl.int64)
     if PACKED:
         n = tl.load(table + w)
-        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
+        start = tl.load(cu_seqlens + n)
         j = w - start // U - n
     else:
         each = tl.maximum((T + U - 1) // U, 1)
@@ -95,7 +151,7 @@ def reaching(decay, low, high, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _last(cu_seqlens, at, U, T, N, SLOTS: tl.constexpr):
+def _last(cu_seqlens, at, U, N, SLOTS: tl.constexpr):
     """The last n with c_n // U <= at, or with c_n // U + n <= at where sequences have slots;
     found by bisection."""
     low = at * 0
@@ -103,7 +159,7 @@ def _last(cu_seqlens, at, U, T, N, SLOTS: tl.constexpr):
     span = N
     while span > 0:
         middle = (low + high) // 2
-        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle).to(tl.int64), 0), T) // U
+        start = tl.load(cu_seqlens + middle) // U
         before = (start + middle if SLOTS else start) <= at
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
@@ -111,33 +167,36 @@ def _last(cu_seqlens, at, U, T, N, SLOTS: tl.constexpr):
     return low
 
 
-@triton.jit(
-    do_not_specialize=["T", "N", "unit_0", "unit_1", "unit_2", "size_0", "size_1", "size_2"]
-)
+@triton.jit(do_not_specialize=["N", "unit_0", "unit_1", "unit_2", "size_0", "size_1", "size_2"])
 def _tables_kernel(
-    cu_seqlens, table, T, N, unit_0, unit_1, unit_2, size_0, size_1, size_2, BLOCK: tl.constexpr
+    cu_seqlens, table, N, unit_0, unit_1, unit_2, size_0, size_1, size_2, BLOCK: tl.constexpr
 ):
     """The sequence of every slot, for three units at once."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which = (slot >= size_0).to(tl.int32) + (slot >= size_0 + size_1).to(tl.int32)
     U = tl.where(which == 0, unit_0, tl.where(which == 1, unit_1, unit_2)).to(tl.int64)
     w = slot - tl.where(which == 0, 0, tl.where(which == 1, size_0, size_0 + size_1))
-    n = tl.minimum(_last(cu_seqlens, w, U, T, N, True), N - 1)
+    n = tl.minimum(_last(cu_seqlens, w, U, N, True), N - 1)
     tl.store(table + slot, n, mask=slot < size_0 + size_1 + size_2)
 
 
 @triton.jit(do_not_specialize=["T", "N", "H", "stride_ft", "stride_fh"])
 def _joined_kernel(
-    f, cu_seqlens, out, T, N, H, stride_ft, stride_fh, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """f (T, H), closed at tokens where a sequence begins."""
+    f, cu_seqlens, out, ends, T, N, H, stride_ft, stride_fh, BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """f (T, H), closed at tokens where a sequence begins; and where the first begins and the last
+    one ends, the offsets of the one sequence that they are then."""
+    if tl.program_id(0) == 0:
+        tl.store(ends, tl.load(cu_seqlens))
+        tl.store(ends + 1, tl.load(cu_seqlens + N))
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n = _last(cu_seqlens, t, 1, T, N, False)
+    n = _last(cu_seqlens, t, 1, N, False)
     begins = tl.load(cu_seqlens + n) == t
     for first in range(0, H, BLOCK_H):
         head = first + tl.arange(0, BLOCK_H)
         inside = (t < T)[:, None] & (head < H)[None, :]
         at = t.to(tl.int64)[:, None] * stride_ft + head.to(tl.int64)[None, :] * stride_fh
         x = tl.load(f + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(begins[:, None], -1e30, x)
+        x = tl.where(begins[:, None], float("-inf"), x)
         tl.store(out + t.to(tl.int64)[:, None] * H + head[None, :], x, mask=inside)

@@ -12,41 +12,79 @@ import triton
 import triton.language as tl
 
 from tfla.kernels.gates import (
+    EMPTY,
     FIRST_SOURCE,
     FLOOR,
+    FOLLOWED,
     GATE_STRIDES,
     LOG2E,
+    LOG_F_NOTHING,
+    LOG_I_NOTHING,
     MARK,
     NOTHING,
     SMALLEST,
+    STEP,
     VECTORS,
+    WRITE,
     _affine,
     _exp,
     _exp2,
     _log_gates,
     _pair,
+    larger,
+    log_scale,
     power,
+    scaled,
     store_pair,
     store_weights,
+    within,
 )
 from tfla.kernels.layout import chunk, first_slot, sequence
 
-# Where things wait for the gauge, among the vectors of gates.py.
-RAISED = tl.constexpr(5)
-B_PAIR = tl.constexpr(6)
+# Where things wait for the gauge of the incoming state, among the vectors of gates.py: b of the
+# stabilised gates that a chunk has by itself lies in 0 and 1, and p of them where it stays.
+TOP = tl.constexpr(2)
+TOP_REST = tl.constexpr(5)
+TOTAL = tl.constexpr(6)
 
 
 @triton.jit
-def _running_max(top_1, before_1, top_2, before_2):
-    """The running maximum, and the one that ends a token earlier."""
-    return tl.maximum(top_1, top_2), tl.maximum(top_1, before_2)
+def _erases(log_f):
+    """Is log_f = -inf among those of this sum?"""
+    return log_f <= 0.5 * LOG_F_NOTHING
+
+
+@triton.jit
+def _carried(m, log_f):
+    """m + log_f; where log_f erases, whatever m is, NaN too."""
+    return tl.where(_erases(log_f), LOG_F_NOTHING, m + log_f)
+
+
+@triton.jit
+def _max_plus(decay_1, top_1, decay_2, top_2):
+    return _carried(decay_1, decay_2), larger(_carried(top_1, decay_2), top_2)
+
+
+@triton.jit
+def _store_parts(here, rest, x):
+    """An fp64 number as two of fp32; what they hold of it."""
+    first = x.to(tl.float32)
+    second = (x - first.to(tl.float64)).to(tl.float32)
+    tl.store(here, first)
+    tl.store(rest, second)
+    return first.to(tl.float64) + second.to(tl.float64)
+
+
+@triton.jit
+def _load_parts(here, rest):
+    return tl.load(here).to(tl.float64) + tl.load(rest).to(tl.float64)
 
 
 @triton.jit
 def _sum_up(rows, tile, weight, inside, column, sums, slot, K, BLOCK_K: tl.constexpr):
     """The weighted sum of a chunk's rows (L, K), whose first ``tile`` is there already."""
     for block in range(0, K, BLOCK_K):
-        total = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
+        total = tl.sum(scaled(tile.to(tl.float32), weight[:, None]), 0)
         tl.store(sums + slot * K + block + column, total, mask=block + column < K)
         seen = inside[:, None] & (block + BLOCK_K + column < K)[None, :]
         tile = tl.load(rows[:, None] + block + BLOCK_K + column[None, :], mask=seen, other=0.0)
@@ -60,10 +98,11 @@ def _sums_kernel(
     L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk: b_L, max p, and sum_s exp(p_s - max p) k_s, in the chunk's own gauge.
+    """Of each chunk: the sum of log_f, the gauge at its end without a state before it (``top``),
+    and sum_s exp(log-weight of s at the end - top) k_s.
 
-    What the vectors need of the gates waits where its results will lie: the running maximum
-    of p, b and p, each as (whole, rest), and by how much a token raises the maximum.
+    What the vectors need of the gates waits where they will lie: of each token the sum of log_f up
+    to it, its gauge without a state, and the exponents b and p in that gauge.
     """
     n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
     if j * L >= length:
@@ -81,24 +120,26 @@ def _sums_kernel(
         tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
         inside, SIGMOID_I, SIGMOID_F,
     )  # fmt: skip
-    b = tl.cumsum(log_f, 0)
-    p = log_i - b
-    p_max = tl.max(p, 0)
-    top, before = tl.associative_scan((p, tl.full([L], -1e300, tl.float64)), 0, _running_max)
-    here = weights + slot * VECTORS * L + tl.arange(0, L)
-    store_pair(here, top * LOG2E, L)
-    store_pair(here + B_PAIR * L, b * LOG2E, L)
-    store_pair(here + FIRST_SOURCE * L, tl.where(inside, p * LOG2E, NOTHING), L)
-    tl.store(here + RAISED * L, tl.maximum((before - top) * LOG2E, -1e30).to(tl.float32))
-    tl.store(chunk_f + slot, tl.sum(log_f, 0))
-    tl.store(chunk_p + slot, p_max)
-    weight = _exp(p - p_max)
+    l = tl.arange(0, L)
+    total, top = tl.associative_scan((log_f, log_i), 0, _max_plus)
+    carried = _carried(tl.gather(top, tl.maximum(l - 1, 0), 0), log_f)
+    # Stabilised gates. Where what came before has won, its decay is 0, not a difference of
+    # roundings.
+    won = (log_i < top) | (l == 0)
+    a = tl.where(won, 0.0, within((carried - log_i) * LOG2E, -STEP, 0.0))
+    b = tl.cumsum(a, 0)
+    b_last = tl.sum(a, 0)
+    p = within((log_i - top) * LOG2E, -WRITE, 0.0) - b
+    p = tl.where(log_i <= LOG_I_NOTHING, NOTHING, p)
+    here = weights + slot * VECTORS * L + l
+    store_pair(here, b, L)
+    store_pair(here + FIRST_SOURCE * L, p, L)
+    top = _store_parts(here + TOP * L, here + TOP_REST * L, top)
+    _store_parts(here + TOTAL * L, here + (TOTAL + 1) * L, total)
+    tl.store(chunk_f + slot, _at(total, L - 1, L))
+    tl.store(chunk_p + slot, _at(top, L - 1, L))
+    weight = _exp2(p + b_last)
     _sum_up(rows, tile, weight, inside, column, sums, slot, K, BLOCK_K)
-
-
-@triton.jit
-def _max_plus(decay_1, top_1, decay_2, top_2):
-    return decay_1 + decay_2, tl.maximum(top_1 + decay_2, top_2)
 
 
 @triton.jit
@@ -118,41 +159,55 @@ def _sums_of(sums, chunk_f, chunk_p, c, chunks, column, K):
     seen = inside[:, None] & (column < K)[None, :]
     return (
         tl.load(chunk_f + c, mask=inside, other=0.0),
-        tl.load(chunk_p + c, mask=inside, other=-1e30),
+        tl.load(chunk_p + c, mask=inside, other=LOG_I_NOTHING),
         tl.load(sums + c.to(tl.int64)[:, None] * K + column[None, :], mask=seen, other=0.0),
     )
 
 
 @triton.jit
-def _in_gauge(here, m_in, L: tl.constexpr):
-    """What waits for the gauge of the incoming state, and what it says of each token: its own
-    gauge M, exp(m_in - M), the floor exp(-m) of den, the mark and p."""
-    top, top_rest = tl.load(here), tl.load(here + L)
-    b, b_rest = tl.load(here + B_PAIR * L), tl.load(here + (B_PAIR + 1) * L)
-    p, p_rest = tl.load(here + FIRST_SOURCE * L), tl.load(here + (FIRST_SOURCE + 1) * L)
-    raised = tl.load(here + RAISED * L)
-    m_in = m_in.to(tl.float64) * LOG2E
-    top = top.to(tl.float64) + top_rest.to(tl.float64)
-    M = tl.maximum(top, m_in)
-    erased = tl.maximum(top + raised.to(tl.float64), m_in) - M < SMALLEST * LOG2E
-    floor = _exp2(-(b.to(tl.float64) + b_rest.to(tl.float64) + M))
-    floor = tl.minimum(tl.maximum(floor, 2.0**-126), 2.0**126)
-    p = p.to(tl.float64) + p_rest.to(tl.float64)
-    return M, _exp2(m_in - M), floor, tl.where(erased, 4.0, 0.0), p
+def _gauge_after(m_in, log_f, top):
+    """The gauge after tokens whose log_f add up to log_f, and that make ``top`` of an empty
+    state."""
+    return larger(larger(_carried(m_in, log_f), top), EMPTY)
 
 
 @triton.jit
-def _store(here, M, M_out, weight, factor, p, mark, inside, scale, L: tl.constexpr):
-    """The vectors, over what waited, once all have read it. factor: scale / den, fp64 or fp32."""
-    # The logarithm of no 0: `used` tells.
-    target = tl.log2(tl.maximum(factor, 2.0**-126)).to(tl.float64) - M
-    tl.debug_barrier()
-    source = _exp2(p - M_out * LOG2E)
-    store_weights(here, target, weight, p, source, mark, inside, inside & (scale > 0.0), L)
+def _followed(m_in, log_f, top, m_out):
+    """The gauge at the end of a chunk that its weights are made with: m_out, or where rounding took
+    more from it than they can follow what it was before."""
+    m = _gauge_after(m_in, log_f, top)
+    return tl.where(tl.abs(m - m_out) > FOLLOWED, m, m_out)
 
 
 @triton.jit
-def _undivided(weights, slot, last, token, length, m_in, M_out, scale, L: tl.constexpr):
+def _in_gauge(here, l, m_in, m_end, L: tl.constexpr):
+    """What waits for the gauge m_in of the incoming state, and what that says of each token: b in
+    log2 units, exp(b), the floor exp(-m) of den, the mark, p, exp(p + b_L). here: pointers to the
+    tokens l. m_end: the gauge at the end of the chunk."""
+    first = here - l
+    total = _load_parts(here + TOTAL * L, here + (TOTAL + 1) * L)
+    top = _load_parts(here + TOP * L, here + TOP_REST * L)
+    b, p = _load_parts(here, here + L), _load_parts(
+        here + FIRST_SOURCE * L, here + (FIRST_SOURCE + 1) * L
+    )
+    before = tl.load(here - 1, mask=l > 0, other=0.0).to(tl.float64)
+    before += tl.load(here + L - 1, mask=l > 0, other=0.0).to(tl.float64)
+    last = first + (L - 1)
+    b_last = _load_parts(last, last + L)
+    top_last = _load_parts(last + TOP * L, last + TOP_REST * L)
+    m = _gauge_after(m_in, total, top)
+    from_state = (_carried(m_in, total) - m) * LOG2E
+    from_state = tl.where(_erases(total), NOTHING, from_state)
+    lifted = within((top - m) * LOG2E, -STEP, 0.0)
+    decay = tl.where(l == 0, -STEP, lifted + (b - before))
+    erased = larger(from_state, decay) < SMALLEST * LOG2E
+    floor = within(_exp(-m), 2.0**-126, 2.0**126)
+    at_end = _exp2(p + b_last + within((top_last - m_end) * LOG2E, -STEP, STEP))
+    return b + lifted, _exp2(from_state), floor, tl.where(erased, 4.0, 0.0), p, at_end
+
+
+@triton.jit
+def _undivided(weights, slot, last, token, length, m_in, m_end, scale, L: tl.constexpr):
     """The vectors of the chunks up to ``last`` of a block, without den, its floor beside them. The
     programs of a sequence share them, eight at a time; the last one is done again where there are
     no more."""
@@ -161,10 +216,13 @@ def _undivided(weights, slot, last, token, length, m_in, M_out, scale, L: tl.con
         l = tl.arange(0, L)[None, :]
         here = weights + (slot + c)[:, None] * (VECTORS * L) + l
         inside = token + c[:, None] * L + l < length
-        before, after = tl.gather(m_in, c, 0)[:, None], tl.gather(M_out, c, 0)[:, None]
-        M, weight, floor, mark, p = _in_gauge(here, before, L)
-        factor = tl.maximum(scale, 1e-30).to(tl.float64)
-        _store(here, M, after, weight * scale, factor, p, mark, inside, scale, L)
+        before, after = tl.gather(m_in, c, 0)[:, None], tl.gather(m_end, c, 0)[:, None]
+        b, edge, floor, mark, p, at_end = _in_gauge(here, l, before, after, L)
+        target = b + log_scale(scale)
+        tl.debug_barrier()
+        store_weights(
+            here, target, edge * scale, p, at_end, mark, inside, inside & (scale > 0.0), L
+        )
         tl.store(here + FLOOR * L, floor)
 
 
@@ -186,9 +244,9 @@ def _gauge_kernel(
     chunks = ((length + L - 1) // L).to(tl.int32)
     state = n.to(tl.int64) * H + head
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    m = tl.full([], -1e30, tl.float32)
+    m = tl.full([], EMPTY, tl.float64)
     if HAS_M:
-        m = tl.maximum(tl.load(m_first + state), m)
+        m = within(tl.load(m_first + state).to(tl.float64), EMPTY, -EMPTY)
     normalizer = tl.zeros([BLOCK_K], tl.float32)
     if HAS_N:
         normalizer = tl.load(n_first + state * K + column, mask=column < K, other=0.0)
@@ -200,7 +258,7 @@ def _gauge_kernel(
     chunk_f += first
     chunk_p += first
     l = tl.arange(0, BLOCK)
-    log_f, p_max, tile = _sums_of(sums, chunk_f, chunk_p, l, chunks, column, K)
+    log_f, top, tile = _sums_of(sums, chunk_f, chunk_p, l, chunks, column, K)
     for block in range(0, chunks, BLOCK):
         c = block + l
         inside = c < chunks
@@ -208,34 +266,35 @@ def _gauge_kernel(
         last = tl.minimum(chunks - block, BLOCK) - 1
         slot = first + c
         # The next chunks are on their way while these are worked on.
-        next_f, next_p, next_tile = _sums_of(sums, chunk_f, chunk_p, c + BLOCK, chunks, column, K)
-        total, top = tl.associative_scan((log_f, p_max + log_f), 0, _max_plus)
-        m_out = tl.maximum(m.to(tl.float64) + total, top).to(tl.float32)
+        next_f, next_top, next_tile = _sums_of(sums, chunk_f, chunk_p, c + BLOCK, chunks, column, K)
+        total, most = tl.associative_scan((log_f, top), 0, _max_plus)
+        m_out = _gauge_after(m, total, most)
+        # The gauge of a state of zeros may as well be 0.
+        end = tl.where(m_out <= EMPTY, 0.0, m_out).to(tl.float32)
+        m_in = tl.where(l == 0, m, tl.gather(m_out, tl.maximum(l - 1, 0), 0))
         if gauge is not None:
             tl.store(gauge + slot + 1, m_out, mask=more)
-        # The gauge before a chunk is the one after the last, bit for bit.
-        m_in = tl.where(l == 0, m, tl.gather(m_out, tl.maximum(l - 1, 0), 0))
-        M_out = m_out.to(tl.float64) - log_f
-        keep = _exp(m_in.to(tl.float64) - M_out)
-        take = _exp(p_max - M_out)
+        m_end = _followed(m_in, log_f, top, tl.where(more, m_out, end.to(tl.float64)))
+        keep = tl.where(_erases(log_f), 0.0, _exp(_carried(m_in, log_f) - m_end))
+        take = _exp(top - m_end)
         tl.store(decay + slot, keep, mask=inside)
         seen = more[:, None] & (column < K)[None, :]
         factor = tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K])
-        factor, value = tl.associative_scan((factor, take[:, None] * tile), 0, _affine)
-        value += factor * normalizer[None, :]
+        factor, value = tl.associative_scan((factor, scaled(tile, take[:, None])), 0, _affine)
+        value += scaled(normalizer[None, :], factor)
         tl.store(n_chunk + (slot + 1)[:, None] * K + column[None, :], value, mask=seen)
         m = _at(m_out, last, BLOCK)
         normalizer = _at(value, last, BLOCK)
         if gauge is None:
-            _undivided(weights, first + block, last, block * L, length, m_in, M_out, scale, L)
-        log_f, p_max, tile = next_f, next_p, next_tile
+            _undivided(weights, first + block, last, block * L, length, m_in, m_end, scale, L)
+        log_f, top, tile = next_f, next_top, next_tile
     tl.store(n_last + state * K + column, normalizer, mask=column < K)
-    tl.store(m_last + state, tl.where(m <= -1e30, 0.0, m))  # the gauge of zeros may as well be 0
+    tl.store(m_last + state, tl.where(m <= EMPTY, 0.0, m).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def _denominator_kernel(
-    q, k, cu_seqlens, table, gauge, m_last, n_chunk, chunk_f, weights,
+    q, k, cu_seqlens, table, gauge, m_last, n_chunk, chunk_f, chunk_p, weights,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, T, H, slots, K, scale,
     L: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -264,25 +323,30 @@ def _denominator_kernel(
         nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
     here = weights + slot * VECTORS * L + l
     if (j + 1) * L >= length:
-        m_out = tl.load(m_last + n.to(tl.int64) * H + head)
+        m_out = tl.load(m_last + n.to(tl.int64) * H + head).to(tl.float64)
     else:
         m_out = tl.load(gauge + slot + 1)
-    M_out = m_out.to(tl.float64) - tl.load(chunk_f + slot)
-    M, weight, floor, mark, p = _in_gauge(here, tl.load(gauge + slot), L)
-    minus, minus_rest = _pair(-M)
+    m_in = tl.load(gauge + slot)
+    m_end = _followed(m_in, tl.load(chunk_f + slot), tl.load(chunk_p + slot), m_out)
+    b, edge, floor, mark, p, at_end = _in_gauge(here, l, m_in, m_end, L)
+    row, row_rest = _pair(b)
     col, col_rest = _pair(p)
-    D = power(minus[:, None] + col[None, :], minus_rest[:, None] + col_rest[None, :], PRECISE)
+    D = power(row[:, None] + col[None, :], row_rest[:, None] + col_rest[None, :], PRECISE)
     if not PRECISE:
         scores *= scale
-    nu = nu * scale * weight + tl.sum(tl.where(l[:, None] >= l[None, :], scores * D, 0.0), 1)
-    den = tl.maximum(tl.abs(nu), floor)
+    weighed = (l[:, None] >= l[None, :]) & (D != 0.0)
+    nu = scaled(nu * scale, edge) + tl.sum(tl.where(weighed, scores * D, 0.0), 1)
+    den = larger(tl.abs(nu), floor)
     mark += tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
-    # Where q is 0, den may be 2^-126: what it multiplies is 0 and must stay so.
-    factor = tl.minimum(scale / den, 2.0**126)
-    weight *= factor
+    # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
+    edge = scaled(within(scale / den, 0.0, 2.0**126), edge)
     if PRECISE:  # the fp32 logarithm is off by 2e-7
-        factor = factor.to(tl.float64)
-    _store(here, M, M_out, weight, factor, p, mark, inside, scale, L)
+        factor = log_scale(scale) - tl.log2(den.to(tl.float64))
+    else:
+        factor = (log_scale(scale).to(tl.float32) - tl.log2(den)).to(tl.float64)
+    target = b + within(factor, -1000.0, 126.0)
+    tl.debug_barrier()  # all have read what waited
+    store_weights(here, target, edge, p, at_end, mark, inside, inside & (scale > 0.0), L)
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
@@ -322,8 +386,9 @@ def _column_kernel(
     own = weights + slot * VECTORS * L + l
     mark = tl.load(own + MARK * L)
     sign = tl.where(mark > 2.0, mark - 4.0, mark)
-    tl.store(d + here, -sign * dot)
-    weight = tl.load(own + 2 * L) * -sign * dot
+    d_row = -scaled(dot, sign)
+    tl.store(d + here, d_row)
+    weight = scaled(d_row, tl.load(own + 2 * L))
     _sum_up(rows, tile, weight, inside, column, sums, slot, K, BLOCK_K)
 
 
@@ -366,7 +431,7 @@ def _column_state_kernel(
         factor, value = tl.associative_scan(
             (tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K]), tile), 0, _affine
         )
-        value += factor * dn[None, :]
+        value += scaled(dn[None, :], factor)
         seen = (c >= 1)[:, None] & (column < K)[None, :]
         tl.store(dn_chunk + (first + c - 1)[:, None] * K + column[None, :], value, mask=seen)
         dn = _at(value, tl.minimum(chunks - block, BLOCK) - 1, BLOCK)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power
+from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power, scaled
 from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 
 
@@ -36,6 +36,16 @@ def _tile(
         return tl.load(x + l.to(tl.int64)[:, None] * stride + column[None, :], mask=seen, other=0.0)
 
 
+@triton.jit
+def _spare(x, AXIS: tl.constexpr):
+    """What power of two the rows of x along AXIS are divided by so that fp16 holds them: 0 where it
+    does anyway."""
+    most = tl.max(tl.abs(x), AXIS)
+    power = tl.floor(tl.log2(tl.maximum(most, 1.0))) - 14.0
+    power = tl.where((power > 0.0) & (most < float("inf")), power, 0.0)
+    return tl.expand_dims(power, AXIS)
+
+
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _scan_kernel(
     a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, left,
@@ -49,6 +59,10 @@ def _scan_kernel(
 ):  # fmt: skip
     PACKED: tl.constexpr = cu_seqlens is not None
     PRECISE: tl.constexpr = x.dtype.element_ty == tl.float32
+    # 1 / den and what it is summed up to may be beyond fp16, and a sum that one inf spoils would
+    # spoil the gate gradients of all earlier tokens: operands of products are divided by powers of
+    # two where they must be, the sums multiplied.
+    FITTED: tl.constexpr = x.dtype.element_ty == tl.float16
     ROW: tl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: tl.constexpr = 0 if REVERSE else FIRST_SOURCE
     tiles = (X + BLOCK_X - 1) // BLOCK_X
@@ -160,17 +174,38 @@ def _scan_kernel(
                     P += d_here[:, None]
                 else:
                     P += d_here[None, :]
-            P = tl.where(causal, P * power(whole, rest, PRECISE), 0.0).to(XX.dtype)
-            if TRANSPOSED:
-                O = tl.dot(S.to(B.dtype), tl.trans(AA), input_precision=PRECISION)
-                O *= row_edge[None, :]
-                O = tl.trans(tl.dot(tl.trans(XX), P, O, input_precision=PRECISION))
+            D = power(whole, rest, PRECISE)
+            # What weighs nothing is 0, also where the product has overflowed.
+            P = tl.where(causal & (D != 0.0), P * D, 0.0)
+            if FITTED:
+                P_spare = _spare(P, 0 if TRANSPOSED else 1)
+                P *= tl.exp2(-P_spare)
+                S_spare = _spare(S, 1 if TRANSPOSED else 0)
+                S_low = (S * tl.exp2(-S_spare)).to(B.dtype)
             else:
-                O = tl.dot(AA, S.to(B.dtype), input_precision=PRECISION) * row_edge[:, None]
+                S_low = S.to(B.dtype)
+            P = P.to(XX.dtype)
+            if TRANSPOSED:
+                O = tl.dot(S_low, tl.trans(AA), input_precision=PRECISION)
+                O = scaled(O, row_edge[None, :])
+                if FITTED:
+                    O *= tl.exp2(S_spare) * tl.exp2(-P_spare)
+                O = tl.dot(tl.trans(XX), P, O, input_precision=PRECISION)
+                if FITTED:
+                    O *= tl.exp2(P_spare)
+                O = tl.trans(O)
+            else:
+                O = tl.dot(AA, S_low, input_precision=PRECISION)
+                O = scaled(O, row_edge[:, None])
+                if FITTED:
+                    O *= tl.exp2(S_spare) * tl.exp2(-P_spare)
                 O = tl.dot(P, XX, O, input_precision=PRECISION)
+                if FITTED:
+                    O *= tl.exp2(P_spare)
             if d is not None:  # last: the state in low precision has left the registers
                 row_vector = tl.load(vector + (slot + c) * X + columns, mask=columns < X, other=0.0)
-                O += (row_edge if REVERSE else row_edge * d_here)[:, None] * row_vector[None, :]
+                row_d = row_edge if REVERSE else scaled(d_here, row_edge)
+                O += scaled(row_vector[None, :], row_d[:, None])
             seen = (t + l < length)[:, None] & (columns < X)[None, :]
             token = (t + l).to(tl.int64)[:, None] * H * X + columns[None, :]
             if partial is not None:
@@ -192,12 +227,21 @@ def _scan_kernel(
         if KEEP and REVERSE:
             if edge:
                 tl.store(kept, S)
-        S *= keep
-        XX = (XX.to(tl.float32) * col_edge[:, None]).to(XX.dtype)
+        S = scaled(S, keep)
+        X_weighed = scaled(XX.to(tl.float32), col_edge[:, None])
+        if FITTED:
+            X_spare = _spare(X_weighed, 0)
+            X_weighed *= tl.exp2(-X_spare)
+            if TRANSPOSED:
+                X_spare = tl.trans(X_spare)
+            S *= tl.exp2(-X_spare)
+        XX = X_weighed.to(XX.dtype)
         if TRANSPOSED:
             S = tl.dot(tl.trans(XX), B, S, input_precision=PRECISION)
         else:
             S = tl.dot(tl.trans(B), XX, S, input_precision=PRECISION)
+        if FITTED:
+            S *= tl.exp2(X_spare)
         if KEEP and not REVERSE:
             if edge:
                 tl.store(kept, S)
@@ -244,5 +288,6 @@ def _join_kernel(
         piece = (pieces - 1 - step) if REVERSE else step
         end = (piece if REVERSE else piece + 1) * (UNIT // SPAN) - 1
         at = ends + (span + end) * stride_e + lane * STRIDE_EA + column
-        S = S * tl.load(left + (first + piece) * H + head) + tl.load(at, mask=inside, other=0.0)
+        remains = tl.load(left + (first + piece) * H + head)
+        S = scaled(S, remains) + tl.load(at, mask=inside, other=0.0)
         tl.store(at, S, mask=inside)

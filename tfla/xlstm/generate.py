@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import tfla
+from tfla.linear import is_hooked
 
 if TYPE_CHECKING:
     from tfla.xlstm.model import XLSTM
@@ -128,6 +129,8 @@ class Stream:
         self.lengths = torch.zeros_like(self.last)
         self.finished = torch.zeros_like(self.last, dtype=torch.bool)
         self._stepped = False
+        # A hook runs when its module is called, not when a graph is replayed.
+        self._called = any(is_hooked(module) for module in model.modules())
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __iter__(self) -> Stream:
@@ -171,7 +174,8 @@ class Stream:
         """The graph of a step, on a GPU: recorded once a step has run, which leaves no kernel to be
         compiled, if enough tokens are to come."""
         device = self.last.device
-        if self._graph is None and device.type == "cuda" and self._stepped and self._left >= RECORD:
+        worth = self._stepped and self._left >= RECORD and not self._called
+        if self._graph is None and device.type == "cuda" and worth:
             graph = torch.cuda.CUDAGraph()
             if isinstance(generator := self._sampling[-1], torch.Generator):
                 graph.register_generator_state(generator)
@@ -202,7 +206,7 @@ def prefill(
         for piece in tokens.split(max(1, PIECE // B), 1):
             x, after = model.hidden(piece, after, **options)
         return model.logits(x[:, -1]), after  # type: ignore[return-value]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(device)
+    ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(device)
     x, after = model.hidden(tokens, after, cu_seqlens=ends, **options)
     return model.logits(x[0, ends[1:] - 1]), after
 
@@ -318,7 +322,10 @@ def _tokens(prompts: Prompts, vocab_size: int) -> tuple[Tensor, list[int] | None
                 f"{tuple(tokens.shape)}. One prompt is prompts[None]."
             )
     else:
-        rows = [row if isinstance(row, Tensor) else torch.tensor(list(row)) for row in prompts]
+        rows = [
+            row if isinstance(row, Tensor) else torch.tensor(list(row), device="cpu")
+            for row in prompts
+        ]
         for index, row in enumerate(rows):
             if row.dim() != 1 or row.numel() == 0:
                 raise ValueError(

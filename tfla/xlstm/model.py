@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import tfla
 from tfla import checks
-from tfla.ops import no_autocast
+from tfla.linear import PreciseLinear, is_plain
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.generate import Generation, Prompts, Stream, generate
 
@@ -44,7 +44,7 @@ class MLSTMLayer(nn.Module):
         self.config = config
         self.widths = [config.qk_dim, config.qk_dim, config.v_dim, config.v_dim]
         self.qkvo = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
-        self.gates = nn.Linear(config.hidden_size, 2 * config.num_heads)  # rows: i, then f
+        self.gates = PreciseLinear(config.hidden_size, 2 * config.num_heads)  # rows: i, then f
         self.norm_weight = nn.Parameter(torch.ones(config.v_dim))
         self.out = nn.Linear(config.v_dim, config.hidden_size, bias=False)
 
@@ -70,16 +70,13 @@ class MLSTMLayer(nn.Module):
     def gate_preactivations(self, x: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """i and f (..., H), soft-capped, in fp32 (fp64 for fp64 x), also under autocast; closed
         where `active` (...) is False."""
-        weight, bias, cap = self.gates.weight, self.gates.bias, self.config.gate_soft_cap
-        if x.dim() == 2 and (kernels := fused(x, weight)):  # a library's product of few rows waits
+        cap = self.config.gate_soft_cap
+        if x.dim() == 2 and (kernels := fused_with(x, self.gates, PreciseLinear)):
+            # A library's product of few rows waits.
+            weight, bias = self.gates.weight, self.gates.bias
             return kernels.gates(x, weight, bias, cap, active, CLOSED).chunk(2, -1)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with no_autocast(x.device.type):
-            if _sums_in_fp32(x, weight):  # products of 16 bits are exact in fp32: no copies in fp32
-                y = torch.mm(x.flatten(0, -2), weight.T, out_dtype=dtype).unflatten(0, x.shape[:-1])
-                y = y + bias
-            else:
-                y = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        y = self.gates(x)
+        y = y.to(torch.promote_types(y.dtype, torch.float32))  # an adapter may answer in less
         i, f = soft_cap(y, cap).chunk(2, -1)
         if active is not None:
             idle = ~active[..., None]
@@ -97,7 +94,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(x)
-        if kernels := fused(y, self.down.weight):
+        if kernels := fused(y, y):
             return self.down(kernels.swiglu(y))
         g, u = y.chunk(2, -1)
         return self.down(F.silu(g) * u)
@@ -255,7 +252,9 @@ class XLSTM(nn.Module):
             )
         states = [None] * len(self.blocks) if state is None else state
         x: Any = self.embedding(tokens)
-        x = (x, None) if fused(x, self.norm.weight) else x
+        # A hook on a block is to see x, not a pair whose sum is x.
+        pairs = fused(x, x) and all(is_plain(block, Block) for block in self.blocks)
+        x = (x, None) if pairs else x
         after = []
         for block, before in zip(self.blocks, states, strict=True):
             x, new = block(x, before, **options)
@@ -306,20 +305,21 @@ def fused(x: Tensor, weight: Tensor) -> Any:
     return importlib.import_module("tfla.kernels.pointwise") if known else None
 
 
+def fused_with(x: Tensor, module: nn.Module, kind: type[nn.Module]) -> Any:
+    """The same kernels where one of them may read the weight of a module in place of calling it."""
+    kernels = fused(x, x)
+    if kernels is None or not is_plain(module, kind):
+        return None
+    return kernels if module.weight.dtype == x.dtype else None
+
+
 def add_norm(x: Any, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
     """x, or the sum of the pair x, of which the second may be None; and its norm."""
     x, y = x if isinstance(x, tuple) else (x, None)
-    if y is not None and (kernels := fused(x, norm.weight)):
+    if y is not None and (kernels := fused_with(x, norm, nn.RMSNorm)):
         return kernels.add_norm(x, y, norm.weight, norm.eps)
     x = x if y is None else x + y
     return x, norm(x)
-
-
-def _sums_in_fp32(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of x with weight can be had in fp32, which torch has without gradients."""
-    low = x.dtype == weight.dtype and x.dtype in (torch.float16, torch.bfloat16)
-    compiling = torch.compiler.is_compiling()
-    return low and x.is_cuda and x.numel() > 0 and not (torch.is_grad_enabled() or compiling)
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

@@ -1,0 +1,437 @@
+"""The scan on mma.sync, for Ampere, Ada and consumer Blackwell: the algorithm of scan.py in its
+transposed form, with every layout chosen by hand. 16-bit operands, and fp32 where TF32 is allowed:
+an fp32 number is split into two bf16 where it arrives, 16 bits in all, and a product is three of
+theirs.
+
+What a chunk of L tokens takes, in the order of the loop; | is a barrier:
+
+    | copies of the next chunk begin, and of y for this one
+      P = (B A^T) * D          (source, target), to shared memory
+      O = (S A^T) * edge       (X, target), the state from registers
+    | O = O + X^T P            what P is to all warps lies in shared memory now
+      O to shared memory, S = decay S + (X edge)^T B
+    | O to global memory, by whole rows
+
+Each warp owns rows of S, (X, A): the accumulator of the state's update is, register for register,
+the left operand of the product that reads the state, so the state never passes through shared
+memory. The compiler's own pipeline of scan.py with the same shape took 1.28 ms for h where this one
+takes 0.85 (compiled for 8.0, run on an H200: 4 x 16,384 tokens, 16 heads 128/256).
+"""
+
+# mypy: disable-error-code="union-attr,assignment,index"
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from tfla.kernels import parts
+from tfla.kernels.gates import FIRST_SOURCE, VECTORS
+from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
+
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+SLICE = gl.constexpr(32)  # columns of the state in one product: few operands in registers at once
+
+
+@gluon.constexpr_function
+def _each(dtype):
+    """Numbers in 16 bytes, what a thread copies at once."""
+    return 128 // dtype.primitive_bitwidth
+
+
+@gluon.constexpr_function
+def _tile_layout(width, dtype):
+    """Rows of ``width`` numbers in shared memory, in pieces of 16 bytes that eight rows have at
+    different places: ldmatrix reads them without a conflict of banks."""
+    each = 128 // dtype.primitive_bitwidth
+    return gl.SwizzledSharedLayout(
+        each, max(1, 8 * each // width), max(1, min(8, width // each)), [1, 0]
+    )
+
+
+@gluon.constexpr_function
+def _rows_layout(width, dtype, warps):
+    """Rows of ``width`` numbers over threads that hold 16 bytes each."""
+    each = 128 // dtype.primitive_bitwidth
+    lanes = min(32, width // each)
+    return gl.BlockedLayout([1, each], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def _rows_at(x, stride, t, tokens, first, width, L: gl.constexpr, BLOCK: gl.constexpr,
+             WARPS: gl.constexpr):  # fmt: skip
+    """(pointers to rows from token t and columns from ``first``, which of them exist). Rows begin
+    at multiples of 16 bytes, which the compiler is told: it does not see it in ``stride``."""
+    LAYOUT: gl.constexpr = _rows_layout(BLOCK, x.dtype.element_ty, WARPS)
+    EACH: gl.constexpr = _each(x.dtype.element_ty)
+    l = gl.arange(0, L, layout=gl.SliceLayout(1, LAYOUT))
+    column = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
+    at = x + t.to(gl.int64) * stride + (l * stride)[:, None] + column[None, :]
+    seen = (l < tokens - t)[:, None] & (column < width // EACH * EACH)[None, :]
+    return gl.multiple_of(at, [1, 16]), seen
+
+
+@gluon.jit
+def _tile(tiles, stage):
+    """A tile as products take it: itself, or of fp32 what ``_split`` makes of it, a tile of what
+    bf16 holds of each number and one of what that leaves."""
+    whole = tiles.index(stage)
+    if whole.dtype != gl.float32:
+        return (whole,)
+    else:
+        LAYOUT: gl.constexpr = _tile_layout(whole.shape[1], gl.bfloat16)
+        both = parts.view(whole, gl.bfloat16, [2, whole.shape[0], whole.shape[1]], LAYOUT)
+        return both.index(0), both.index(1)
+
+
+@gluon.jit
+def _whole_rows(tile, WARPS: gl.constexpr):
+    LAYOUT: gl.constexpr = _rows_layout(tile.shape[1], tile.dtype, WARPS)
+    return tile.load(LAYOUT)
+
+
+@gluon.jit
+def _split(rows, stage, WARPS: gl.constexpr):
+    """Of fp32 tiles, two of bf16 in the place of each."""
+    values = ()
+    for n in gl.static_range(len(rows)):
+        values += (_whole_rows(rows[n][4].index(stage), WARPS),)
+    parts.barrier()
+    for n in gl.static_range(len(rows)):
+        parts.store_parts(_tile(rows[n][4], stage), values[n])
+    parts.barrier()
+
+
+@gluon.jit
+def _product(one, other, total):
+    """total + one other; of two parts each without the product of the lesser ones."""
+    total = mma_v2(one[0], other[0], total)
+    if len(one) == 2:
+        total = mma_v2(one[0], other[1], total)
+        total = mma_v2(one[1], other[0], total)
+    return total
+
+
+@gluon.jit
+def _loaded(tiles, LAYOUT: gl.constexpr):
+    return [each.load(LAYOUT) for each in tiles]
+
+
+@gluon.jit
+def _fetch_rows(tile, x, stride, t, tokens, first, width, WARPS: gl.constexpr):
+    """Begin to copy a tile: rows from token t, columns from ``first``, zeros past the end."""
+    L: gl.constexpr = tile.shape[0]
+    BLOCK: gl.constexpr = tile.shape[1]
+    at, seen = _rows_at(x, stride, t, tokens, first, width, L, BLOCK, WARPS)
+    async_copy.async_copy_global_to_shared(tile, at, mask=seen)
+
+
+@gluon.jit
+def _fetch_line(line, x, width, WARPS: gl.constexpr):
+    """Begin to copy fp32 numbers, of which ``width`` exist."""
+    SIZE: gl.constexpr = line.shape[0]
+    EACH: gl.constexpr = max(1, min(4, SIZE // (32 * WARPS)))
+    column = gl.arange(0, SIZE, layout=gl.BlockedLayout([EACH], [32], [WARPS], [0]))
+    async_copy.async_copy_global_to_shared(line, x + column, mask=column < width)
+
+
+@gluon.jit
+def _fetch_chunk(rows, lines, c, stage, tokens, wanted, WARPS: gl.constexpr):
+    """Begin to copy what chunk c takes, in one group of copies. rows: (pointer, stride, first
+    column, width, tiles). lines: (pointer, numbers a chunk, tiles)."""
+    if wanted:
+        for n in gl.static_range(len(rows)):
+            x, stride, first, width, tiles = rows[n]
+            _fetch_rows(
+                tiles.index(stage), x, stride, c * tiles.shape[1], tokens, first, width, WARPS
+            )
+        for n in gl.static_range(len(lines)):
+            x, first, size, tiles = lines[n]
+            _fetch_line(
+                tiles.index(stage), x + c.to(gl.int64) * size + first, size - first, WARPS
+            )
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _scaled(x, weight):
+    """x * weight, but 0 where the weight is 0, whatever x is."""
+    return gl.where(weight == 0.0, 0.0, x * weight)
+
+
+@gluon.jit
+def _store_state(at, S, STRIDE_EA: gl.constexpr):
+    for n in gl.static_range(len(S)):
+        gl.store(at + n * S[n].shape[1] * STRIDE_EA, S[n])
+
+
+@gluon.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
+def _scan_mma_kernel(
+    a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, left,
+    cu_seqlens, table, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
+    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_sn, stride_sh,
+    stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, T, H, slots, spans, UNIT,
+    size, stride_e, A, X, L: gl.constexpr, BLOCK_A: gl.constexpr, BLOCK_X: gl.constexpr,
+    SPAN: gl.constexpr, STRIDE_EA: gl.constexpr, STRIDE_EX: gl.constexpr, REVERSE: gl.constexpr,
+    CUT: gl.constexpr, KEEP: gl.constexpr, ENDS: gl.constexpr, STAGES: gl.constexpr,
+    Y_AHEAD: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """See ``tfla.kernels.scan``. Rows of all operands are of 16 bytes. Y_AHEAD: y is copied with
+    the tiles of its chunk, a chunk ahead, where there is shared memory for it."""
+    PACKED: gl.constexpr = cu_seqlens is not None
+    WHOLE: gl.constexpr = out is not None
+    ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
+    COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
+    given: gl.constexpr = x.dtype.element_ty
+    PAIR: gl.constexpr = given == gl.float32
+    dtype: gl.constexpr = gl.bfloat16 if PAIR else given  # of products
+    COPIED: gl.constexpr = WHOLE and out.dtype.element_ty == given
+    PIECE: gl.constexpr = min(SLICE, BLOCK_A)
+    PIECES: gl.constexpr = BLOCK_A // PIECE
+    # Chunks between kept states: the loop over them has no branch, which costs h of 256/512 a
+    # quarter of its time.
+    EVERY: gl.constexpr = SPAN // L
+
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, WARPS // 2], [16, 8])
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])  # and the output
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, STATE, 2)
+    TARGETS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    SOURCES: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OF_OUTPUT: gl.constexpr = gl.SliceLayout(0, STATE)  # targets of the output
+
+    # Sums over X: a row of them from each warp, added up when all have stored theirs.
+    ROUND: gl.constexpr = 16 * WARPS
+    BY_WARP: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
+    ROW_MAJOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    A_TILE: gl.constexpr = _tile_layout(BLOCK_A, given)
+    X_TILE: gl.constexpr = _tile_layout(BLOCK_X, given)
+    Y_STAGES: gl.constexpr = STAGES if Y_AHEAD else 1
+    tiles = (X + BLOCK_X - 1) // BLOCK_X
+    tile = gl.program_id(0) % tiles
+    head = ((gl.program_id(0) // tiles) % H).to(gl.int64)
+    size = size.to(gl.int64)
+    w = (gl.program_id(0) // tiles // H).to(gl.int64)
+    n, j = w, 0
+    if CUT:
+        n, j = unit(w, cu_seqlens, table, T, UNIT, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    row = head if PACKED else batch * H + head
+    chunks = ((length + L - 1) // L).to(gl.int32)
+    low, high = 0, chunks
+    if CUT:
+        if (j > 0) & (j >= (chunks * L + UNIT - 1) // UNIT):
+            return
+        low = (j * (UNIT // L)).to(gl.int32)
+        high = gl.minimum(chunks, (low + UNIT // L).to(gl.int32))
+        if not WHOLE:  # nothing starts from what the last piece leaves
+            if (low == 0) if REVERSE else (high == chunks):
+                return
+    slot = row * slots + first_slot(n, start, L, PACKED)
+    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
+    if left is not None:
+        behind = (low if REVERSE else high) * L // SPAN - 1
+        low, high, remains = reaching(decay + slot, low, high, REVERSE)
+        gl.store(left + w * H + head, remains)
+    first_x = tile * BLOCK_X
+    tokens = length.to(gl.int32)
+    decay += slot
+    b += batch * stride_bb + start * stride_bt + head * stride_bh
+    x += batch * stride_xb + start * stride_xt + head * stride_xh
+    b_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
+    x_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_X], X_TILE)
+    v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
+    rows = (b, stride_bt, 0, A, b_s), (x, stride_xt, first_x, X, x_s)
+    lines = ((weights + slot * (VECTORS * L), 0, VECTORS * L, v_s),)
+    if WHOLE:
+        a += batch * stride_ab + start * stride_at + head * stride_ah
+        a_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
+        rows += ((a, stride_at, 0, A, a_s),)
+        p_all = gl.allocate_shared_memory(dtype, [2 if PAIR else 1, L, L], _tile_layout(L, dtype))
+        p_s = (p_all.index(0),)
+        if PAIR:
+            p_s += (p_all.index(1),)
+        out += ((batch * T + start) * H + head) * X
+        if partial is not None:
+            partial += ((batch * T + start) * H + head) * X
+        if y is not None:
+            y += batch * stride_yb + start * stride_yt + head * stride_yh
+            y_s = gl.allocate_shared_memory(given, [Y_STAGES, L, BLOCK_X], X_TILE)
+            dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
+            dot += tile * size + slot * L
+        if vector is not None:
+            d_s = gl.allocate_shared_memory(gl.float32, [STAGES, L], FLAT)
+            vector_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_X], FLAT)
+            lines += ((d + slot * L, 0, L, d_s), (vector + slot * X, first_x, X, vector_s))
+    fetched = rows
+    if WHOLE and y is not None and Y_AHEAD:
+        fetched += ((y, stride_yt, first_x, X, y_s),)
+    for early in gl.static_range(STAGES - 1):
+        c = (high - 1 - early) if REVERSE else (low + early)
+        _fetch_chunk(fetched, lines, c, early, tokens, low + early < high, WARPS)
+
+    # The state, in pieces of A. Entries of kept states lie at constant strides.
+    columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
+    lanes = gl.arange(0, PIECE, layout=gl.SliceLayout(0, STATE))
+    entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
+    if ends is not None:
+        ends += span * stride_e + first_x * STRIDE_EX
+    S = ()
+    for piece in gl.static_range(PIECES):
+        lane = lanes + piece * PIECE
+        S_piece = gl.zeros([BLOCK_X, PIECE], gl.float32, layout=STATE)
+        if WHOLE and state is not None:
+            known = A
+            if CUT:  # the pieces after the first start from what was kept
+                known = gl.where((high == chunks) if REVERSE else (low == 0), A, 0)
+            first = state + n.to(gl.int64) * stride_sn + head * stride_sh
+            first += columns[:, None] * stride_sx + lane[None, :] * stride_sa
+            valid = (columns < X)[:, None] & (lane < known)[None, :]
+            S_piece = gl.load(first, mask=valid, other=0.0)
+        if WHOLE and CUT:
+            if (high < chunks) if REVERSE else (low > 0):
+                before = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e + entry
+                valid = (columns < X)[:, None] & (lane < A)[None, :]
+                S_piece = gl.load(before + piece * PIECE * STRIDE_EA, mask=valid, other=0.0)
+        S += (S_piece,)
+
+    keep_next = gl.load(decay + (gl.maximum(high - 1, low) if REVERSE else low))
+    step = 0
+    first_span = low // EVERY if KEEP else 0
+    n_spans = (high + EVERY - 1) // EVERY - first_span if KEEP else 1
+    for nth in range(0, n_spans):
+        begin, end = low, high
+        if KEEP:
+            # The state before these chunks, unless this program started from it.
+            this = first_span + (n_spans - 1 - nth if REVERSE else nth)
+            begin, end = this * EVERY, gl.minimum((this + 1) * EVERY, high)
+            if REVERSE:
+                wanted = end < high
+                if ENDS:
+                    wanted |= end == chunks
+                kept = this
+            else:
+                wanted = begin > low
+                kept = this - 1
+            if wanted:
+                _store_state(ends + kept * stride_e + entry, S, STRIDE_EA)
+        for inner in range(0, end - begin):
+            c = (end - 1 - inner) if REVERSE else (begin + inner)
+            stage = step % STAGES
+            keep = keep_next
+            following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
+            keep_next = gl.load(decay + following)
+            async_copy.wait_group(STAGES - 2)
+            parts.barrier()
+            if y is not None and not Y_AHEAD:
+                _fetch_rows(y_s.index(0), y, stride_yt, c * L, tokens, first_x, X, WARPS)
+                async_copy.commit_group()
+            ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
+            more = (ahead >= low) if REVERSE else (ahead < high)
+            to = (step + STAGES - 1) % STAGES
+            _fetch_chunk(fetched, lines, ahead, to, tokens, more, WARPS)
+            step += 1
+
+            vectors = v_s.index(stage)
+            if PAIR:
+                _split(rows, stage, WARPS)
+            B, XX = _tile(b_s, stage), _tile(x_s, stage)
+            X_left = _loaded(parts.turned(XX), LEFT)
+            if WHOLE:
+                AA = _tile(a_s, stage)
+                P = gl.zeros([L, L], gl.float32, layout=SCORES)
+                for piece in gl.static_range(PIECES):
+                    B_rows = parts.columns(B, piece * PIECE, PIECE)
+                    A_columns = parts.turned(parts.columns(AA, piece * PIECE, PIECE))
+                    P = _product(
+                        _loaded(B_rows, gl.DotOperandLayout(0, SCORES, 2)),
+                        _loaded(A_columns, gl.DotOperandLayout(1, SCORES, 2)),
+                        P,
+                    )
+                exponent = vectors.slice(ROW * L, L).load(TARGETS)[None, :]
+                exponent += vectors.slice(COL * L, L).load(SOURCES)[:, None]
+                rest = vectors.slice((ROW + 1) * L, L).load(TARGETS)[None, :]
+                rest += vectors.slice((COL + 1) * L, L).load(SOURCES)[:, None]
+                D = gl.exp2(exponent + rest)
+                target = gl.arange(0, L, layout=TARGETS)[None, :]
+                source = gl.arange(0, L, layout=SOURCES)[:, None]
+                causal = (target <= source) if REVERSE else (target >= source)
+                if vector is not None:
+                    d_now = d_s.index(stage)
+                    if REVERSE:
+                        P += d_now.load(SOURCES)[:, None]
+                    else:
+                        P += d_now.load(TARGETS)[None, :]
+                # What weighs nothing is 0, also where the product has overflowed.
+                parts.store_parts(p_s, gl.where(causal & (D != 0.0), P * D, 0.0))
+                token = c * L + gl.arange(0, L, layout=OF_OUTPUT)
+                if partial is not None or not COPIED:
+                    place = token.to(gl.int64)[None, :] * (H * X) + columns[:, None]
+                    there = (columns < X)[:, None] & (token < tokens)[None, :]
+                O = gl.zeros([BLOCK_X, L], gl.float32, layout=STATE)
+                for piece in gl.static_range(PIECES):
+                    S_parts = parts.parts_of(S[piece], AA)
+                    S_left = [gl.convert_layout(each, LEFT) for each in S_parts]
+                    A_columns = parts.turned(parts.columns(AA, piece * PIECE, PIECE))
+                    O = _product(S_left, _loaded(A_columns, RIGHT), O)
+                if vector is not None:  # n d^T for dq, dn 1^T for dk, weighted as the state is
+                    row_vector = vector_s.index(stage).load(gl.SliceLayout(1, STATE))[:, None]
+                    if REVERSE:
+                        O += row_vector
+                    else:
+                        O += row_vector * d_now.load(OF_OUTPUT)[None, :]
+                O = _scaled(O, vectors.slice((ROW + 2) * L, L).load(OF_OUTPUT)[None, :])
+                if partial is not None:  # on its way while the other warps arrive
+                    more_O = gl.load(partial + place, mask=there, other=0.0)
+                if y is not None and not Y_AHEAD:
+                    async_copy.wait_group(1)
+                parts.barrier()
+                O = _product(X_left, _loaded(p_s, RIGHT), O)
+                if partial is not None:
+                    O += more_O
+                if y is not None:
+                    Y = y_s.index(stage if Y_AHEAD else 0).permute((1, 0))
+                    if PAIR:
+                        Y = Y.load(STATE)
+                    else:  # by ldmatrix; the accumulator has its numbers in the same places
+                        Y = gl.convert_layout(Y.load(LEFT), STATE)
+                    by_warp = (O * Y.to(gl.float32)).reshape([BLOCK_X // ROUND, WARPS, 16, L])
+                    dot_s.store(gl.sum(gl.sum(by_warp, 2), 0))
+                if COPIED:  # where x lay: all warps have read it
+                    out_s = x_s.index(stage)
+                    out_s.permute((1, 0)).store(O.to(given))
+                else:
+                    gl.store(out + place, O, mask=there)
+            col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, LEFT))
+            X_value = X_left[0].to(gl.float32)
+            if PAIR:
+                X_value += X_left[1].to(gl.float32)
+            X_left = parts.parts_of(_scaled(X_value, col_edge[None, :]), B)
+            updated = ()
+            for piece in gl.static_range(PIECES):
+                B_right = _loaded(parts.columns(B, piece * PIECE, PIECE), RIGHT)
+                updated += (_product(X_left, B_right, _scaled(S[piece], keep)),)
+            S = updated
+            if COPIED:
+                parts.barrier()
+                at, seen = _rows_at(out, H * X, c * L, tokens, first_x, X, L, BLOCK_X, WARPS)
+                gl.store(at, _whole_rows(out_s, WARPS), mask=seen)
+                if y is not None:
+                    l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
+                    gl.store(dot + c * L + l, gl.sum(dot_s.load(BY_WARP), 0))
+
+    if WHOLE:
+        if KEEP and ENDS and not REVERSE:
+            if (high == chunks) & (low < high):
+                kept = (chunks - 1) * L // SPAN
+                _store_state(ends + kept * stride_e + entry, S, STRIDE_EA)
+    else:
+        # What this piece makes of an empty state, to where the next one starts from.
+        _store_state(ends + behind * stride_e + entry, S, STRIDE_EA)
+    if final is not None:
+        if (low == 0) if REVERSE else (high == chunks):
+            last = final + n.to(gl.int64) * stride_fn + head * stride_fh
+            last += columns[:, None] * stride_fx + lanes[None, :] * stride_fa
+            for piece in gl.static_range(PIECES):
+                inside = (columns < X)[:, None] & (lanes + piece * PIECE < A)[None, :]
+                gl.store(last + piece * PIECE * stride_fa, S[piece], mask=inside)
