@@ -3,13 +3,19 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hypothesis
-import pytest
-import torch
+# One thread a worker and a child: those of many workers would wait for each other's cores without
+# end, and the tensors of tests are so small that a second thread costs more than it gains. It is
+# set before torch is imported, which reads it once.
+os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # The same random problems on every machine: a failure in CI is a failure at home. Raise the number
@@ -32,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Whatever number of threads a test computes with, the next one starts with one."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

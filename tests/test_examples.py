@@ -32,7 +32,7 @@ CHECKS = {"quickstart": quickstart, "digits": digits}
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_shows_what_it_says(path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(path)], capture_output=True, text=True, timeout=500
+        [sys.executable, "-W", "error", str(path)], capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     CHECKS[path.stem](done.stdout)

@@ -1,6 +1,5 @@
 """Generation: the carried state equals reading the text again, and sampling is what it says."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ from tfla.xlstm import (
 )
 
 VOCAB = 19
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """At these sizes threads cost more than they give, a hundred times more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["exp", "sigmoid"])

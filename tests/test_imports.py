@@ -20,6 +20,7 @@ LAYERS = [
     {"cli"},
     {"bench", "demo", "environment", "integrations"},
     {"render"},
+    {"threads"},
     {"nn", "selftest", "xlstm"},
     {"linear"},
     {"tfla"},  # the package itself: its public face
@@ -29,7 +30,7 @@ LAYERS = [
     {"ops", "verdicts"},
     {"log"},
     {"reference", "kernels"},
-    {"gates", "offsets", "plan"},
+    {"errors", "gates", "offsets", "plan"},
     {"_compat"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TINY = ["stacks.py", "--size", "tiny", "--device", "cpu"]
+TINY = ["stacks.py", "--size", "tiny", "--device", "cpu", "--seconds", "3600", "--each", "900"]
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_after_a_process_that_dies_another_goes_on_behind_it(
     """The rows before it are kept, a model whose making ends a process is left out, and the checks
     of the first stack reach all the others."""
     out = tmp_path / "stacks.json"
-    args = argparse.Namespace(size="tiny", out=out, profile=False, each=60.0, seconds=60.0)
+    args = argparse.Namespace(size="tiny", out=out, profile=False, each=900.0, seconds=900.0)
     monkeypatch.setattr(stacks.measure, "ceiling", lambda *_: {"flops_per_s": 1, "bytes_per_s": 1})
     one = stacks.Run(stacks.SIZES["tiny"], torch.device("cpu"), args)
     one.apart = True
@@ -110,7 +110,7 @@ def test_after_a_process_that_dies_another_goes_on_behind_it(
     for name in ("read", "decode", "train"):
         monkeypatch.setattr(stacks, name, lambda stack, tokens: prepare(stack, tokens))
     for name in ("transformers", "xlstm"):
-        one.stack(name, 60.0)
+        one.stack(name, 900.0)
     rows = json.loads(out.read_text())["rows"]
     inference = ["prefill 256", "decode, batch 1", "decode, batch 4"]
     train = [(name, "train step 2 x 128") for name in ("transformers", "xlstm")]
@@ -131,7 +131,8 @@ def test_a_process_that_does_not_answer_is_ended(stacks: ModuleType) -> None:
         send("begun")
         time.sleep(60)
 
-    found = stacks.apart(work, lambda: 0.5)
+    waits = iter([900.0, 0.5])  # for the first message, and for one that does not come
+    found = stacks.apart(work, lambda: next(waits))
     assert next(found) == "begun"
     with pytest.raises(RuntimeError, match="did not answer"):
         next(found)

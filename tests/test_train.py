@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,15 +34,6 @@ MODEL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
 SMALL = MODEL | {"context": 24, "batch": 2, "log_every": 1, "eval_every": 4, "save_every": 5}
 SMALL |= {"eval_bytes": 500, "steps": 12}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On models this small a second thread only makes the first one wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +99,7 @@ def command(folder: Path, text: Path, *rest: str) -> list[str]:
 
 def test_kill_9_at_any_moment(text: Path, tmp_path: Path) -> None:
     """Three kills: before the first checkpoint, and twice while steps and checkpoints alternate."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    environment = {**os.environ, "TERM": "dumb"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     def run(folder: Path, *rest: str) -> subprocess.Popen[str]:
@@ -122,7 +114,7 @@ def test_kill_9_at_any_moment(text: Path, tmp_path: Path) -> None:
     reference = run(whole)
     for reach in (0, 10, 30):
         process = run(killed, "--resume")
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 900
         while process.poll() is None and time.monotonic() < limit:
             records = read_metrics(killed / "metrics.jsonl")
             if (records[-1]["step"] if records else 0) >= reach and (killed / "data").exists():
@@ -136,7 +128,7 @@ def test_kill_9_at_any_moment(text: Path, tmp_path: Path) -> None:
     (torn / "model.safetensors").write_bytes(b"torn")
     last = run(killed, "--resume")
     for process in (last, reference):
-        said = process.communicate(timeout=200)[0]
+        said = process.communicate(timeout=900)[0]
         assert process.returncode == 0, said
     assert not torn.exists()
     lines = read_metrics(whole / "metrics.jsonl")
@@ -322,10 +314,14 @@ def test_compiled_blocks_learn_the_same(text: Path, tmp_path: Path) -> None:
         assert one.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=1e-5)
 
 
-def test_a_time_budget_is_kept_and_its_schedule_ends_low(text: Path, tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_a_time_budget_is_kept_and_its_schedule_ends_low(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that every look at it moves on, so that a busy machine has as many steps."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(ticks) / 64)
+    monkeypatch.setattr("tfla.xlstm.train.time", clock)
     records = go(tmp_path, text, steps=None, seconds=2.0, eval_every=10**6, save_every=10**6)
-    assert 2.0 <= time.monotonic() - began
     trained = [r for r in records if r["event"] == "train"]
     assert trained[-1]["elapsed"] >= 2.0 >= trained[-2]["elapsed"]  # 1.9996 is recorded as 2.0
     assert trained[0]["lr"] < 2.5e-4 and max(r["lr"] for r in trained) > 2.2e-3

@@ -44,7 +44,6 @@ def assert_same_run(one: Path, many: Path, close: float = 2e-5) -> None:
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of one process, and some that stopped in the middle."""
     folder = tmp_path_factory.mktemp("runs")
-    torch.set_num_threads(1)
     for name in TRAIN:
         list(train(start(folder / name, values(name)), Placement("cpu")))
     for world in (2, 4):
@@ -86,14 +85,14 @@ def torchrun(out: Path, *words: str, restarts: int = 0) -> subprocess.Popen[str]
             sys.executable, "-m", "torch.distributed.run", *elastic, "-m", "tfla", "train",
             str(options["paths"][0]), "--out", str(out), *itertools.chain(*pairs), *words,
         ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=lambda: os.nice(10),
+        env=os.environ | {"TERM": "dumb"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
 def kill_worker(job: subprocess.Popen[str], out: Path, step: int) -> None:
     """kill -9 to rank 1 once the job has a checkpoint of that step."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 900
     while not (checkpoint.exists(out) and checkpoint.load(out).meta["step"] >= step):
         assert job.poll() is None and time.monotonic() < until, job.communicate()[0]
         time.sleep(0.1)
@@ -113,14 +112,14 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(tmp_path: Path) -> N
 
     job = torchrun(out)
     kill_worker(job, out, 10)
-    said = job.communicate(timeout=60)[0]
+    said = job.communicate(timeout=900)[0]
     assert job.returncode != 0
     assert "Signal 9 (SIGKILL)" in said
     assert sum(line.startswith("tfla: ") for line in said.splitlines()) <= 1, said
 
     job = torchrun(out, "--resume", restarts=1)
     kill_worker(job, out, checkpoint.load(out).meta["step"] + 10)
-    said = job.communicate(timeout=60)[0]
+    said = job.communicate(timeout=900)[0]
     assert job.returncode == 0, said
     assert numbers(out)[-1] == pytest.approx(numbers(whole)[-1], rel=1e-3)
 
@@ -128,10 +127,7 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(tmp_path: Path) -> N
 def test_the_benchmark_runs_at_a_tiny_size(root: Path, tmp_path: Path) -> None:
     elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [str(root / "benchmarks" / "scale.py"), "--tiny", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *elastic, *words], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *elastic, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
     assert not [row for row in rows if "reason" in row]

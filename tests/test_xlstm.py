@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -16,15 +16,6 @@ from xlstm_models import GATES, SMALL, close, draw, make, plain, plain_norm, sam
 
 import tfla
 from tfla.xlstm import XLSTM, Block, XLSTMConfig
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """At these sizes threads cost more than they give, a hundred times more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=GATES)

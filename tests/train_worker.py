@@ -122,7 +122,7 @@ def writes_beside_training(group: Any) -> None:
     place, trained, real = Ranks("cpu"), threading.Event(), checkpoint.save
 
     def save(run: Path, meta: Any, *args: Any, **options: Any) -> Any:
-        assert meta["step"] != 3 or trained.wait(30)
+        assert meta["step"] != 3 or trained.wait(600)
         return real(run, meta, *args, **options)
 
     with mock.patch.object(checkpoint, "save", save):

@@ -5,7 +5,6 @@ Every error names the argument, what came and what is wanted.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Sequence
@@ -280,9 +279,8 @@ def requires_grad(*tensors: Any) -> bool:
     return any(t.requires_grad for t in flat)
 
 
-@functools.cache  # Triton reads it once, too
 def interpreted() -> bool:
-    """Does Triton's interpreter run the kernels?"""
+    """Does Triton's interpreter run the kernels? Not cached: torch.compile warns of a cache."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

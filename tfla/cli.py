@@ -1,8 +1,8 @@
 """The command `tfla`: reads options, calls the library, prints; it computes nothing.
 
-A further command is a function under `@app.command(...)` that imports what it needs in its body, so
-that `tfla --help` stays quick. What the person at the keyboard can put right is a RunError: one
-line, exit status 2.
+A further command is a function under `@app.command(...)` that imports what it needs in its body:
+`tfla --help` does not wait for torch. What the person at the keyboard can put right is a RunError:
+one line, exit status 2.
 """
 
 import importlib.util
@@ -22,12 +22,15 @@ except ModuleNotFoundError:
     raise SystemExit(2) from None
 
 import tfla
-from tfla.bench.cli import register
-from tfla.xlstm.checkpoint import RunError
+from tfla import bench
+from tfla import threads as threads_
+from tfla.errors import RunError
 
 if TYPE_CHECKING:
     import torch
 
+    from tfla.threads import Threads
+    from tfla.xlstm.run import Run
     from tfla.xlstm.train import Placement
 
 EXTRAS = {"rich", "matplotlib", "numpy", "safetensors", "tokenizers"}
@@ -55,6 +58,7 @@ _run, _data, _model = partial(_option, "Run"), partial(_option, "Data"), partial
 _training, _text = partial(_option, "Training"), partial(_option, "Text")
 _sampling = partial(_option, "Sampling")
 DEVICE = "Where to compute: cpu, cuda or cuda:1; auto takes a GPU when there is one."
+THREADS = "CPU threads to compute with; OMP_NUM_THREADS, where it is set, is the default."
 
 
 def _print_version(asked: bool) -> None:
@@ -100,6 +104,9 @@ def train(
         "Train this many seconds; the learning rate then follows the clock.", default="")] = None,
     seed: Annotated[int, _run("Start of all random numbers.")] = 0,
     device: Annotated[str, _run(DEVICE)] = "auto",
+    threads: Annotated[int | None, _run(
+        THREADS, default="the fastest: with --seconds chosen anew as the machine is busy or idle, "
+        "with --steps at the start")] = None,
     context_ranks: Annotated[int, _run(
         "Under torchrun: processes that share each window, its tokens split among them.")] = 1,
     recompute: Annotated[bool, _run(
@@ -164,6 +171,7 @@ def train(
         values = command.params | ({"steps": 1000} if unlimited else {})
         return runs.start(out, values, outputs)
 
+    threads_.requested(threads)  # a number that cannot be is an error now, not after the corpus
     place = _placement(device, context_ranks, recompute, compile)
     console = Console(quiet=not place.main)
     stopped = False
@@ -171,7 +179,13 @@ def train(
         with place.together(), _warnings_in_a_line():
             run = place.share(make)
             held.enter_context(run.lock or nullcontext())
-            render.describe(run, place.device, console)
+            on = str(place.device)
+            if place.device.type == "cpu":
+                chosen = _threads_for(run, place, threads)
+                chosen.set()  # the checkpoint before the first step names them too
+                place.around_step = chosen.step
+                on = f"CPU, {chosen}"
+            render.describe(run, on, console)
             try:
                 render.watch(training.train(run, place), console)
             except KeyboardInterrupt:
@@ -221,6 +235,8 @@ def generate(
     seed: Annotated[int | None, _sampling(
         "The same seed writes the same text.", default="another text each time")] = None,
     device: Annotated[str, _option(None, DEVICE)] = "auto",
+    threads: Annotated[int | None, _option(
+        None, THREADS, default="1 for small models, more for large ones")] = None,
 ) -> None:
     """Continue a text with a trained model, character by character, on the standard output.
     The prompt is read in one pass; after it a token costs the same however long the text becomes.
@@ -238,9 +254,13 @@ def generate(
         text = sys.stdin.buffer.read()
     else:
         text = (prompt or "").encode("utf-8", "surrogateescape")
+    threads_.requested(threads)
     with warnings.catch_warnings(record=True) as noticed:
         warnings.simplefilter("always", WeightsWarning)
         writer = load_writer(run, _device(device))
+    if writer.model.embedding.weight.device.type == "cpu":
+        size = writer.model.config.num_parameters()
+        threads_.Threads(threads_.for_generation(size, threads)).set()
     pieces = writer.write(
         text, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or ()
     )
@@ -264,6 +284,8 @@ def demo(
         None, "Folder for the results.", default="runs/demo, the next time runs/demo-2")] = None,
     seed: Annotated[int, _option(None, "Start of all random numbers.")] = 0,
     device: Annotated[str, _option(None, DEVICE)] = "auto",
+    threads: Annotated[int | None, _option(
+        None, THREADS, default="the fastest, chosen anew as the machine is busy or idle")] = None,
 ) -> None:
     """Show what this is on this machine; no data and no GPU are needed. It
     trains a small xLSTM on the sources of Python's standard library, lets it write, times the
@@ -275,7 +297,8 @@ def demo(
 
     from tfla.demo import run_demo
 
-    run_demo(out, seconds, _device(device), seed, Console())
+    threads_.requested(threads)
+    run_demo(out, seconds, _device(device), seed, Console(), threads)
 
 
 # fmt: off
@@ -305,11 +328,23 @@ def env(
         raise typer.Exit(1)
 
 
-register(app)  # tfla bench, tfla roofline
+for _name, _help in bench.COMMANDS.items():
+    app.command(_name, short_help=_help)(lambda: None)
+
+
+def complete(commands: typer.Typer) -> None:
+    """Put the commands of tfla.bench where until now their names and helps stand alone."""
+    from tfla.bench.cli import register
+
+    own = [x for x in commands.registered_commands if x.name not in bench.COMMANDS]
+    if not commands.registered_groups:
+        commands.registered_commands = own
+        register(commands)
 
 
 def main() -> None:
     """The entry point: runs the command and leaves with its exit status."""
+    threads_.limit_spinning()
     sys.exit(run_command(sys.argv[1:]))
 
 
@@ -318,10 +353,10 @@ def run_command(arguments: list[str]) -> int:
 
     Faults of ours come out as exceptions.
     """
-    import torch
-
     try:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if arguments and arguments[0] in bench.COMMANDS:
+            complete(app)
         status = app(arguments or ["--help"], prog_name="tfla", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
@@ -335,14 +370,16 @@ def run_command(arguments: list[str]) -> int:
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         return _fail(f"{what}{error.strerror or error}; check the path and try again")
-    except torch.OutOfMemoryError:
-        return _fail("the GPU's memory is full; take a smaller --batch, a larger --accumulate")
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRAS:
             raise
         return _fail(f'{error.name} is not installed; pip install "tfla[train]"')
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not have been imported
+            raise
+        return _fail("the GPU's memory is full; take a smaller --batch, a larger --accumulate")
 
 
 def _require(*packages: str) -> None:
@@ -391,6 +428,35 @@ def _placement(device: str, context_ranks: int, recompute: bool, compile: bool) 
     from tfla.xlstm.train import Placement
 
     return Placement(_device(device), compile)
+
+
+def _threads_for(run: "Run", place: "Placement", asked: int | None) -> "Threads":
+    """The threads that this run is trained with."""
+    import torch
+
+    from tfla.xlstm.model import XLSTM
+    from tfla.xlstm.train import autocast, mean_nats
+
+    model = None
+
+    def step() -> None:
+        """A pass like those of the run, of a model of its size: it leaves no trace in the run."""
+        nonlocal model
+        model = model or XLSTM(run.config)
+        windows = torch.zeros(run.options.batch, run.options.context + 1, dtype=torch.int64)
+        with autocast(run.options.precision, place.device):
+            loss = mean_nats(model, windows[:, :-1], windows[:, 1:])
+        loss.backward()
+
+    before = run.saved.meta.get("threads") if run.saved else None
+    return threads_.Threads.for_training(
+        asked,
+        keep=threads_.KEPT if run.options.seconds is None
+        else threads_.COMPILED if place.compile else "",
+        before=before if isinstance(before, int) and 1 <= before <= threads_.MOST else None,
+        ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "RANK" in os.environ else 1,
+        once=step,
+    )
 
 
 def _device(name: str) -> "torch.device":

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import tfla
 from tfla import render
+from tfla.threads import Threads, for_generation, requested, words
 from tfla.xlstm import files
 from tfla.xlstm.metrics import read_metrics
 from tfla.xlstm.model import XLSTM
@@ -41,9 +42,11 @@ CONTEXTS = [2**power for power in range(8, 17)]
 
 
 def run_demo(
-    out: Path | None, seconds: float, device: torch.device, seed: int, console: "Console"
-) -> None:
-    """The whole demonstration; `out` is by default runs/demo, or the first free runs/demo-N."""
+    out: Path | None, seconds: float, device: torch.device, seed: int, console: "Console",
+    threads: int | None = None,
+) -> None:  # fmt: skip
+    """The whole demonstration; `out` is by default runs/demo, or the first free runs/demo-N.
+    `threads` of a CPU are by default as many as are fastest, each part for itself."""
     began = time.monotonic()
     folder = out or _free_folder(Path("runs/demo"))
     plan = {
@@ -52,28 +55,38 @@ def run_demo(
     outputs = {"loss.png": render.is_plot, "context.png": render.is_plot, "demo.md": is_report}
     run = start(folder, MODEL | TRAINING | plan, outputs)
     with run.lock or nullcontext():
-        _run(run, seconds, device, seed, console)
+        _run(run, seconds, device, seed, console, threads)
     render.line(console, f"took {render.clock(time.monotonic() - began)}")
 
 
 def _run(
-    run: Run, seconds: float, device: torch.device, seed: int, console: "Console"
-) -> None:
+    run: Run, seconds: float, device: torch.device, seed: int, console: "Console",
+    threads: int | None,
+) -> None:  # fmt: skip
     folder = run.folder
-    settle_threads(run, device)
+    place = Placement(device)
+    on = machine(device)
+    if device.type == "cpu":
+        asked = requested(threads)
+        chosen = Threads(asked) if asked else Threads.adaptive()
+        chosen.set()
+        place.around_step, on = chosen.step, f"CPU, {chosen}"
     corpus = run.corpus
     megabytes = corpus.info["train"]["bytes"] / 1e6
 
     _head(console, f"1. Train for {seconds:g} s on {corpus.name}, {megabytes:.1f} MB")
-    render.line(
-        console, f"an xLSTM of {run.config.num_parameters():,} parameters on {machine(device)}"
-    )
-    render.watch(train(run, Placement(device)), console)
+    render.line(console, f"an xLSTM of {run.config.num_parameters():,} parameters, on {on}")
+    render.watch(train(run, place), console)
     writer = load_writer(folder, device)
     records = read_metrics(folder / "metrics.jsonl")
     speed = statistics.median(r["tokens_per_second"] for r in records if r["event"] == "train")
-    stream, raw = corpus.held_out(int(2.5 * speed * seconds / 8))
-    bits = evaluate(writer.model, stream, len(raw), run.options, device, window=READ)
+    # As much as takes an eighth of the time of the training, and enough for gzip.
+    size = max(run.options.eval_bytes, int(1.25 * speed * seconds / 8))
+    stream, raw = corpus.held_out(size)
+    bits, short = (
+        evaluate(writer.model, stream, len(raw), run.options, device, window=window)
+        for window in (READ, run.options.context)
+    )
     zipped = 8 * len(gzip.compress(raw, 9)) / len(raw)
     verdict = (
         f"held-out text, {len(raw):,} bytes, in windows of {READ:,}: {bits:.3f} bits per byte; "
@@ -82,6 +95,8 @@ def _run(
     render.line(console, f"[bold]{verdict}[/bold]")
 
     _head(console, "2. Let it write, after a prompt")
+    if device.type == "cpu":
+        Threads(for_generation(run.config.num_parameters(), threads)).set()
     latest = time.monotonic() + seconds / 10
     console.file.write(PROMPT)
     for piece in writer.write(PROMPT.encode(), 500, temperature=0.7, seed=seed):
@@ -92,7 +107,13 @@ def _run(
     console.file.write("\n")
 
     _head(console, f"3. mLSTM beside attention: one sequence, {HEADS} heads of {WIDTH}")
-    settle_threads(run, device)
+    if device.type == "cpu":
+        model = XLSTM(run.config)
+        tokens = torch.zeros(run.options.batch, run.options.context, dtype=torch.int64)
+        asked = requested(threads)
+        settled = Threads(asked) if asked else Threads.fastest(lambda: _pass(model, tokens))
+        settled.set()
+        render.line(console, f"on {machine(device)}")
     rows = compare(CONTEXTS, seconds / 3, device)
     render.line(
         console,
@@ -102,29 +123,64 @@ def _run(
     console.print(_table(rows))
 
     title = f"{run.config.num_parameters() / 1e6:.2f}M-parameter xLSTM on {corpus.name}"
-    render.loss_curve(records, folder / "loss.png", title=title, gzip_bits=zipped, final_bits=bits)
+    render.loss_curve(
+        records, folder / "loss.png", title=title, gzip_bits=zipped, final=(READ, bits)
+    )
     render.curves(
         _panels(rows), folder / "context.png", title=f"mLSTM and attention on {machine(device)}"
     )
     files.write(folder / "demo.md", signed(_report(rows, verdict, device)), is_report)
+
+    _head(console, "4. What this has shown")
+    for sentence in findings(seconds, rows, bits, short, zipped, len(raw)):
+        render.line(console, f"- {sentence}")
     render.line(console, f"plots: {folder}/loss.png, {folder}/context.png; table: {folder}/demo.md")
     render.line(console, f'more of its prose: tfla generate {folder} "def "')
 
 
-def settle_threads(run: Run, device: torch.device) -> None:
-    """On a CPU with other work: one thread, where a step takes all of them longer.
+def findings(
+    seconds: float, rows: Sequence[Row], bits: float, short: float, zipped: float, size: int
+) -> list[str]:
+    """What the demonstration has measured, a sentence each: `bits` a byte in long windows, `short`
+    in those of the training, `zipped` by gzip."""
+    learns = "It learns" if bits < 8 else "It has not learnt"
+    carried = "is of use" if bits < short else "was of no use"
+    said = [
+        f"{learns}: after {seconds:,.0f} s of training it needs {bits:.2f} bits a byte for "
+        f"{size:,} bytes that it has never seen, where chance needs 8 and gzip -9 {zipped:.2f}.",
+        f"Its state {carried} beyond the {TRAINING['context']} tokens that it was trained on: the "
+        f"same text in windows of {READ:,} tokens takes {bits:.2f} bits a byte, in windows of "
+        f"{TRAINING['context']} {short:.2f}.",
+    ]
+    ours = [(row["context"], row["mLSTM"]) for row in rows if row["mLSTM"] is not None]
+    both = [row for row in rows if row["mLSTM"] is not None and row["attention"] is not None]
+    if not ours or not both:
+        return said
+    (least, first), (long, last) = ours[0], ours[-1]
+    widest = both[-1]
+    T, one, other = widest["context"], widest["mLSTM"], widest["attention"]
+    start = both[0]["attention"]
+    said.append(
+        f"The time of training is linear in the context: of {long:,} tokens each costs "
+        f"{last['train'] / first['train']:.1f} times what each of {least:,} does; with attention "
+        f"each of {T:,} costs {other['train'] / start['train']:.1f} times what each of "
+        f"{both[0]['context']:,} does, and {other['train'] / one['train']:.1f} times the mLSTM's."
+    )
+    said.append(
+        f"The memory of writing is constant: whatever came before, the mLSTM keeps "
+        f"{one['bytes'] / 1024:,.0f} KiB; attention keeps {other['bytes'] / 1024:,.0f} KiB after "
+        f"{T:,} tokens."
+    )
+    said.append(
+        f"So is its time: the next token takes the mLSTM {one['next'] * 1e6:,.0f} us after {T:,} "
+        f"tokens, {both[0]['mLSTM']['next'] * 1e6:,.0f} after {both[0]['context']:,}; attention "
+        f"{other['next'] * 1e6:,.0f} and {start['next'] * 1e6:,.0f}."
+    )
+    return said
 
-    They wait for each other at every operation, so one busy core can cost a factor of ten.
-    """
-    if device.type != "cpu":
-        return
-    model = XLSTM(run.config)
-    tokens = torch.zeros(run.options.batch, run.options.context, dtype=torch.int64)
-    quickest: dict[int, float] = {}
-    for threads in {torch.get_num_threads(), 1}:
-        torch.set_num_threads(threads)
-        quickest[threads] = _seconds(lambda: model(tokens)[0].sum().backward(), device)
-    torch.set_num_threads(min(quickest, key=quickest.__getitem__))
+
+def _pass(model: XLSTM, tokens: torch.Tensor) -> None:
+    model(tokens)[0].sum().backward()
 
 
 def compare(contexts: Sequence[int], budget: float, device: torch.device) -> list[Row]:
@@ -232,9 +288,7 @@ def machine(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    words = "1 CPU thread" if threads == 1 else f"{threads} CPU threads"
-    return words if device.type == "cpu" else str(device)
+    return f"CPU, {words(torch.get_num_threads())}" if device.type == "cpu" else str(device)
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tfla
+from tfla.threads import words
 from tfla.xlstm import files
 from tfla.xlstm.metrics import UNITS, unit_of
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console
@@ -37,7 +37,7 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
         disable=not console.is_terminal, transient=True,
     )  # fmt: skip
     start, first = time.monotonic(), None
-    text = {"step": "", "loss": "", "held-out": "", "speed": "", "left": ""}
+    text = {"step": "", "loss": "", "held-out": "", "speed": "", "threads": "", "left": ""}
     with bar:
         task = bar.add_task("", total=1.0, left="training", right="")
         for record in records:
@@ -47,6 +47,8 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
                 text["step"] = f"step {record['step']:,}"
                 text["loss"] = f"loss {record['loss']:.3f}"
                 text["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
+                if count := record.get("threads"):
+                    text["threads"] = words(count)
                 if done > first:
                     left = (time.monotonic() - start) * (1 - done) / (done - first)
                     text["left"] = f"{clock(left)} left"
@@ -58,15 +60,13 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
                     console.print(
                         ", ".join(filter(None, text.values())), highlight=False, soft_wrap=True
                     )
-            right = "  ".join(
-                filter(None, (text["loss"], text["held-out"], text["speed"], text["left"]))
-            )
+            right = "  ".join(value for name, value in text.items() if value and name != "step")
             bar.update(task, completed=done, left=text["step"] or "training", right=right)
 
 
-def describe(run: "Run", device: "torch.device", console: "Console") -> None:
-    """Corpus, model and plan of a run in three lines; then what its tokens do not give back, and
-    what a resumed run is to do otherwise."""
+def describe(run: "Run", on: str, console: "Console") -> None:
+    """Corpus, model and plan of a run, and what it is computed on, in three lines; then what its
+    tokens do not give back, and what a resumed run is to do otherwise."""
     info, config, options = run.corpus.info, run.config, run.options
     kept, held = info["train"], info["held_out"]
     length = f"{options.steps:,} steps" if options.steps else f"{options.seconds:g} s"
@@ -85,8 +85,8 @@ def describe(run: "Run", device: "torch.device", console: "Console") -> None:
     )
     line(
         console,
-        f"[bold]training[/bold] {length} of {options.tokens_per_step:,} tokens on {device}{begun}, "
-        f"into {run.folder}",
+        f"[bold]training[/bold] {length} of {options.tokens_per_step:,} tokens{begun}, into "
+        f"{run.folder}, on {on}",
     )
     if lost := run.corpus.lost:
         line(
@@ -113,13 +113,14 @@ def clock(seconds: float) -> str:
 
 def loss_curve(
     records: Sequence[Mapping[str, Any]], path: Path, *, title: str, gzip_bits: float | None = None,
-    final_bits: float | None = None, bytes_per_token: float | None = 1.0,
+    final: tuple[int, float] | None = None, bytes_per_token: float | None = 1.0,
 ) -> None:  # fmt: skip
     """Bits a byte against seconds of training: each step's training loss, the held-out evaluations,
     gzip's line.
 
     `bytes_per_token` turns nats a token into bits a byte; None: the plot is in bits a token.
-    `final_bits` marks an evaluation on more held-out text at the end.
+    `final` marks an evaluation after the training: the tokens of its windows, which are longer than
+    those of the others, and its bits. Numbers stand in the legend, where no curve covers them.
     """
     import math
 
@@ -136,22 +137,22 @@ def loss_curve(
     times, bits = [r["elapsed"] for r in held], [r[unit] for r in held]
     ax.plot(
         times, bits, color=COLOURS["mLSTM"], marker="o", markersize=4, linewidth=2.2,
-        label="held-out text",
+        label=f"held-out text: {bits[-1]:.2f} at the end" if bits else "held-out text",
     )  # fmt: skip
-    last = final_bits if final_bits is not None else (bits[-1] if bits else None)
-    if last is not None:
+    if final is not None:
+        window, last = final
         at = times[-1] if times else trained[-1]["elapsed"] if trained else 0.0
-        ax.plot([at], [last], color=COLOURS["mLSTM"], marker="o", markersize=8)
-        ax.annotate(
-            f"{last:.2f}", (at, last), xytext=(-4, 12), textcoords="offset points", ha="right",
-            color=COLOURS["mLSTM"], fontweight="bold",
+        ax.plot(
+            [at], [last], color=COLOURS["mLSTM"], marker="D", markersize=8, linestyle="none",
+            label=f"after training, in windows of {window:,} tokens: {last:.2f}",
         )  # fmt: skip
     if gzip_bits is not None:
-        text = f"gzip -9, same held-out text: {gzip_bits:.2f}"
+        text = f"gzip -9 of that text: {gzip_bits:.2f}"
         ax.axhline(gzip_bits, color=COLOURS["gzip -9"], linestyle="--", linewidth=1.5, label=text)
     levels = [r["loss"] * scale for r in trained] + bits
     if levels:
-        lowest = min(x for x in (*levels, gzip_bits, last) if x is not None)
+        marks = [gzip_bits] if gzip_bits is not None else []
+        lowest = min(*levels, *marks, *([final[1]] if final else []), max(levels))
         highest = min(max(levels), 8.2) if bytes_per_token else max(levels)
         ax.set_ylim(max(0.0, lowest - 0.4), max(highest, lowest) + 0.1)
     ax.set_xlim(left=0)
@@ -163,20 +164,19 @@ def loss_curve(
 
 
 def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
-    """Log-log panels side by side, each curve named at its end."""
+    """Log-log panels side by side, their curves named above them, where none of them lies."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, axes = _figure(len(panels))
+    named = {}
     for ax, (heading, unit, lines) in zip(axes, panels, strict=True):
         for name, points in lines.items():
-            if not points:
-                continue
-            x, y = zip(*points, strict=True)
-            ax.plot(x, y, color=COLOURS[name], marker="o", markersize=5, linewidth=2.2)
-            ax.annotate(
-                name, (x[-1], y[-1]), xytext=(0, 9), textcoords="offset points", ha="right",
-                color=COLOURS[name], fontweight="bold",
-            )  # fmt: skip
+            if points:
+                x, y = zip(*points, strict=True)
+                [curve] = ax.plot(
+                    x, y, color=COLOURS[name], marker="o", markersize=5, linewidth=2.2
+                )
+                named[name] = curve
         ticks = sorted({x for points in lines.values() for x, _ in points})
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
@@ -190,6 +190,11 @@ def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
         ax.set_ylabel(unit)
         ax.set_title(heading, loc="left", fontsize=12)
     figure.suptitle(title, x=0.01, ha="left", fontsize=14)
+    if named:
+        figure.legend(
+            list(named.values()), list(named), loc="outside upper right", ncols=len(named),
+            frameon=False, fontsize=12,
+        )  # fmt: skip
     _finish(figure, path)
 
 

@@ -11,7 +11,7 @@ import torch
 import typer
 
 import tfla
-from tfla.bench import cases, measure, models, plots, report, scale
+from tfla.bench import COMMANDS, cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.memory import memory as counted_memory
@@ -20,17 +20,13 @@ from tfla.plan import Problem, plan
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
 
-bench = typer.Typer(
-    help="Measure this implementation beside others on this machine, and compare two runs. Every "
-    "result is held against fp64 before it is timed; what is wrong has no speed.",
-    no_args_is_help=True,
-)
+bench = typer.Typer(help=COMMANDS["bench"], no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
     app.add_typer(bench, name="bench")
-    app.command(short_help="FLOPs, bytes and limits of each kernel of a call.")(roofline)
-    app.command("plan", short_help="The kernels that a call takes on a GPU.")(show_plan)
+    app.command("roofline", short_help=COMMANDS["roofline"])(roofline)
+    app.command("plan", short_help=COMMANDS["plan"])(show_plan)
 
 
 def _option(text: str, *names: str, default: str | bool = True) -> Any:

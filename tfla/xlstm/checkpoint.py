@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfla.errors import RunError
 from tfla.xlstm import files
 from tfla.xlstm.config import XLSTMConfig
-from tfla.xlstm.files import RunError as RunError
 
 FORMAT = 1
 STEP = re.compile(r"step-(\d{8,})")

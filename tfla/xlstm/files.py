@@ -23,6 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tfla.errors import RunError
+
 fcntl: ModuleType | None
 try:
     import fcntl
@@ -43,10 +45,6 @@ NAMES = re.compile(
     r"|(shard-\d+-)?(model|optimizer)(-\d+)?(-of-\d+)?\.safetensors"
 )
 LOCK = ".tfla-lock"
-
-
-class RunError(Exception):
-    """What the person at the keyboard can put right; one line: what is wrong and what to do."""
 
 
 def nobodys(path: Path) -> Any:

@@ -49,6 +49,8 @@ class Placement:
     main = True
     row, rows = 0, 1
     part = (0, 1)
+    # Entered around every step: whoever starts a run may time its steps, or choose threads.
+    around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, device: torch.device | str, compile: bool = False) -> None:
         self.device, self.compile = torch.device(device), compile
@@ -176,10 +178,11 @@ def check_moments(
 def train(run: Run, placement: Placement) -> Iterator[Record]:
     """Train to the end of the run's options, from its checkpoint or its seed; yields what happens.
 
-    Records are dictionaries with "event" ("train": loss in nats a token, lr, tokens_per_second;
-    "eval": held-out bits_per_byte, or bits_per_token where the tokens do not give the text back;
-    "save"), "step", "progress" in [0, 1] and "elapsed" seconds. RunError when the corpus is too
-    small for one window or the loss is no longer a number. The run's lock is given back at the end.
+    Records are dictionaries with "event" ("train": loss in nats a token, lr, tokens_per_second, on
+    a CPU threads; "eval": held-out bits_per_byte, or bits_per_token where the tokens do not give
+    the text back; "save"), "step", "progress" in [0, 1] and "elapsed" seconds. RunError when the
+    corpus is too small for one window or the loss is no longer a number. The run's lock is given
+    back at the end.
     """
     with run.lock or nullcontext():
         yield from _train(run, placement)
@@ -239,6 +242,8 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
             "data": corpus.fingerprint,
             "position": dataclasses.asdict(position),
         }
+        if placement.device.type == "cpu":
+            meta["threads"] = torch.get_num_threads()
         placement.save(run.folder, meta, state, texts)
         return record("save")
 
@@ -248,7 +253,8 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
     while not done:
         started = time.monotonic()
         lr = options.lr_at(options.progress(step, elapsed))
-        told.append(_step(state, corpus, options, placement, position, lr))
+        with placement.around_step():
+            told.append(_step(state, corpus, options, placement, position, lr))
         rows = options.batch * options.accumulate
         position = corpus.advance(position, rows, options.seed, options.context)
         step += 1
@@ -259,7 +265,8 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
         done = options.progress(step, elapsed) >= 1.0
         if step % options.log_every == 0 or done:
             speed = (step - logged_at) * options.tokens_per_step / max(busy, 1e-9)
-            yield record("train", loss=look(), lr=lr, tokens_per_second=round(speed, 1))
+            on = {"threads": torch.get_num_threads()} if placement.device.type == "cpu" else {}
+            yield record("train", loss=look(), lr=lr, tokens_per_second=round(speed, 1), **on)
             logged_at, busy = step, 0.0
         if step % options.eval_every == 0 or done:
             bits = evaluate(state.model, held_out, size, options, placement.device)
