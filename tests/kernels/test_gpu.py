@@ -166,7 +166,7 @@ def test_offsets_that_no_host_has_read(gate: str, states: bool, values: list[int
         memory = memory if gate == "exp" else [memory[0], None, None]  # type: ignore[list-item]
         leaves = [x.detach().requires_grad_() for x in inputs]
         h, end = tfla.mlstm(
-            *leaves, input_gate=gate, cu_seqlens=cu, output_final_state=states,
+            *leaves, input_gate=gate, cu_seqlens=cu, output_final_state=states, backend="triton",
             initial_state=tfla.State(*memory) if states else None,
         )  # fmt: skip
         assert end is None or all(s.isfinite().all() for s in end if s is not None)
@@ -191,7 +191,8 @@ def test_rows_that_do_not_exist(normalize: bool) -> None:
     memory = [None if s is None else s.clone() for s in state]
     slots = torch.tensor([[4, 0], [-1, 0], [6, 0]], device="cuda")[:, 0]
     h, _ = tfla.mlstm_step(
-        q, k, v, i, f, tfla.State(*memory), normalize=normalize, inplace=True, slots=slots
+        q, k, v, i, f, tfla.State(*memory), normalize=normalize, inplace=True, slots=slots,
+        backend="triton",
     )  # fmt: skip
     assert h[0].isfinite().all() and h[1:].isnan().all()
     for s, before in zip(memory, state, strict=True):
@@ -225,6 +226,7 @@ def gradients(
     inputs: list[torch.Tensor], dh: torch.Tensor, **options: object
 ) -> list[torch.Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
+    options.setdefault("backend", "triton")
     h, _ = tfla.mlstm(*leaves, **options)  # type: ignore[arg-type]
     return [h, *torch.autograd.grad(h, leaves, dh.to(h.dtype))]
 
@@ -331,7 +333,7 @@ def test_a_call_is_a_few_launches_from_any_thread(gate: str, launches: int) -> N
     gates = [torch.randn(1, 300, 4, device="cuda") for _ in range(2)]
 
     def forward() -> torch.Tensor:
-        return tfla.mlstm(*x, *gates, input_gate=gate)[0]
+        return tfla.mlstm(*x, *gates, input_gate=gate, backend="triton")[0]
 
     found = [forward() for _ in range(3)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
@@ -374,7 +376,7 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_compiles_as_one_graph() -> None:
     inputs = [x.requires_grad_() for x in problem(2, 300, 2, 64, 64, torch.bfloat16)]
-    run = torch.compile(lambda *x: tfla.mlstm(*x)[0], fullgraph=True)
+    run = torch.compile(lambda *x: tfla.mlstm(*x, backend="triton")[0], fullgraph=True)
     dh = torch.randn_like(inputs[2])
     for ours, eager in zip(
         (h := run(*inputs), *torch.autograd.grad(h, inputs, dh)), gradients(inputs, dh), strict=True
@@ -489,7 +491,8 @@ def test_recorded_steps_run_at_the_same_time(shared: bool, warm: bool) -> None:
         return made * 2 if shared else [tfla.State(*(x[:4] for x in s)) for s in made]
 
     def act(n: int, state: list[tfla.State]) -> None:
-        tfla.mlstm_step(*inputs[n], state[n], inplace=True, slots=slots[n] if slots else None)
+        rows = slots[n] if slots else None
+        tfla.mlstm_step(*inputs[n], state[n], inplace=True, slots=rows, backend="triton")
 
     wanted, found = states(), states()
     for _ in range(100 + warm):
