@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tfla.bench import roofline
+from tfla.bench import roofline, transfer
 from tfla.bench.cases import Shape
 from tfla.bench.runs import Row
 from tfla.xlstm import files
@@ -24,6 +24,7 @@ COLUMNS = {
     "model": [
         "", "ms", "± %", "tokens/s", "TFLOP/s", "% arith\nlimit", "% bytes\nlimit", "peak\nMiB",
     ],
+    "transfer": ["", "s a draw", "draws", "error\nh", "standard\nerror %", "off\n%", "border"],
 }  # fmt: skip
 ROOFLINE_COLUMNS = [
     "kernel", "launches", "GFLOP", "MB", "MB via\nL2", "FLOP/\nbyte", "ms by\nbytes",
@@ -88,6 +89,16 @@ def head(result: dict[str, Any]) -> str:
 
 def title(row: Row) -> str:
     """Of the table that a row belongs in."""
+    if row["kind"] == "transfer":
+        epsilons = " | ".join(f"{eps:g}" for eps in row["eps"])
+        return (
+            f"One head {row['shape']['K']}/{row['shape']['V']}, {row['shape']['T']:,} tokens, "
+            f"{len(row['f'])} x {len(row['i'])} gates, {row['dtype']}.\n"
+            "Error: of h against fp64. Standard error of the gain over the draws, and the gain "
+            "off its closed form: the worst gates.\nBorder: the input gate's pre-activation at "
+            f"which the gain after the norm\nis {transfer.BORDER:.2f}, at f = "
+            f"{shown_forget_gate(row)[1]:g}, eps {epsilons}"
+        )
     if row["kind"] != "model":
         return f"{Shape(**row['shape'])}, {row['dtype']}"
     B, T = row["shape"]["B"], row["shape"]["T"]
@@ -101,6 +112,8 @@ def cells(row: Row, ceiling: dict[str, Any]) -> list[str]:
     """The line of a row that has a speed."""
     ms = median(row)
     assert ms is not None
+    if row["kind"] == "transfer":
+        return _transfer_cells(row, ms)
     by_bytes, by_flops = limits_ms(row, ceiling)
     errors = row.get("errors", {})
     worst = max((e for n, e in errors.items() if n not in ("h", "C")), default=None)
@@ -123,6 +136,22 @@ def cells(row: Row, ceiling: dict[str, Any]) -> list[str]:
     return [line[column] for column in COLUMNS[row["kind"]]]
 
 
+def _transfer_cells(row: Row, ms: float) -> list[str]:
+    index, _ = shown_forget_gate(row)
+    borders = [transfer.border(row["i"], gain[index]) for gain in row["after"]]
+    errors = row["errors"]["h"], row.get("standard_error"), row.get("expected_off")
+    return [
+        row["implementation"], _three(ms / 1e3), str(row["draws"]), _number(errors[0], 1, ".0e"),
+        _number(errors[1], 100, ".1f"), _number(errors[2], 100, ".1f"),
+        " | ".join(_number(x, 1, ".1f") for x in borders),
+    ]  # fmt: skip
+
+
+def shown_forget_gate(row: Row) -> tuple[int, float]:
+    """(index, pre-activation) of the forget gate whose border is stated."""
+    return min(enumerate(row["f"]), key=lambda pair: abs(pair[1] - transfer.SHOWN_FORGET_GATE))
+
+
 def label(row: Row) -> str:
     part = {"forward": "  fwd", "forward+backward": "  fwd+bwd"}.get(row.get("pass", ""), "")
     return row["implementation"] + part
@@ -137,7 +166,7 @@ def remarks(rows: Sequence[Row], ceiling: dict[str, Any]) -> tuple[list[str], li
         if median(row) is None:
             below.append(f"{label(row)}: {row['status']}: {row.get('reason', 'not measured')}")
             continue
-        if row.get("ours"):
+        if row.get("ours") and "bytes" in row:
             text = f"{row['pass']}: " + _limit(limits_ms(row, ceiling))
             if "plan_bytes" in row:
                 text += f"; by its plan {_limit(limits_ms(row, ceiling, 'plan_'))}"

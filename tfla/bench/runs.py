@@ -32,12 +32,13 @@ TASKS = {
     "kernels": "tfla.bench.runs:kernels",
     "decode": "tfla.bench.models:decode",
     "model": "tfla.bench.models:model",
+    "transfer": "tfla.bench.transfer:transfer",
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """One comparison: `names` in turns. kind: "ceiling", "kernels", "decode" or "model"."""
+    """One comparison: `names` in turns. kind: a key of TASKS."""
 
     kind: str
     device: str
@@ -50,6 +51,9 @@ class Task:
     chunks: tuple[int, ...] = ()
     study: str = ""  # which question the row answers: "length", "heads", "chunk", ...
     size: str = ""  # of a model
+    input_gates: tuple[float, ...] = ()  # pre-activations of "transfer"
+    forget_gates: tuple[float, ...] = ()
+    epsilons: tuple[float, ...] = ()  # of its norms
     until: float = float("inf")  # time.time() after which it is not begun
 
     def implementations(self) -> list[Implementation]:
@@ -59,7 +63,9 @@ class Task:
 
     def row(self, name: str, **fields: Any) -> Row:
         shape = None if self.shape is None else dataclasses.asdict(self.shape)
-        head = {"kind": self.kind, "study": self.study, "implementation": name, "shape": shape}
+        head: Row = {"kind": self.kind, "study": self.study, "implementation": name, "shape": shape}
+        if self.input_gates:
+            head |= {"i": self.input_gates, "f": self.forget_gates, "eps": self.epsilons}
         return {**head, "dtype": self.dtype, "status": "ok", **fields}
 
 
