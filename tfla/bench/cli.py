@@ -165,7 +165,7 @@ def model(
     session.add("model", Shape(B, T, 1, 1, 1), names, size=size)
 
 
-@_measures_without("peers", "dtype", "repeats")
+@_measures_without("peers", "dtype", "repeats", "seconds")
 def transfer(
     session: "_Session",
     tokens: Annotated[int, _option("In the sequence.")] = 512,
@@ -175,6 +175,7 @@ def transfer(
     step: Annotated[float, _option("From one pre-activation to the next.")] = 1.0,
     eps: Annotated[str, _option("Of the norm, one to four, with commas.")] = "1e-2,1e-6,1e-8",
     draws: Annotated[int, _option("Of q, k and v; each serves all gates.")] = 4,
+    seconds: Annotated[float, _option("Begin no draw after, but the first of each row.")] = 600.0,
 ) -> None:
     """How much of v passes through a head at constant gates, q, k, v ~ N(0, 1): the mean over
     tokens of the largest |h| over that of the largest |v|, before and after the head's norm, for
@@ -188,7 +189,7 @@ def transfer(
     epsilons = _reals("eps", eps)
     if not 1 <= len(epsilons) <= 4 or not all(0 < x <= 1 for x in epsilons):
         raise RunError(f"--eps is {eps}, wanted one to four numbers above 0, at most 1")
-    session.take("fp32", draws)
+    session.take("fp32", draws, seconds)
     shape = Shape(1, tokens, 1, head_dim, head_dim)
     for name in VARIANTS:
         session.add(
@@ -384,9 +385,10 @@ class _Session:
         self.names = [name for name, reason in self.missing.items() if reason is None]
         self.tasks: list[dict[str, Any]] = []
 
-    def take(self, dtype: str, repeats: int) -> None:
-        """A dtype and a number of repeats for a command in which nobody else takes part."""
+    def take(self, dtype: str, repeats: int, seconds: float) -> None:
+        """A dtype, repeats and a limit for a command in which nobody else takes part."""
         self.options |= {"dtype": dtype, "repeats": repeats}
+        self.seconds = seconds
         self.missing = {}
 
     def add(self, kind: str, shape: Any, names: list[str] | None = None, **fields: Any) -> None:
