@@ -14,6 +14,7 @@ import typer
 import tfla
 from tfla.bench import COMMANDS, cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
+from tfla.bench.bias import NAMES, Study, check_options
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.memory import memory as counted_memory
 from tfla.bench.runs import Task, work_off
@@ -196,6 +197,42 @@ def transfer(
             "transfer", shape, [name], study="gain", input_gates=gates[0], forget_gates=gates[1],
             epsilons=epsilons,
         )  # fmt: skip
+
+
+@_measures_without("peers", "dtype", "repeats", "seconds")
+def bias(
+    session: "_Session",
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Texts; without: the sources of Python's library.")
+    ] = None,
+    biases: Annotated[str, _option("Of the input gate, with commas.")] = "0,-2,-5,-10",
+    eps: Annotated[float, _option("Of the model's norms.")] = 1e-6,
+    steps: Annotated[int, _option("Of training, each run.")] = 100,
+    hidden_size: Annotated[int, _option("Width of the model.")] = 128,
+    num_layers: Annotated[int, _option("Its blocks.")] = 4,
+    num_heads: Annotated[int, _option("Heads of each block.")] = 4,
+    context: Annotated[int, _option("Tokens in a window.")] = 256,
+    batch: Annotated[int, _option("Windows in a step.")] = 8,
+    lr: Annotated[float, _option("Learning rate at its peak.")] = 2.5e-3,
+    seed: Annotated[int, _option("Of the parameters and of the order of the texts.")] = 0,
+    seconds: Annotated[float, _option("Begin no training after.")] = 1200.0,
+) -> None:
+    """Loss and gradient norm of early training with other biases of the input gate: a small model
+    of each gate, from one seed, on the same tokens.
+    """
+    model = {
+        "hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads,
+        "norm_eps": eps,
+    }  # fmt: skip
+    options = {"steps": steps, "context": context, "batch": batch, "lr": lr, "seed": seed}
+    check_options(model, options)
+    options |= {"log_every": 10, "save_every": 2**31, "eval_every": 2**31}
+    numbers = _reals("biases", biases)
+    if len(set(numbers)) < len(numbers):
+        raise RunError(f"--biases is {biases}, wanted different numbers")
+    session.take("fp32", 1, seconds)
+    study = Study(tuple(paths or ()), model, options, numbers)
+    session.add("bias", None, list(NAMES), study="bias", bias=study)
 
 
 @bench.command()

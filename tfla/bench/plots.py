@@ -28,6 +28,7 @@ COLOURS = {
     "attention": "#D55E00", "attention cudnn": "#D55E00", "attention flash": "#E69F00",
 }  # fmt: skip
 LIMIT = "#222222"
+BIAS_COLOURS = ("#D55E00", "#E69F00", "#009E73", "#332288", "#CC79A7", "#555555")
 LINES = ("solid", "dashed", "dashdot", "dotted")
 MOST_GAIN = 1e4  # the end of the colours; what is beyond has the last one
 START = (-10.0, 3.0, 6.0)  # i and the range of f with which `tfla.xlstm` begins to train
@@ -37,7 +38,7 @@ GAIN = "gain: mean over tokens of max |h| / mean of max |v|"
 PASSES = {"forward": "Forward", "forward+backward": "Forward + backward"}
 
 
-STUDIES = ("length", "heads", "chunk", "batch", "errors", "gain", "border")
+STUDIES = ("length", "heads", "chunk", "batch", "errors", "gain", "border", "bias")
 
 
 def check_room(folder: Path, command: str) -> None:
@@ -51,7 +52,7 @@ def check_room(folder: Path, command: str) -> None:
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Every figure that the rows of a result are enough for; the files written."""
     made = []
-    drawings = (_lengths, _heads, _chunks, _batches, _errors, _gains, _borders)
+    drawings = (_lengths, _heads, _chunks, _batches, _errors, _gains, _borders, _biases)
     figures = zip(STUDIES, drawings, strict=True)
     for study, figure in figures:
         rows = [r for r in result["rows"] if r["study"] == study and report.median(r)]
@@ -232,6 +233,32 @@ def _borders(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
         where = f"after the norm, eps {epsilons[number - 1]:g}" if number else "before the norm"
         _name(ax, where, "input gate, pre-activation i", "" if number else GAIN)
     return _finish(figure, axes, f"Gain at the forget gate f = {f:g}, {about}")
+
+
+def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Gradient norm and loss over the steps, a line of panels a gate, a colour a bias."""
+    gates = list(dict.fromkeys(row["implementation"] for row in rows))
+    figure, axes = _panels(len(gates), 2)
+    biases = rows[0]["biases"]
+    for gate, line in zip(gates, axes, strict=True):
+        for row in [row for row in rows if row["implementation"] == gate]:
+            colour = BIAS_COLOURS[biases.index(row["bias"]) % len(BIAS_COLOURS)]
+            text = f"bias of the input gate {row['bias']:g}"
+            for ax, name in zip(line, ("gradient_norm", "loss"), strict=True):
+                steps = range(1, len(row[name]) + 1)
+                ax.plot(steps, row[name], color=colour, linewidth=1.8, label=text)
+        gate = gate.removeprefix("tfla ")
+        line[0].set_yscale("log")
+        _name(line[0], f"mLSTM, input gate {gate}", "step", "norm of all gradients, not clipped")
+        _name(line[1], f"mLSTM, input gate {gate}", "step", "loss, nats a token")
+    for number in (0, 1):  # what is compared between the gates has one scale
+        column = [line[number] for line in axes]
+        low = min(ax.get_ylim()[0] for ax in column)
+        high = max(ax.get_ylim()[1] for ax in column)
+        for ax in column:
+            ax.set_ylim(low, high)
+    eps = rows[0]["model"]["norm_eps"]
+    return _finish(figure, axes, f"Early training, norm eps {eps:g}, {about}")
 
 
 def rooflines(

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch import Tensor
 from tfla.bench import cases, check, measure, roofline
 from tfla.bench.cases import DTYPES, Implementation, Shape
 from tfla.plan import Problem
+
+if TYPE_CHECKING:
+    from tfla.bench.bias import Study
 
 Row = dict[str, Any]
 Tell = Callable[..., None]
@@ -33,6 +36,7 @@ TASKS = {
     "decode": "tfla.bench.models:decode",
     "model": "tfla.bench.models:model",
     "transfer": "tfla.bench.transfer:transfer",
+    "bias": "tfla.bench.bias:bias",
 }
 
 
@@ -54,6 +58,7 @@ class Task:
     input_gates: tuple[float, ...] = ()  # pre-activations of "transfer"
     forget_gates: tuple[float, ...] = ()
     epsilons: tuple[float, ...] = ()  # of its norms
+    bias: Study | None = None  # what "bias" trains
     until: float = float("inf")  # time.time() after which it is not begun
 
     def implementations(self) -> list[Implementation]:
@@ -66,6 +71,8 @@ class Task:
         head: Row = {"kind": self.kind, "study": self.study, "implementation": name, "shape": shape}
         if self.input_gates:
             head |= {"i": self.input_gates, "f": self.forget_gates, "eps": self.epsilons}
+        if self.bias is not None:
+            head |= self.bias.describe()
         return {**head, "dtype": self.dtype, "status": "ok", **fields}
 
 
