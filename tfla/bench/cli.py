@@ -226,6 +226,9 @@ def bias(
     }  # fmt: skip
     options = {"steps": steps, "context": context, "batch": batch, "lr": lr, "seed": seed}
     check_options(model, options)
+    for path in paths or ():
+        if not path.exists():
+            raise RunError(f"{path} does not exist; give files and folders of texts, or none")
     options |= {"log_every": 10, "save_every": 2**31, "eval_every": 2**31}
     numbers = _reals("biases", biases)
     if len(set(numbers)) < len(numbers):

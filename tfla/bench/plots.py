@@ -237,6 +237,8 @@ def _borders(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
 
 def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     """Gradient norm and loss over the steps, a line of panels a gate, a colour a bias."""
+    from matplotlib.ticker import MaxNLocator
+
     gates = list(dict.fromkeys(row["implementation"] for row in rows))
     figure, axes = _panels(len(gates), 2)
     biases = rows[0]["biases"]
@@ -248,7 +250,6 @@ def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
                 steps = range(1, len(row[name]) + 1)
                 ax.plot(steps, row[name], color=colour, linewidth=1.8, label=text)
         gate = gate.removeprefix("tfla ")
-        line[0].set_yscale("log")
         _name(line[0], f"mLSTM, input gate {gate}", "step", "norm of all gradients, not clipped")
         _name(line[1], f"mLSTM, input gate {gate}", "step", "loss, nats a token")
     for number in (0, 1):  # what is compared between the gates has one scale
@@ -257,6 +258,9 @@ def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
         high = max(ax.get_ylim()[1] for ax in column)
         for ax in column:
             ax.set_ylim(low, high)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if not number:
+                _plain_log(ax)
     eps = rows[0]["model"]["norm_eps"]
     return _finish(figure, axes, f"Early training, norm eps {eps:g}, {about}")
 
