@@ -7,7 +7,8 @@ import pytest
 import torch
 from checks import one_thread  # noqa: F401
 
-from tfla.bench import bias, report
+from tfla.bench import bias as trainings
+from tfla.bench import report, runs
 from tfla.bench.bias import Study, Watched
 from tfla.bench.runs import Row, Task
 from tfla.cli import run_command
@@ -27,14 +28,14 @@ def texts(tmp_path: Path) -> Path:
     return folder
 
 
-def task_of(texts: Path, *biases: float, **fields: Any) -> Task:
-    study = Study((texts,), MODEL, OPTIONS | fields.pop("options", {}), biases)
+def task_of(texts: Path, bias: float, **fields: Any) -> Task:
+    study = Study((texts,), MODEL, OPTIONS | fields.pop("options", {}), bias)
     return Task("bias", "cpu", "fp32", ("tfla exp", "tfla sigmoid"), bias=study, **fields)
 
 
 def rows_of(task: Task) -> list[Row]:
     told: list[tuple[Any, ...]] = []
-    bias.bias(task, CPU, lambda *message: told.append(message))
+    trainings.bias(task, CPU, lambda *message: told.append(message))
     return [message[1] for message in told if message[0] == "row"]
 
 
@@ -56,17 +57,17 @@ def test_only_the_bias_of_the_input_gate_differs(gate: str) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_each_row_has_every_step(texts: Path) -> None:
-    rows = rows_of(task_of(texts, 0.0, -10.0))
+    rows = [row for number in (0.0, -10.0) for row in rows_of(task_of(texts, number))]
     order = [(row["implementation"], row["bias"]) for row in rows]
-    assert order == [(n, b) for n in ("tfla exp", "tfla sigmoid") for b in (0.0, -10.0)]
+    assert order == [(n, b) for b in (0.0, -10.0) for n in ("tfla exp", "tfla sigmoid")]
     for row in rows:
         assert row["status"] == "ok", row
         assert len(row["loss"]) == len(row["gradient_norm"]) == 4
         assert len(row["samples_ms"]) == 3 and row["bits_per_byte"] > 0
     first = [row["loss"][0] for row in rows]
-    assert first[0] != first[1]
+    assert first[0] != first[2]
     # exp(-10) and sigmoid(-10) differ by 5e-5: the two gates begin alike.
-    assert first[1] == pytest.approx(first[3], rel=1e-3)
+    assert first[2] == pytest.approx(first[3], rel=1e-3)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -83,9 +84,17 @@ def test_the_same_seed_is_the_same_training(texts: Path) -> None:
     assert other["loss"] != a["loss"]
 
 
+def test_texts_too_short_are_a_line_with_the_reason(texts: Path) -> None:
+    for row in rows_of(task_of(texts, -2.0, options={"context": 10**6})):
+        assert row["status"] == "failed" and "RunError" in row["reason"]
+        assert report.median(row) is None
+    _, below = report.remarks([row], {})
+    assert len(below) == 1 and "window" in below[0]
+
+
 def test_late_trainings_are_left_out_and_said(texts: Path) -> None:
-    rows = rows_of(task_of(texts, 0.0, -2.0, until=0.0))
-    assert [row["status"] for row in rows] == ["skipped"] * 4
+    rows = list(runs.work_off([task_of(texts, -2.0, until=0.0)], 60.0))
+    assert [(row["status"], row["bias"]) for row in rows] == [("skipped", -2.0)] * 2
     assert "2 blocks of width 16" in report.title(rows[0])
 
 

@@ -232,6 +232,7 @@ def test_a_wrong_operator_has_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_border_lies_between_two_gates(gain: list[float], expected: float | None) -> None:
     assert transfer.border([2.0, 4.0, 6.0], gain, 0.7) == expected
+    assert transfer.border([2.0, 7.0, 12.0], gain, 0.7) is None  # too coarse to tell
 
 
 def test_a_draw_too_late_is_left_out() -> None:

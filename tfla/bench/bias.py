@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,16 @@ NAMES = {"tfla exp": "exp", "tfla sigmoid": "sigmoid"}
 
 @dataclass(frozen=True)
 class Study:
-    """What `tfla.xlstm.run.start` takes of a run (`paths`, `model`, `options`), and the biases."""
+    """What `tfla.xlstm.run.start` takes of a run (`paths`, `model`, `options`), and the bias."""
 
     paths: tuple[Path, ...]
     model: dict[str, Any]
     options: dict[str, Any]
-    biases: tuple[float, ...]
+    bias: float
 
     def describe(self) -> Row:
         """What of it belongs into a result: sizes, no paths."""
-        return {"model": self.model, "options": self.options, "biases": list(self.biases)}
+        return {"model": self.model, "options": self.options, "bias": self.bias}
 
 
 def check_options(model: dict[str, Any], options: dict[str, Any]) -> None:
@@ -71,38 +71,27 @@ class Watched(Placement):
 
 
 def bias(task: Task, device: torch.device, tell: Tell) -> None:
-    """A row a gate and bias. All read one corpus, in one order."""
+    """A row a gate: a training with the study's bias."""
     study = task.bias
     assert study is not None
-    with tempfile.TemporaryDirectory() as folder:
-        tell("begin", "", "reading the texts")
-        values = {**study.model, **study.options, "paths": list(study.paths)}
-        first = start(Path(folder) / "corpus", values)
-        for name in task.names:
-            for number in study.biases:
-                row = task.row(name, ours=True, bias=number)
-                if time.time() > task.until:
-                    late = {"status": "skipped", "reason": "out of time; raise --seconds"}
-                    tell("row", {**row, **late})
-                    continue
-                config = replace(first.config, input_gate=NAMES[name])
-                own = Path(folder) / f"{NAMES[name]} {number:g}"
-                own.mkdir()
-                run = replace(first, folder=own, config=config, lock=None)
-                row["parameters"] = config.num_parameters()
-                placement = Watched(device, number)
-                try:
-                    tell("begin", name, f"training with bias {number:g}")
-                    for record in train(run, placement):
-                        tell("begin", name, f"step {record['step']} with bias {number:g}")
-                        row |= {k: v for k, v in record.items() if k.startswith("bits_per_")}
-                except Exception as error:
-                    row |= {"status": "failed", "reason": reason_of(error)}
-                pairs = [x.tolist() for x in placement.told]
-                row["loss"] = [float(f"{loss:.5g}") for loss, _ in pairs]
-                row["gradient_norm"] = [float(f"{norm:.5g}") for _, norm in pairs]
-                times = placement.times
-                row["samples_ms"] = [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
-                tell("row", row)
-        assert first.lock is not None
-        first.lock.release()
+    for name in task.names:
+        row = task.row(name, ours=True)
+        placement = Watched(device, study.bias)
+        try:
+            tell("begin", name, "reading the texts")
+            with tempfile.TemporaryDirectory() as folder:
+                gate = {"input_gate": NAMES[name]}
+                values = {**study.model, **study.options, **gate, "paths": list(study.paths)}
+                run = start(Path(folder) / "run", values)
+                row["parameters"] = run.config.num_parameters()
+                for record in train(run, placement):
+                    tell("begin", name, f"step {record['step']} with bias {study.bias:g}")
+                    row |= {k: v for k, v in record.items() if k.startswith("bits_per_")}
+        except Exception as error:
+            row |= {"status": "failed", "reason": reason_of(error)}
+        pairs = [x.tolist() for x in placement.told]
+        row["loss"] = [float(f"{loss:.5g}") for loss, _ in pairs]
+        row["gradient_norm"] = [float(f"{norm:.5g}") for _, norm in pairs]
+        times = placement.times
+        row["samples_ms"] = [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
+        tell("row", row)

@@ -169,14 +169,16 @@ def model(
 @_measures_without("peers", "dtype", "repeats", "seconds")
 def transfer(
     session: "_Session",
-    tokens: Annotated[int, _option("In the sequence.")] = 512,
-    head_dim: Annotated[int, _option("Of q, k and v.")] = 128,
-    input_gate: Annotated[str, _option("Lowest and highest pre-activation.")] = "-12,8",
-    forget_gate: Annotated[str, _option("Lowest and highest pre-activation.")] = "-5,12",
+    tokens: Annotated[int, _option("Tokens in the sequence.")] = 512,
+    head_dim: Annotated[int, _option("Width of q, k and v.")] = 128,
+    input_gate: Annotated[str, _option("Lowest and highest pre-activation i.")] = "-12,8",
+    forget_gate: Annotated[str, _option("Lowest and highest pre-activation f.")] = "-5,12",
     step: Annotated[float, _option("From one pre-activation to the next.")] = 1.0,
-    eps: Annotated[str, _option("Of the norm, one to four, with commas.")] = "1e-2,1e-6,1e-8",
-    draws: Annotated[int, _option("Of q, k and v; each serves all gates.")] = 4,
-    seconds: Annotated[float, _option("Begin no draw after, but the first of each row.")] = 600.0,
+    eps: Annotated[
+        str, _option("The norm's eps, one to four values with commas.")
+    ] = "1e-2,1e-6,1e-8",
+    draws: Annotated[int, _option("Independent q, k and v; each draw serves all gates.")] = 4,
+    seconds: Annotated[float, _option("Begin no further draw after so many.")] = 600.0,
 ) -> None:
     """How much of v passes through a head at constant gates, q, k, v ~ N(0, 1): the mean over
     tokens of the largest |h| over that of the largest |v|, before and after the head's norm, for
@@ -205,17 +207,17 @@ def bias(
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Texts; without: the sources of Python's library.")
     ] = None,
-    biases: Annotated[str, _option("Of the input gate, with commas.")] = "0,-2,-5,-10",
-    eps: Annotated[float, _option("Of the model's norms.")] = 1e-6,
-    steps: Annotated[int, _option("Of training, each run.")] = 100,
+    biases: Annotated[str, _option("Biases of the input gate, with commas.")] = "0,-2,-5,-10",
+    eps: Annotated[float, _option("The eps of the model's norms.")] = 1e-6,
+    steps: Annotated[int, _option("Steps of each training.")] = 100,
     hidden_size: Annotated[int, _option("Width of the model.")] = 128,
-    num_layers: Annotated[int, _option("Its blocks.")] = 4,
+    num_layers: Annotated[int, _option("Blocks of the model.")] = 4,
     num_heads: Annotated[int, _option("Heads of each block.")] = 4,
     context: Annotated[int, _option("Tokens in a window.")] = 256,
     batch: Annotated[int, _option("Windows in a step.")] = 8,
     lr: Annotated[float, _option("Learning rate at its peak.")] = 2.5e-3,
     seed: Annotated[int, _option("Of the parameters and of the order of the texts.")] = 0,
-    seconds: Annotated[float, _option("Begin no training after.")] = 1200.0,
+    seconds: Annotated[float, _option("Begin no training after so many.")] = 1200.0,
 ) -> None:
     """Loss and gradient norm of early training with other biases of the input gate: a small model
     of each gate, from one seed, on the same tokens.
@@ -234,8 +236,10 @@ def bias(
     if len(set(numbers)) < len(numbers):
         raise RunError(f"--biases is {biases}, wanted different numbers")
     session.take("fp32", 1, seconds)
-    study = Study(tuple(paths or ()), model, options, numbers)
-    session.add("bias", None, list(NAMES), study="bias", bias=study)
+    for name in NAMES:  # a task each, so that what is done is kept when a later one fails
+        for number in numbers:
+            study = Study(tuple(paths or ()), model, options, number)
+            session.add("bias", None, [name], study="bias", bias=study)
 
 
 @bench.command()

@@ -241,7 +241,7 @@ def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
 
     gates = list(dict.fromkeys(row["implementation"] for row in rows))
     figure, axes = _panels(len(gates), 2)
-    biases = rows[0]["biases"]
+    biases = list(dict.fromkeys(row["bias"] for row in rows))
     for gate, line in zip(gates, axes, strict=True):
         for row in [row for row in rows if row["implementation"] == gate]:
             colour = BIAS_COLOURS[biases.index(row["bias"]) % len(BIAS_COLOURS)]

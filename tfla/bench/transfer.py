@@ -51,6 +51,7 @@ VARIANTS = {
     "tfla sigmoid, not normalised": Variant("sigmoid", False),
 }
 BORDER = 0.5**0.5  # of the gain after the norm: what passes and what is suppressed
+COARSE = 2.0  # between two gates the gain grows by exp(2) or less
 SHOWN_FORGET_GATE = 5.0  # a model's forget gates start between 3 and 6
 
 
@@ -114,9 +115,11 @@ def gains(h: Tensor, v: Tensor, epsilons: Sequence[float]) -> list[Tensor]:
 
 def border(gates: Sequence[float], gain: Sequence[float], level: float = BORDER) -> float | None:
     """The pre-activation at which `gain` first rises through `level`, between two gates by a
-    straight line; None where it never does."""
+    straight line; None where it never does, or where the two are too far apart for a line."""
     for left, right, low, high in zip(gates, gates[1:], gain, gain[1:], strict=False):
         if low < level <= high:
+            if right - left > COARSE:
+                return None
             return left + (right - left) * (level - low) / (high - low)
     return None
 
