@@ -247,6 +247,25 @@ def test_rows_of_a_process_that_died_have_a_table() -> None:
     assert "2 x 3 gates" in report.title(late[0])
 
 
+# ------------------------------------------------------------------------------- the page
+
+
+def test_the_page_states_what_its_result_holds() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page, rows = (docs / "transfer.md").read_text(), report.load(docs / "transfer.json")["rows"]
+    for row in rows:
+        index, _ = report.shown_forget_gate(row)
+        borders = [transfer.border(row["i"], after[index]) for after in row["after"]]
+        at = [row["before"][index][row["i"].index(i)] for i in (-10, 0, 8)]
+        name = row["implementation"].removeprefix("tfla ")
+        words = [name, *(f"{x:.1f}" for x in borders), f"{at[0]:.5f}", f"{at[1]:.1f}"]
+        assert f"| {' | '.join(words)} | " in page
+        line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        assert float(line.split("|")[-2].replace(",", "")) == pytest.approx(at[2], rel=0.02)
+        if "expected_off" in row:
+            assert f"{row['expected_off']:.1%} off" in page
+
+
 # ------------------------------------------------------------------------------- the command
 
 WORDS = "--tokens 24 --head-dim 4 --step 4 --draws 2 --device cpu --seconds 3600 --limit 900"
