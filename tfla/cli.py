@@ -7,6 +7,7 @@ one line, exit status 2.
 
 import importlib.util
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -200,13 +201,13 @@ def train(
             bytes_per_token=None if run.corpus.lost else run.corpus.bytes_per_token,
         )
     if stopped:
-        _say(f"stopped; go on with: tfla train --out {out} --resume")
+        _say(f"stopped; go on with: tfla train --out {shlex.quote(str(out))} --resume")
         raise typer.Exit(130)
     unit = "bits_per_token" if run.corpus.lost else "bits_per_byte"
     bits = [record[unit] for record in records if unit in record]
     result = f"{bits[-1]:.3f} {metrics.UNITS[unit]}" if bits else "not in metrics.jsonl any more"
     render.line(console, f"held-out text: {result}; the curve: {out}/loss.png")
-    render.line(console, f'let it write: tfla generate {out} "import "')
+    render.line(console, f'let it write: tfla generate {shlex.quote(str(out))} "import "')
 
 
 # fmt: off

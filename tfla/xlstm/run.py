@@ -15,6 +15,7 @@ from tfla.xlstm.metrics import is_metrics
 
 METRICS = "metrics.jsonl"
 WHOLE = "context batch accumulate steps seed eval_every eval_bytes save_every log_every".split()
+NUMBERS = "seconds lr warmup final_lr weight_decay clip".split()
 Outputs = Mapping[str, files.FileProof]
 
 
@@ -53,6 +54,10 @@ class TrainOptions:
                 raise RunError(
                     f"--{name.replace('_', '-')} is {value!r}, wanted a whole number"
                 )
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if not (value is None and name == "seconds") and type(value) not in (int, float):
+                raise RunError(f"--{name.replace('_', '-')} is {value!r}, wanted a number")
         rules: list[tuple[str, str, Callable[[Any], bool]]] = [
             ("context batch accumulate", "at least 1", lambda x: x >= 1),
             ("eval_every eval_bytes save_every log_every", "at least 1", lambda x: x >= 1),
