@@ -143,7 +143,7 @@ def test_an_unknown_input_gate(value: object) -> None:
             **{n: t[:, 0] for n, t in good().items()}, state=good_state(), input_gate=value
         ),
     ):
-        refuses(ValueError, call, names="input_gate", came=repr(value), wanted="'exp', 'sigmoid'")
+        refuses(ValueError, call, names="input_gate", came=repr(value), wanted="'exp' or 'sigmoid'")
 
 
 def test_an_input_gate_that_cannot_be_looked_up() -> None:

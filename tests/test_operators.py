@@ -55,7 +55,7 @@ CASES = [
 
 def options(case: Case) -> dict[str, object]:
     """What the operators take besides tensors."""
-    gates = {"sigmoid_i": case.input_gate == "sigmoid", "sigmoid_f": True}
+    gates = {"input_gate": case.input_gate, "sigmoid_f": True}
     rest = {"normalize": case.normalized, "final": case.final, "keep": True, "backend": "reference"}
     return {"scale": 0.3, **gates, **rest}
 
@@ -95,10 +95,9 @@ def test_opcheck_of_the_step_operator(slots: bool, input_gate: str) -> None:
     case = Case(T=1, B=3, input_gate=input_gate)
     x = make_inputs(case)
     rows = torch.tensor([2, 0, 1]) if slots else None
-    sigmoid = input_gate == "sigmoid"
     args = [t[:, 0] for t in (x.q, x.k, x.v, x.i, x.f)]
     torch.library.opcheck(
-        torch.ops.tfla.step.default, (*args, *x.memory, rows, 0.3, sigmoid, True, "reference")
+        torch.ops.tfla.step.default, (*args, *x.memory, rows, 0.3, input_gate, True, "reference")
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tfla import checks, dispatch, ops, parallel
+from tfla import gates as input_gates
 from tfla.checks import State
 from tfla.gates import Activations
 
@@ -98,9 +99,9 @@ def mlstm(
         >>> h.shape, state.C.shape
         (torch.Size([2, 100, 4, 32]), torch.Size([2, 4, 32, 32]))
     """
-    gate = checks.gate_of(input_gate)
+    gate = input_gates.input_gate(input_gate)
     normalize = gate.normalize if normalize is None else normalize
-    activations = Activations(sigmoid_i=gate.sigmoid, sigmoid_f=True)
+    activations = Activations(gate.name, sigmoid_f=True)
     gate_tensors = {"i": checks.tensor("i", i), "f": checks.tensor("f", f)}
     return _sequence(
         q, k, v, gate_tensors, activations, normalize, scale, initial_state, output_final_state,
@@ -156,7 +157,7 @@ def linear_attention(
         >>> h, _ = tfla.linear_attention(q, k, v, retention)
     """
     gates = {"log_i": log_i, "log_f": log_f}
-    activations = Activations(sigmoid_i=False, sigmoid_f=False)
+    activations = Activations("exp", sigmoid_f=False)
     return _sequence(
         q, k, v, gates, activations, normalize, scale, initial_state, output_final_state,
         cu_seqlens, backend, group,
@@ -204,9 +205,9 @@ def mlstm_step(
         >>> state = tfla.State(torch.zeros(2, 4, 32, 32), torch.zeros(2, 4, 32), torch.zeros(2, 4))
         >>> h, state = tfla.mlstm_step(q, k, v, i, f, state)
     """
-    gate = checks.gate_of(input_gate)
+    gate = input_gates.input_gate(input_gate)
     normalize = gate.normalize if normalize is None else normalize
-    activations = Activations(sigmoid_i=gate.sigmoid, sigmoid_f=True)
+    activations = Activations(gate.name, sigmoid_f=True)
     gates = {"i": checks.tensor("i", i), "f": checks.tensor("f", f)}
     return _step(q, k, v, gates, activations, normalize, scale, state, inplace, slots, backend)
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tfla import ops
-from tfla.gates import INPUT_GATES
 from tfla.offsets import check_offsets
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,14 +43,6 @@ class State(NamedTuple):
 # files of older versions have the other name.
 State.__module__ = "tfla"
 torch.serialization.add_safe_globals([State, (State, "tfla.checks.State")])
-
-
-def gate_of(name: str) -> Any:
-    if not isinstance(name, str) or name not in INPUT_GATES:
-        raise ValueError(
-            f"input_gate must be one of {', '.join(map(repr, INPUT_GATES))}; got {name!r}."
-        )
-    return INPUT_GATES[name]
 
 
 def what(x: Any) -> str:

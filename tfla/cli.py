@@ -22,6 +22,7 @@ except ModuleNotFoundError:
     raise SystemExit(2) from None
 
 import tfla
+from tfla import gates
 from tfla.bench.cli import register
 from tfla.xlstm.checkpoint import RunError
 
@@ -122,7 +123,7 @@ def train(
     num_layers: Annotated[int, _model("Number of blocks.")] = 2,
     num_heads: Annotated[int, _model("mLSTM heads in a block.")] = 1,
     input_gate: Annotated[str, _model(
-        "exp (the paper's mLSTMexp) or sigmoid (its mLSTMsig).")] = "exp",
+        f"{gates.described()}.")] = "exp",
     context: Annotated[int, _training("Tokens in a training window.")] = 256,
     batch: Annotated[int, _training("Windows in a forward pass.")] = 8,
     accumulate: Annotated[int, _training(

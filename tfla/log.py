@@ -78,11 +78,10 @@ def _shape(x: Tensor) -> str:
 
 def _gates(i: Tensor, f: Tensor, a: Any) -> str:
     """The gates: logarithms, or what passes through a sigmoid; an exponential gate i is log_i."""
-    named = [("f", f, a.sigmoid_f), ("i", i, a.sigmoid_i)]
-    return " and ".join(
-        f"{name if sigmoid else f'log_{name}'} {SHORT.get(x.dtype, x.dtype)}"
-        for name, x, sigmoid in named
-    )
+    named = [("f" if a.sigmoid_f else "log_f", f)]
+    named.append(("log_i" if a.input_gate == "exp" else "i", i))
+    words = " and ".join(f"{name} {SHORT.get(x.dtype, x.dtype)}" for name, x in named)
+    return words if a.input_gate in ("exp", "sigmoid") else f"{words} ({a.input_gate} gate)"
 
 
 def _line(what: str, q: Tensor, backend: str, plan: str) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 import tfla
+from tfla import gates
 from tfla.linear import PreciseLinear
 
 States = tuple[tfla.State, ...]
@@ -80,8 +81,7 @@ class MLSTM(nn.Module):
             raise ValueError(f"proj_size must be a whole number, 0 for none; got {proj_size!r}.")
         if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a number from 0 to 1; got {dropout!r}.")
-        if input_gate not in ("exp", "sigmoid"):
-            raise ValueError(f"input_gate must be 'exp' or 'sigmoid'; got {input_gate!r}.")
+        gates.input_gate(input_gate)
         self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
         self.num_layers, self.bias, self.batch_first = num_layers, bias, batch_first
         self.dropout, self.bidirectional, self.proj_size = dropout, bidirectional, proj_size

@@ -46,7 +46,7 @@ class Options(NamedTuple):
     """What is not a tensor."""
 
     scale: float
-    sigmoid_i: bool
+    input_gate: str  # see ``tfla.gates``
     sigmoid_f: bool
     normalize: bool
     final: bool  # is the final state wanted?
@@ -55,7 +55,7 @@ class Options(NamedTuple):
 
     @property
     def activations(self) -> Activations:
-        return Activations(self.sigmoid_i, self.sigmoid_f)
+        return Activations(self.input_gate, self.sigmoid_f)
 
     @staticmethod
     def full(q: Tensor) -> torch.dtype:
@@ -334,11 +334,11 @@ def refuse_second_derivative() -> None:
 @torch.library.custom_op("tfla::forward", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
-    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
+    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, input_gate: str, sigmoid_f: bool,
     normalize: bool, final: bool, keep: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    return forward(x, Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend))  # type: ignore[return-value]
+    return forward(x, Options(scale, input_gate, sigmoid_f, normalize, final, keep, backend))  # type: ignore[return-value]
 
 
 @_forward_op.register_fake
@@ -366,11 +366,11 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 def _backward_op(
     dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, q: Tensor,
     k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
-    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
+    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, input_gate: str, sigmoid_f: bool,
     normalize: bool, final: bool, keep: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend)
+    o = Options(scale, input_gate, sigmoid_f, normalize, final, keep, backend)
     return backward(dh, dC, dn, h, saved, x, o)  # type: ignore[return-value]
 
 
@@ -410,10 +410,10 @@ _backward_op.register_autograd(_backward_of_backward)
 
 def _step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
-    m: Tensor | None, slots: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
+    m: Tensor | None, slots: Tensor | None, scale: float, input_gate: str, sigmoid_f: bool,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    leaf, activations = _leaf(backend), Activations(sigmoid_i, sigmoid_f)
+    leaf, activations = _leaf(backend), Activations(input_gate, sigmoid_f)
     if log.ON:
         log.step(q, v, i, f, C, m, slots, activations, backend)
     with no_autocast(q.device.type):

@@ -336,7 +336,7 @@ def _agree(x: Inputs, o: Options, group: Any) -> None:
 
 CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? C, Tensor? n, Tensor? m, Tensor? "
-    "cu_seqlens, float scale, bool sigmoid_i, bool sigmoid_f, bool normalize, bool final, bool "
+    "cu_seqlens, float scale, str input_gate, bool sigmoid_f, bool normalize, bool final, bool "
     "keep, str backend, str group) -> Tensor[]"
 )
 

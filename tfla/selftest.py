@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import tfla
-from tfla import verdicts
+from tfla import gates, verdicts
 
 # Of the norm of a result, and four times as much of its largest number: products of rounded 16-bit
 # operands, of TF32's 10 bits, of fp32. In the interpreter fp16 is off by at most 1e-3 (df: 2e-3,
@@ -144,7 +144,7 @@ def _sequence(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -
     v, dh = (new(c.B, c.T, c.H, c.V, of=dtype) for _ in "vh")
     i, f = new(c.B, c.T, c.H), new(c.B, c.T, c.H) + 3
     offsets = torch.tensor(c.offsets, device=device) if c.offsets else None
-    normalized = c.gate == "exp"
+    normalized = gates.input_gate(c.gate).normalize
     state, dC, dn = [], None, None
     if c.states:
         state, dC = [new(N, c.H, c.K, c.V)], new(N, c.H, c.K, c.V)
@@ -194,7 +194,9 @@ def _step(case: Step, device: torch.device, dtype: torch.dtype, seed: int) -> It
     i, f = new(B, H), new(B, H) + 3
     slots = torch.tensor([4, 0, 3], device=device) if c.slots else None
     C = new(rows, H, c.K, c.V).to(c.state)
-    n, m = (new(rows, H, c.K).to(c.state), new(rows, H)) if c.gate == "exp" else (None, None)
+    n, m = None, None
+    if gates.input_gate(c.gate).normalize:
+        n, m = new(rows, H, c.K).to(c.state), new(rows, H)
 
     def call(backend: str, full: bool) -> dict[str, Tensor]:
         def to(x: Tensor | None) -> Any:

@@ -134,7 +134,7 @@ def launches(
         cu_seqlens,
     )
     options = ops.Options(
-        K**-0.5, INPUT_GATES[gate].sigmoid, True, normalize, state, backward, "triton"
+        K**-0.5, gate, True, normalize, state, backward, "triton"
     )
     with contextlib.ExitStack() as stack:
         for module in (kernels, kernels.step):

@@ -209,7 +209,7 @@ def test_a_step_builds(target: tuple[str, int | str], B: int, gate: str, state: 
     ):
         step.update(
             q, k, v, i, f, new(B, H, K, V, of=state), n if kind.normalize else None,
-            m if kind.normalize else None, None, 1.0, Activations(kind.sigmoid, True),
+            m if kind.normalize else None, None, 1.0, Activations(gate, True),
         )  # fmt: skip
     (launch,) = seen
     check(launch, target, STACK[target])

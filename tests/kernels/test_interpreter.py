@@ -101,7 +101,7 @@ else:
             with planned(divides=divides):
                 grid = kernels.exponents(
                     zeros, zeros, zeros, i, f, torch.zeros(len(lengths), H, K), m, cu_seqlens, 0.5,
-                    Activations(False, True), True, True, True,
+                    Activations("exp", True), True, True, True,
                 )  # fmt: skip
             assert (grid.undivided is None) != divides
             found = grid.weights if grid.undivided is None else grid.undivided
@@ -387,7 +387,7 @@ else:
             for slots in ([5, 0], [3, 3], [-1, 2]):  # right; twice the same; out of range
                 arguments = torch.zeros(6, 2, 8, 48), torch.zeros(6, 2, 8), m, torch.tensor(slots)
                 before = m.clone()
-                kernels.step.update(q, k, v, i, f, *arguments, 1.0, Activations(False, True))
+                kernels.step.update(q, k, v, i, f, *arguments, 1.0, Activations("exp", True))
                 used = [slot for slot in slots if slot >= 0]
                 assert ((m != before).any(1).nonzero()[:, 0]).tolist() == sorted(set(used))
                 assert not any(x.any() for x in counters)

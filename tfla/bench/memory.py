@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tfla import _compat, ops
-from tfla.gates import INPUT_GATES
+from tfla.gates import input_gate
 from tfla.plan import Device, Problem, plan
 
 LAUNCHES = 4096  # of a pass: beyond it nobody waits for the count
@@ -104,10 +104,10 @@ def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> 
         n=None, m=None, cu_seqlens=None,
     )  # fmt: skip
     dh = new(*tokens, p.V)
-    kind = INPUT_GATES[gate]
+    kind = input_gate(gate)
     with torch.no_grad(), _planned(device) as backend:
         o = ops.Options(
-            scale=1.0, sigmoid_i=kind.sigmoid, sigmoid_f=True, normalize=kind.normalize,
+            scale=1.0, input_gate=kind.name, sigmoid_f=True, normalize=kind.normalize,
             final=False, keep=True, backend=backend,
         )  # fmt: skip
         with _Allocations(*x[:5]) as forward:

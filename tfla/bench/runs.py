@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tfla.bench import cases, check, measure, roofline
 from tfla.bench.cases import DTYPES, Implementation, Shape
+from tfla.gates import input_gate
 from tfla.plan import Problem
 
 Row = dict[str, Any]
@@ -248,6 +249,6 @@ def _plan(
     B, T, H, K, V = dataclasses.astuple(shape)
     problem = Problem(B, T, H, K, V, B, False, dtype.itemsize, grid.precision(q))
     planned = x.planned(grid.plan(problem, grid.device_of(q)))
-    found = roofline.kernels(problem, planned, x.function == "exp", train=backward)
+    found = roofline.kernels(problem, planned, input_gate(x.function).normalize, train=backward)
     moved, flops = sum(kernel.bytes for kernel in found), sum(kernel.flops for kernel in found)
     return {"plan": str(planned), "plan_bytes": moved, "plan_flops": flops}

@@ -121,8 +121,8 @@ def exponents(
         return grid
     chunk_table, packed = grid.tables[0], cu_seqlens is not None
     gates_at = *i.stride(), *f.stride()
-    forms = {"SIGMOID_I": activations.sigmoid_i, "SIGMOID_F": activations.sigmoid_f,
-             "PACKED": packed}  # fmt: skip
+    log_i = gates.form_of(activations.input_gate).log_i
+    forms = {"LOG_I": log_i, "SIGMOID_F": activations.sigmoid_f, "PACKED": packed}
     if not normalize:
         launch(
             gates._weights_kernel, (grid.chunks(),), (plan.gate_warps, 2),
@@ -374,7 +374,7 @@ def gate_gradients(
          df), *i.stride(), *f.stride(), T, H, grid.slots, grid.spans, grid.size, K,
         grid.plan.kept[0] * grid.plan.kept[1], L=grid.plan.L, SPAN=span,
         BLOCK_K=grid.plan.block_k, Q_PARTS=dq.dot.numel() // size, K_PARTS=dk.dot.numel() // size,
-        SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
+        GRADIENT_I=gates.form_of(activations.input_gate).gradient, SIGMOID_F=activations.sigmoid_f,
         NORMALIZE=grid.normalize, PACKED=grid.cu_seqlens is not None, ENDS=grid.ends,
     )  # fmt: skip
     return di, df

@@ -295,7 +295,7 @@ class XLSTM(nn.Module):
         for _ in range(config.num_layers):
             C = torch.zeros(N, H, K, V, dtype=dtype or full, device=weight.device)
             rest = (C.new_zeros(N, H, K), C.new_zeros(N, H, dtype=full))
-            states.append(tfla.State(C, *(rest if config.input_gate == "exp" else (None, None))))
+            states.append(tfla.State(C, *(rest if config.normalize else (None, None))))
         return tuple(states)
 
     def generate(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Generation:
