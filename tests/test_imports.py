@@ -30,6 +30,7 @@ LAYERS = [
     {"log"},
     {"reference", "kernels"},
     {"gates", "offsets", "plan"},
+    {"spec"},
     {"_compat"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}

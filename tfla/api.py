@@ -15,7 +15,8 @@ from torch import Tensor
 from tfla import checks, dispatch, ops, parallel
 from tfla import gates as input_gates
 from tfla.checks import State
-from tfla.gates import Activations
+from tfla.gates import Activations, InputGate
+from tfla.spec import BackendName
 
 __all__ = ["State", "linear_attention", "mlstm", "mlstm_step"]
 
@@ -27,14 +28,15 @@ def mlstm(
     i: Tensor,
     f: Tensor,
     *,
-    input_gate: str = "exp",
+    input_gate: InputGate = "exp",
     normalize: bool | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
+    reverse: bool = False,
     group: Any = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, State | None]:
     r"""The mLSTM over whole sequences.
 
@@ -68,12 +70,13 @@ def mlstm(
             along T, any stride; B must be 1. On a GPU the host does not read them: there an offset
             out of range or below an earlier one counts as the nearest that is not, and tokens
             before the first and behind the last get zeros, in h and in gradients.
-        backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
+        reverse: token t sees t, t + 1, ... in place of t, t - 1, ...; True is not implemented yet.
         group: a torch.distributed process group (or DeviceMesh of one dimension) over whose ranks T
             is split evenly, in rank order: each rank gives and gets its own tokens, but the whole
             ``cu_seqlens`` and ``initial_state``, and gets the whole final state. Gradients are
             those of the sum of all ranks' losses; that of ``initial_state`` is on the rank where a
             sequence begins, 0 on the others. All ranks must call, and run backward.
+        backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
 
     What is not finite stays in its row of B and its head, and in later tokens; NaN and inf in q, k
     and v may reach earlier tokens of their own chunk of up to 64. It stays in its packed sequence,
@@ -89,7 +92,8 @@ def mlstm(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted. RuntimeError: a
-        named backend cannot serve.
+        named backend cannot serve. NotImplementedError: ``reverse=True``, and fewer heads of q and
+        k than of v, which are to come.
 
     Example:
         >>> import torch, tfla
@@ -105,7 +109,7 @@ def mlstm(
     gate_tensors = {"i": checks.tensor("i", i), "f": checks.tensor("f", f)}
     return _sequence(
         q, k, v, gate_tensors, activations, normalize, scale, initial_state, output_final_state,
-        cu_seqlens, backend, group,
+        cu_seqlens, reverse, group, backend,
     )  # fmt: skip
 
 
@@ -121,8 +125,9 @@ def linear_attention(
     initial_state: State | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
+    reverse: bool = False,
     group: Any = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, State | None]:
     r"""Linear attention with scalar gates: the mother of the family.
 
@@ -140,15 +145,15 @@ def linear_attention(
         log_f, log_i: (B, T, H), (H,) or None (= 0): natural logarithms of the decay and of the
             weight of each token, with the limits of ``mlstm``. Positive ones are allowed, and may
             overflow when not normalised, as log_f = +inf does: that is the function asked for.
-        normalize, scale, initial_state, output_final_state, cu_seqlens, backend, group: as in
-            ``mlstm``.
+        normalize, scale, initial_state, output_final_state, cu_seqlens, reverse, group, backend: as
+            in ``mlstm``.
 
     Returns:
         h: (B, T, H, V) in v's dtype, and the final State or None. One token (T = 1) without
         gradients takes the decode step.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in ``mlstm``.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in ``mlstm``.
 
     Example:
         >>> import torch, tfla
@@ -160,7 +165,7 @@ def linear_attention(
     activations = Activations("exp", sigmoid_f=False)
     return _sequence(
         q, k, v, gates, activations, normalize, scale, initial_state, output_final_state,
-        cu_seqlens, backend, group,
+        cu_seqlens, reverse, group, backend,
     )  # fmt: skip
 
 
@@ -172,12 +177,12 @@ def mlstm_step(
     f: Tensor,
     state: State,
     *,
-    input_gate: str = "exp",
+    input_gate: InputGate = "exp",
     normalize: bool | None = None,
     scale: float | None = None,
     inplace: bool = False,
     slots: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, State]:
     """One token of ``mlstm``: the decode step.
 
@@ -196,7 +201,7 @@ def mlstm_step(
         h: (B, H, V) in v's dtype, and the State after the token.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in ``mlstm``.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in ``mlstm``.
 
     Example:
         >>> import torch, tfla
@@ -218,9 +223,10 @@ def mlstm_step(
 def _sequence(
     q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor | None], activations: Activations,
     normalize: bool, scale: float | None, state: State | None, output_final_state: bool,
-    cu_seqlens: Tensor | None, backend: str | None, group: Any,
+    cu_seqlens: Tensor | None, reverse: bool, group: Any, backend: BackendName | None,
 ) -> tuple[Tensor, State | None]:  # fmt: skip
-    checks.flags(normalize=normalize, output_final_state=output_final_state)
+    checks.flags(normalize=normalize, output_final_state=output_final_state, reverse=reverse)
+    checks.refuse_reverse(reverse)
     q, k, v = checks.operands(q, k, v, ("B", "T", "H"))
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -261,7 +267,7 @@ def _sequence(
 def _step(
     q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor | None], activations: Activations,
     normalize: bool, scale: float | None, state: State, inplace: bool, slots: Tensor | None,
-    backend: str | None,
+    backend: BackendName | None,
 ) -> tuple[Tensor, State]:  # fmt: skip
     checks.flags(normalize=normalize, inplace=inplace)
     q, k, v = checks.operands(q, k, v, ("B", "H"))
@@ -309,7 +315,7 @@ def _run(inputs: ops.Inputs, options: ops.Options, group: Any) -> tuple[Any, ...
 
 def _run_step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State, activations: Activations,
-    scale: float, inplace: bool, slots: Tensor | None, backend: str,
+    scale: float, inplace: bool, slots: Tensor | None, backend: BackendName,
 ) -> tuple[Tensor, State]:  # fmt: skip
     h, *after = ops.step(q, k, v, i, f, *state, slots, scale, activations, inplace, backend)
     return h, state if inplace else State(*after)  # type: ignore[arg-type]

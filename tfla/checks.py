@@ -88,12 +88,23 @@ def operands(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tens
             )
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}; got {what(k)}.")
+    if q.shape[-1] == 0 or v.shape[-1] == 0 or q.shape[-2] == 0 or v.shape[-2] == 0:
+        raise ValueError(f"H, K and V must be at least 1; got q {what(q)} and v {what(v)}.")
+    G, H = q.shape[-2], v.shape[-2]
+    if v.shape[:-2] == q.shape[:-2] and G != H:
+        if H % G:
+            raise ValueError(
+                f"the heads of v, H, must be a multiple of those of q and k, G; got H = {H} of v "
+                f"{what(v)} and G = {G} of q {what(q)}."
+            )
+        raise NotImplementedError(
+            f"q and k with fewer heads than v are not implemented yet; got G = {G} of q {what(q)} "
+            f"and H = {H} of v {what(v)}. Repeat q and k: x.repeat_interleave({H // G}, dim=-2)."
+        )
     if v.shape[:-1] != q.shape[:-1]:
         raise ValueError(
             f"v must be ({', '.join(axes)}, V) with {tuple(q.shape[:-1])} as in q; got {what(v)}."
         )
-    if q.shape[-1] == 0 or v.shape[-1] == 0 or q.shape[-2] == 0:
-        raise ValueError(f"H, K and V must be at least 1; got q {what(q)} and v {what(v)}.")
     return q, k, v
 
 
@@ -246,6 +257,13 @@ def flags(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False; got {what(value)}.")
+
+
+def refuse_reverse(reverse: bool) -> None:
+    if reverse:
+        raise NotImplementedError(
+            "reverse=True is not implemented yet: flip T of every input and of h, x.flip(1)."
+        )
 
 
 def scale_of(scale: Any, K: int) -> float:

@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,7 @@ class Gate:
 
 
 INPUT_GATES: dict[str, Gate] = {}
+InputGate = Literal["exp", "sigmoid"]  # those below, in the signatures of public functions
 
 
 def register(gate: Gate) -> Gate:

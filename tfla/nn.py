@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 import tfla
 from tfla import gates
 from tfla.linear import PreciseLinear
+from tfla.spec import BackendName
 
 States = tuple[tfla.State, ...]
 
@@ -63,7 +64,7 @@ class MLSTM(nn.Module):
         self, input_size: int, hidden_size: int, num_heads: int, num_layers: int = 1,
         bias: bool = True, batch_first: bool = True, dropout: float = 0.0,
         bidirectional: bool = False, proj_size: int = 0, *, qk_size: int | None = None,
-        input_gate: str = "exp", device: torch.device | str | None = None,
+        input_gate: gates.InputGate = "exp", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -94,7 +95,7 @@ class MLSTM(nn.Module):
 
     def forward(
         self, x: Tensor | PackedSequence, state: Sequence[tfla.State] | None = None, *,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> tuple[Tensor | PackedSequence, States]:  # fmt: skip
         """Read sequences.
 
@@ -193,7 +194,8 @@ class _Layer(nn.Module):
             self.gates.bias[of.num_heads :] = torch.linspace(3.0, 6.0, of.num_heads, **at)
 
     def forward(
-        self, x: Tensor, state: tfla.State | None, cu_seqlens: Tensor | None, backend: str | None
+        self, x: Tensor, state: tfla.State | None, cu_seqlens: Tensor | None,
+        backend: BackendName | None,
     ) -> tuple[Tensor, tfla.State]:
         q, k, v, o = self.qkvo(x).split(self.widths, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))

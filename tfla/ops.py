@@ -30,6 +30,7 @@ from torch import Tensor
 
 from tfla import _compat, log
 from tfla.gates import Activations
+from tfla.spec import BackendName
 
 # Takes the grid and the normaliser's column; what it returns is called for (dC, dn).
 Exchange = Callable[[Any, Any], Callable[[], tuple[Tensor, Tensor | None]]]
@@ -229,7 +230,7 @@ def run(x: Inputs, o: Options) -> tuple[Any, ...]:
 def step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
     m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations, inplace: bool,
-    backend: str,
+    backend: BackendName,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """One token, no gradient: (h, C, n, m). q, k: (B, H, K). v: (B, H, V). i, f: (B, H). States:
     (N, H, ...), see ``tfla.State``."""

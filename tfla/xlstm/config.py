@@ -48,7 +48,7 @@ class XLSTMConfig:
     qk_dim_factor: float = 0.5
     v_dim_factor: float = 1.0
     ffn_factor: float = 2.667
-    input_gate: str = "exp"
+    input_gate: gates.InputGate = "exp"
     gate_soft_cap: float | None = 15.0
     logit_soft_cap: float | None = 30.0
     norm_eps: float = 1e-6
