@@ -29,8 +29,8 @@ LAYERS = [
     {"ops", "verdicts"},
     {"log"},
     {"reference", "kernels"},
-    {"gates", "offsets", "plan"},
     {"spec"},
+    {"gates", "offsets", "plan"},
     {"_compat"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}

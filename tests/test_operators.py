@@ -56,8 +56,8 @@ CASES = [
 def options(case: Case) -> dict[str, object]:
     """What the operators take besides tensors."""
     gates = {"input_gate": case.input_gate, "sigmoid_f": True}
-    rest = {"normalize": case.normalized, "final": case.final, "keep": True, "backend": "reference"}
-    return {"scale": 0.3, **gates, **rest}
+    rest = {"normalize": case.normalized, "final_state": case.final, "needs_grad": True}
+    return {"scale": 0.3, **gates, **rest, "backend": "reference", "precision": "ieee"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -71,7 +71,7 @@ def test_opcheck_of_a_forward_that_keeps_nothing(case: Case) -> None:
     flat = tuple(None if t is None else t.detach() for t in arguments(case)[0])
     tests = ("test_schema", "test_faketensor")
     forward = torch.ops.tfla.forward.default
-    torch.library.opcheck(forward, flat, options(case) | {"keep": False}, test_utils=tests)
+    torch.library.opcheck(forward, flat, options(case) | {"needs_grad": False}, test_utils=tests)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -16,7 +16,8 @@ from tfla import checks, dispatch, ops, parallel
 from tfla import gates as input_gates
 from tfla.checks import State
 from tfla.gates import Activations, InputGate
-from tfla.spec import BackendName
+from tfla.offsets import check_offsets
+from tfla.spec import BackendName, CallSpec, Inputs, Options, products_of
 
 __all__ = ["State", "linear_attention", "mlstm", "mlstm_step"]
 
@@ -106,9 +107,8 @@ def mlstm(
     gate = input_gates.input_gate(input_gate)
     normalize = gate.normalize if normalize is None else normalize
     activations = Activations(gate.name, sigmoid_f=True)
-    gate_tensors = {"i": checks.tensor("i", i), "f": checks.tensor("f", f)}
     return _sequence(
-        q, k, v, gate_tensors, activations, normalize, scale, initial_state, output_final_state,
+        q, k, v, i, f, ("i", "f"), activations, normalize, scale, initial_state, output_final_state,
         cu_seqlens, reverse, group, backend,
     )  # fmt: skip
 
@@ -161,11 +161,10 @@ def linear_attention(
         >>> retention = torch.log1p(-torch.exp2(-5.0 - torch.arange(4)))
         >>> h, _ = tfla.linear_attention(q, k, v, retention)
     """
-    gates = {"log_i": log_i, "log_f": log_f}
     activations = Activations("exp", sigmoid_f=False)
     return _sequence(
-        q, k, v, gates, activations, normalize, scale, initial_state, output_final_state,
-        cu_seqlens, reverse, group, backend,
+        q, k, v, log_i, log_f, ("log_i", "log_f"), activations, normalize, scale, initial_state,
+        output_final_state, cu_seqlens, reverse, group, backend,
     )  # fmt: skip
 
 
@@ -220,48 +219,111 @@ def mlstm_step(
 # ---------------------------------------------------------------- what the three share
 
 
+# Calls that were validated, by all that validation depends on but the values of offsets.
+_specs: dict[tuple[Any, ...], CallSpec] = {}
+
+
 def _sequence(
-    q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor | None], activations: Activations,
-    normalize: bool, scale: float | None, state: State | None, output_final_state: bool,
-    cu_seqlens: Tensor | None, reverse: bool, group: Any, backend: BackendName | None,
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor | None, f: Tensor | None, names: tuple[str, str],
+    activations: Activations, normalize: bool, scale: float | None, state: State | None,
+    output_final_state: bool, cu_seqlens: Tensor | None, reverse: bool, group: Any,
+    backend: BackendName | None,
 ) -> tuple[Tensor, State | None]:  # fmt: skip
+    key, spec = None, None
+    # What is no State is no plain tensor either, and validation says so.
+    given: Any = (None, None, None) if state is None else state if type(state) is State else (0,)
+    tensors = q, k, v, i, f, cu_seqlens, *given
+    if group is None and reverse is False and ops.are_plain(*tensors) and _is_usual(q):
+        grad = torch.is_grad_enabled()
+        needs_grad = grad and any([t is not None and t.requires_grad for t in tensors])
+        key = (
+            activations, normalize, type(normalize), scale, type(scale), output_final_state,
+            type(output_final_state), backend, needs_grad, products_of(q.dtype),
+            *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
+        )  # fmt: skip
+        try:
+            spec = _specs.get(key)
+        except TypeError:  # an argument of a kind that is no key
+            key = None
+    if spec is not None and spec.backend == dispatch.pick_backend(backend, q):
+        if cu_seqlens is not None and checks.host_has_values(cu_seqlens):
+            check_offsets(cu_seqlens, spec.T)
+        i, f = checks.expanded(i, q), checks.expanded(f, q)
+    else:
+        q, k, v, i, f, state, spec, group = _validated(
+            q, k, v, i, f, names, activations, normalize, scale, state, output_final_state,
+            cu_seqlens, reverse, group, backend,
+        )  # fmt: skip
+        if key is not None:
+            if len(_specs) >= 10_000:  # lengths without end
+                _specs.clear()
+            _specs[key] = spec
+    if spec.T == 1 and not (spec.packed or spec.needs_grad) and group is None:
+        # The decode step, from an empty memory if there is no other.
+        h, after = _run_step(
+            q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], state or _empty_state(q, spec),
+            activations, -spec.scale if _is_negative(scale) else spec.scale, False, None,
+            spec.backend,
+        )  # fmt: skip
+        return h[:, None], after if output_final_state else None
+    if _is_negative(scale):  # the kernels take the scale into an exponent
+        q = -q
+    C, n, m = (None, None, None) if state is None else state
+    h, C, n, m = _run(Inputs(q, k, v, i, f, C, n, m, cu_seqlens), spec, group)
+    if not output_final_state:
+        return h, None
+    return h, State(C, n, m) if normalize else State(C, None, None)
+
+
+def _is_usual(q: Tensor | None) -> bool:
+    """Is a call like others that look like it? Not where autocast would cast, nor in a trace."""
+    device = "meta" if q is None else q.device.type
+    if torch.compiler.is_compiling() or device == "meta":
+        return False
+    return not torch.is_autocast_enabled(device)
+
+
+def _is_negative(scale: float | None) -> bool:
+    return scale is not None and scale < 0
+
+
+def _validated(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor | None, f: Tensor | None, names: tuple[str, str],
+    activations: Activations, normalize: bool, scale: float | None, state: State | None,
+    output_final_state: bool, cu_seqlens: Tensor | None, reverse: bool, group: Any,
+    backend: BackendName | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, State | None, CallSpec, Any]:  # fmt: skip
+    """(q, k, v, i, f, state, spec, group), checked, cast and expanded."""
+    if names[0] == "i":  # of mlstm, where neither may be left out
+        checks.tensor("i", i)
+        checks.tensor("f", f)
     checks.flags(normalize=normalize, output_final_state=output_final_state, reverse=reverse)
     checks.refuse_reverse(reverse)
     q, k, v = checks.operands(q, k, v, ("B", "T", "H"))
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    i, f = (checks.gate_tensor(name, x, q) for name, x in gates.items())
+    H, K, V = *q.shape[2:], v.shape[-1]
+    i, f = checks.gate_tensor(names[0], i, q), checks.gate_tensor(names[1], f, q)
     group = checks.group_of(group)
     N = checks.sequences(cu_seqlens, q, 1 if group is None else group.size())
     if state is not None:
         state = checks.check_state(state, normalize, q, (N, H, K, V), "initial_state")
     name = dispatch.pick_backend(backend, q)
-    scale = checks.scale_of(scale, K)
     needs_grad = checks.requires_grad(q, k, v, i, f, state)
-    if T == 1 and cu_seqlens is None and group is None and not needs_grad:
-        # The decode step, from an empty memory if there is no other.
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        if state is None:
-            n, m = (
-                (q.new_zeros(B, H, K, dtype=dtype), q.new_zeros(B, H, dtype=dtype))
-                if normalize
-                else (None, None)
-            )
-            state = State(q.new_zeros(B, H, K, V, dtype=dtype), n, m)
-        h, after = _run_step(
-            q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0],
-            state, activations, scale, False, None, name,
-        )  # fmt: skip
-        return h[:, None], after if output_final_state else None
-    if scale < 0:  # the kernels take the scale into an exponent
-        q, scale = -q, -scale
+    options = Options(
+        abs(checks.scale_of(scale, K)), *activations, normalize, output_final_state, needs_grad,
+        name, products_of(q.dtype),
+    )  # fmt: skip
     C, n, m = (None, None, None) if state is None else state
-    options = ops.Options(scale, *activations, normalize, output_final_state, needs_grad, name)
-    inputs = ops.Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    h, C, n, m = _run(inputs, options, group)
-    if not output_final_state:
-        return h, None
-    return h, State(C, n, m) if normalize else State(C, None, None)
+    spec = CallSpec.of(Inputs(q, k, v, i, f, C, n, m, cu_seqlens), options)
+    return q, k, v, i, f, state, spec, group
+
+
+def _empty_state(q: Tensor, spec: CallSpec) -> State:
+    def zeros(*shape: int) -> Tensor:
+        return q.new_zeros(shape, dtype=spec.state_dtype)
+
+    N, H, K, V = spec.N, spec.H, spec.K, spec.V
+    n, m = (zeros(N, H, K), zeros(N, H)) if spec.normalize else (None, None)
+    return State(zeros(N, H, K, V), n, m)
 
 
 def _step(
@@ -295,22 +357,24 @@ def _step(
     full = torch.float64 if q.dtype == torch.float64 else torch.float32
     C, n, m = (None if s is None else s.to(full) for s in state)
     one = (x[:, None] for x in (q, k, v, i, f))
-    options = ops.Options(scale, *activations, normalize, True, True, name)
-    h, *after = _run(ops.Inputs(*one, C, n, m, None), options, None)  # type: ignore[call-arg]
+    options = Options(scale, *activations, normalize, True, True, name, products_of(q.dtype))
+    inputs = Inputs(*one, C, n, m, None)  # type: ignore[call-arg]
+    h, *after = _run(inputs, CallSpec.of(inputs, options), None)
     # C and n go back in the dtypes that they came in; what is not there stays None.
     end = [None if s is None else t.to(s.dtype) for s, t in zip(state, after[:3], strict=True)]
     return h[:, 0], State(*end)  # type: ignore[arg-type]
 
 
-def _run(inputs: ops.Inputs, options: ops.Options, group: Any) -> tuple[Any, ...]:
+def _run(inputs: Inputs, spec: CallSpec, group: Any) -> tuple[Any, ...]:
     """(h, C, n, m). Triton's interpreter multiplies the bit patterns of bf16 tiles as if they were
     integers (3.6 to 3.9), so what it would get in bf16 it gets in fp32, and gives back in bf16."""
-    q, k, v = inputs[:3]
-    if options.backend != "triton" or q.dtype != torch.bfloat16 or not checks.interpreted():
-        return parallel.run(inputs, options, group)
-    wide = inputs._replace(q=q.float(), k=k.float(), v=v.float())
-    h, *after = parallel.run(wide, options, group)
-    return h.to(v.dtype), *after
+    q, k, v = inputs.q, inputs.k, inputs.v
+    narrow = spec.backend == "triton" and spec.dtype == torch.bfloat16 and checks.interpreted()
+    if narrow:
+        inputs = inputs._replace(q=q.float(), k=k.float(), v=v.float())
+        spec = spec.but(dtype=torch.float32, precision=products_of(torch.float32))
+    h, *after = ops.run(inputs, spec) if group is None else parallel.run(inputs, spec, group)
+    return h.to(v.dtype) if narrow else h, *after
 
 
 def _run_step(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tfla import ops
 from tfla.offsets import check_offsets
+from tfla.spec import state_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -126,6 +127,13 @@ def gate_tensor(name: str, x: Tensor | None, q: Tensor) -> Tensor:
         axes = "(B, T, H)" if len(shape) == 3 else "(B, H)"
         raise ValueError(f"{name} must be {axes} = {tuple(shape)}{per_head}; got {what(x)}.")
     return x
+
+
+def expanded(x: Tensor | None, q: Tensor) -> Tensor:
+    """A gate that was checked before, as ``gate_tensor`` returns it."""
+    if x is None:
+        return q.new_zeros((), dtype=state_dtype(q.dtype)).expand(q.shape[:-1])
+    return x if x.dim() > 1 else x.expand(q.shape[:-1])
 
 
 def host_has_values(x: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from tfla import gates
 from tfla.gates import Activations
 from tfla.offsets import check_offsets
+from tfla.spec import CallSpec, Inputs
 
 # Tokens a chunk. On a CPU (AVX2, heads of 64) chunks of 32 and 128 take 1.5 and 1.4 times as long.
 L = 64
@@ -163,18 +164,20 @@ class Grid:
     """The weights of a problem, chunk by chunk: what ``scan`` needs to know of the gates.
     Those of the target side are multiplied with scale / den, once the scan of h has found nu."""
 
+    spec: CallSpec
     layout: Layout
-    shape: torch.Size  # (B, T, H)
-    dtype: torch.dtype
     source: Side
     target: Side
     decay: Tensor  # (C, H) weight of the state that enters the chunk for the one that leaves it
     floor: Tensor  # (C, H, L) exp(-m_t), the least denominator
-    normalize: bool
     n: Tensor | None  # (N, H, K)
     nu: Tensor | None  # (B, T, H) n_t . scale q_t
     m_final: Tensor  # (N, H)
     n_final: Tensor | None = None  # (N, H, K)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.state_dtype
 
     def weights(self, c: slice) -> Tensor:
         """D_ts of some chunks, (., H, L, L). Powers of whole numbers are exact, and so are their
@@ -185,27 +188,22 @@ class Grid:
         return D.tril_()
 
     def join(self, x: Tensor) -> Tensor:
-        B, T, H = self.shape
+        B, T, H = self.spec.B, self.spec.T, self.spec.H
         out = x.new_empty(B * T + 1, H, *x.shape[3:])
         self.layout.join(x, out, self.layout.whole)
         return out[:-1].view(B, T, H, *x.shape[3:])
 
 
-def exponents(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, n: Tensor | None, m: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, activations: Activations, normalize: bool, keep: bool,
-    ends: bool, saved: Tensor | None = None,
-) -> Grid:  # fmt: skip
-    """The weights of every chunk.
-
-    q, k: (B, T, H, K). v: (B, T, H, V), for its shape. i, f: (B, T, H). n: (N, H, K), m: (N, H) or
-    None. saved: nu (B, T, H) of an earlier call, or None."""
-    B, T, H, K = q.shape
-    layout = Layout.make(B, T, cu_seqlens, H * max(L, K) * max(L, v.shape[-1]), q.device)
-    whole = layout.whole
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+def exponents(x: Inputs, spec: CallSpec, ends: bool, saved: Tensor | None = None) -> Grid:
+    """The weights of every chunk. ends: may there be a dC where sequences end? saved: nu (B, T, H)
+    of an earlier call, or None."""
+    q, i, f, n, m = x.q, x.i, x.f, x.n, x.m
+    scale, normalize = spec.scale, spec.normalize
+    numbers = spec.H * max(L, spec.K) * max(L, spec.V)
+    layout = Layout.make(spec.B, spec.T, x.cu_seqlens, numbers, q.device)
+    whole, dtype = layout.whole, spec.state_dtype
     host = q.device if q.device.type != "mps" else torch.device("cpu")  # MPS has no fp64
-    log_i, log_f = gates.log_gates(i.to(host, dtype), f.to(host, dtype), activations)
+    log_i, log_f = gates.log_gates(i.to(host, dtype), f.to(host, dtype), spec.activations)
     e = gates.exponents(
         layout.cut(log_i, torch.float64, whole, gates.LOG_I_NOTHING),
         layout.cut(log_f, torch.float64, whole), None if m is None else m[layout.rank].to(host),
@@ -226,8 +224,8 @@ def exponents(
     source = Side(put(e.source[0]), put(e.source[1].exp2()), put(reach))
     target = Side(put(e.target[0]), put(factor), put(edge))
     decay, m_final = put(gates.exp(e.end)), put(e.m_final)[layout.rank_of]
-    nu, shape = saved if normalize else None, q.shape[:3]
-    return Grid(layout, shape, dtype, source, target, decay, floor, normalize, n, nu, m_final)
+    nu = saved if normalize else None
+    return Grid(spec, layout, source, target, decay, floor, n, nu, m_final)
 
 
 def saved(grid: Grid) -> Tensor:
@@ -235,10 +233,9 @@ def saved(grid: Grid) -> Tensor:
     return grid.decay.new_empty(0) if grid.nu is None else grid.nu
 
 
-def saved_like(q: Tensor, v: Tensor, cu_seqlens: Any, normalize: bool, *_: bool) -> Tensor:
-    """An empty tensor of the shape that ``saved`` will have, known from shapes alone."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[:3] if normalize else (0,), dtype=dtype)
+def saved_shape(spec: CallSpec, ends: bool) -> tuple[int, ...]:
+    """The shape that ``saved`` will have."""
+    return (spec.B, spec.T, spec.H) if spec.normalize else (0,)
 
 
 # ---------------------------------------------------------------- the scan
@@ -307,7 +304,7 @@ def scan(
     """
     layout, dtype = grid.layout, grid.dtype
     (B, T, H, A), X, N = a.shape, x.shape[-1], len(layout.rank)
-    reverse, divide = name in ("dv", "dk"), name == "h" and grid.normalize
+    reverse, divide = name in ("dv", "dk"), name == "h" and grid.spec.normalize
     # The normaliser is one column more: of the values for h, of the contraction for dq and dk.
     current = grid.decay.new_zeros(N, H, A + (column is not None), X + divide)
     row = None if column is None else column.dn if reverse else column.n
@@ -403,7 +400,7 @@ def _is_finite(x: Tensor) -> bool:
 
 
 def gate_gradients(
-    i: Tensor, f: Tensor, dq: Scan, dk: Scan, grid: Grid, activations: Activations
+    i: Tensor, f: Tensor, dq: Scan, dk: Scan, grid: Grid
 ) -> tuple[Tensor, Tensor]:
     """(di, df) of (B, T, H), fp32 (fp64).
 
@@ -413,7 +410,8 @@ def gate_gradients(
     assert dq.dot is not None and dk.dot is not None and dk.across is not None
     dlog_f = dk.across + dq.dot.flip(-1).cumsum(-1).flip(-1)
     dlog_i, dlog_f = grid.join(torch.stack([dk.dot, dlog_f], -1)).unbind(-1)
-    return gates.gate_gradients(dlog_i, dlog_f, i.to(grid.dtype), f.to(grid.dtype), activations)
+    i, f = i.to(grid.dtype), f.to(grid.dtype)
+    return gates.gate_gradients(dlog_i, dlog_f, i, f, grid.spec.activations)
 
 
 def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:

@@ -34,6 +34,7 @@ else:
     from tfla.gates import Activations
     from tfla.kernels import gates, pointwise
     from tfla.plan import Plan, Tile
+    from tfla.spec import CallSpec, Inputs, Options
 
     pytestmark = [
         pytest.mark.usefixtures("one_thread"),
@@ -99,10 +100,12 @@ else:
         def vectors(divides: bool) -> torch.Tensor:
             zeros = torch.zeros(1, T, H, K)
             with planned(divides=divides):
-                grid = kernels.exponents(
-                    zeros, zeros, zeros, i, f, torch.zeros(len(lengths), H, K), m, cu_seqlens, 0.5,
-                    Activations("exp", True), True, True, True,
+                x = Inputs(
+                    zeros, zeros, zeros, i, f, torch.zeros(len(lengths), H, K, K),
+                    torch.zeros(len(lengths), H, K), m, cu_seqlens,
                 )  # fmt: skip
+                options = Options(0.5, "exp", True, True, True, True, "triton", "ieee")
+                grid = kernels.exponents(x, CallSpec.of(x, options), True)
             assert (grid.undivided is None) != divides
             found = grid.weights if grid.undivided is None else grid.undivided
             found = found.view(H, grid.slots, gates.VECTORS.value, 16)

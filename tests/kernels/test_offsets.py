@@ -44,7 +44,7 @@ else:
         """h, final states, dq, dk, dv, di and df of the operator, which checks no values."""
         leaves = [t.clone().requires_grad_() for t in x]
         final = states[0] is not None
-        options = (0.5, gate_of(normalize), True, normalize, final, True, backend)
+        options = (0.5, gate_of(normalize), True, normalize, final, True, backend, "ieee")
         h, *ends, _ = torch.ops.tfla.forward(*leaves, *states, cu, *options)
         t = torch.arange(h.numel()).view_as(h)
         grads = torch.autograd.grad((h * (1 + (t % 7))).sum(), leaves)

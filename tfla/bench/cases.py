@@ -154,7 +154,7 @@ class Implementation:
 @functools.lru_cache(maxsize=64)  # one function an implementation, as calls that come again ask for
 def _plan_of(x: Implementation) -> Any:
     grid: Any = importlib.import_module("tfla.kernels.grid")
-    return lambda q, v, cu_seqlens: x.planned(grid.plan_of(q, v, cu_seqlens))
+    return lambda spec: x.planned(grid.plan_of(spec))
 
 
 # ---------------------------------------------------------------- the implementations

@@ -15,7 +15,6 @@ import torch
 import triton
 from torch import Tensor
 
-from tfla.gates import Activations
 from tfla.kernels import gates, host, normalizer
 from tfla.kernels.grid import (
     Grid,
@@ -26,7 +25,6 @@ from tfla.kernels.grid import (
     offsets,
     padded,
     plan_of,
-    precision,
     rows_of,
     tables,
 )
@@ -35,6 +33,7 @@ from tfla.kernels.layout import _joined_kernel
 from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
 from tfla.plan import Tile
+from tfla.spec import CallSpec, Inputs
 
 __all__ = [
     "clear",
@@ -48,27 +47,23 @@ __all__ = [
     "reach",
     "recorded",
     "saved",
-    "saved_like",
+    "saved_shape",
     "scan",
     "update",
 ]
 
 
-def recorded(function: Any, options: Any, inputs: Any) -> Any:
+def recorded(function: Any, spec: CallSpec, inputs: Any) -> Any:
     """See ``tfla.kernels.host``. Plans that are pinned have tapes of their own, launches that are
     watched have none."""
     if launch is not host.launch:
-        return function(options, *inputs)
-    return host.recorded(function, options, inputs, plan_of, precision(inputs[0]))
+        return function(spec, *inputs)
+    return host.recorded(function, spec, inputs, plan_of)
 
 
-def saved_like(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, keep: bool, ends: bool
-) -> Tensor:
-    """An empty tensor of the shape that ``saved`` will have: known from shapes alone, for compiled
-    graphs."""
-    sizes = _geometry(q, v, cu_seqlens, plan_of(q, v, cu_seqlens), normalize, keep, ends)[-1]
-    return q.new_empty(sum(map(padded, sizes)), dtype=torch.float32)
+def saved_shape(spec: CallSpec, ends: bool) -> tuple[int, ...]:
+    """The shape that ``saved`` will have."""
+    return (sum(map(padded, _geometry(spec, plan_of(spec), ends)[-1])),)
 
 
 def saved(grid: Grid) -> Tensor:
@@ -89,18 +84,15 @@ def joined(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return out, ends
 
 
-def exponents(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, n: Tensor | None, m: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, activations: Activations, normalize: bool, keep: bool,
-    ends: bool, saved: Tensor | None = None,
-) -> Grid:  # fmt: skip
+def exponents(x: Inputs, spec: CallSpec, ends: bool, saved: Tensor | None = None) -> Grid:
     """The weights of every chunk, the denominator folded into the target side; see
     ``tfla.reference.exponents``."""
-    B, T, H, K = q.shape
-    q, k = rows_of(q), rows_of(k)
-    n, m = (None if t is None else t.contiguous() for t in (n, m))
-    plan = plan_of(q, v, cu_seqlens)
-    N, rows, slots, spans, sizes = _geometry(q, v, cu_seqlens, plan, normalize, keep, ends)
+    T, H, K, N, i, f, cu_seqlens = spec.T, spec.H, spec.K, spec.N, x.i, x.f, x.cu_seqlens
+    normalize, keep, scale = spec.normalize, spec.needs_grad, spec.scale
+    q, k = rows_of(x.q), rows_of(x.k)
+    n, m = (None if t is None else t.contiguous() for t in (x.n, x.m))
+    plan = plan_of(spec)
+    rows, slots, spans, sizes = _geometry(spec, plan, ends)
     buffer = q.new_empty(sum(map(padded, sizes)), dtype=torch.float32) if saved is None else saved
     weights, decay, kept, *rest = _split(buffer, sizes)
     n_chunk, n_final, m_final = (
@@ -113,16 +105,15 @@ def exponents(
     if normalize and plan.divides and q.dtype != torch.float16 and saved is None:
         undivided = torch.empty_like(weights) if keep else weights
     grid = Grid(
-        plan, (B, T, H, K, v.shape[-1]), N, cu_seqlens, tables(cu_seqlens, T, plan), rows, slots,
-        spans, buffer, weights, undivided, decay, C_ends, dC_ends, n_chunk, n_final, m_final,
-        scale, normalize, ends,
+        spec, plan, cu_seqlens, tables(cu_seqlens, T, plan), rows, slots, spans, buffer, weights,
+        undivided, decay, C_ends, dC_ends, n_chunk, n_final, m_final, ends,
     )  # fmt: skip
     if saved is not None:
         return grid
     chunk_table, packed = grid.tables[0], cu_seqlens is not None
     gates_at = *i.stride(), *f.stride()
-    log_i = gates.form_of(activations.input_gate).log_i
-    forms = {"LOG_I": log_i, "SIGMOID_F": activations.sigmoid_f, "PACKED": packed}
+    log_i = gates.form_of(spec.input_gate).log_i
+    forms = {"LOG_I": log_i, "SIGMOID_F": spec.sigmoid_f, "PACKED": packed}
     if not normalize:
         launch(
             gates._weights_kernel, (grid.chunks(),), (plan.gate_warps, 2),
@@ -147,7 +138,7 @@ def exponents(
     )  # fmt: skip
     if gauge is not None:
         # den may be next to 0: where TF32 is allowed, three of its products in place of one.
-        products = "ieee" if precision(q) == "ieee" else "tf32x3"
+        products = "ieee" if spec.precision == "ieee" else "tf32x3"
         launch(
             normalizer._denominator_kernel, (grid.chunks(),), (plan.small_warps, 2),
             (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f,
@@ -172,7 +163,7 @@ def normalizer_backward(
 ) -> Column:
     """The column that makes the gradient of the division exact; see
     ``tfla.reference.normalizer_backward``. The scan of dv may have made dh . h."""
-    K, V = grid.shape[3:]
+    K, V = grid.spec.K, grid.spec.V
     dh_h, q = None if dv is None else dv.dot, rows_of(q)
     if dh_h is None:
         dh, h = rows_of(dh), rows_of(h)
@@ -191,12 +182,12 @@ def normalizer_backward(
 
 def normalizer_carried(column: Column, dn: Tensor | None, grid: Grid) -> Column:
     """dn from the end of each sequence to its start; see ``tfla.reference.normalizer_carried``."""
-    H, K = grid.shape[2:4]
+    N, H, K = grid.spec.N, grid.spec.H, grid.spec.K
     dn = None if dn is None else dn.contiguous()
     dn_chunk = torch.empty_like(column.sums)
-    dn_first = column.d.new_empty(grid.N, H, K)
+    dn_first = column.d.new_empty(N, H, K)
     launch(
-        normalizer._column_state_kernel, (grid.N * H, triton.cdiv(K, grid.plan.block_n)), (4, 2),
+        normalizer._column_state_kernel, (N * H, triton.cdiv(K, grid.plan.block_n)), (4, 2),
         (grid.cu_seqlens, column.sums, grid.decay, dn, dn_chunk, dn_first), *grid.common(), K,
         L=grid.plan.L, BLOCK=grid.plan.block_c, BLOCK_K=grid.plan.block_n, HAS_DN=dn is not None,
         PACKED=grid.cu_seqlens is not None,
@@ -207,7 +198,7 @@ def normalizer_carried(column: Column, dn: Tensor | None, grid: Grid) -> Column:
 def reach(grid: Grid, column: Column | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What the state before token 0 weighs at every token, and d; see ``tfla.reference.reach``.
     Past the end of the sequence ``first`` (1,), which token 0 belongs to, they are any numbers."""
-    B, T, H, _, _ = grid.shape
+    B, T, H = grid.spec.B, grid.spec.T, grid.spec.H
     L, chunks = grid.plan.L, triton.cdiv(T, grid.plan.L)
     rows = grid.weights.view(grid.rows, grid.slots, -1, L)
     parts = [rows[:, :, 2], grid.decay.view(grid.rows, grid.slots)]
@@ -245,7 +236,7 @@ def scan(
 
     A wide contraction is done in pieces, each adding to the last one's output in fp32.
     """
-    B, T, H, _, _ = grid.shape
+    B, T, H = grid.spec.B, grid.spec.T, grid.spec.H
     A, X = a.shape[-1], x.shape[-1]
     tile = grid.plan.tile(name)
     # From one end of a sequence to the other, for dq and dk to follow span by span.
@@ -256,7 +247,7 @@ def scan(
         dot = None
     y = None if dot is None else rows_of(dot, tile.hopper or tile.mma)
     out = x.new_empty(B, T, H, X)
-    end = _new(x, grid.N, H, A, X) if walks and final else None
+    end = _new(x, grid.spec.N, H, A, X) if walks and final else None
     dots = None if y is None else _new(x, tile.tiles * grid.size)
     ends = grid.dC_ends if reverse else grid.C_ends
     keep = walks and ends is not None
@@ -290,15 +281,15 @@ def _scan_piece(
 ) -> None:  # fmt: skip
     """One launch of the scan; where h or dv is cut, two before it make the states that its pieces
     start from."""
-    _, T, H, _, _ = grid.shape
+    T, H, N = grid.spec.T, grid.spec.H, grid.spec.N
     A, X = a.shape[-1], x.shape[-1]
     plan = grid.plan
     packed = grid.cu_seqlens is not None
     unit = plan.segment if walks else plan.span
     cut = unit > 0 and ends is not None
-    pieces = grid.N
+    pieces = N
     if cut:
-        pieces = T // unit + grid.N if packed else grid.N * max(triton.cdiv(T, unit), 1)
+        pieces = T // unit + N if packed else N * max(triton.cdiv(T, unit), 1)
     vector = None
     if column is not None:
         vector = column.dn_chunk if reverse else grid.n_chunk
@@ -308,7 +299,7 @@ def _scan_piece(
 
     kernel = _scan_kernel
     forms: dict[str, Any] = {"TRANSPOSED": tile.transposed, "DESCRIPTOR": tile.descriptor,
-                             "PRECISION": precision(x)}  # fmt: skip
+                             "PRECISION": grid.spec.precision}  # fmt: skip
     if tile.mma:
         from tfla.kernels.mma import _scan_mma_kernel
 
@@ -348,7 +339,7 @@ def _scan_piece(
         left = torch.empty(pieces, H, dtype=torch.float32, device=x.device)
         run(False, left)
         launch(
-            _join_kernel, (grid.N * H, triton.cdiv(A * X, 1024)), (4, 2),
+            _join_kernel, (N * H, triton.cdiv(A * X, 1024)), (4, 2),
             (ends, left, state, grid.cu_seqlens), *strides_s, T, H, grid.spans, unit, stride_e, A,
             X, SPAN=plan.span, BLOCK=1024, STRIDE_EA=stride_ea, REVERSE=reverse,
             ENDS=grid.ends,
@@ -357,16 +348,17 @@ def _scan_piece(
 
 
 def gate_gradients(
-    i: Tensor, f: Tensor, dq: Scan, dk: Scan, grid: Grid, activations: Activations
+    i: Tensor, f: Tensor, dq: Scan, dk: Scan, grid: Grid
 ) -> tuple[Tensor, Tensor]:
     """(di, df), fp32; see ``tfla.reference.gate_gradients``."""
-    B, T, H, K, _ = grid.shape
+    spec = grid.spec
+    B, T, H, K = spec.B, spec.T, spec.H, spec.K
     di, df = _new(grid.weights, B, T, H), _new(grid.weights, B, T, H)
     column = dk.column
     size = max(grid.size, 1)
     assert dq.dot is not None and dk.dot is not None
     span = grid.plan.span
-    pieces = B * triton.cdiv(T, span) if grid.cu_seqlens is None else T // span + grid.N
+    pieces = B * triton.cdiv(T, span) if grid.cu_seqlens is None else T // span + spec.N
     launch(
         gates._gradients_kernel, (pieces * H,), (8, 2),
         (i, f, grid.cu_seqlens, grid.tables[1], grid.weights, dq.dot, dk.dot, grid.C_ends,
@@ -374,8 +366,8 @@ def gate_gradients(
          df), *i.stride(), *f.stride(), T, H, grid.slots, grid.spans, grid.size, K,
         grid.plan.kept[0] * grid.plan.kept[1], L=grid.plan.L, SPAN=span,
         BLOCK_K=grid.plan.block_k, Q_PARTS=dq.dot.numel() // size, K_PARTS=dk.dot.numel() // size,
-        GRADIENT_I=gates.form_of(activations.input_gate).gradient, SIGMOID_F=activations.sigmoid_f,
-        NORMALIZE=grid.normalize, PACKED=grid.cu_seqlens is not None, ENDS=grid.ends,
+        GRADIENT_I=gates.form_of(spec.input_gate).gradient, SIGMOID_F=spec.sigmoid_f,
+        NORMALIZE=spec.normalize, PACKED=grid.cu_seqlens is not None, ENDS=grid.ends,
     )  # fmt: skip
     return di, df
 
