@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tfla import _compat, checks, log, ops, verdicts
+from tfla import _compat, algorithm, checks, log, verdicts
 from tfla.spec import BackendName
 
 __all__ = ["pick_backend", "supports"]
@@ -42,9 +42,9 @@ def pick_backend(backend: BackendName | None, q: Tensor) -> BackendName:
             return _while_tracing(q.device, q.dtype)
         known = _chosen.get((q.device, q.dtype))
         return known or _choose(q.device, q.dtype, not torch.cuda.is_current_stream_capturing())
-    if not isinstance(backend, str) or backend not in ops.BACKENDS:
+    if not isinstance(backend, str) or backend not in algorithm.BACKENDS:
         raise ValueError(
-            f"backend must be None, {', '.join(map(repr, ops.BACKENDS))}; got {backend!r}."
+            f"backend must be None, {', '.join(map(repr, algorithm.BACKENDS))}; got {backend!r}."
         )
     if backend == "triton" and (reason := checks.why_not_triton(q)):
         raise RuntimeError(f'backend="triton" cannot serve this call: {reason}')

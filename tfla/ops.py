@@ -1,46 +1,23 @@
-"""The forward and the backward pass, written once over the primitive ``scan``, and their
-registration with PyTorch.
-
-    forward     h  = scan(q, k, v; C_0)               D_ts = exp(p_s - M_t) scale / den_t
-    backward    dq = scan([dh | d], [v | 1], k; [C_0 | n_0]^T)
-                dk = reverse scan([v | 1], [dh | d], q; [dC_T | dn_T]^T)
-                dv = reverse scan(k, q, dh; dC_T)
-
-and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module
-with the functions ``exponents``, ``saved``, ``normalizer_backward``, ``normalizer_carried``,
-``scan``, ``gate_gradients``, ``initial_gradients``, ``offsets`` and ``clear`` (and ``saved_like``,
-for graphs, ``reach``, for many processes, ``update``, the decode step, ``recorded``, if it can do a
-call again without these, ``joined``, if packed sequences may be one); nothing here knows which one
-it is, nor which gate.
+"""The forward and the backward pass as PyTorch knows them: an autograd.Function and operators.
 
 Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to
-dispatch); both run the same two functions below.
+dispatch); both run the same two functions of ``tfla.algorithm``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tfla import _compat, log
+from tfla import _compat, algorithm, log
+from tfla.algorithm import Exchange, backend_of, can_fold_packing
+from tfla.backend import Results
 from tfla.gates import Activations
 from tfla.spec import OPTIONS, BackendName, CallSpec, Inputs, Options
-
-# Takes the grid and the normaliser's column; what it returns is called for (dC, dn).
-Exchange = Callable[[Any, Any], Callable[[], tuple[Tensor, Tensor | None]]]
-
-BACKENDS = {"reference": "tfla.reference", "triton": "tfla.kernels"}
-
-
-@functools.cache  # the import machinery takes 3 us to say that it knows a module
-def backend_of(backend: str) -> Any:
-    return importlib.import_module(BACKENDS[backend])
 
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -51,64 +28,9 @@ def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def scan_forward(x: Inputs, spec: CallSpec, ends: bool) -> tuple[Any, Any]:
-    """The backend's grid and its scan of h. ends: may there be a dC where sequences end?"""
-    backend = backend_of(spec.backend)
-    grid = backend.exponents(x, spec, ends)
-    return grid, backend.scan("h", x.q, x.k, x.v, grid, x.C, final=spec.final_state)
-
-
-def can_fold_packing(spec: CallSpec) -> bool:
-    """Are packed sequences one to the backend, as fast whatever their number and lengths? They may
-    be where they neither start from states nor leave any: each begins by forgetting everything,
-    exp(log_f + m - m') = 0, and df there is 0. A log_f above 0 could raise m beyond any log_f. The
-    one is packed, too, for tokens that belong to no sequence are none of its."""
-    if not spec.packed or spec.initial_state or spec.final_state:
-        return False
-    if not hasattr(backend_of(spec.backend), "joined"):
-        return False
-    return spec.sigmoid_f or not spec.normalize
-
-
-def ordered(x: Inputs, spec: CallSpec) -> Inputs:
-    """x with offsets that the backend can rely on; see its ``offsets``."""
-    if x.cu_seqlens is None:
-        return x
-    return x._replace(cu_seqlens=backend_of(spec.backend).offsets(x.cu_seqlens, spec.T))
-
-
-def clear(x: Inputs, spec: CallSpec, *outputs: Tensor) -> None:
-    """Zeros in outputs (B, T, ...) at tokens that belong to no sequence."""
-    if x.cu_seqlens is not None:
-        backend_of(spec.backend).clear(x.cu_seqlens, *outputs)
-
-
-def fold_packing(x: Inputs, spec: CallSpec) -> tuple[Inputs, CallSpec]:
-    """Packed sequences as one, where they may be."""
-    if not can_fold_packing(spec):
-        return x, spec
-    f, ends = backend_of(spec.backend).joined(x.f, x.cu_seqlens)
-    x = x._replace(f=f, cu_seqlens=ends)
-    return x, spec.but(N=1, gate_dtypes=(x.i.dtype, f.dtype))
-
-
 def forward(x: Inputs, spec: CallSpec) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); empty tensors for what is not wanted or not there."""
-    return _filled(_called(_forward, spec, x), spec.state_dtype)
-
-
-def _forward(spec: CallSpec, *tensors: Any) -> tuple[Tensor | None, ...]:
-    given = Inputs(*tensors)
-    if log.ON:
-        log.sequence(spec)
-    given = ordered(given, spec)
-    x, one = fold_packing(given, spec)
-    grid, result = scan_forward(x, one, spec.final_state)
-    clear(given, spec, result.out)
-    C, n, m = result.final if spec.final_state else None, None, None
-    if spec.final_state and spec.normalize:
-        n, m = grid.n_final.clone(), grid.m_final.clone()
-    return result.out, C, n, m, backend_of(spec.backend).saved(grid) if spec.needs_grad else None
+    return _filled(_called(algorithm.forward, spec, x), spec.state_dtype)
 
 
 def backward(
@@ -120,58 +42,18 @@ def backward(
     dn (see ``tfla.parallel``)."""
     tensors = *x, h, saved, dh, dC, dn
     if exchange is None:
-        grads = _called(_backward, spec, tensors)
+        grads = _called(algorithm.backward, spec, tensors)
     else:
         with no_autocast(x.q.device.type):
-            grads = _backward(spec, *tensors, exchange)
+            grads = algorithm.backward(spec, *tensors, exchange)
     return _filled(grads, spec.state_dtype)
 
 
-def _backward(spec: CallSpec, *tensors: Any) -> tuple[Tensor | None, ...]:
-    (h, saved, dh, dC, dn, *exchange), leaf = tensors[9:], backend_of(spec.backend)
-    given = ordered(Inputs(*tensors[:9]), spec)
-    x, one = fold_packing(given, spec)
-    dh = torch.zeros_like(h) if dh is None else dh
-    # An output that was not wanted is empty, and so is its cotangent.
-    dC = dC if spec.final_state else None
-    dn = dn if spec.final_state and spec.normalize else None
-    grid = leaf.exponents(x, one, spec.final_state or bool(exchange), saved)
-
-    def value(dC: Tensor | None, dot: Tensor | None) -> Any:
-        return leaf.scan("dv", x.k, x.q, dh, grid, dC, final=x.C is not None, dot=dot)
-
-    # dv reads dh anyway: where nothing is exchanged, dh . h comes with it.
-    dv: Any = None if exchange else value(dC, h if spec.normalize else None)
-    column = leaf.normalizer_backward(dh, h, x.q, x.n, grid, dv) if spec.normalize else None
-    arrives = exchange[0](grid, column) if exchange else None
-    C_T = None if x.C is None else x.C.mT
-    dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q)
-    if arrives is not None:
-        dC, dn = arrives()
-        dv = value(dC, None)
-    column = leaf.normalizer_carried(column, dn, grid) if spec.normalize else None
-    dC_T = None if dC is None else dC.mT
-    dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, column=column, dot=x.k, against=dq)
-    di, df = leaf.gate_gradients(x.i, x.f, dq, dk, grid)
-    clear(given, spec, dq.out, dk.out, dv.out, di, df)
-    dC_0, dn_0, dm_0 = None, None, None
-    if x.C is not None:
-        dC_0, dn = leaf.initial_gradients(dv, dk)
-        if x.n is not None and dn is not None:
-            wide = torch.float64  # the two cancel where the normaliser is active
-            dm_0 = (dC_0.to(wide) * x.C).sum((-2, -1)) + (dn.to(wide) * x.n).sum(-1)
-            dn_0, dm_0 = dn.contiguous(), dm_0.to(dn.dtype)
-    di, df = di.to(x.i.dtype).contiguous(), df.to(given.f.dtype).contiguous()
-    return dq.out, dk.out, dv.out, di, df, dC_0, dn_0, dm_0
-
-
 def _called(
-    function: Any, spec: CallSpec, tensors: tuple[Any, ...]
-) -> tuple[Tensor | None, ...]:
-    """``function(spec, *tensors)``, which a backend may know from an earlier call: ``recorded``."""
-    recorded = getattr(backend_of(spec.backend), "recorded", None)
+    function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]
+) -> Results:
     with no_autocast(tensors[0].device.type):
-        return function(spec, *tensors) if recorded is None else recorded(function, spec, tensors)
+        return backend_of(spec.backend).execute(function, spec, tensors)
 
 
 def _filled(results: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -189,7 +71,7 @@ def run(x: Inputs, spec: CallSpec) -> tuple[Any, ...]:
         return torch.ops.tfla.forward(*x, *spec.options)[:4]
     if spec.needs_grad or _compat.forward_derivatives():
         return _Forward.apply(spec, *x)
-    return _called(_forward, spec, x)[:4]
+    return _called(algorithm.forward, spec, x)[:4]
 
 
 def step(
@@ -232,7 +114,7 @@ def are_plain(*tensors: Any) -> bool:
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: CallSpec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        h, C, n, m, saved = _called(_forward, spec, tensors)
+        h, C, n, m, saved = _called(algorithm.forward, spec, tensors)
         ctx.spec = spec
         ctx.save_for_backward(*tensors, h, saved)
         if m is not None:
@@ -251,14 +133,14 @@ class _Forward(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a node that refuses
             grads = _Backward.apply(ctx.spec, *tensors)
         else:
-            grads = _called(_backward, ctx.spec, tensors)
+            grads = _called(algorithm.backward, ctx.spec, tensors)
         return None, *match(grads, tensors), None
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: CallSpec, *tensors: Tensor | None) -> Any:
-        return _called(_backward, spec, tensors)
+        return _called(algorithm.backward, spec, tensors)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
@@ -336,8 +218,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     n, m = (new(N, H, K), new(N, H)) if normalized else (new(0), new(0))
     saved = new(0)
     if spec.needs_grad:
-        one = spec.but(N=1) if can_fold_packing(spec) else spec
-        saved = new(*backend_of(spec.backend).saved_shape(one, spec.final_state))
+        backend = backend_of(spec.backend)
+        one = spec.but(N=1) if can_fold_packing(backend, spec) else spec
+        saved = new(*backend.saved_shape(one, spec.final_state))
     return x.v.new_empty(x.v.shape), C, n, m, saved
 
 

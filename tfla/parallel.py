@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tfla import _compat, gates, log, ops
+from tfla import _compat, algorithm, gates, log, ops
 from tfla.gates import EMPTY
 from tfla.offsets import check_offsets
 from tfla.spec import CallSpec, Inputs
@@ -193,6 +193,7 @@ def forward(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
     if log.ON:
         log.sequence(spec)
     rank, N, H, K, V = group.rank(), spec.N, spec.H, spec.K, spec.V
+    backend = algorithm.backend_of(spec.backend)
     _agree(x, spec, group)
     with ops.no_autocast(x.q.device.type):
         part = Part.make(x, rank, group.size())
@@ -210,14 +211,16 @@ def forward(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
             if n is not None and n_r is not None and m is not None:
                 n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
         packed = x.cu_seqlens is not None
-        inner = ops.ordered(x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens), spec)
+        inner = algorithm.ordered(
+            backend, x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
+        )
         own_spec = spec.but(initial_state=True, final_state=spec.final_state and packed)
-        grid, result = ops.scan_forward(inner, own_spec, True)
-        ops.clear(inner, own_spec, result.out)
+        weights, result = algorithm.scan_forward(backend, inner, own_spec, True)
+        algorithm.clear(backend, inner, result.out)
         ends = [result.out.new_empty(0, dtype=full) for _ in range(3)]
-        m_last = grid.m_final.clone() if spec.normalize else C.new_zeros(N, H)
+        m_last = weights.m_final.clone() if spec.normalize else C.new_zeros(N, H)
         if spec.final_state and packed:  # each is known where its sequence ends
-            own = [result.final, *([grid.n_final, m_last] if spec.normalize else [])]
+            own = [result.final, *([weights.n_final, m_last] if spec.normalize else [])]
             own = [_choose(part.ends, s, 0.0) for s in own]
             ends[: len(own)] = _reduce(own, group)
         elif spec.final_state:
@@ -225,7 +228,7 @@ def forward(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
             ends = [*last, gauge] if spec.normalize else [last[0], *ends[1:]]
         # An operator's outputs are neither its inputs nor each other.
         kept = [C.new_empty(0) if y is None else y.clone() if not rank else y for y in (C, n, m)]
-        return result.out, *ends, ops.backend_of(spec.backend).saved(grid), *kept, m_last, states.b
+        return result.out, *ends, backend.saved(weights), *kept, m_last, states.b
 
 
 def backward(
@@ -249,12 +252,13 @@ def backward(
                 given = [d * w.view(*w.shape, *[1] * (d.dim() - 2)) for d in given]
             given = [_choose(part.ends, d, 0.0) for d in given]
 
-        def exchange(grid: Any, column: Any) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        def exchange(weights: Any, column: Any) -> Callable[[], tuple[Tensor, Tensor | None]]:
             enters = _pick(part.enters, part.first)
             if enters is False:  # nothing to say to those before
                 dC, dn = torch.zeros_like(C), None if n is None else torch.zeros_like(n)
             else:
-                w, d = ops.backend_of(spec.backend).reach(grid, column, part.first)
+                backend = algorithm.backend_of(spec.backend)
+                w, d = backend.initial_state_decay(weights, column, part.first)
                 used = None if part.head is None else part.head & enters[0]
                 w = _mask(used, w, 0.0)
                 dC = _product(x.q, w, dh, full)
@@ -361,7 +365,7 @@ def _(*args: Any) -> list[Tensor]:
         n = [new(N, H, K), new(N, H)] if there and spec.normalize else [new(0), new(0)]
         return [new(N, H, K, V) if there else new(0), *n]
 
-    saved = new(*ops.backend_of(spec.backend).saved_shape(spec, True))
+    saved = new(*algorithm.backend_of(spec.backend).saved_shape(spec, True))
     b = new(group.size(), P, H, dtype=torch.float64)
     return [x.v.new_empty(x.v.shape), *state(spec.final_state), saved, *state(True), new(N, H), b]
 

@@ -105,9 +105,9 @@ else:
                     torch.zeros(len(lengths), H, K), m, cu_seqlens,
                 )  # fmt: skip
                 options = Options(0.5, "exp", True, True, True, True, "triton", "ieee")
-                grid = kernels.exponents(x, CallSpec.of(x, options), True)
+                grid = kernels.gate_weights(x, CallSpec.of(x, options), True)
             assert (grid.undivided is None) != divides
-            found = grid.weights if grid.undivided is None else grid.undivided
+            found = grid.vectors if grid.undivided is None else grid.undivided
             found = found.view(H, grid.slots, gates.VECTORS.value, 16)
             used = [
                 start // 16 + n + j
@@ -256,7 +256,7 @@ else:
         shapes = [(16,), (16,), (20,), (), (), (20,)]
         *x, dh = (torch.randn(1, 40, 2, *d, generator=g) for d in shapes)
         leaves = [y.requires_grad_() for y in x]
-        real, column = kernels.scan, kernels.normalizer_backward
+        real, column = kernels.scan, kernels.normalizer_grad
 
         def scan(name: str, *args: Any, dot: Any = None, **options: Any) -> Any:
             found = real(name, *args, dot=dot, **options)
@@ -274,7 +274,7 @@ else:
             h, _ = tfla.mlstm(*leaves, backend="triton")
             wanted = torch.autograd.grad(h, leaves, dh)
             monkeypatch.setattr(kernels, "scan", scan)
-            monkeypatch.setattr(kernels, "normalizer_backward", blind)
+            monkeypatch.setattr(kernels, "normalizer_grad", blind)
             h, _ = tfla.mlstm(*leaves, backend="triton")
             # The same but for dh . h, summed in another order.
             for one, other in zip(torch.autograd.grad(h, leaves, dh), wanted, strict=True):

@@ -116,7 +116,7 @@ def _aligned(x: Tensor) -> bool:
     return 0 < t < 1 << 25 and x.data_ptr() % 16 == 0 and (b | t | h) * size % 16 == 0
 
 
-class Grid(NamedTuple):
+class GateWeights(NamedTuple):
     """The weights of a problem on the device, and where they lie."""
 
     spec: CallSpec
@@ -127,7 +127,7 @@ class Grid(NamedTuple):
     slots: int  # chunks a row
     spans: int  # kept states a row
     buffer: Tensor  # everything the backward pass needs, in one piece
-    weights: Tensor  # (rows, slots, VECTORS, L)
+    vectors: Tensor  # (rows, slots, VECTORS, L), see gates.py
     undivided: Tensor | None  # the same without the denominator, where the scan of h makes it
     decay: Tensor  # (rows, slots)
     # (rows, spans, *plan.kept) C at the ends of spans, where the backward pass starts from
