@@ -1,8 +1,8 @@
 """The truth and the CPU backend: the recurrence token by token, and the scan chunk by chunk.
 
 ``recurrence`` is the specification (run it in fp64). The rest is the backend "reference" in plain
-PyTorch, with the functions that any backend has (see ``tfla.ops``). It runs on any device, in time
-and memory linear in T, in fp32 (fp64 for fp64 inputs), on chunks that never cross a sequence.
+PyTorch, with the functions of ``tfla.backend``. It runs on any device, in time and memory linear in
+T, in fp32 (fp64 for fp64 inputs), on chunks that never cross a sequence.
 """
 
 from __future__ import annotations

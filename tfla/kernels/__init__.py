@@ -1,5 +1,5 @@
-"""The backend "triton": launches of the kernels in this folder, with the functions that every
-backend has.
+"""The backend "triton": launches of the kernels in this folder, with the functions of
+``tfla.backend``.
 
 One call allocates everything it needs and never asks the device for a value. Files: layout.py
 (where things lie), gates.py (exponents, gate gradients), normalizer.py, scan.py (the scan),
@@ -80,7 +80,7 @@ def saved(weights: GateWeights) -> Tensor:
 
 def fold_packing(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """The forget gates of packed sequences as of one, in fp32, and the (2,) offsets of that one.
-    See ``tfla.ops``."""
+    See ``tfla.algorithm``."""
     _, T, H = f.shape
     out = _new(f, 1, T, H)
     ends = torch.empty(2, dtype=torch.int64, device=f.device)
