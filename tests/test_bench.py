@@ -20,6 +20,7 @@ from tfla.bench import cases, check, measure, models, plots, report, runs
 from tfla.bench.cases import Implementation, Leaves, Shape
 from tfla.bench.runs import Row, Task
 from tfla.cli import run_command
+from tfla.spec import CallSpec, Inputs, Options
 
 CPU = torch.device("cpu")
 SHAPE = Shape(B=2, T=70, H=2, K=8, V=12)
@@ -219,14 +220,19 @@ def test_a_pinned_span_is_that_of_a_gpus_plan(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     q, usual = torch.empty(8, 512, 2, 16, dtype=torch.bfloat16), kernels.plan_of
+    gates = torch.empty(8, 512, 2)
+    spec = CallSpec.of(
+        Inputs(q, q, q, gates, gates, None, None, None, None),
+        Options(1.0, "exp", True, True, False, True, "triton", "ieee"),
+    )
     planners = set()
     for x in cases.with_chunks([OURS["exp"], OURS["sigmoid"]], [64, 128, 4096]) * 2:
         with x.pinned():
-            plan = kernels.plan_of(q, q, None)
+            plan = kernels.plan_of(spec)
             planners.add(kernels.plan_of)
-        assert plan.span == x.chunk and plan == x.planned(usual(q, q, None))
+        assert plan.span == x.chunk and plan == x.planned(usual(spec))
     assert len(planners) == 6 and kernels.plan_of is usual
-    assert usual(q, q, None).span not in (64, 128, 4096)
+    assert usual(spec).span not in (64, 128, 4096)
 
 
 def test_peers_are_chosen_by_parts_of_their_names() -> None:

@@ -600,3 +600,10 @@ def test_plots_are_drawn_from_few_and_from_no_evaluations(tmp_path: Path) -> Non
         render.loss_curve(records, tmp_path / "loss.png", title="few")
     assert os.path.getsize(tmp_path / "loss.png") > 5000
     assert render.clock(3725.4) == "1:02:05" and render.clock(65) == "1:05"
+
+
+def test_help_names_the_input_gates_as_the_registry_does() -> None:
+    """It comes without torch, and so without the registry."""
+    from tfla import cli, gates
+
+    assert gates.described() in Path(cli.__file__).read_text("utf-8")

@@ -114,6 +114,58 @@ def test_log_gates_of_a_wrong_shape(name: str, shape: tuple[int, ...]) -> None:
     )
 
 
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    return x[..., :1, :].expand(*x.shape[:-2], heads, x.shape[-1])
+
+
+def three_functions(q: Tensor, k: Tensor, v: Tensor) -> list[Callable[[], object]]:
+    """mlstm, linear_attention and mlstm_step of these operands."""
+    i, f = (torch.zeros(v.shape[:-1]) for _ in "if")
+    heads = v.shape[-2]
+    state = tfla.State(
+        torch.zeros(B, heads, K, V), torch.zeros(B, heads, K), torch.zeros(B, heads)
+    )
+    first = [x[:, 0] for x in (q, k, v, i, f)]
+    return [
+        lambda: tfla.mlstm(q, k, v, i, f),
+        lambda: tfla.linear_attention(q, k, v),
+        lambda: tfla.mlstm_step(*first, state),
+    ]
+
+
+@pytest.mark.parametrize(("groups", "heads"), [(1, 3), (2, 4), (3, 6)])
+def test_fewer_heads_of_q_and_k_are_to_come(groups: int, heads: int) -> None:
+    x = good()
+    q, k, v = heads_of(x["q"], groups), heads_of(x["k"], groups), heads_of(x["v"], heads)
+    for call in three_functions(q, k, v):
+        refuses(
+            NotImplementedError, call, names="q", came=f"G = {groups} ", wanted=f"H = {heads} "
+        )
+
+
+@pytest.mark.parametrize(("groups", "heads"), [(2, 3), (3, 2), (4, 6), (3, 1)])
+def test_heads_of_v_that_are_no_multiple(groups: int, heads: int) -> None:
+    x = good()
+    q, k, v = heads_of(x["q"], groups), heads_of(x["k"], groups), heads_of(x["v"], heads)
+    for call in three_functions(q, k, v):
+        refuses(ValueError, call, names="v", came=f"H = {heads} ", wanted=f"G = {groups} ")
+
+
+def test_reverse_is_to_come() -> None:
+    x = good()
+    for call in (
+        lambda: tfla.mlstm(**x, reverse=True),
+        lambda: tfla.linear_attention(x["q"], x["k"], x["v"], reverse=True),
+    ):
+        refuses(NotImplementedError, call, names="reverse", came="True", wanted="flip")
+    refuses(
+        TypeError,
+        lambda: tfla.mlstm(**x, reverse="yes"),
+        names="reverse", came="'yes'", wanted="True or False",
+    )  # fmt: skip
+    assert torch.equal(tfla.mlstm(**x, reverse=False)[0], tfla.mlstm(**x)[0])
+
+
 def test_head_dims_and_heads_of_zero() -> None:
     for name, empty in (("q", (B, T, H, 0)), ("v", (B, T, H, 0))):
         given = {**good(), name: torch.zeros(empty)}
@@ -143,7 +195,7 @@ def test_an_unknown_input_gate(value: object) -> None:
             **{n: t[:, 0] for n, t in good().items()}, state=good_state(), input_gate=value
         ),
     ):
-        refuses(ValueError, call, names="input_gate", came=repr(value), wanted="'exp', 'sigmoid'")
+        refuses(ValueError, call, names="input_gate", came=repr(value), wanted="'exp' or 'sigmoid'")
 
 
 def test_an_input_gate_that_cannot_be_looked_up() -> None:

@@ -28,8 +28,11 @@ LAYERS = [
     {"dispatch"},
     {"checks", "parallel"},
     {"ops", "verdicts"},
+    {"algorithm"},
     {"log"},
     {"reference", "kernels"},
+    {"backend"},
+    {"spec"},
     {"errors", "gates", "offsets", "plan"},
     {"_compat"},
 ]

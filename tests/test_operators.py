@@ -55,9 +55,9 @@ CASES = [
 
 def options(case: Case) -> dict[str, object]:
     """What the operators take besides tensors."""
-    gates = {"sigmoid_i": case.input_gate == "sigmoid", "sigmoid_f": True}
-    rest = {"normalize": case.normalized, "final": case.final, "keep": True, "backend": "reference"}
-    return {"scale": 0.3, **gates, **rest}
+    gates = {"input_gate": case.input_gate, "sigmoid_f": True}
+    rest = {"normalize": case.normalized, "final_state": case.final, "needs_grad": True}
+    return {"scale": 0.3, **gates, **rest, "backend": "reference", "precision": "ieee"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -71,7 +71,7 @@ def test_opcheck_of_a_forward_that_keeps_nothing(case: Case) -> None:
     flat = tuple(None if t is None else t.detach() for t in arguments(case)[0])
     tests = ("test_schema", "test_faketensor")
     forward = torch.ops.tfla.forward.default
-    torch.library.opcheck(forward, flat, options(case) | {"keep": False}, test_utils=tests)
+    torch.library.opcheck(forward, flat, options(case) | {"needs_grad": False}, test_utils=tests)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -95,10 +95,9 @@ def test_opcheck_of_the_step_operator(slots: bool, input_gate: str) -> None:
     case = Case(T=1, B=3, input_gate=input_gate)
     x = make_inputs(case)
     rows = torch.tensor([2, 0, 1]) if slots else None
-    sigmoid = input_gate == "sigmoid"
     args = [t[:, 0] for t in (x.q, x.k, x.v, x.i, x.f)]
     torch.library.opcheck(
-        torch.ops.tfla.step.default, (*args, *x.memory, rows, 0.3, sigmoid, True, "reference")
+        torch.ops.tfla.step.default, (*args, *x.memory, rows, 0.3, input_gate, True, "reference")
     )
 
 

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from tfla import checks, dispatch, ops, parallel
+from tfla import gates as input_gates
 from tfla.checks import State
-from tfla.gates import Activations
+from tfla.gates import Activations, InputGate
+from tfla.offsets import check_offsets
+from tfla.spec import BackendName, CallSpec, Inputs, Options, products_of
 
 __all__ = ["State", "linear_attention", "mlstm", "mlstm_step"]
 
@@ -26,14 +29,15 @@ def mlstm(
     i: Tensor,
     f: Tensor,
     *,
-    input_gate: str = "exp",
+    input_gate: InputGate = "exp",
     normalize: bool | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
+    reverse: bool = False,
     group: Any = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, State | None]:
     r"""The mLSTM over whole sequences.
 
@@ -67,12 +71,13 @@ def mlstm(
             along T, any stride; B must be 1. On a GPU the host does not read them: there an offset
             out of range or below an earlier one counts as the nearest that is not, and tokens
             before the first and behind the last get zeros, in h and in gradients.
-        backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
+        reverse: token t sees t, t + 1, ... in place of t, t - 1, ...; True is not implemented yet.
         group: a torch.distributed process group (or DeviceMesh of one dimension) over whose ranks T
             is split evenly, in rank order: each rank gives and gets its own tokens, but the whole
             ``cu_seqlens`` and ``initial_state``, and gets the whole final state. Gradients are
             those of the sum of all ranks' losses; that of ``initial_state`` is on the rank where a
             sequence begins, 0 on the others. All ranks must call, and run backward.
+        backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
 
     What is not finite stays in its row of B and its head, and in later tokens; NaN and inf in q, k
     and v may reach earlier tokens of their own chunk of up to 64. It stays in its packed sequence,
@@ -88,7 +93,8 @@ def mlstm(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted. RuntimeError: a
-        named backend cannot serve.
+        named backend cannot serve. NotImplementedError: ``reverse=True``, and fewer heads of q and
+        k than of v, which are to come.
 
     Example:
         >>> import torch, tfla
@@ -98,13 +104,12 @@ def mlstm(
         >>> h.shape, state.C.shape
         (torch.Size([2, 100, 4, 32]), torch.Size([2, 4, 32, 32]))
     """
-    gate = checks.gate_of(input_gate)
+    gate = input_gates.input_gate(input_gate)
     normalize = gate.normalize if normalize is None else normalize
-    activations = Activations(sigmoid_i=gate.sigmoid, sigmoid_f=True)
-    gate_tensors = {"i": checks.tensor("i", i), "f": checks.tensor("f", f)}
+    activations = Activations(gate.name, sigmoid_f=True)
     return _sequence(
-        q, k, v, gate_tensors, activations, normalize, scale, initial_state, output_final_state,
-        cu_seqlens, backend, group,
+        q, k, v, i, f, ("i", "f"), activations, normalize, scale, initial_state, output_final_state,
+        cu_seqlens, reverse, group, backend,
     )  # fmt: skip
 
 
@@ -120,8 +125,9 @@ def linear_attention(
     initial_state: State | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
+    reverse: bool = False,
     group: Any = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, State | None]:
     r"""Linear attention with scalar gates: the mother of the family.
 
@@ -139,15 +145,15 @@ def linear_attention(
         log_f, log_i: (B, T, H), (H,) or None (= 0): natural logarithms of the decay and of the
             weight of each token, with the limits of ``mlstm``. Positive ones are allowed, and may
             overflow when not normalised, as log_f = +inf does: that is the function asked for.
-        normalize, scale, initial_state, output_final_state, cu_seqlens, backend, group: as in
-            ``mlstm``.
+        normalize, scale, initial_state, output_final_state, cu_seqlens, reverse, group, backend: as
+            in ``mlstm``.
 
     Returns:
         h: (B, T, H, V) in v's dtype, and the final State or None. One token (T = 1) without
         gradients takes the decode step.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in ``mlstm``.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in ``mlstm``.
 
     Example:
         >>> import torch, tfla
@@ -155,11 +161,10 @@ def linear_attention(
         >>> retention = torch.log1p(-torch.exp2(-5.0 - torch.arange(4)))
         >>> h, _ = tfla.linear_attention(q, k, v, retention)
     """
-    gates = {"log_i": log_i, "log_f": log_f}
-    activations = Activations(sigmoid_i=False, sigmoid_f=False)
+    activations = Activations("exp", sigmoid_f=False)
     return _sequence(
-        q, k, v, gates, activations, normalize, scale, initial_state, output_final_state,
-        cu_seqlens, backend, group,
+        q, k, v, log_i, log_f, ("log_i", "log_f"), activations, normalize, scale, initial_state,
+        output_final_state, cu_seqlens, reverse, group, backend,
     )  # fmt: skip
 
 
@@ -171,12 +176,12 @@ def mlstm_step(
     f: Tensor,
     state: State,
     *,
-    input_gate: str = "exp",
+    input_gate: InputGate = "exp",
     normalize: bool | None = None,
     scale: float | None = None,
     inplace: bool = False,
     slots: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, State]:
     """One token of ``mlstm``: the decode step.
 
@@ -195,7 +200,7 @@ def mlstm_step(
         h: (B, H, V) in v's dtype, and the State after the token.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in ``mlstm``.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in ``mlstm``.
 
     Example:
         >>> import torch, tfla
@@ -204,9 +209,9 @@ def mlstm_step(
         >>> state = tfla.State(torch.zeros(2, 4, 32, 32), torch.zeros(2, 4, 32), torch.zeros(2, 4))
         >>> h, state = tfla.mlstm_step(q, k, v, i, f, state)
     """
-    gate = checks.gate_of(input_gate)
+    gate = input_gates.input_gate(input_gate)
     normalize = gate.normalize if normalize is None else normalize
-    activations = Activations(sigmoid_i=gate.sigmoid, sigmoid_f=True)
+    activations = Activations(gate.name, sigmoid_f=True)
     gates = {"i": checks.tensor("i", i), "f": checks.tensor("f", f)}
     return _step(q, k, v, gates, activations, normalize, scale, state, inplace, slots, backend)
 
@@ -214,53 +219,117 @@ def mlstm_step(
 # ---------------------------------------------------------------- what the three share
 
 
+# Calls that were validated, by all that validation depends on but the values of offsets.
+_specs: dict[tuple[Any, ...], CallSpec] = {}
+
+
 def _sequence(
-    q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor | None], activations: Activations,
-    normalize: bool, scale: float | None, state: State | None, output_final_state: bool,
-    cu_seqlens: Tensor | None, backend: str | None, group: Any,
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor | None, f: Tensor | None, names: tuple[str, str],
+    activations: Activations, normalize: bool, scale: float | None, state: State | None,
+    output_final_state: bool, cu_seqlens: Tensor | None, reverse: bool, group: Any,
+    backend: BackendName | None,
 ) -> tuple[Tensor, State | None]:  # fmt: skip
-    checks.flags(normalize=normalize, output_final_state=output_final_state)
-    q, k, v = checks.operands(q, k, v, ("B", "T", "H"))
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    i, f = (checks.gate_tensor(name, x, q) for name, x in gates.items())
-    group = checks.group_of(group)
-    N = checks.sequences(cu_seqlens, q, 1 if group is None else group.size())
-    if state is not None:
-        state = checks.check_state(state, normalize, q, (N, H, K, V), "initial_state")
-    name = dispatch.pick_backend(backend, q)
-    scale = checks.scale_of(scale, K)
-    needs_grad = checks.requires_grad(q, k, v, i, f, state)
-    if T == 1 and cu_seqlens is None and group is None and not needs_grad:
+    key, spec = None, None
+    # What is no State is no plain tensor either, and validation says so.
+    given: Any = (None, None, None) if state is None else state if type(state) is State else (0,)
+    tensors = q, k, v, i, f, cu_seqlens, *given
+    if group is None and reverse is False and ops.are_plain(*tensors) and _is_usual(q):
+        grad = torch.is_grad_enabled()
+        needs_grad = grad and any([t is not None and t.requires_grad for t in tensors])
+        key = (
+            activations, normalize, type(normalize), scale, type(scale), output_final_state,
+            type(output_final_state), backend, needs_grad, products_of(q.dtype),
+            *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
+        )  # fmt: skip
+        try:
+            spec = _specs.get(key)
+        except TypeError:  # an argument of a kind that is no key
+            key = None
+    if spec is not None and spec.backend == dispatch.pick_backend(backend, q):
+        if cu_seqlens is not None and checks.host_has_values(cu_seqlens):
+            check_offsets(cu_seqlens, spec.T)
+        i, f = checks.expanded(i, q), checks.expanded(f, q)
+    else:
+        q, k, v, i, f, state, spec, group = _validated(
+            q, k, v, i, f, names, activations, normalize, scale, state, output_final_state,
+            cu_seqlens, reverse, group, backend,
+        )  # fmt: skip
+        if key is not None:
+            if len(_specs) >= 10_000:  # lengths without end
+                _specs.clear()
+            _specs[key] = spec
+    if spec.T == 1 and not (spec.packed or spec.needs_grad) and group is None:
         # The decode step, from an empty memory if there is no other.
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        if state is None:
-            n, m = (
-                (q.new_zeros(B, H, K, dtype=dtype), q.new_zeros(B, H, dtype=dtype))
-                if normalize
-                else (None, None)
-            )
-            state = State(q.new_zeros(B, H, K, V, dtype=dtype), n, m)
         h, after = _run_step(
-            q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0],
-            state, activations, scale, False, None, name,
+            q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], state or _empty_state(q, spec),
+            activations, -spec.scale if _is_negative(scale) else spec.scale, False, None,
+            spec.backend,
         )  # fmt: skip
         return h[:, None], after if output_final_state else None
-    if scale < 0:  # the kernels take the scale into an exponent
-        q, scale = -q, -scale
+    if _is_negative(scale):  # the kernels take the scale into an exponent
+        q = -q
     C, n, m = (None, None, None) if state is None else state
-    options = ops.Options(scale, *activations, normalize, output_final_state, needs_grad, name)
-    inputs = ops.Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    h, C, n, m = _run(inputs, options, group)
+    h, C, n, m = _run(Inputs(q, k, v, i, f, C, n, m, cu_seqlens), spec, group)
     if not output_final_state:
         return h, None
     return h, State(C, n, m) if normalize else State(C, None, None)
 
 
+def _is_usual(q: Tensor | None) -> bool:
+    """Is a call like others that look like it? Not where autocast would cast, nor in a trace."""
+    device = "meta" if q is None else q.device.type
+    if torch.compiler.is_compiling() or device == "meta":
+        return False
+    return not torch.is_autocast_enabled(device)
+
+
+def _is_negative(scale: float | None) -> bool:
+    return scale is not None and scale < 0
+
+
+def _validated(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor | None, f: Tensor | None, names: tuple[str, str],
+    activations: Activations, normalize: bool, scale: float | None, state: State | None,
+    output_final_state: bool, cu_seqlens: Tensor | None, reverse: bool, group: Any,
+    backend: BackendName | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, State | None, CallSpec, Any]:  # fmt: skip
+    """(q, k, v, i, f, state, spec, group), checked, cast and expanded."""
+    if names[0] == "i":  # of mlstm, where neither may be left out
+        checks.tensor("i", i)
+        checks.tensor("f", f)
+    checks.flags(normalize=normalize, output_final_state=output_final_state, reverse=reverse)
+    checks.refuse_reverse(reverse)
+    q, k, v = checks.operands(q, k, v, ("B", "T", "H"))
+    H, K, V = *q.shape[2:], v.shape[-1]
+    i, f = checks.gate_tensor(names[0], i, q), checks.gate_tensor(names[1], f, q)
+    group = checks.group_of(group)
+    N = checks.sequences(cu_seqlens, q, 1 if group is None else group.size())
+    if state is not None:
+        state = checks.check_state(state, normalize, q, (N, H, K, V), "initial_state")
+    name = dispatch.pick_backend(backend, q)
+    needs_grad = checks.requires_grad(q, k, v, i, f, state)
+    options = Options(
+        abs(checks.scale_of(scale, K)), *activations, normalize, output_final_state, needs_grad,
+        name, products_of(q.dtype),
+    )  # fmt: skip
+    C, n, m = (None, None, None) if state is None else state
+    spec = CallSpec.of(Inputs(q, k, v, i, f, C, n, m, cu_seqlens), options)
+    return q, k, v, i, f, state, spec, group
+
+
+def _empty_state(q: Tensor, spec: CallSpec) -> State:
+    def zeros(*shape: int) -> Tensor:
+        return q.new_zeros(shape, dtype=spec.state_dtype)
+
+    N, H, K, V = spec.N, spec.H, spec.K, spec.V
+    n, m = (zeros(N, H, K), zeros(N, H)) if spec.normalize else (None, None)
+    return State(zeros(N, H, K, V), n, m)
+
+
 def _step(
     q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor | None], activations: Activations,
     normalize: bool, scale: float | None, state: State, inplace: bool, slots: Tensor | None,
-    backend: str | None,
+    backend: BackendName | None,
 ) -> tuple[Tensor, State]:  # fmt: skip
     checks.flags(normalize=normalize, inplace=inplace)
     q, k, v = checks.operands(q, k, v, ("B", "H"))
@@ -288,27 +357,29 @@ def _step(
     full = torch.float64 if q.dtype == torch.float64 else torch.float32
     C, n, m = (None if s is None else s.to(full) for s in state)
     one = (x[:, None] for x in (q, k, v, i, f))
-    options = ops.Options(scale, *activations, normalize, True, True, name)
-    h, *after = _run(ops.Inputs(*one, C, n, m, None), options, None)  # type: ignore[call-arg]
+    options = Options(scale, *activations, normalize, True, True, name, products_of(q.dtype))
+    inputs = Inputs(*one, C, n, m, None)  # type: ignore[call-arg]
+    h, *after = _run(inputs, CallSpec.of(inputs, options), None)
     # C and n go back in the dtypes that they came in; what is not there stays None.
     end = [None if s is None else t.to(s.dtype) for s, t in zip(state, after[:3], strict=True)]
     return h[:, 0], State(*end)  # type: ignore[arg-type]
 
 
-def _run(inputs: ops.Inputs, options: ops.Options, group: Any) -> tuple[Any, ...]:
+def _run(inputs: Inputs, spec: CallSpec, group: Any) -> tuple[Any, ...]:
     """(h, C, n, m). Triton's interpreter multiplies the bit patterns of bf16 tiles as if they were
     integers (3.6 to 3.9), so what it would get in bf16 it gets in fp32, and gives back in bf16."""
-    q, k, v = inputs[:3]
-    if options.backend != "triton" or q.dtype != torch.bfloat16 or not checks.interpreted():
-        return parallel.run(inputs, options, group)
-    wide = inputs._replace(q=q.float(), k=k.float(), v=v.float())
-    h, *after = parallel.run(wide, options, group)
-    return h.to(v.dtype), *after
+    q, k, v = inputs.q, inputs.k, inputs.v
+    narrow = spec.backend == "triton" and spec.dtype == torch.bfloat16 and checks.interpreted()
+    if narrow:
+        inputs = inputs._replace(q=q.float(), k=k.float(), v=v.float())
+        spec = spec.but(dtype=torch.float32, precision=products_of(torch.float32))
+    h, *after = ops.run(inputs, spec) if group is None else parallel.run(inputs, spec, group)
+    return h.to(v.dtype) if narrow else h, *after
 
 
 def _run_step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State, activations: Activations,
-    scale: float, inplace: bool, slots: Tensor | None, backend: str,
+    scale: float, inplace: bool, slots: Tensor | None, backend: BackendName,
 ) -> tuple[Tensor, State]:  # fmt: skip
     h, *after = ops.step(q, k, v, i, f, *state, slots, scale, activations, inplace, backend)
     return h, state if inplace else State(*after)  # type: ignore[arg-type]

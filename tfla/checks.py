@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tfla import ops
-from tfla.gates import INPUT_GATES
 from tfla.offsets import check_offsets
+from tfla.spec import state_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -43,14 +43,6 @@ class State(NamedTuple):
 # files of older versions have the other name.
 State.__module__ = "tfla"
 torch.serialization.add_safe_globals([State, (State, "tfla.checks.State")])
-
-
-def gate_of(name: str) -> Any:
-    if not isinstance(name, str) or name not in INPUT_GATES:
-        raise ValueError(
-            f"input_gate must be one of {', '.join(map(repr, INPUT_GATES))}; got {name!r}."
-        )
-    return INPUT_GATES[name]
 
 
 def what(x: Any) -> str:
@@ -96,12 +88,23 @@ def operands(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tens
             )
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}; got {what(k)}.")
+    if q.shape[-1] == 0 or v.shape[-1] == 0 or q.shape[-2] == 0 or v.shape[-2] == 0:
+        raise ValueError(f"H, K and V must be at least 1; got q {what(q)} and v {what(v)}.")
+    G, H = q.shape[-2], v.shape[-2]
+    if v.shape[:-2] == q.shape[:-2] and G != H:
+        if H % G:
+            raise ValueError(
+                f"the heads of v, H, must be a multiple of those of q and k, G; got H = {H} of v "
+                f"{what(v)} and G = {G} of q {what(q)}."
+            )
+        raise NotImplementedError(
+            f"q and k with fewer heads than v are not implemented yet; got G = {G} of q {what(q)} "
+            f"and H = {H} of v {what(v)}. Repeat q and k: x.repeat_interleave({H // G}, dim=-2)."
+        )
     if v.shape[:-1] != q.shape[:-1]:
         raise ValueError(
             f"v must be ({', '.join(axes)}, V) with {tuple(q.shape[:-1])} as in q; got {what(v)}."
         )
-    if q.shape[-1] == 0 or v.shape[-1] == 0 or q.shape[-2] == 0:
-        raise ValueError(f"H, K and V must be at least 1; got q {what(q)} and v {what(v)}.")
     return q, k, v
 
 
@@ -123,6 +126,13 @@ def gate_tensor(name: str, x: Tensor | None, q: Tensor) -> Tensor:
         axes = "(B, T, H)" if len(shape) == 3 else "(B, H)"
         raise ValueError(f"{name} must be {axes} = {tuple(shape)}{per_head}; got {what(x)}.")
     return x
+
+
+def expanded(x: Tensor | None, q: Tensor) -> Tensor:
+    """A gate that was checked before, as ``gate_tensor`` returns it."""
+    if x is None:
+        return q.new_zeros((), dtype=state_dtype(q.dtype)).expand(q.shape[:-1])
+    return x if x.dim() > 1 else x.expand(q.shape[:-1])
 
 
 def host_has_values(x: Tensor) -> bool:
@@ -262,6 +272,13 @@ def flags(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False; got {what(value)}.")
+
+
+def refuse_reverse(reverse: bool) -> None:
+    if reverse:
+        raise NotImplementedError(
+            "reverse=True is not implemented yet: flip T of every input and of h, x.flip(1)."
+        )
 
 
 def scale_of(scale: Any, K: int) -> float:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tfla import _compat, checks, log, ops, verdicts
+from tfla import _compat, algorithm, checks, log, verdicts
+from tfla.spec import BackendName
 
 __all__ = ["pick_backend", "supports"]
 
@@ -23,16 +24,16 @@ class _Kind(NamedTuple):
 class Choice(NamedTuple):
     """What ``backend=None`` takes."""
 
-    backend: str
+    backend: BackendName
     reason: str
     lasting: bool = True  # False: it may be another one later, when the self-test could run
 
 
-_chosen: dict[tuple[torch.device, torch.dtype], str] = {}
+_chosen: dict[tuple[torch.device, torch.dtype], BackendName] = {}
 _warned: set[tuple[torch.device, str]] = set()
 
 
-def pick_backend(backend: str | None, q: Tensor) -> str:
+def pick_backend(backend: BackendName | None, q: Tensor) -> BackendName:
     """The backend that serves q: the one named, or the fastest that can."""
     if backend is None:
         if q.device.type != "cuda" or q.dtype == torch.float64:
@@ -41,9 +42,9 @@ def pick_backend(backend: str | None, q: Tensor) -> str:
             return _while_tracing(q.device, q.dtype)
         known = _chosen.get((q.device, q.dtype))
         return known or _choose(q.device, q.dtype, not torch.cuda.is_current_stream_capturing())
-    if not isinstance(backend, str) or backend not in ops.BACKENDS:
+    if not isinstance(backend, str) or backend not in algorithm.BACKENDS:
         raise ValueError(
-            f"backend must be None, {', '.join(map(repr, ops.BACKENDS))}; got {backend!r}."
+            f"backend must be None, {', '.join(map(repr, algorithm.BACKENDS))}; got {backend!r}."
         )
     if backend == "triton" and (reason := checks.why_not_triton(q)):
         raise RuntimeError(f'backend="triton" cannot serve this call: {reason}')
@@ -51,12 +52,12 @@ def pick_backend(backend: str | None, q: Tensor) -> str:
 
 
 @_compat.constant_while_tracing
-def _while_tracing(device: torch.device, dtype: torch.dtype) -> str:
+def _while_tracing(device: torch.device, dtype: torch.dtype) -> BackendName:
     """A graph holds what is known when it is made; no test is begun while it is."""
     return _chosen.get((device, dtype)) or _choose(device, dtype, False)
 
 
-def _choose(device: torch.device, dtype: torch.dtype, may_test: bool) -> str:
+def _choose(device: torch.device, dtype: torch.dtype, may_test: bool) -> BackendName:
     """What ``choice`` says, kept, with one warning for a GPU that "reference" serves."""
     made = choice(device, dtype, may_test)
     if made.lasting:
@@ -110,7 +111,7 @@ def choice(device: torch.device, dtype: torch.dtype, may_test: bool) -> Choice:
 
 def supports(
     device: torch.device | str | int, dtype: torch.dtype, *, self_test: bool = True
-) -> tuple[str, str]:
+) -> tuple[BackendName, str]:
     """Which backend ``backend=None`` takes for tensors of a device and a dtype, and why.
 
     It is the same for ``mlstm``, ``mlstm_step`` and ``linear_attention``, of any shape, gate and

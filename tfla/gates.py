@@ -1,5 +1,6 @@
-"""Gates become two exponents, and their gradients come back: the only file that knows which gate
-it serves, and the one that holds the limits of gates, for both backends, sequences and steps.
+"""Gates become two exponents, and their gradients come back: the file that says which input gates
+there are (``register``), and the one that holds the limits of gates, for both backends, sequences
+and steps.
 
 With ``log_i``, ``log_f`` the log-gates of a chunk of L tokens, token s reaches a later token t with
 weight exp(log_i_s + log_f_{s+1} + ... + log_f_t). With a normaliser the recurrence is written
@@ -32,7 +33,9 @@ the last chunk, unless it is so large (beyond 1e9 in fp32) that only the gauge i
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,31 +62,89 @@ NOTHING = -(2.0**100)  # of log_i = -inf: 2^NOTHING is 0, whatever is added to i
 FOLLOWED = 32.0
 
 
-class Gate(NamedTuple):
-    """What an input gate's name says: is log_i = logsigmoid(i), is h divided by the normaliser?"""
-
-    sigmoid: bool
-    normalize: bool
+# ---------------------------------------------------------------- the registry of input gates
 
 
-INPUT_GATES = {
-    "exp": Gate(sigmoid=False, normalize=True),
-    "sigmoid": Gate(sigmoid=True, normalize=False),
-}
+class TritonForm(NamedTuple):
+    """An input gate as two ``@triton.jit`` functions. Each is compiled into the kernels that call
+    it, works on scalars and blocks, and keeps the dtype that comes in."""
+
+    log_i: Any  # (i) -> log_i: fp64 over sequences, fp32 in the decode step
+    gradient: Any  # (dlog_i, i) -> di, fp32
+
+
+@dataclass(frozen=True)
+class Gate:
+    """An input gate: log_i as a function of the pre-activation i, element by element.
+
+    The limits of log-gates are applied to what the functions return, so they need none of their
+    own; they should map +-inf to a limit and not to NaN.
+    """
+
+    name: str  # what ``input_gate`` says
+    about: str  # in a few words, for help texts
+    normalize: bool  # is h divided by the normaliser where the caller does not say?
+    log_i: Callable[[Tensor], Tensor]  # (i) -> log_i, in the dtype of i: fp32 or fp64
+    gradient: Callable[[Tensor, Tensor], Tensor]  # (dlog_i, i) -> di
+    # Gives the Triton form once a kernel wants it: a file that registers a gate need not import
+    # Triton, and this one must not. Those of the gates below stand in tfla/kernels/gates.py.
+    triton: Callable[[], TritonForm] | None = None
+
+
+INPUT_GATES: dict[str, Gate] = {}
+InputGate = Literal["exp", "sigmoid"]  # those below, in the signatures of public functions
+
+
+def register(gate: Gate) -> Gate:
+    """Make ``input_gate=gate.name`` known: to the functions on both backends, the layers, the
+    models and the command. ValueError if another gate has this name."""
+    if INPUT_GATES.setdefault(gate.name, gate) is not gate:
+        raise ValueError(f"there is another input gate named {gate.name!r}; choose another name.")
+    return gate
+
+
+def input_gate(name: Any) -> Gate:
+    """The input gate of this name, or a ValueError that lists all names."""
+    found = INPUT_GATES.get(name) if isinstance(name, str) else None
+    if found is None:
+        known = " or ".join(map(repr, INPUT_GATES))
+        raise ValueError(f"input_gate must be {known}; got {name!r}.")
+    return found
+
+
+def described() -> str:
+    """All input gates in one line, for help texts."""
+    return " or ".join(f"{gate.name} ({gate.about})" for gate in INPUT_GATES.values())
+
+
+register(Gate(
+    name="exp", about="the paper's mLSTMexp", normalize=True,
+    log_i=lambda i: i, gradient=lambda dlog_i, i: dlog_i,
+))  # fmt: skip
+register(Gate(
+    name="sigmoid", about="its mLSTMsig", normalize=False,
+    log_i=logsigmoid, gradient=lambda dlog_i, i: dlog_i * torch.sigmoid(-i),
+))  # fmt: skip
 
 
 class Activations(NamedTuple):
-    """Which pre-activations pass through logsigmoid on their way to log-gates (the others are
-    log-gates already)."""
+    """How log-gates come from what the caller passes."""
 
-    sigmoid_i: bool
-    sigmoid_f: bool
+    input_gate: str  # the name of a registered gate; a log_i that is passed is that of "exp"
+    sigmoid_f: bool  # log_f = logsigmoid(f), else f is log_f already
+
+    @property
+    def gate(self) -> Gate:
+        return input_gate(self.input_gate)
+
+
+# ---------------------------------------------------------------- log-gates and their gradients
 
 
 def log_gates(i: Tensor, f: Tensor, activations: Activations) -> tuple[Tensor, Tensor]:
     """(log_i, log_f) from pre-activations, in the dtype that comes in and within the limits: finite
     unless NaN, which stays NaN."""
-    log_i = logsigmoid(i) if activations.sigmoid_i else i
+    log_i = activations.gate.log_i(i)
     log_f = logsigmoid(f) if activations.sigmoid_f else f
     return limited(log_i, log_f)
 
@@ -120,7 +181,7 @@ def gate_gradients(
     dlog_i: Tensor, dlog_f: Tensor, i: Tensor, f: Tensor, activations: Activations
 ) -> tuple[Tensor, Tensor]:
     """(di, df) from the gradients of the log-gates: d logsigmoid(x) / dx = sigmoid(-x)."""
-    di = dlog_i * torch.sigmoid(-i) if activations.sigmoid_i else dlog_i
+    di = activations.gate.gradient(dlog_i, i)
     df = dlog_f * torch.sigmoid(-f) if activations.sigmoid_f else dlog_f
     return di, df
 
@@ -224,7 +285,7 @@ def _stabilized(
     gauge = torch.where(gauge <= EMPTY, 0.0, gauge)
     final, followed = rounded(gauge, dtype)
     rounding = torch.zeros_like(m_in)
-    used = last >= 0
+    used = (last >= 0).nonzero()[:, 0]  # on the CPU: a device is not asked for values
     rounding[last[used].to(m_in.device)] = (gauge - followed)[used.to(m_in.device)]
 
     m_t = torch.maximum(m_in[..., None] + total, top).clamp_(min=EMPTY)

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfla.gates import Activations
+from tfla.spec import CallSpec
+
 ON = os.environ.get("TFLA_LOG", "") not in ("", "0")
 
 # (backend, why) of what was chosen for tensors of a device and a dtype: written by tfla.dispatch.
@@ -27,36 +30,37 @@ SHORT = {
 }  # fmt: skip
 
 
-def sequence(x: Any, o: Any) -> None:
-    """A call over sequences: ``tfla.ops.Inputs`` and ``Options``."""
-    N = x.q.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    words = [f"h{_shape(x.v)} of q, k {_shape(x.q)} {SHORT[x.q.dtype]}", _gates(x.i, x.f, o)]
-    words.append("normalised" if o.normalize else "not normalised")
-    if x.cu_seqlens is not None:
-        words.append(f"{N} packed sequences")
-    if x.C is not None:
+def sequence(spec: CallSpec) -> None:
+    """A call over sequences."""
+    tokens = f"{spec.B}, {spec.T}, {spec.H}"
+    words = [f"h({tokens}, {spec.V}) of q, k ({tokens}, {spec.K}) {SHORT[spec.dtype]}"]
+    words.append(_gates(spec.activations, *spec.gate_dtypes))
+    words.append("normalised" if spec.normalize else "not normalised")
+    if spec.packed:
+        words.append(f"{spec.N} packed sequences")
+    if spec.initial_state:
         words.append("initial state")
-    if o.final:
+    if spec.final_state:
         words.append("final state")
-    words.append("gradients" if o.keep else "no gradients")
+    words.append("gradients" if spec.needs_grad else "no gradients")
     plan = ""
-    if o.backend == "triton":
+    if spec.backend == "triton":
         kernels = importlib.import_module("tfla.kernels")
-        plan = f" ({plan_words(kernels.plan_of(x.q, x.v, x.cu_seqlens))})"
-    _line(", ".join(words), x.q, o.backend, plan)
+        plan = f" ({plan_words(kernels.plan_of(spec))})"
+    _line(", ".join(words), spec.device, spec.dtype, spec.backend, plan)
 
 
 def step(
     q: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, m: Tensor | None, slots: Tensor | None,
-    activations: Any, backend: str,
+    activations: Activations, backend: str,
 ) -> None:  # fmt: skip
     """A call of one token."""
     words = [f"one token, h{_shape(v)} of q, k {_shape(q)} {SHORT[q.dtype]}"]
-    words.append(_gates(i, f, activations))
+    words.append(_gates(activations, i.dtype, f.dtype))
     words.append("normalised" if m is not None else "not normalised")
     rows = "" if slots is None else f", {len(slots)} rows of {C.shape[0]}"
     words.append(f"state {SHORT[C.dtype]}{rows}")
-    _line(", ".join(words), q, backend, "")
+    _line(", ".join(words), q.device, q.dtype, backend, "")
 
 
 def plan_words(plan: Any) -> str:
@@ -76,21 +80,22 @@ def _shape(x: Tensor) -> str:
     return f"({', '.join(map(str, x.shape))})"
 
 
-def _gates(i: Tensor, f: Tensor, a: Any) -> str:
+def _gates(a: Activations, i: torch.dtype, f: torch.dtype) -> str:
     """The gates: logarithms, or what passes through a sigmoid; an exponential gate i is log_i."""
-    named = [("f", f, a.sigmoid_f), ("i", i, a.sigmoid_i)]
-    return " and ".join(
-        f"{name if sigmoid else f'log_{name}'} {SHORT.get(x.dtype, x.dtype)}"
-        for name, x, sigmoid in named
-    )
+    named = [("f" if a.sigmoid_f else "log_f", f)]
+    named.append(("log_i" if a.input_gate == "exp" else "i", i))
+    words = " and ".join(f"{name} {SHORT.get(dtype, dtype)}" for name, dtype in named)
+    return words if a.input_gate in ("exp", "sigmoid") else f"{words} ({a.input_gate} gate)"
 
 
-def _line(what: str, q: Tensor, backend: str, plan: str) -> None:
-    chosen, why = reasons.get((q.device, q.dtype), ("", ""))
-    if not chosen and q.device.type == "cpu":
+def _line(
+    what: str, device: torch.device, dtype: torch.dtype, backend: str, plan: str
+) -> None:
+    chosen, why = reasons.get((device, dtype), ("", ""))
+    if not chosen and device.type == "cpu":
         chosen, why = "reference", "CPU tensors"
     why = why if chosen == backend else "named by the caller"
-    line = f'tfla: {what}, on {q.device}: backend "{backend}"{plan}: {why}'
+    line = f'tfla: {what}, on {device}: backend "{backend}"{plan}: {why}'
     if line not in _seen:
         _seen.add(line)
         with contextlib.suppress(OSError, ValueError):  # a closed stderr costs the line, no call

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 import tfla
+from tfla import gates
 from tfla.linear import PreciseLinear
+from tfla.spec import BackendName
 
 States = tuple[tfla.State, ...]
 
@@ -62,7 +64,7 @@ class MLSTM(nn.Module):
         self, input_size: int, hidden_size: int, num_heads: int, num_layers: int = 1,
         bias: bool = True, batch_first: bool = True, dropout: float = 0.0,
         bidirectional: bool = False, proj_size: int = 0, *, qk_size: int | None = None,
-        input_gate: str = "exp", device: torch.device | str | None = None,
+        input_gate: gates.InputGate = "exp", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -80,8 +82,7 @@ class MLSTM(nn.Module):
             raise ValueError(f"proj_size must be a whole number, 0 for none; got {proj_size!r}.")
         if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a number from 0 to 1; got {dropout!r}.")
-        if input_gate not in ("exp", "sigmoid"):
-            raise ValueError(f"input_gate must be 'exp' or 'sigmoid'; got {input_gate!r}.")
+        gates.input_gate(input_gate)
         self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
         self.num_layers, self.bias, self.batch_first = num_layers, bias, batch_first
         self.dropout, self.bidirectional, self.proj_size = dropout, bidirectional, proj_size
@@ -94,7 +95,7 @@ class MLSTM(nn.Module):
 
     def forward(
         self, x: Tensor | PackedSequence, state: Sequence[tfla.State] | None = None, *,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> tuple[Tensor | PackedSequence, States]:  # fmt: skip
         """Read sequences.
 
@@ -193,7 +194,8 @@ class _Layer(nn.Module):
             self.gates.bias[of.num_heads :] = torch.linspace(3.0, 6.0, of.num_heads, **at)
 
     def forward(
-        self, x: Tensor, state: tfla.State | None, cu_seqlens: Tensor | None, backend: str | None
+        self, x: Tensor, state: tfla.State | None, cu_seqlens: Tensor | None,
+        backend: BackendName | None,
     ) -> tuple[Tensor, tfla.State]:
         q, k, v, o = self.qkvo(x).split(self.widths, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))

@@ -1,82 +1,23 @@
-"""The forward and the backward pass, written once over the primitive ``scan``, and their
-registration with PyTorch.
-
-    forward     h  = scan(q, k, v; C_0)               D_ts = exp(p_s - M_t) scale / den_t
-    backward    dq = scan([dh | d], [v | 1], k; [C_0 | n_0]^T)
-                dk = reverse scan([v | 1], [dh | d], q; [dC_T | dn_T]^T)
-                dv = reverse scan(k, q, dh; dC_T)
-
-and the gate gradients follow from the row dot products q . dq and k . dk. A backend is a module
-with the functions ``exponents``, ``saved``, ``normalizer_backward``, ``normalizer_carried``,
-``scan``, ``gate_gradients``, ``initial_gradients``, ``offsets`` and ``clear`` (and ``saved_like``,
-for graphs, ``reach``, for many processes, ``update``, the decode step, ``recorded``, if it can do a
-call again without these, ``joined``, if packed sequences may be one); nothing here knows which one
-it is, nor which gate.
+"""The forward and the backward pass as PyTorch knows them: an autograd.Function and operators.
 
 Eager calls take the autograd.Function (13 us), graphs the torch.library operators (60 to 90 us to
-dispatch); both run the same two functions below.
+dispatch); both run the same two functions of ``tfla.algorithm``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tfla import _compat, log
+from tfla import _compat, algorithm, log
+from tfla.algorithm import Exchange, backend_of, can_fold_packing
+from tfla.backend import Results
 from tfla.gates import Activations
-
-# Takes the grid and the normaliser's column; what it returns is called for (dC, dn).
-Exchange = Callable[[Any, Any], Callable[[], tuple[Tensor, Tensor | None]]]
-
-BACKENDS = {"reference": "tfla.reference", "triton": "tfla.kernels"}
-
-
-@functools.cache  # the import machinery takes 3 us to say that it knows a module
-def _leaf(backend: str) -> Any:
-    return importlib.import_module(BACKENDS[backend])
-
-
-class Options(NamedTuple):
-    """What is not a tensor."""
-
-    scale: float
-    sigmoid_i: bool
-    sigmoid_f: bool
-    normalize: bool
-    final: bool  # is the final state wanted?
-    keep: bool  # will there be a backward pass?
-    backend: str
-
-    @property
-    def activations(self) -> Activations:
-        return Activations(self.sigmoid_i, self.sigmoid_f)
-
-    @staticmethod
-    def full(q: Tensor) -> torch.dtype:
-        """The dtype of states, gates and everything else that is not a token's operand."""
-        return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-    @property
-    def leaf(self) -> Any:
-        return _leaf(self.backend)
-
-
-class Inputs(NamedTuple):
-    q: Tensor  # (B, T, H, K)
-    k: Tensor  # (B, T, H, K)
-    v: Tensor  # (B, T, H, V)
-    i: Tensor  # (B, T, H)
-    f: Tensor  # (B, T, H)
-    C: Tensor | None  # (N, H, K, V)
-    n: Tensor | None  # (N, H, K)
-    m: Tensor | None  # (N, H)
-    cu_seqlens: Tensor | None  # (N + 1,)
+from tfla.spec import OPTIONS, BackendName, CallSpec, Inputs, Options
 
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -87,125 +28,32 @@ def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def scan_forward(x: Inputs, o: Options, ends: bool) -> tuple[Any, Any]:
-    """The backend's grid and its scan of h. ends: may there be a dC where sequences end?"""
-    grid = o.leaf.exponents(
-        *x[:5], x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, o.keep, ends
-    )
-    return grid, o.leaf.scan("h", x.q, x.k, x.v, grid, x.C, final=o.final)
-
-
-def _one(x: Inputs, o: Options) -> bool:
-    """Are packed sequences one to the backend, as fast whatever their number and lengths? They may
-    be where they neither start from states nor leave any: each begins by forgetting everything,
-    exp(log_f + m - m') = 0, and df there is 0. A log_f above 0 could raise m beyond any log_f. The
-    one is packed, too, for tokens that belong to no sequence are none of its."""
-    if x.cu_seqlens is None or x.C is not None or o.final or not hasattr(o.leaf, "joined"):
-        return False
-    return o.sigmoid_f or not o.normalize
-
-
-def ordered(x: Inputs, o: Options) -> Inputs:
-    """x with offsets that the backend can rely on; see its ``offsets``."""
-    if x.cu_seqlens is None:
-        return x
-    return x._replace(cu_seqlens=o.leaf.offsets(x.cu_seqlens, x.q.shape[1]))
-
-
-def clear(x: Inputs, o: Options, *outputs: Tensor) -> None:
-    """Zeros in outputs (B, T, ...) at tokens that belong to no sequence."""
-    if x.cu_seqlens is not None:
-        o.leaf.clear(x.cu_seqlens, *outputs)
-
-
-def _joined(x: Inputs, o: Options) -> Inputs:
-    if not _one(x, o):
-        return x
-    f, ends = o.leaf.joined(x.f, x.cu_seqlens)
-    return x._replace(f=f, cu_seqlens=ends)
-
-
-def forward(x: Inputs, o: Options) -> tuple[Tensor, ...]:
+def forward(x: Inputs, spec: CallSpec) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); empty tensors for what is not wanted or not there."""
-    return _filled(_called(_forward, o, x), o.full(x.q))
-
-
-def _forward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
-    given = Inputs(*tensors)
-    if log.ON:
-        log.sequence(given, o)
-    given = ordered(given, o)
-    x = _joined(given, o)
-    grid, result = scan_forward(x, o, o.final)
-    clear(given, o, result.out)
-    C, n, m = result.final if o.final else None, None, None
-    if o.final and o.normalize:
-        n, m = grid.n_final.clone(), grid.m_final.clone()
-    return result.out, C, n, m, o.leaf.saved(grid) if o.keep else None
+    return _filled(_called(algorithm.forward, spec, x), spec.state_dtype)
 
 
 def backward(
     dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, x: Inputs,
-    o: Options, exchange: Exchange | None = None,
+    spec: CallSpec, exchange: Exchange | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial
     state. dq needs no final state: an ``exchange`` begins before it, and ends after it with dC and
     dn (see ``tfla.parallel``)."""
     tensors = *x, h, saved, dh, dC, dn
     if exchange is None:
-        grads = _called(_backward, o, tensors)
+        grads = _called(algorithm.backward, spec, tensors)
     else:
         with no_autocast(x.q.device.type):
-            grads = _backward(o, *tensors, exchange)
-    return _filled(grads, o.full(x.q))
+            grads = algorithm.backward(spec, *tensors, exchange)
+    return _filled(grads, spec.state_dtype)
 
 
-def _backward(o: Options, *tensors: Any) -> tuple[Tensor | None, ...]:
-    (h, saved, dh, dC, dn, *exchange), leaf = tensors[9:], o.leaf
-    given = ordered(Inputs(*tensors[:9]), o)
-    x = _joined(given, o)
-    dh = torch.zeros_like(h) if dh is None else dh
-    # An output that was not wanted is empty, and so is its cotangent.
-    dC = dC if o.final else None
-    dn = dn if o.final and o.normalize else None
-    grid = leaf.exponents(
-        *x[:5], x.n, x.m, x.cu_seqlens, o.scale, o.activations, o.normalize, True,
-        o.final or bool(exchange), saved,
-    )  # fmt: skip
-
-    def value(dC: Tensor | None, dot: Tensor | None) -> Any:
-        return leaf.scan("dv", x.k, x.q, dh, grid, dC, final=x.C is not None, dot=dot)
-
-    # dv reads dh anyway: where nothing is exchanged, dh . h comes with it.
-    dv: Any = None if exchange else value(dC, h if o.normalize else None)
-    column = leaf.normalizer_backward(dh, h, x.q, x.n, grid, dv) if o.normalize else None
-    arrives = exchange[0](grid, column) if exchange else None
-    C_T = None if x.C is None else x.C.mT
-    dq = leaf.scan("dq", dh, x.v, x.k, grid, C_T, column=column, dot=x.q)
-    if arrives is not None:
-        dC, dn = arrives()
-        dv = value(dC, None)
-    column = leaf.normalizer_carried(column, dn, grid) if o.normalize else None
-    dC_T = None if dC is None else dC.mT
-    dk = leaf.scan("dk", x.v, dh, x.q, grid, dC_T, column=column, dot=x.k, against=dq)
-    di, df = leaf.gate_gradients(x.i, x.f, dq, dk, grid, o.activations)
-    clear(given, o, dq.out, dk.out, dv.out, di, df)
-    dC_0, dn_0, dm_0 = None, None, None
-    if x.C is not None:
-        dC_0, dn = leaf.initial_gradients(dv, dk)
-        if x.n is not None and dn is not None:
-            wide = torch.float64  # the two cancel where the normaliser is active
-            dm_0 = (dC_0.to(wide) * x.C).sum((-2, -1)) + (dn.to(wide) * x.n).sum(-1)
-            dn_0, dm_0 = dn.contiguous(), dm_0.to(dn.dtype)
-    di, df = di.to(x.i.dtype).contiguous(), df.to(given.f.dtype).contiguous()
-    return dq.out, dk.out, dv.out, di, df, dC_0, dn_0, dm_0
-
-
-def _called(function: Any, o: Options, tensors: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """``function(o, *tensors)``, which a backend may know from an earlier call: ``recorded``."""
-    recorded = getattr(o.leaf, "recorded", None)
+def _called(
+    function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]
+) -> Results:
     with no_autocast(tensors[0].device.type):
-        return function(o, *tensors) if recorded is None else recorded(function, o, tensors)
+        return backend_of(spec.backend).execute(function, spec, tensors)
 
 
 def _filled(results: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -214,22 +62,22 @@ def _filled(results: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Ten
     return tuple(first.new_empty(0, dtype=dtype) if t is None else t for t in results)
 
 
-def run(x: Inputs, o: Options) -> tuple[Any, ...]:
+def run(x: Inputs, spec: CallSpec) -> tuple[Any, ...]:
     """(h, C_T, n_T, m_T), differentiable; states that are not wanted may be None."""
     if torch.compiler.is_compiling():
-        return torch.ops.tfla.forward(*x, *o)[:4]
+        return torch.ops.tfla.forward(*x, *spec.options)[:4]
     _refuse_transforms()
     if by_operator(*x):
-        return torch.ops.tfla.forward(*x, *o)[:4]
-    if o.keep or _compat.forward_derivatives():
-        return _Forward.apply(o, *x)
-    return _called(_forward, o, x)[:4]
+        return torch.ops.tfla.forward(*x, *spec.options)[:4]
+    if spec.needs_grad or _compat.forward_derivatives():
+        return _Forward.apply(spec, *x)
+    return _called(algorithm.forward, spec, x)[:4]
 
 
 def step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
     m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations, inplace: bool,
-    backend: str,
+    backend: BackendName,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """One token, no gradient: (h, C, n, m). q, k: (B, H, K). v: (B, H, V). i, f: (B, H). States:
     (N, H, ...), see ``tfla.State``."""
@@ -252,7 +100,12 @@ def by_operator(*tensors: Tensor | None) -> bool:
     checkpointing, FakeTensorMode, modes that count) or tensors of another make, or of no values?"""
     if _compat.dispatch_modes() or tensors[0].is_meta:  # type: ignore[union-attr]
         return True
-    return not _PLAIN.issuperset(map(type, tensors))
+    return not are_plain(*tensors)
+
+
+def are_plain(*tensors: Any) -> bool:
+    """Are these torch's own tensors, or None?"""
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 # ---------------------------------------------------------------- eager
@@ -260,9 +113,9 @@ def by_operator(*tensors: Tensor | None) -> bool:
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, o: Options, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        h, C, n, m, saved = _called(_forward, o, tensors)
-        ctx.options = o
+    def forward(ctx: Any, spec: CallSpec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        h, C, n, m, saved = _called(algorithm.forward, spec, tensors)
+        ctx.spec = spec
         ctx.save_for_backward(*tensors, h, saved)
         if m is not None:
             ctx.mark_non_differentiable(m)
@@ -278,16 +131,16 @@ class _Forward(torch.autograd.Function):
         _refuse_batches(dh, dC, dn)
         tensors = *ctx.saved_tensors, dh, dC, dn
         if torch.is_grad_enabled():  # create_graph: a node that refuses
-            grads = _Backward.apply(ctx.options, *tensors)
+            grads = _Backward.apply(ctx.spec, *tensors)
         else:
-            grads = _called(_backward, ctx.options, tensors)
+            grads = _called(algorithm.backward, ctx.spec, tensors)
         return None, *match(grads, tensors), None
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, o: Options, *tensors: Tensor | None) -> Any:
-        return _called(_backward, o, tensors)
+    def forward(ctx: Any, spec: CallSpec, *tensors: Tensor | None) -> Any:
+        return _called(algorithm.backward, spec, tensors)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
@@ -331,64 +184,74 @@ def refuse_second_derivative() -> None:
 # ---------------------------------------------------------------- torch.library
 
 
-@torch.library.custom_op("tfla::forward", mutates_args=())
-def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
-    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
-    normalize: bool, final: bool, keep: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    return forward(x, Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend))  # type: ignore[return-value]
+# The operators' one list of arguments: tensors, then what they do not say.
+CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? C, Tensor? n, Tensor? m, Tensor? "
+    f"cu_seqlens, {OPTIONS}"
+)
+
+
+def call_of(*args: Any) -> tuple[Inputs, CallSpec]:
+    """The arguments of ``CALL`` as values with names."""
+    x = Inputs(*args[:9])
+    return x, CallSpec.of(x, Options(*args[9:17]))
+
+
+@torch.library.custom_op(
+    "tfla::forward", mutates_args=(),
+    schema=f"({CALL}) -> (Tensor h, Tensor C_T, Tensor n_T, Tensor m_T, Tensor saved)",
+)  # fmt: skip
+def _forward_op(*args: Any) -> tuple[Tensor, ...]:
+    return forward(*call_of(*args))
 
 
 @_forward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    x, o = Inputs(*args[:9]), Options(*args[9:])
-    (B, _, H, K), V = x.q.shape, x.v.shape[-1]
-    N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    dtype = o.full(x.q)
+    x, spec = call_of(*args)
 
     def new(*shape: int) -> Tensor:
-        return x.q.new_empty(shape, dtype=dtype)
+        return x.q.new_empty(shape, dtype=spec.state_dtype)
 
-    C = new(N, H, K, V) if o.final else new(0)
-    n, m = (new(N, H, K), new(N, H)) if o.final and o.normalize else (new(0), new(0))
+    N, H, K, V = spec.N, spec.H, spec.K, spec.V
+    normalized = spec.final_state and spec.normalize
+    C = new(N, H, K, V) if spec.final_state else new(0)
+    n, m = (new(N, H, K), new(N, H)) if normalized else (new(0), new(0))
     saved = new(0)
-    if o.keep:
-        cu_seqlens = x.cu_seqlens
-        if cu_seqlens is not None and _one(x, o):
-            cu_seqlens = cu_seqlens.new_empty(2)
-        saved = o.leaf.saved_like(x.q, x.v, cu_seqlens, o.normalize, o.keep, o.final)
+    if spec.needs_grad:
+        backend = backend_of(spec.backend)
+        one = spec.but(N=1) if can_fold_packing(backend, spec) else spec
+        saved = new(*backend.saved_shape(one, spec.final_state))
     return x.v.new_empty(x.v.shape), C, n, m, saved
 
 
-@torch.library.custom_op("tfla::backward", mutates_args=())
+@torch.library.custom_op(
+    "tfla::backward", mutates_args=(),
+    schema=f"(Tensor? dh, Tensor? dC, Tensor? dn, Tensor h, Tensor saved, {CALL}) -> (Tensor dq, "
+    "Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dC_0, Tensor dn_0, Tensor dm_0)",
+)  # fmt: skip
 def _backward_op(
-    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, q: Tensor,
-    k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
-    m: Tensor | None, cu_seqlens: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
-    normalize: bool, final: bool, keep: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    x = Inputs(q, k, v, i, f, C, n, m, cu_seqlens)
-    o = Options(scale, sigmoid_i, sigmoid_f, normalize, final, keep, backend)
-    return backward(dh, dC, dn, h, saved, x, o)  # type: ignore[return-value]
+    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return backward(dh, dC, dn, h, saved, *call_of(*args))
 
 
 @_backward_op.register_fake
 def _(dh: Any, dC: Any, dn: Any, h: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    x = Inputs(*args[:9])
-    dtype = Options.full(x.q)
+    return gradients_like(*call_of(*args))
 
-    def state(t: Tensor | None) -> Tensor:
-        return x.q.new_empty((0,) if t is None else t.shape, dtype=dtype)
 
-    inputs = tuple(t.new_empty(t.shape) for t in x[:5])
-    return *inputs, state(x.C), state(x.n), state(x.m)
+def gradients_like(x: Inputs, spec: CallSpec) -> tuple[Tensor, ...]:
+    """Empty tensors of the shapes of what ``backward`` returns."""
+    states = (x.C, x.n, x.m)
+    return (
+        *(t.new_empty(t.shape) for t in (x.q, x.k, x.v, x.i, x.f)),
+        *(x.q.new_empty((0,) if t is None else t.shape, dtype=spec.state_dtype) for t in states),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     h, _, _, m, saved = output
-    ctx.options = Options(*inputs[9:])
+    ctx.options = inputs[9:]
     ctx.save_for_backward(h, saved, *inputs[:9])
     ctx.mark_non_differentiable(m, saved)
     ctx.set_materialize_grads(False)
@@ -397,7 +260,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward_of_forward(ctx: Any, dh: Any, dC: Any, dn: Any, *_: Any) -> tuple[Any, ...]:
     h, saved, *tensors = ctx.saved_tensors
     grads = torch.ops.tfla.backward(dh, dC, dn, h, saved, *tensors, *ctx.options)
-    return *match(grads, Inputs(*tensors)), *[None] * 8
+    return *match(grads, Inputs(*tensors)), *[None] * (1 + len(ctx.options))
 
 
 def _backward_of_backward(ctx: Any, *_: Any) -> None:
@@ -410,10 +273,10 @@ _backward_op.register_autograd(_backward_of_backward)
 
 def _step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
-    m: Tensor | None, slots: Tensor | None, scale: float, sigmoid_i: bool, sigmoid_f: bool,
+    m: Tensor | None, slots: Tensor | None, scale: float, input_gate: str, sigmoid_f: bool,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    leaf, activations = _leaf(backend), Activations(sigmoid_i, sigmoid_f)
+    leaf, activations = backend_of(backend), Activations(input_gate, sigmoid_f)
     if log.ON:
         log.step(q, v, i, f, C, m, slots, activations, backend)
     with no_autocast(q.device.type):

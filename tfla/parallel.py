@@ -24,20 +24,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tfla import _compat, gates, log, ops
+from tfla import _compat, algorithm, gates, log, ops
 from tfla.gates import EMPTY
 from tfla.offsets import check_offsets
-from tfla.ops import Inputs, Options
+from tfla.spec import CallSpec, Inputs
 
 CUT = gates.LOG_F_NOTHING  # below any gauge, and finite: a log weight of 0
 SECONDS = 60  # that ranks wait for each other where shapes are compared
 
 
-def run(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
+def run(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
     """``ops.run`` with T split over ``group``: (h, C, n, m); states as in ``tfla.mlstm``."""
-    if group is None or group.size() == 1 or x.q.shape[1] == 0:
-        return ops.run(x, o)[:4]
-    return torch.ops.tfla.parallel_forward(*x, *o, group.group_name)[:4]
+    if group.size() == 1 or spec.T == 0:
+        return ops.run(x, spec)[:4]
+    return torch.ops.tfla.parallel_forward(*x, *spec.options, group.group_name)[:4]
 
 
 class Part(NamedTuple):
@@ -165,102 +165,107 @@ def _sum_of(x: Tensor, w: Tensor, full: torch.dtype) -> Tensor:
     return _product(w, None, x, full).sum(2)
 
 
-def _left(x: Inputs, o: Options, part: Part) -> _States:
+def _left(x: Inputs, spec: CallSpec, part: Part) -> _States:
     """What the rank leaves at its end; of sequences that begin here, from their initial states."""
-    full = o.full(x.q)
-    logs = gates.log_gates(x.i.double(), x.f.double(), o.activations)
+    full = spec.state_dtype
+    logs = gates.log_gates(x.i.double(), x.f.double(), spec.activations)
     log_i, log_f = map(_mask, (part.tail, part.tail), logs, (-torch.inf, 0.0))
     log_i, log_f = (y.transpose(1, 2).contiguous() for y in (log_i, log_f))  # (B, H, T)
     power = log_i + gates.behind(log_f)
-    m = power.amax(-1).clamp(min=EMPTY) if o.normalize else torch.zeros_like(power[..., 0])
+    m = power.amax(-1).clamp(min=EMPTY) if spec.normalize else torch.zeros_like(power[..., 0])
     m, followed = gates.rounded(m, full)
     b = log_f.sum(-1).clamp(min=CUT)  # which fp32 holds
     w = (power - followed[..., None]).exp().to(full).transpose(1, 2)
     C = _product(x.k, w, x.v, full)
-    n = _sum_of(x.k, w, full) if o.normalize else None
+    n = _sum_of(x.k, w, full) if spec.normalize else None
     begins = _pick(part.starts, part.last)
     if x.C is not None and begins is not False:
         n = None if n is None or x.n is None else torch.stack([n, _pick(x.n, part.last)])
         both = _States(torch.stack([C, _pick(x.C, part.last)]), n, m, b)
         power = _choose(begins, b if x.m is None else _pick(x.m, part.last) + b, CUT)
-        C, n, m = _sum(both, torch.stack([m.double(), power]), o.normalize)
+        C, n, m = _sum(both, torch.stack([m.double(), power]), spec.normalize)
     return _States(C, n, m, _choose(begins, torch.full_like(b, CUT), b))
 
 
-def forward(x: Inputs, o: Options, group: Any) -> tuple[Tensor, ...]:
+def forward(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved, what else the backward pass needs: the states that enter (C, n, m),
     the gauges that leave, and b of all ranks)."""
     if log.ON:
-        log.sequence(x, o)
-    rank, N = group.rank(), x.q.shape[0] if x.cu_seqlens is None else len(x.cu_seqlens) - 1
-    _agree(x, o, group)
+        log.sequence(spec)
+    rank, N, H, K, V = group.rank(), spec.N, spec.H, spec.K, spec.V
+    backend = algorithm.backend_of(spec.backend)
+    _agree(x, spec, group)
     with ops.no_autocast(x.q.device.type):
         part = Part.make(x, rank, group.size())
-        arrives = _left(x, o, part).gather(group)
-        (_, _, H, K), V, full = x.q.shape, x.v.shape[-1], o.full(x.q)
+        arrives = _left(x, spec, part).gather(group)
+        full = spec.state_dtype
         C = x.q.new_zeros(N, H, K, V, dtype=full) if x.C is None else x.C
         n, m = x.n, x.m
-        if o.normalize and x.n is None:
+        if spec.normalize and x.n is None:
             n, m = C.new_zeros(N, H, K), C.new_full((N, H), EMPTY)
         states = arrives()
         if rank:
             before = states.ranks(0, rank)
-            C_r, n_r, m_r = _sum(before, before.m + gates.between(before.b), o.normalize)
+            C_r, n_r, m_r = _sum(before, before.m + gates.between(before.b), spec.normalize)
             C = _choose(part.enters, C_r, C)
             if n is not None and n_r is not None and m is not None:
                 n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
         packed = x.cu_seqlens is not None
-        inner = ops.ordered(x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens), o)
-        grid, result = ops.scan_forward(inner, o._replace(final=o.final and packed), True)
-        ops.clear(inner, o, result.out)
+        inner = algorithm.ordered(
+            backend, x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
+        )
+        own_spec = spec.but(initial_state=True, final_state=spec.final_state and packed)
+        weights, result = algorithm.scan_forward(backend, inner, own_spec, True)
+        algorithm.clear(backend, inner, result.out)
         ends = [result.out.new_empty(0, dtype=full) for _ in range(3)]
-        m_last = grid.m_final.clone() if o.normalize else C.new_zeros(N, H)
-        if o.final and packed:  # each is known where its sequence ends
-            own = [result.final, *([grid.n_final, m_last] if o.normalize else [])]
+        m_last = weights.m_final.clone() if spec.normalize else C.new_zeros(N, H)
+        if spec.final_state and packed:  # each is known where its sequence ends
+            own = [result.final, *([weights.n_final, m_last] if spec.normalize else [])]
             own = [_choose(part.ends, s, 0.0) for s in own]
             ends[: len(own)] = _reduce(own, group)
-        elif o.final:
-            *last, gauge = _sum(states, states.m + gates.between(states.b), o.normalize)
-            ends = [*last, gauge] if o.normalize else [last[0], *ends[1:]]
+        elif spec.final_state:
+            *last, gauge = _sum(states, states.m + gates.between(states.b), spec.normalize)
+            ends = [*last, gauge] if spec.normalize else [last[0], *ends[1:]]
         # An operator's outputs are neither its inputs nor each other.
         kept = [C.new_empty(0) if y is None else y.clone() if not rank else y for y in (C, n, m)]
-        return result.out, *ends, o.leaf.saved(grid), *kept, m_last, states.b
+        return result.out, *ends, backend.saved(weights), *kept, m_last, states.b
 
 
 def backward(
     dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, kept: list[Tensor], x: Inputs,
-    o: Options, group: Any,
+    spec: CallSpec, group: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As ``ops.backward``. kept: what ``forward`` returned, but for C_T and n_T."""
-    rank, full = group.rank(), o.full(x.q)
+    rank, full = group.rank(), spec.state_dtype
     h, m_end, saved, C, *column, m_last, b = kept
-    n, m = column if o.normalize else (None, None)
+    n, m = column if spec.normalize else (None, None)
     with ops.no_autocast(x.q.device.type):
         part = Part.make(x, rank, group.size())
         inner = x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
         dh = torch.zeros_like(h) if dh is None else dh
         given: list[Tensor] = []  # (dC, dn) at the ends of the sequences that end here
-        if o.final:  # the losses of all ranks may depend on every rank's copy of it
+        if spec.final_state:  # the losses of all ranks may depend on every rank's copy of it
             both = [(C, dC)] if n is None else [(C, dC), (n, dn)]
             given = _reduce([torch.zeros_like(s) if d is None else d for s, d in both], group)
-            if o.normalize:  # from the gauge that was returned to the one of this rank
+            if spec.normalize:  # from the gauge that was returned to the one of this rank
                 w = (m_last.double() - m_end.double()).exp().to(full)
                 given = [d * w.view(*w.shape, *[1] * (d.dim() - 2)) for d in given]
             given = [_choose(part.ends, d, 0.0) for d in given]
 
-        def exchange(grid: Any, column: Any) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        def exchange(weights: Any, column: Any) -> Callable[[], tuple[Tensor, Tensor | None]]:
             enters = _pick(part.enters, part.first)
             if enters is False:  # nothing to say to those before
                 dC, dn = torch.zeros_like(C), None if n is None else torch.zeros_like(n)
             else:
-                w, d = o.leaf.reach(grid, column, part.first)
+                backend = algorithm.backend_of(spec.backend)
+                w, d = backend.initial_state_decay(weights, column, part.first)
                 used = None if part.head is None else part.head & enters[0]
                 w = _mask(used, w, 0.0)
                 dC = _product(x.q, w, dh, full)
                 dn = None if d is None else _sum_of(x.q, w * _mask(used, d, 0.0), full)
             gauge = dC.new_zeros(dC.shape[:2]) if m is None else _pick(m, part.first)
             if given and enters is not False:
-                _, log_f = gates.log_gates(x.i.double(), x.f.double(), o.activations)
+                _, log_f = gates.log_gates(x.i.double(), x.f.double(), spec.activations)
                 power = _mask(part.head, log_f, 0.0).sum(1) + gauge - _pick(m_last, part.first)
                 power = _choose(enters, power, CUT).exp().to(full)
                 dC = dC + power[..., None, None] * _pick(given[0], part.first)
@@ -280,7 +285,9 @@ def backward(
 
             return wait
 
-        grads = ops.backward(dh, None, None, h, saved, inner, o, exchange)
+        grads = ops.backward(
+            dh, None, None, h, saved, inner, spec.but(initial_state=True), exchange
+        )
         return *grads[:5], *(
             g.new_empty(0) if s is None else _choose(part.starts, g, 0.0)
             for g, s in zip(grads[5:], (x.C, x.n, x.m), strict=True)
@@ -298,11 +305,11 @@ def _reduce(tensors: list[Tensor], group: Any) -> list[Tensor]:
 _seen: dict[str, list[Any]] = {}  # by name: the group, the calls that agreed, comparisons so far
 
 
-def _agree(x: Inputs, o: Options, group: Any) -> None:
+def _agree(x: Inputs, spec: CallSpec, group: Any) -> None:
     """ValueError in every rank unless all make the same call: compared once, by no collective."""
     if x.cu_seqlens is not None and x.cu_seqlens.device.type == "cpu":  # of graphs, too
         check_offsets(x.cu_seqlens, x.q.shape[1], group.size())
-    options = o._replace(keep=True, backend="")
+    options = spec.options._replace(needs_grad=True, backend="", precision="")
     call = (options, *(None if t is None else (t.shape, t.dtype) for t in x))
     known = _seen.get(group.group_name)
     if known is None or known[0] is not group:
@@ -334,16 +341,11 @@ def _agree(x: Inputs, o: Options, group: Any) -> None:
     known[1].add(call)
 
 
-CALL = (
-    "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? C, Tensor? n, Tensor? m, Tensor? "
-    "cu_seqlens, float scale, bool sigmoid_i, bool sigmoid_f, bool normalize, bool final, bool "
-    "keep, str backend, str group) -> Tensor[]"
-)
+CALL = f"{ops.CALL}, str group) -> Tensor[]"
 
 
-def _call(*args: Any) -> tuple[Inputs, Options, Any]:
-    group = _compat.process_group(args[16])
-    return Inputs(*args[:9]), Options(*args[9:16]), group
+def _call(*args: Any) -> tuple[Inputs, CallSpec, Any]:
+    return *ops.call_of(*args), _compat.process_group(args[-1])
 
 
 @torch.library.custom_op("tfla::parallel_forward", mutates_args=(), schema=f"({CALL}")
@@ -353,20 +355,19 @@ def _forward_op(*args: Any) -> list[Tensor]:
 
 @_forward_op.register_fake
 def _(*args: Any) -> list[Tensor]:
-    x, o, group = _call(*args)
-    (B, _, H, K), V = x.q.shape, x.v.shape[-1]
-    N, P = (B, B) if x.cu_seqlens is None else (x.cu_seqlens.shape[0] - 1, 1)
+    x, spec, group = _call(*args)
+    N, H, K, V, P = spec.N, spec.H, spec.K, spec.V, 1 if spec.packed else spec.B
 
     def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return x.q.new_empty(shape, dtype=dtype or o.full(x.q))
+        return x.q.new_empty(shape, dtype=dtype or spec.state_dtype)
 
     def state(there: bool) -> list[Tensor]:
-        n = [new(N, H, K), new(N, H)] if there and o.normalize else [new(0), new(0)]
+        n = [new(N, H, K), new(N, H)] if there and spec.normalize else [new(0), new(0)]
         return [new(N, H, K, V) if there else new(0), *n]
 
-    saved = o.leaf.saved_like(x.q, x.v, x.cu_seqlens, o.normalize, o.keep, True)
+    saved = new(*algorithm.backend_of(spec.backend).saved_shape(spec, True))
     b = new(group.size(), P, H, dtype=torch.float64)
-    return [x.v.new_empty(x.v.shape), *state(o.final), saved, *state(True), new(N, H), b]
+    return [x.v.new_empty(x.v.shape), *state(spec.final_state), saved, *state(True), new(N, H), b]
 
 
 BACK = f"(Tensor? dh, Tensor? dC, Tensor? dn, Tensor[] kept, {CALL}"
@@ -379,10 +380,7 @@ def _backward_op(dh: Any, dC: Any, dn: Any, kept: list[Tensor], *args: Any) -> l
 
 @_backward_op.register_fake
 def _(dh: Any, dC: Any, dn: Any, kept: list[Tensor], *args: Any) -> list[Tensor]:
-    x = Inputs(*args[:9])
-    empty = x.q.new_empty(0, dtype=Options.full(x.q))
-    states = [empty.new_empty((0,) if t is None else t.shape) for t in x[5:8]]
-    return [*(t.new_empty(t.shape) for t in x[:5]), *states]
+    return list(ops.gradients_like(*ops.call_of(*args)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -395,7 +393,7 @@ def _backward_of_forward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...
     saved = ctx.saved_tensors  # once: recomputation under a checkpoint allows no more
     tensors = saved[:9]
     found = torch.ops.tfla.parallel_backward(*grads[:3], list(saved[9:]), *tensors, *ctx.rest)
-    return *ops.match(found, Inputs(*tensors)), *[None] * 9
+    return *ops.match(found, Inputs(*tensors)), *[None] * (1 + len(ctx.rest))
 
 
 _forward_op.register_autograd(_backward_of_forward, setup_context=_setup_context)

@@ -1,13 +1,14 @@
 """The truth and the CPU backend: the recurrence token by token, and the scan chunk by chunk.
 
 ``recurrence`` is the specification (run it in fp64). The rest is the backend "reference" in plain
-PyTorch, with the functions that any backend has (see ``tfla.ops``). It runs on any device, in time
-and memory linear in T, in fp32 (fp64 for fp64 inputs), on chunks that never cross a sequence.
+PyTorch, with the functions of ``tfla.backend``. It runs on any device, in time and memory linear in
+T, in fp32 (fp64 for fp64 inputs), on chunks that never cross a sequence.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tfla import gates
+from tfla.backend import Results, ScanName
 from tfla.gates import Activations
 from tfla.offsets import check_offsets
+from tfla.spec import CallSpec, Inputs
 
 # Tokens a chunk. On a CPU (AVX2, heads of 64) chunks of 32 and 128 take 1.5 and 1.4 times as long.
 L = 64
@@ -159,24 +162,26 @@ class Side(NamedTuple):
 
 
 @dataclass
-class Grid:
+class GateWeights:
     """The weights of a problem, chunk by chunk: what ``scan`` needs to know of the gates.
     Those of the target side are multiplied with scale / den, once the scan of h has found nu."""
 
+    spec: CallSpec
     layout: Layout
-    shape: torch.Size  # (B, T, H)
-    dtype: torch.dtype
     source: Side
     target: Side
     decay: Tensor  # (C, H) weight of the state that enters the chunk for the one that leaves it
     floor: Tensor  # (C, H, L) exp(-m_t), the least denominator
-    normalize: bool
     n: Tensor | None  # (N, H, K)
     nu: Tensor | None  # (B, T, H) n_t . scale q_t
     m_final: Tensor  # (N, H)
     n_final: Tensor | None = None  # (N, H, K)
 
-    def weights(self, c: slice) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.state_dtype
+
+    def between(self, c: slice) -> Tensor:
         """D_ts of some chunks, (., H, L, L). Powers of whole numbers are exact, and so are their
         differences. Select s <= t last: beyond the diagonal there may be anything."""
         source, target = self.source, self.target
@@ -185,27 +190,24 @@ class Grid:
         return D.tril_()
 
     def join(self, x: Tensor) -> Tensor:
-        B, T, H = self.shape
+        B, T, H = self.spec.B, self.spec.T, self.spec.H
         out = x.new_empty(B * T + 1, H, *x.shape[3:])
         self.layout.join(x, out, self.layout.whole)
         return out[:-1].view(B, T, H, *x.shape[3:])
 
 
-def exponents(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, n: Tensor | None, m: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, activations: Activations, normalize: bool, keep: bool,
-    ends: bool, saved: Tensor | None = None,
-) -> Grid:  # fmt: skip
-    """The weights of every chunk.
-
-    q, k: (B, T, H, K). v: (B, T, H, V), for its shape. i, f: (B, T, H). n: (N, H, K), m: (N, H) or
-    None. saved: nu (B, T, H) of an earlier call, or None."""
-    B, T, H, K = q.shape
-    layout = Layout.make(B, T, cu_seqlens, H * max(L, K) * max(L, v.shape[-1]), q.device)
-    whole = layout.whole
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+def gate_weights(
+    x: Inputs, spec: CallSpec, at_ends: bool, saved: Tensor | None = None
+) -> GateWeights:
+    """The weights of every chunk. at_ends: may there be a dC where sequences end? saved: nu, (B, T,
+    H), of an earlier call, or None."""
+    q, i, f, n, m = x.q, x.i, x.f, x.n, x.m
+    scale, normalize = spec.scale, spec.normalize
+    numbers = spec.H * max(L, spec.K) * max(L, spec.V)
+    layout = Layout.make(spec.B, spec.T, x.cu_seqlens, numbers, q.device)
+    whole, dtype = layout.whole, spec.state_dtype
     host = q.device if q.device.type != "mps" else torch.device("cpu")  # MPS has no fp64
-    log_i, log_f = gates.log_gates(i.to(host, dtype), f.to(host, dtype), activations)
+    log_i, log_f = gates.log_gates(i.to(host, dtype), f.to(host, dtype), spec.activations)
     e = gates.exponents(
         layout.cut(log_i, torch.float64, whole, gates.LOG_I_NOTHING),
         layout.cut(log_f, torch.float64, whole), None if m is None else m[layout.rank].to(host),
@@ -226,19 +228,18 @@ def exponents(
     source = Side(put(e.source[0]), put(e.source[1].exp2()), put(reach))
     target = Side(put(e.target[0]), put(factor), put(edge))
     decay, m_final = put(gates.exp(e.end)), put(e.m_final)[layout.rank_of]
-    nu, shape = saved if normalize else None, q.shape[:3]
-    return Grid(layout, shape, dtype, source, target, decay, floor, normalize, n, nu, m_final)
+    nu = saved if normalize else None
+    return GateWeights(spec, layout, source, target, decay, floor, n, nu, m_final)
 
 
-def saved(grid: Grid) -> Tensor:
-    """What the backward pass needs of the forward's grid: nu, (B, T, H)."""
-    return grid.decay.new_empty(0) if grid.nu is None else grid.nu
+def saved(weights: GateWeights) -> Tensor:
+    """What the backward pass needs of the forward's weights: nu, (B, T, H)."""
+    return weights.decay.new_empty(0) if weights.nu is None else weights.nu
 
 
-def saved_like(q: Tensor, v: Tensor, cu_seqlens: Any, normalize: bool, *_: bool) -> Tensor:
-    """An empty tensor of the shape that ``saved`` will have, known from shapes alone."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[:3] if normalize else (0,), dtype=dtype)
+def saved_shape(spec: CallSpec, at_ends: bool) -> tuple[int, ...]:
+    """The shape that ``saved`` will have."""
+    return (spec.B, spec.T, spec.H) if spec.normalize else (0,)
 
 
 # ---------------------------------------------------------------- the scan
@@ -255,7 +256,7 @@ class Scan(NamedTuple):
     across: Tensor | None  # (C, H, L) what flows across each token's border, but for dq.dot (dk)
 
 
-class Column(NamedTuple):
+class NormalizerGrad(NamedTuple):
     """The normaliser's share of the backward pass: a column more, [dh | d] . [v | 1]."""
 
     d: Tensor  # (C, H, L) -sign(nu) (dh . h) where the normaliser is active, else 0
@@ -263,37 +264,42 @@ class Column(NamedTuple):
     dn: Tensor | None  # (N, H, K) entering the reverse scan
 
 
-def normalizer_backward(
-    dh: Tensor, h: Tensor, q: Tensor, n: Tensor | None, grid: Grid, dv: Scan | None
-) -> Column:
+def normalizer_grad(
+    dh: Tensor, h: Tensor, q: Tensor, n: Tensor | None, weights: GateWeights, dv: Scan | None
+) -> NormalizerGrad:
     """The gradient of the division. dh, h: (B, T, H, V). n: (N, H, K) or None. dv: its scan."""
-    dot = (dh.to(grid.dtype) * h.to(grid.dtype)).sum(-1)
-    nu, dot = (grid.layout.cut(x, grid.dtype, grid.layout.whole) for x in (saved(grid), dot))
-    return Column(torch.where(nu.abs() > grid.floor, -nu.sign() * dot, 0.0), n, None)
+    dot = (dh.to(weights.dtype) * h.to(weights.dtype)).sum(-1)
+    layout = weights.layout
+    nu, dot = (layout.cut(x, weights.dtype, layout.whole) for x in (saved(weights), dot))
+    return NormalizerGrad(torch.where(nu.abs() > weights.floor, -nu.sign() * dot, 0.0), n, None)
 
 
-def normalizer_carried(column: Column, dn: Tensor | None, grid: Grid) -> Column:
+def with_final_grad(
+    column: NormalizerGrad, dn: Tensor | None, weights: GateWeights
+) -> NormalizerGrad:
     """With dn (N, H, K), what the final n was worth, for the scan of dk."""
     return column._replace(dn=dn)
 
 
-def reach(grid: Grid, column: Column | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def initial_state_decay(
+    weights: GateWeights, column: NormalizerGrad | None, first: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """(B, T, H) each: the weight of a sequence's initial state at its tokens, exp(b_t + m_0 - m_t)
     scale / den_t, and d of the column. first: (1,) the only sequence that matters, if packed."""
-    layout, edge = grid.layout, grid.target.edge.clone()
+    layout, edge = weights.layout, weights.target.edge.clone()
     before = edge.new_ones(len(layout.rank), edge.shape[1])
     counts = [step.stop - step.start for step in layout.whole.steps]
-    parts = zip(layout.whole.steps, edge.split(counts), grid.decay.split(counts), strict=True)
-    for ranks, weights, decay in parts:
-        weights.mul_(before[ranks, :, None])
+    parts = zip(layout.whole.steps, edge.split(counts), weights.decay.split(counts), strict=True)
+    for ranks, edges, decay in parts:
+        edges.mul_(before[ranks, :, None])
         before[ranks] *= decay
-    return grid.join(edge), None if column is None else grid.join(column.d)
+    return weights.join(edge), None if column is None else weights.join(column.d)
 
 
 def scan(
-    name: str, a: Tensor, b: Tensor, x: Tensor, grid: Grid, state: Tensor | None = None, *,
-    column: Column | None = None, dot: Tensor | None = None, against: Scan | None = None,
-    final: bool = True,
+    name: ScanName, a: Tensor, b: Tensor, x: Tensor, weights: GateWeights,
+    state: Tensor | None = None, *, column: NormalizerGrad | None = None,
+    dot: Tensor | None = None, against: Scan | None = None, final: bool = True,
 ) -> Scan:  # fmt: skip
     """The primitive: every output and every gradient of every variant is one call.
 
@@ -305,24 +311,24 @@ def scan(
     the contraction. dot: (B, T, H, X), for gate gradients; h with dv, which may return dh . h (not
     here). against: the scan of dq, for dk. final: is the state after the last chunk wanted?
     """
-    layout, dtype = grid.layout, grid.dtype
+    layout, dtype = weights.layout, weights.dtype
     (B, T, H, A), X, N = a.shape, x.shape[-1], len(layout.rank)
-    reverse, divide = name in ("dv", "dk"), name == "h" and grid.normalize
+    reverse, divide = name in ("dv", "dk"), name == "h" and weights.spec.normalize
     # The normaliser is one column more: of the values for h, of the contraction for dq and dk.
-    current = grid.decay.new_zeros(N, H, A + (column is not None), X + divide)
+    current = weights.decay.new_zeros(N, H, A + (column is not None), X + divide)
     row = None if column is None else column.dn if reverse else column.n
     if state is not None:
         current[:, :, :A, :X] = state[layout.rank]
-    if divide and grid.n is not None:
-        current[..., -1] = grid.n[layout.rank]
+    if divide and weights.n is not None:
+        current[..., -1] = weights.n[layout.rank]
     if row is not None:
         current[:, :, -1] = row[layout.rank]
-    source, target = grid.source.edge, grid.target.edge
+    source, target = weights.source.edge, weights.target.edge
     reads, writes = (source, target) if reverse else (target, source)
 
-    out, nu = x.new_empty(B * T + 1, H, X), grid.floor.new_empty(B * T + 1, H)
-    states = current.new_empty(len(grid.decay), *current.shape[1:]) if name == "dq" else None
-    dots, across = grid.floor.new_empty(2, *grid.floor.shape).unbind(0)
+    out, nu = x.new_empty(B * T + 1, H, X), weights.floor.new_empty(B * T + 1, H)
+    states = current.new_empty(len(weights.decay), *current.shape[1:]) if name == "dq" else None
+    dots, across = weights.floor.new_empty(2, *weights.floor.shape).unbind(0)
     for block in reversed(layout.blocks) if reverse else layout.blocks:
         c = block.chunks
         a_, b_, x_ = (layout.cut(y, dtype, block) for y in (a, b, x))
@@ -335,15 +341,15 @@ def scan(
 
         update = (b_ * writes[c][..., None]).mT @ x_
         entering = torch.empty_like(update) if states is None else states[c]
-        _carry(current, entering, update, grid.decay[c], block.steps, reverse)
-        operands = a_, b_, x_, grid.weights(c), entering, reads[c][..., None], reverse
+        _carry(current, entering, update, weights.decay[c], block.steps, reverse)
+        operands = a_, b_, x_, weights.between(c), entering, reads[c][..., None], reverse
         scores, from_state, y = _chunk(*operands, select=False)
         if not _is_finite(y):
             scores, from_state, y = _chunk(*operands, select=True)
 
         if divide:
             layout.join(y[..., -1], nu, block)
-            y = y[..., :-1] / torch.maximum(y[..., -1].abs(), grid.floor[c])[..., None]
+            y = y[..., :-1] / torch.maximum(y[..., -1].abs(), weights.floor[c])[..., None]
         layout.join(y, out, block)
         if dot is not None and name != "dv":
             z = layout.cut(dot, dtype, block)
@@ -352,14 +358,14 @@ def scan(
                 # From s (column) to r; dots: on to the next chunk.
                 flow = (x_ @ z.mT).mul_(scores).masked_fill_(scores == 0.0, 0.0)
                 after = flow.cumsum(-1).tril_(-1).sum(-2) + dots[c].cumsum(-1)
-                past = (against.states[c] * entering).sum((-2, -1)) * grid.decay[c]
-                past.masked_fill_(grid.decay[c] == 0.0, 0.0)
+                past = (against.states[c] * entering).sum((-2, -1)) * weights.decay[c]
+                past.masked_fill_(weights.decay[c] == 0.0, 0.0)
                 across[c] = pad(after[..., :-1], (1, 0)) + past[..., None]
                 dots[c] += flow.sum(-2)
 
     last = current[layout.rank_of]
     if divide:
-        grid.nu, grid.n_final = nu[:-1].view(B, T, H), last[:, :, :, -1].contiguous()
+        weights.nu, weights.n_final = nu[:-1].view(B, T, H), last[:, :, :, -1].contiguous()
     row = None if column is None else last[:, :, -1].contiguous()
     end = last[:, :, :A, :X].contiguous() if final else None
     return Scan(out[:-1].view(B, T, H, X), end, row, states, dots, across)
@@ -403,7 +409,7 @@ def _is_finite(x: Tensor) -> bool:
 
 
 def gate_gradients(
-    i: Tensor, f: Tensor, dq: Scan, dk: Scan, grid: Grid, activations: Activations
+    i: Tensor, f: Tensor, dq: Scan, dk: Scan, weights: GateWeights
 ) -> tuple[Tensor, Tensor]:
     """(di, df) of (B, T, H), fp32 (fp64).
 
@@ -412,8 +418,9 @@ def gate_gradients(
     as a difference of sums, q . dq - k . dk, it is lost where the gates forget."""
     assert dq.dot is not None and dk.dot is not None and dk.across is not None
     dlog_f = dk.across + dq.dot.flip(-1).cumsum(-1).flip(-1)
-    dlog_i, dlog_f = grid.join(torch.stack([dk.dot, dlog_f], -1)).unbind(-1)
-    return gates.gate_gradients(dlog_i, dlog_f, i.to(grid.dtype), f.to(grid.dtype), activations)
+    dlog_i, dlog_f = weights.join(torch.stack([dk.dot, dlog_f], -1)).unbind(-1)
+    i, f = i.to(weights.dtype), f.to(weights.dtype)
+    return gates.gate_gradients(dlog_i, dlog_f, i, f, weights.spec.activations)
 
 
 def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
@@ -447,6 +454,20 @@ def update(
         if state is not None and value is not None and not (inplace and state is C):
             state[rows] = value.to(state.dtype)
     return h.to(v.dtype)
+
+
+FOLDS_PACKING = False  # chunks never cross a sequence
+
+
+def fold_packing(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("this backend takes packed sequences one by one")
+
+
+def execute(
+    function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]
+) -> Results:
+    """``function(spec, *tensors)``: nothing is kept from call to call."""
+    return function(spec, *tensors)
 
 
 def offsets(cu_seqlens: Tensor, T: int) -> Tensor:

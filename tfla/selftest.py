@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import tfla
-from tfla import verdicts
+from tfla import gates, verdicts
+from tfla.spec import BackendName
 
 # Of the norm of a result, and four times as much of its largest number: products of rounded 16-bit
 # operands, of TF32's 10 bits, of fp32. In the interpreter fp16 is off by at most 1e-3 (df: 2e-3,
@@ -34,7 +35,7 @@ class Case:
     """One call of ``tfla.mlstm`` and its gradients."""
 
     name: str
-    gate: str = "exp"
+    gate: gates.InputGate = "exp"
     B: int = 2
     T: int = 200
     H: int = 2
@@ -53,6 +54,9 @@ class Case:
         )
 
 
+GATES_AND_WIDTHS: tuple[tuple[gates.InputGate, int, int], ...] = (
+    ("exp", 64, 128), ("sigmoid", 200, 36),
+)  # fmt: skip
 PACKED = (0, 70, 70, 75, 200)  # one is empty, one is shorter than a chunk
 CASES = (
     Case("exp"),
@@ -71,7 +75,7 @@ CASES = (
 )
 TF32 = tuple(
     Case(f"{gate}, TF32 allowed", gate, K=K, V=V, tf32=True)
-    for gate, K, V in (("exp", 64, 128), ("sigmoid", 200, 36))
+    for gate, K, V in GATES_AND_WIDTHS
 )
 
 
@@ -80,7 +84,7 @@ class Step:
     """One call of ``tfla.mlstm_step``."""
 
     name: str
-    gate: str = "exp"
+    gate: gates.InputGate = "exp"
     state: torch.dtype = torch.float32
     slots: bool = False  # rows of a larger state, updated in place
     K: int = 64
@@ -144,7 +148,7 @@ def _sequence(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -
     v, dh = (new(c.B, c.T, c.H, c.V, of=dtype) for _ in "vh")
     i, f = new(c.B, c.T, c.H), new(c.B, c.T, c.H) + 3
     offsets = torch.tensor(c.offsets, device=device) if c.offsets else None
-    normalized = c.gate == "exp"
+    normalized = gates.input_gate(c.gate).normalize
     state, dC, dn = [], None, None
     if c.states:
         state, dC = [new(N, c.H, c.K, c.V)], new(N, c.H, c.K, c.V)
@@ -153,7 +157,7 @@ def _sequence(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -
             dn = new(N, c.H, c.K)
     names = ["q", "k", "v", "i", "f", "C", "n"]
 
-    def call(backend: str, full: torch.dtype | None) -> dict[str, Tensor]:
+    def call(backend: BackendName, full: torch.dtype | None) -> dict[str, Tensor]:
         def to(x: Tensor) -> Tensor:
             return x if full is None else x.to(full)
 
@@ -194,9 +198,11 @@ def _step(case: Step, device: torch.device, dtype: torch.dtype, seed: int) -> It
     i, f = new(B, H), new(B, H) + 3
     slots = torch.tensor([4, 0, 3], device=device) if c.slots else None
     C = new(rows, H, c.K, c.V).to(c.state)
-    n, m = (new(rows, H, c.K).to(c.state), new(rows, H)) if c.gate == "exp" else (None, None)
+    n, m = None, None
+    if gates.input_gate(c.gate).normalize:
+        n, m = new(rows, H, c.K).to(c.state), new(rows, H)
 
-    def call(backend: str, full: bool) -> dict[str, Tensor]:
+    def call(backend: BackendName, full: bool) -> dict[str, Tensor]:
         def to(x: Tensor | None) -> Any:
             return None if x is None else x.double() if full else x.clone()
 

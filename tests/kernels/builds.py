@@ -24,6 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 import tfla
 from tfla import kernels, ops, plan
 from tfla.gates import INPUT_GATES
+from tfla.spec import CallSpec, Inputs, Options, products_of
 
 DEVICES = {
     ("cuda", 80): plan.Device((8, 0), 108, 166912),
@@ -124,7 +125,7 @@ def launches(
     if not normalize:
         start[1:] = [None, None]
     cu_seqlens = new(N + 1, of=torch.int32) if packed else None
-    x = ops.Inputs(
+    x = Inputs(
         new(B, T, H, K),
         new(B, T, H, K),
         new(B, T, H, V),
@@ -133,9 +134,8 @@ def launches(
         *start,
         cu_seqlens,
     )
-    options = ops.Options(
-        K**-0.5, INPUT_GATES[gate].sigmoid, True, normalize, state, backward, "triton"
-    )
+    options = Options(K**-0.5, gate, True, normalize, state, backward, "triton", products_of(dtype))
+    spec = CallSpec.of(x, options)
     with contextlib.ExitStack() as stack:
         for module in (kernels, kernels.step):
             stack.enter_context(mock.patch.object(module, "launch", recorder))
@@ -147,10 +147,10 @@ def launches(
             stack.enter_context(
                 mock.patch.object(kernels, "plan_of", lambda *a: override(real(*a)))
             )
-        h, *_, saved = ops.forward(x, options)
+        h, *_, saved = ops.forward(x, spec)
         if backward:
             dC, dn = (start[0], start[1]) if state else (None, None)
-            ops.backward(h, dC, dn, h, saved, x, options)
+            ops.backward(h, dC, dn, h, saved, x, spec)
     return list(dict.fromkeys(seen))
 
 

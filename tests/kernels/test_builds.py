@@ -4,6 +4,7 @@ tensor-core products.
 ``pytest -m aot`` builds the rest: every kernel of more problems, for every target.
 """
 
+import math
 import os
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ from tfla.kernels import pointwise, step
 from tfla.kernels.hopper import _scan_hopper_kernel
 from tfla.kernels.mma import _scan_mma_kernel
 from tfla.kernels.scan import _scan_kernel
+from tfla.spec import CallSpec
 
 SCANS = (_scan_kernel, _scan_hopper_kernel, _scan_mma_kernel)
 MMA = [target for target in DEVICES if target[0] == "cuda" and target[1] in (80, 86, 89, 120)]
@@ -170,11 +172,15 @@ def test_what_lies_between_matrix_products_builds(target: tuple[str, int | str])
 def test_short_documents_keep_no_states() -> None:
     """What a forward pass keeps is as much for 10,000 documents as for one, but for what lies at
     the end of each: a state of 16 heads 128/256 takes 2 MiB."""
-    q, v = (torch.empty(1, 65536, 16, n, dtype=torch.bfloat16, device="meta") for n in (128, 256))
 
     def kept(documents: int, ends: bool = False) -> float:
-        cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta")
-        return 4 * kernels.saved_like(q, v, cu_seqlens, True, True, ends).numel() / 2**20
+        spec = CallSpec(
+            B=1, T=65536, H=16, K=128, V=256, N=documents, packed=True, dtype=torch.bfloat16,
+            gate_dtypes=(torch.float32,) * 2, device=torch.device("meta"), initial_state=False,
+            scale=1.0, input_gate="exp", sigmoid_f=True, normalize=True, final_state=ends,
+            needs_grad=True, backend="triton", precision="ieee",
+        )  # fmt: skip
+        return 4 * math.prod(kernels.saved_shape(spec, ends)) / 2**20
 
     with mock.patch("tfla.kernels.grid.device_of", lambda _: DEVICES["cuda", 90]):
         assert kept(10_000) < kept(1) + 10_000 * 0.1
@@ -209,7 +215,7 @@ def test_a_step_builds(target: tuple[str, int | str], B: int, gate: str, state: 
     ):
         step.update(
             q, k, v, i, f, new(B, H, K, V, of=state), n if kind.normalize else None,
-            m if kind.normalize else None, None, 1.0, Activations(kind.sigmoid, True),
+            m if kind.normalize else None, None, 1.0, Activations(gate, True),
         )  # fmt: skip
     (launch,) = seen
     check(launch, target, STACK[target])

@@ -34,6 +34,7 @@ else:
     from tfla.gates import Activations
     from tfla.kernels import gates, pointwise
     from tfla.plan import Plan, Tile
+    from tfla.spec import CallSpec, Inputs, Options
 
     pytestmark = [
         pytest.mark.usefixtures("one_thread"),
@@ -99,12 +100,14 @@ else:
         def vectors(divides: bool) -> torch.Tensor:
             zeros = torch.zeros(1, T, H, K)
             with planned(divides=divides):
-                grid = kernels.exponents(
-                    zeros, zeros, zeros, i, f, torch.zeros(len(lengths), H, K), m, cu_seqlens, 0.5,
-                    Activations(False, True), True, True, True,
+                x = Inputs(
+                    zeros, zeros, zeros, i, f, torch.zeros(len(lengths), H, K, K),
+                    torch.zeros(len(lengths), H, K), m, cu_seqlens,
                 )  # fmt: skip
+                options = Options(0.5, "exp", True, True, True, True, "triton", "ieee")
+                grid = kernels.gate_weights(x, CallSpec.of(x, options), True)
             assert (grid.undivided is None) != divides
-            found = grid.weights if grid.undivided is None else grid.undivided
+            found = grid.vectors if grid.undivided is None else grid.undivided
             found = found.view(H, grid.slots, gates.VECTORS.value, 16)
             used = [
                 start // 16 + n + j
@@ -253,7 +256,7 @@ else:
         shapes = [(16,), (16,), (20,), (), (), (20,)]
         *x, dh = (torch.randn(1, 40, 2, *d, generator=g) for d in shapes)
         leaves = [y.requires_grad_() for y in x]
-        real, column = kernels.scan, kernels.normalizer_backward
+        real, column = kernels.scan, kernels.normalizer_grad
 
         def scan(name: str, *args: Any, dot: Any = None, **options: Any) -> Any:
             found = real(name, *args, dot=dot, **options)
@@ -271,7 +274,7 @@ else:
             h, _ = tfla.mlstm(*leaves, backend="triton")
             wanted = torch.autograd.grad(h, leaves, dh)
             monkeypatch.setattr(kernels, "scan", scan)
-            monkeypatch.setattr(kernels, "normalizer_backward", blind)
+            monkeypatch.setattr(kernels, "normalizer_grad", blind)
             h, _ = tfla.mlstm(*leaves, backend="triton")
             # The same but for dh . h, summed in another order.
             for one, other in zip(torch.autograd.grad(h, leaves, dh), wanted, strict=True):
@@ -387,7 +390,7 @@ else:
             for slots in ([5, 0], [3, 3], [-1, 2]):  # right; twice the same; out of range
                 arguments = torch.zeros(6, 2, 8, 48), torch.zeros(6, 2, 8), m, torch.tensor(slots)
                 before = m.clone()
-                kernels.step.update(q, k, v, i, f, *arguments, 1.0, Activations(False, True))
+                kernels.step.update(q, k, v, i, f, *arguments, 1.0, Activations("exp", True))
                 used = [slot for slot in slots if slot >= 0]
                 assert ((m != before).any(1).nonzero()[:, 0]).tolist() == sorted(set(used))
                 assert not any(x.any() for x in counters)

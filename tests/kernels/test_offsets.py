@@ -35,13 +35,16 @@ else:
         m = torch.randn(N, H, generator=g)
         return x, [*states, m] if normalize else [states[0], None, None]
 
+    def gate_of(normalize: bool) -> str:
+        return "exp" if normalize else "sigmoid"
+
     def run(
         x: list[Tensor], states: list[Tensor | None], cu: Tensor, normalize: bool, backend: str
     ) -> list[Tensor]:
         """h, final states, dq, dk, dv, di and df of the operator, which checks no values."""
         leaves = [t.clone().requires_grad_() for t in x]
         final = states[0] is not None
-        options = (0.5, not normalize, True, normalize, final, True, backend)
+        options = (0.5, gate_of(normalize), True, normalize, final, True, backend, "ieee")
         h, *ends, _ = torch.ops.tfla.forward(*leaves, *states, cu, *options)
         t = torch.arange(h.numel()).view_as(h)
         grads = torch.autograd.grad((h * (1 + (t % 7))).sum(), leaves)
@@ -206,7 +209,7 @@ else:
         x, memory = problem(3, 6, normalize)
         token = [t[0] for t in x]
         states = [None if s is None else s.clone() for s in memory]
-        rest = (0.5, not normalize, True, backend)
+        rest = (0.5, gate_of(normalize), True, backend)
         h = torch.ops.tfla.step(*token, *states, torch.tensor(slots), *rest)
         known = [0 <= s < 6 for s in slots]
         rows = [s for s in slots if 0 <= s < 6]

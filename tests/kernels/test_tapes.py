@@ -401,7 +401,7 @@ else:
             y = torch.empty_like(x)
             host.launch(
                 gates._weights_kernel, (1,), (4, 2), (x, x, None, None, y, y), *[0] * 6, 1, 1, 1,
-                1.0, L=16, SIGMOID_I=False, SIGMOID_F=False, PACKED=False,
+                1.0, L=16, LOG_I=gates.FORMS["exp"].log_i, SIGMOID_F=False, PACKED=False,
             )  # fmt: skip
             calls.append(1)
             with contextlib.suppress(RuntimeError):  # of the truth of many numbers

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import tfla
 from tfla import reference
 from tfla.bench import roofline
+from tfla.gates import INPUT_GATES
 from tfla.plan import Plan
 
 Leaves = dict[str, Tensor]
@@ -44,7 +45,7 @@ class Shape:
 class Implementation:
     """Something that maps leaves (what is differentiated) to h.
 
-    function: what it computes: "exp", "sigmoid" (mLSTMexp, mLSTMsig), "simple" (log_f alone),
+    function: what it computes: the name of an input gate (that mLSTM), "simple" (log_f alone),
         "decay" (a constant a head), "ssd", "vector" (log_f a channel of k) or "attention".
     heads_first: it wants (B, H, T, .). multiple: T must divide by it. detached: its backward takes
         the normaliser for a constant. note: what a reader must know. chunk: pinned, or None.
@@ -93,7 +94,7 @@ class Implementation:
         shared = 1 if self.function == "ssd" else H  # its B and C (k and q) serve all heads
         x = {"q": normal(B, T, shared, K, dtype=dtype), "k": normal(B, T, shared, K, dtype=dtype)}
         x["v"] = normal(B, T, H, V, dtype=dtype)
-        if self.function in ("exp", "sigmoid"):
+        if self.function in INPUT_GATES:
             x |= {"i": normal(B, T, H), "f": 3 + normal(B, T, H)}
         elif self.function in ("simple", "vector"):
             x["log_f"] = F.logsigmoid(3 + normal(*x["k"].shape[: 3 + (self.function == "vector")]))
@@ -118,7 +119,7 @@ class Implementation:
             flops = roofline.attention_flops(tokens, s.T, s.H, s.K, backward)
         else:
             flops = roofline.function_flops(tokens, s.H, s.K, s.V, backward)
-        gates = {"exp": 8, "sigmoid": 8, "simple": 4, "ssd": 4, "vector": 4 * s.K}
+        gates = dict.fromkeys(INPUT_GATES, 8) | {"simple": 4, "ssd": 4, "vector": 4 * s.K}
         moved = (tokens, s.H, s.K, s.V, size, gates.get(self.function, 0), backward)
         return {"flops": flops, "bytes": roofline.least_bytes(*moved)}
 
@@ -153,7 +154,7 @@ class Implementation:
 @functools.lru_cache(maxsize=64)  # one function an implementation, as calls that come again ask for
 def _plan_of(x: Implementation) -> Any:
     grid: Any = importlib.import_module("tfla.kernels.grid")
-    return lambda q, v, cu_seqlens: x.planned(grid.plan_of(q, v, cu_seqlens))
+    return lambda spec: x.planned(grid.plan_of(spec))
 
 
 # ---------------------------------------------------------------- the implementations
@@ -215,8 +216,7 @@ _CPU: dict[str, Any] = {"devices": ("cpu",), "note": "its plain PyTorch form, fo
 _XL = {"exp": "chunkwise--triton_xl_chunk", "sigmoid": "chunkwise--triton_xl_chunk_siging"}
 
 IMPLEMENTATIONS: list[Implementation] = [
-    _tfla("exp"),
-    _tfla("sigmoid"),
+    *map(_tfla, INPUT_GATES),
     _nxai("xl exp", "exp", _XL["exp"], chunk=128, **_HALF),
     _nxai("xl sigmoid", "sigmoid", _XL["sigmoid"], chunk=128),
     _nxai("limit exp", "exp", "chunkwise--triton_limit_chunk", chunk=64, **_HALF),

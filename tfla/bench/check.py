@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tfla.bench.cases import Implementation, Leaves, Shape
 from tfla.bench.measure import synchronize
+from tfla.gates import INPUT_GATES
 
 # Relative error (Frobenius norm) that a right result stays below. One rounding of each operand is
 # 0.3 of a machine epsilon in 16 bits; plain PyTorch in fp32 comes to 1.1e-5 where n . q is near 0.
@@ -131,7 +132,7 @@ def _block(function: str, x: Leaves, block: slice, detach: bool, head: int, H: i
     exponents = b[block, None] - b[past] + log_i[past]
     w = exponents.masked_fill(later, -torch.inf).exp() * scores
     h = w @ v[past]
-    if function != "exp":
+    if function not in INPUT_GATES or not INPUT_GATES[function].normalize:
         return h
     den = w.sum(-1, keepdim=True).abs().clamp_min(1.0)
     return h / (den.detach() if detach else den)
@@ -139,8 +140,8 @@ def _block(function: str, x: Leaves, block: slice, detach: bool, head: int, H: i
 
 def _log_gates(function: str, x: Leaves, T: int, head: int, H: int) -> tuple[Tensor, Tensor]:
     zero = x["q"].new_zeros(T)
-    if function in ("exp", "sigmoid"):
-        return F.logsigmoid(x["f"]), x["i"] if function == "exp" else F.logsigmoid(x["i"])
+    if function in INPUT_GATES:
+        return F.logsigmoid(x["f"]), INPUT_GATES[function].log_i(x["i"])
     if function == "simple":
         return x["log_f"], zero
     if function == "ssd":
@@ -163,7 +164,7 @@ def step_truth(function: str, x: Leaves, state: Any) -> tuple[Tensor, Tensor]:
     x = {name: t.double() for name, t in x.items()}
     C, n, m = (state[0].double(), *(None if t is None else t.double() for t in state[1:]))
     log_f = F.logsigmoid(x["f"])
-    log_i = x["i"] if function == "exp" else F.logsigmoid(x["i"])
+    log_i = INPUT_GATES[function].log_i(x["i"])
     q, gauge = x["q"] * x["q"].shape[-1] ** -0.5, 0.0 if m is None else m
     keep, write = (log_f + gauge).exp()[..., None], log_i.exp()[..., None]
     C = keep[..., None] * C + (write * x["k"])[..., None] * x["v"][..., None, :]

@@ -12,6 +12,7 @@ import torch
 import typer
 
 import tfla
+from tfla import gates
 from tfla.bench import COMMANDS, cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
 from tfla.bench.bias import NAMES, Study, check_options
@@ -272,7 +273,7 @@ def roofline(
     K: Annotated[int | None, _size("Head dim of q and k.")] = None,
     V: Annotated[int | None, _size("Head dim of v.")] = None,
     device: Annotated[str, _option(f"{', '.join(r.MACHINES)}; this: measured limits.")] = "this",
-    gate: Annotated[str, _option("exp (normalised) or sigmoid (not).")] = "exp",
+    gate: Annotated[str, _option(f"{gates.described()}.")] = "exp",
     dtype: Dtype = "",
     plot: Annotated[Path | None, _option("Draw PATH.png and PATH.svg.", default=False)] = None,
     gpus: Annotated[
@@ -289,19 +290,20 @@ def roofline(
         return
     if B is None or T is None or H is None or K is None or V is None:
         raise RunError("B T H K V are wanted, five whole numbers, or --gpus")
-    if gate not in ("exp", "sigmoid"):
-        raise RunError(f"--gate is {gate}, wanted exp or sigmoid")
+    if gate not in gates.INPUT_GATES:
+        raise RunError(f"--gate is {gate}, wanted {' or '.join(gates.INPUT_GATES)}")
+    normalize = gates.INPUT_GATES[gate].normalize
     if device != "this" and device.lower() not in r.MACHINES:
         raise RunError(f"--device is {device}, wanted this, {', '.join(r.MACHINES)}")
     machine, kind = _machine(device.lower(), dtype)
     problem = Problem(B, T, H, K, V, B, False, r.SIZES[kind], "ieee")
     L: int | None = None
     if machine.device is None:
-        found, chunk = r.reference_kernels(problem, gate == "exp"), r.reference.L
+        found, chunk = r.reference_kernels(problem, normalize), r.reference.L
         how = f'backend "reference": chunk {chunk}, computed in fp32, bytes estimated'
     else:
         planned = plan(problem, machine.device)
-        found, how = r.kernels(problem, planned, gate == "exp"), str(planned)
+        found, how = r.kernels(problem, planned, normalize), str(planned)
         chunk = L = planned.L
     bandwidth, rate = machine.bytes_per_s, machine.flops_per_s[kind]
     print(

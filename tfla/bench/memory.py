@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tfla import _compat, ops
-from tfla.gates import INPUT_GATES
+from tfla.gates import input_gate
 from tfla.plan import Device, Problem, plan
+from tfla.spec import CallSpec, Inputs, Options
 
 LAUNCHES = 4096  # of a pass: beyond it nobody waits for the count
 
@@ -97,25 +98,28 @@ def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> 
     def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    tokens = p.B, p.T, p.H
-    full = [new(*tokens, of=torch.float32) for _ in "if"]
-    x = ops.Inputs(
-        q=new(*tokens, p.K), k=new(*tokens, p.K), v=new(*tokens, p.V), i=full[0], f=full[1], C=None,
+    rows = p.B, p.T, p.H
+    full = [new(*rows, of=torch.float32) for _ in "if"]
+    x = Inputs(
+        q=new(*rows, p.K), k=new(*rows, p.K), v=new(*rows, p.V), i=full[0], f=full[1], C=None,
         n=None, m=None, cu_seqlens=None,
     )  # fmt: skip
-    dh = new(*tokens, p.V)
-    kind = INPUT_GATES[gate]
+    dh = new(*rows, p.V)
+    kind = input_gate(gate)
     with torch.no_grad(), _planned(device) as backend:
-        o = ops.Options(
-            scale=1.0, sigmoid_i=kind.sigmoid, sigmoid_f=True, normalize=kind.normalize,
-            final=False, keep=True, backend=backend,
+        options = Options(
+            scale=1.0, input_gate=kind.name, sigmoid_f=True, normalize=kind.normalize,
+            final_state=False, needs_grad=True,
+            backend=backend, precision=p.precision,
         )  # fmt: skip
-        with _Allocations(*x[:5]) as forward:
-            h, C, n, m, saved = ops.forward(x, o)
+        spec = CallSpec.of(x, options)
+        tokens = x.q, x.k, x.v, x.i, x.f
+        with _Allocations(*tokens) as forward:
+            h, C, n, m, saved = ops.forward(x, spec)
         del C, n, m
-        with _Allocations(*x[:5], h, saved, dh) as backward:
-            gradients = ops.backward(dh, None, None, h, saved, x, o)
+        with _Allocations(*tokens, h, saved, dh) as backward:
+            gradients = ops.backward(dh, None, None, h, saved, x, spec)
         del gradients
     return Memory(
-        _bytes(x.q, x.k, x.v, x.i, x.f), _bytes(h), _bytes(saved), forward.peak, backward.peak
+        _bytes(*tokens), _bytes(h), _bytes(saved), forward.peak, backward.peak
     )

@@ -16,6 +16,7 @@ import tfla
 from tfla.bench import check, measure, roofline
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.runs import Row, Task, Tell, reason_of
+from tfla.gates import INPUT_GATES
 from tfla.xlstm import XLSTM, XLSTMConfig
 
 STEP_BOUND = 2.0**-7  # h and C of one token from fp32 states, whatever the dtype of h
@@ -23,12 +24,18 @@ STEP_BOUND = 2.0**-7  # h and C of one token from fp32 states, whatever the dtyp
 
 def steps(cpu: bool, peers: str) -> list[str]:
     """Who is timed: ours, attention that looks back at T tokens, and the peer where it is here."""
-    names = ["tfla exp", "tfla sigmoid"]
-    names += [] if cpu else ["tfla exp, CUDA graph", "tfla sigmoid, CUDA graph"]
+    names = [f"tfla {gate}" for gate in INPUT_GATES]
+    names += [] if cpu else [f"{name}, CUDA graph" for name in names]
     here = importlib.util.find_spec("mlstm_kernels") is not None
     others = [*(["mlstm_kernels step exp"] if here else []), "attention"]
     words = [word.strip() for word in peers.split(",")]
     return names + [x for x in others if peers == "all" or any(word in x for word in words)]
+
+
+def _gate(name: str) -> str:
+    """The input gate that a name of ``steps`` tells of; attention has none and takes any."""
+    words = name.replace(",", " ").split()
+    return next((gate for gate in INPUT_GATES if gate in words), "exp")
 
 
 @torch.no_grad()
@@ -41,7 +48,7 @@ def decode(task: Task, device: torch.device, tell: Tell) -> None:
     for name in task.names:
         tell("begin", name, "checking the step")
         rows[name] = row = task.row(name, ours=name.startswith("tfla"), **{"pass": "step"})
-        function = "sigmoid" if "sigmoid" in name else "exp"
+        function = _gate(name)
         row["function"] = function
         try:
             if name == "attention":
@@ -51,7 +58,7 @@ def decode(task: Task, device: torch.device, tell: Tell) -> None:
                 runs[name] = _attention_step(shape, dtype, device)
                 continue
             row["bytes"] = roofline.step_bytes(
-                shape.B, shape.H, shape.K, shape.V, function == "exp", dtype.itemsize
+                shape.B, shape.H, shape.K, shape.V, INPUT_GATES[function].normalize, dtype.itemsize
             )
             x, state = _step_inputs(shape, dtype, device, function)
             truth = check.step_truth(function, x, state)
@@ -95,7 +102,7 @@ def _step_inputs(
     x = {"q": normal(B, H, K), "k": normal(B, H, K), "v": normal(B, H, V)}
     x = {name: t.to(dtype) for name, t in x.items()} | {"i": normal(B, H), "f": 3 + normal(B, H)}
     C = normal(B, H, K, V)
-    if function == "sigmoid":
+    if not INPUT_GATES[function].normalize:
         return x, tfla.State(C, None, None)
     return x, tfla.State(C, normal(B, H, K), torch.zeros(B, H, device=device))
 
@@ -104,7 +111,7 @@ def _step(
     name: str, x: dict[str, Tensor], state: tfla.State
 ) -> Callable[[], tuple[Tensor, tfla.State]]:
     if name.startswith("tfla"):
-        gate = "sigmoid" if state.m is None else "exp"
+        gate = _gate(name)
         return lambda: tfla.mlstm_step(**x, state=state, input_gate=gate, inplace=True)  # type: ignore[arg-type]
     module = importlib.import_module("mlstm_kernels.torch")
     step = module.get_mlstm_step_kernel("triton" if x["q"].is_cuda else "native")

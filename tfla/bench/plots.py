@@ -35,6 +35,12 @@ START = (-10.0, 3.0, 6.0)  # i and the range of f with which `tfla.xlstm` begins
 STARTS = "gates of a model before its training: i = -10, f from 3 to 6"
 DERIVED = "derived: exact before the norm, for large K and V after it"
 GAIN = "gain: mean over tokens of max |h| / mean of max |v|"
+
+
+def _colour(name: str) -> str:
+    return COLOURS.get(name, "#999999")
+
+
 PASSES = {"forward": "Forward", "forward+backward": "Forward + backward"}
 
 
@@ -113,7 +119,7 @@ def _chunks(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     for name in dict.fromkeys(_plain(row) for row in rows):
         here = [row for row in rows if _plain(row) == name and row["pass"] == "forward+backward"]
         x, y = [report.median(r) or 0 for r in here], [r["peak_bytes"] / 2**20 for r in here]
-        ax.plot(x, y, color=COLOURS[name], marker="o", linewidth=1.8, label=name)
+        ax.plot(x, y, color=_colour(name), marker="o", linewidth=1.8, label=name)
         left = "sigmoid" in name  # the two gates lie side by side
         for row, a, b in zip(here, x, y, strict=True):
             where: dict[str, Any] = {
@@ -121,7 +127,7 @@ def _chunks(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
                 "textcoords": "offset points",
             }
             where |= {"ha": "right" if left else "left", "va": "center", "fontsize": 9}
-            ax.annotate(str(row["chunk"]), (a, b), color=COLOURS[name], **where)
+            ax.annotate(str(row["chunk"]), (a, b), color=_colour(name), **where)
     _plain_log(ax, "x")
     _plain_log(ax)
     _name(ax, "", "forward + backward, ms", "peak memory over the inputs, MiB")
@@ -147,13 +153,15 @@ def _batches(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
 def _errors(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     """Error of h and of the worst gradient against fp64, the worst of all shapes."""
     figure, [[ax]] = _panels(1, 1)
-    names = [name for name in reversed(COLOURS) if name in {_plain(row) for row in rows}]
+    seen = {_plain(row): None for row in rows}
+    names = [name for name in seen if name not in COLOURS]
+    names += [name for name in reversed(COLOURS) if name in seen]
     for place, name in enumerate(names):
         found = [row["errors"].items() for row in rows if _plain(row) == name]
-        for marker, fill, label in (("o", COLOURS[name], "h"), ("D", "white", "worst gradient")):
+        for marker, fill, label in (("o", _colour(name), "h"), ("D", "white", "worst gradient")):
             worst = max(e for errors in found for n, e in errors if (n == "h") == (label == "h"))
             ax.plot(
-                worst, place, marker, color=COLOURS[name], markersize=9, markerfacecolor=fill,
+                worst, place, marker, color=_colour(name), markersize=9, markerfacecolor=fill,
                 markeredgewidth=2, label=label if place == len(names) - 1 else None,
             )  # fmt: skip
     limit = check.bound("h", DTYPES[rows[0]["dtype"]])
@@ -337,7 +345,7 @@ def _curves(ax: Axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
         points = sorted((x(r), report.median(r) or 0) for r in rows if r["implementation"] == name)
         ours, style = name.startswith("tfla"), ":" if "graph" in name else "-"
         ax.plot(
-            *zip(*points, strict=True), color=COLOURS[name.split(",")[0]], linestyle=style,
+            *zip(*points, strict=True), color=_colour(name.split(",")[0]), linestyle=style,
             marker="o" if ours else "s", markersize=6, linewidth=2.6 if ours else 1.6, label=name,
             zorder=3 if ours else 2,
         )  # fmt: skip

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from tfla.bench import cases, check, measure, roofline
 from tfla.bench.cases import DTYPES, Implementation, Shape
+from tfla.gates import input_gate
 from tfla.plan import Problem
+from tfla.spec import products_of
 
 if TYPE_CHECKING:
     from tfla.bench.bias import Study
@@ -259,8 +261,8 @@ def _plan(
     grid: Any = importlib.import_module("tfla.kernels.grid")
     q = torch.empty(0, dtype=dtype, device=device)
     B, T, H, K, V = dataclasses.astuple(shape)
-    problem = Problem(B, T, H, K, V, B, False, dtype.itemsize, grid.precision(q))
+    problem = Problem(B, T, H, K, V, B, False, dtype.itemsize, products_of(dtype))
     planned = x.planned(grid.plan(problem, grid.device_of(q)))
-    found = roofline.kernels(problem, planned, x.function == "exp", train=backward)
+    found = roofline.kernels(problem, planned, input_gate(x.function).normalize, train=backward)
     moved, flops = sum(kernel.bytes for kernel in found), sum(kernel.flops for kernel in found)
     return {"plan": str(planned), "plan_bytes": moved, "plan_flops": flops}

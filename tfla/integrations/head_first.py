@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import tfla
+from tfla.gates import InputGate
 
 States = tuple[Tensor, Tensor, Tensor]
 CLOSED = 1e4  # a gate at +-1e4 passes exactly 1 or exactly 0, in any floating dtype
@@ -20,7 +21,7 @@ CLOSED = 1e4  # a gate at +-1e4 passes exactly 1 or exactly 0, in any floating d
 
 def sequence(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c: Tensor | None = None,
-    n: Tensor | None = None, m: Tensor | None = None, *, input_gate: str = "exp",
+    n: Tensor | None = None, m: Tensor | None = None, *, input_gate: InputGate = "exp",
     normalize: bool = True, states: bool = True,
 ) -> tuple[Tensor, States | None]:  # fmt: skip
     """``tfla.mlstm``: h (B, H, T, V), and with `states` (c, n, m) after the last token, in fp32."""
@@ -35,7 +36,7 @@ def sequence(
 
 def step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c: Tensor, n: Tensor, m: Tensor, *,
-    input_gate: str = "exp", normalize: bool = True, inplace: bool = False,
+    input_gate: InputGate = "exp", normalize: bool = True, inplace: bool = False,
 ) -> tuple[Tensor, States]:  # fmt: skip
     """``tfla.mlstm_step``: q, k (B, H, K), v (B, H, V), i, f (B, H, 1); h (B, H, V) and the states.
 

@@ -51,6 +51,42 @@ def _log_sigmoid(x):
 
 
 @triton.jit
+def _same(x):
+    return x
+
+
+@triton.jit
+def _exp_gradient(dlog_i, i):
+    return dlog_i
+
+
+@triton.jit
+def _sigmoid_gradient(dlog_i, i):
+    return dlog_i / (1.0 + tl.exp(i))
+
+
+# The Triton forms of the input gates that ``tfla.gates`` registers; others bring their own.
+FORMS = {
+    "exp": limits.TritonForm(_same, _exp_gradient),
+    "sigmoid": limits.TritonForm(_log_sigmoid, _sigmoid_gradient),
+}
+
+
+def form_of(name: str) -> limits.TritonForm:
+    """The Triton form of an input gate; RuntimeError if it has none."""
+    found = FORMS.get(name)
+    if found is None:
+        gate = limits.input_gate(name)
+        if gate.triton is None:
+            raise RuntimeError(
+                f'the input gate {name!r} has no Triton form: use backend="reference", or register '
+                "it with triton=."
+            )
+        found = FORMS[name] = gate.triton()
+    return found
+
+
+@triton.jit
 def within(x, low, high):
     """x between low and high; NaN stays NaN, which tl.minimum and tl.maximum do not promise."""
     x = tl.where(x < low, low, x)
@@ -77,13 +113,12 @@ def limited(log_i, log_f):
 
 
 @triton.jit
-def _log_gates(i, f, inside, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr):
+def _log_gates(i, f, inside, LOG_I: tl.constexpr, SIGMOID_F: tl.constexpr):
     """(log_i, log_f) in fp64 and within the limits; a token past the end weighs nothing and forgets
-    nothing."""
+    nothing. LOG_I: the input gate's function, see ``tfla.gates.TritonForm``."""
     i = i.to(tl.float32).to(tl.float64)
     f = f.to(tl.float32).to(tl.float64)
-    if SIGMOID_I:
-        i = _log_sigmoid(i)
+    i = LOG_I(i)
     if SIGMOID_F:
         f = _log_sigmoid(f)
     i, f = limited(i, f)
@@ -154,7 +189,7 @@ def store_weights(here, target, edge, source, source_edge, mark, inside, used, L
 def _weights_kernel(
     i, f, cu_seqlens, table, weights, decay,
     stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh, T, H, slots, scale,
-    L: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr, PACKED: tl.constexpr,
+    L: tl.constexpr, LOG_I: tl.constexpr, SIGMOID_F: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The seven vectors of a chunk and what it leaves of the state, without a normaliser."""
     n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
@@ -166,7 +201,7 @@ def _weights_kernel(
     log_i, log_f = _log_gates(
         tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
         tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
-        inside, SIGMOID_I, SIGMOID_F,
+        inside, LOG_I, SIGMOID_F,
     )  # fmt: skip
     a = tl.where(log_f <= LOG_F_NOTHING, -RESET, within(log_f * LOG2E, -STEP, STEP))
     b = tl.cumsum(a, 0)
@@ -188,7 +223,7 @@ def _gradients_kernel(
     df, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
     T, H, slots, spans, size, K, state,
     L: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, Q_PARTS: tl.constexpr,
-    K_PARTS: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
+    K_PARTS: tl.constexpr, GRADIENT_I: tl.constexpr, SIGMOID_F: tl.constexpr,
     NORMALIZE: tl.constexpr, PACKED: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the end of its span
@@ -243,11 +278,10 @@ def _gradients_kernel(
     factor, value = tl.associative_scan((keep, flow), 0, _affine)
     dlog_f = (scaled(total, factor) + value).to(tl.float32)
     t = start + position
-    if SIGMOID_I:
-        x = tl.load(
-            i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0
-        ).to(tl.float32)
-        dlog_i = dlog_i / (1.0 + tl.exp(x))
+    x = tl.load(
+        i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0
+    ).to(tl.float32)  # not read where GRADIENT_I does not use it
+    dlog_i = GRADIENT_I(dlog_i, x)
     if SIGMOID_F:
         x = tl.load(
             f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0

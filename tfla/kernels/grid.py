@@ -15,11 +15,12 @@ from tfla.kernels import gates
 from tfla.kernels.host import launch
 from tfla.kernels.layout import _clear_kernel, _offsets_kernel, _tables_kernel
 from tfla.plan import Device, Plan, Problem, plan
+from tfla.spec import CallSpec
 
 _devices: dict[torch.device, Device] = {}
 
 
-def device_of(x: Tensor) -> Device:
+def device_of(x: Tensor | CallSpec) -> Device:
     """The integers of x's device; a small part where there is none (the interpreter)."""
     if x.device not in _devices:
         if x.device.type == "cuda":
@@ -32,29 +33,20 @@ def device_of(x: Tensor) -> Device:
     return _devices[x.device]
 
 
-def precision(x: Tensor) -> str:
-    """How fp32 products are done: as torch's own matrix products on this device are set to be."""
-    if x.dtype != torch.float32 or torch.version.hip:
-        return "ieee"
-    matmul: Any = torch.backends.cuda.matmul  # allow_tf32 raises where the newer name was used
-    return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-
-
 _plans: dict[tuple[Any, ...], Plan] = {}
 
 
-def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
-    """The plan that serves tensors of these shapes."""
+def plan_of(spec: CallSpec) -> Plan:
+    """The plan that serves a call."""
     # A compiled graph is made for its sizes: int() turns symbols into guards.
-    B, T, H, K, V = (int(size) for size in (*q.shape, v.shape[-1]))
-    N = B if cu_seqlens is None else int(cu_seqlens.shape[0]) - 1
-    numbers = (B, T, H, K, V, N, cu_seqlens is not None, q.element_size(), precision(q))
-    found = _plans.get((q.device, *numbers))
+    B, T, H, K, V, N = map(int, (spec.B, spec.T, spec.H, spec.K, spec.V, spec.N))
+    numbers = (B, T, H, K, V, N, spec.packed, spec.dtype.itemsize, spec.precision)
+    found = _plans.get((spec.device, *numbers))
     if found is None:
-        found = plan(Problem(*numbers), device_of(q))
+        found = plan(Problem(*numbers), device_of(spec))
         if len(_plans) >= 10_000:
             _plans.clear()
-        _plans[q.device, *numbers] = found
+        _plans[spec.device, *numbers] = found
     return found
 
 
@@ -124,19 +116,18 @@ def _aligned(x: Tensor) -> bool:
     return 0 < t < 1 << 25 and x.data_ptr() % 16 == 0 and (b | t | h) * size % 16 == 0
 
 
-class Grid(NamedTuple):
+class GateWeights(NamedTuple):
     """The weights of a problem on the device, and where they lie."""
 
+    spec: CallSpec
     plan: Plan
-    shape: tuple[int, int, int, int, int]  # B, T, H, K, V
-    N: int
     cu_seqlens: Tensor | None
     tables: tuple[Tensor | None, ...]  # of chunks, spans and segments; None unless packed
     rows: int
     slots: int  # chunks a row
     spans: int  # kept states a row
     buffer: Tensor  # everything the backward pass needs, in one piece
-    weights: Tensor  # (rows, slots, VECTORS, L)
+    vectors: Tensor  # (rows, slots, VECTORS, L), see gates.py
     undivided: Tensor | None  # the same without the denominator, where the scan of h makes it
     decay: Tensor  # (rows, slots)
     # (rows, spans, *plan.kept) C at the ends of spans, where the backward pass starts from
@@ -145,8 +136,6 @@ class Grid(NamedTuple):
     n_chunk: Tensor | None  # (rows, slots, K) n entering each chunk
     n_final: Tensor | None  # (N, H, K)
     m_final: Tensor | None  # (N, H)
-    scale: float
-    normalize: bool
     ends: bool  # are states kept at the ends of sequences too?
 
     @property
@@ -158,27 +147,23 @@ class Grid(NamedTuple):
         return self.rows * self.slots
 
     def common(self) -> tuple[int, int, int]:
-        return self.shape[1], self.shape[2], self.slots
+        return self.spec.T, self.spec.H, self.slots
 
 
-def _geometry(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: Plan, normalize: bool, keep: bool,
-    ends: bool,
-) -> tuple[int, int, int, int, list[int]]:  # fmt: skip
-    """(N, rows, slots, spans, sizes): sizes of the parts of the buffer that the forward pass hands
-    to the backward pass."""
-    B, T, H, K = q.shape
-    packed = cu_seqlens is not None
-    N = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else B
+def _geometry(spec: CallSpec, plan: Plan, ends: bool) -> tuple[int, int, int, list[int]]:
+    """(rows, slots, spans, sizes): sizes of the parts of the buffer that the forward pass hands to
+    the backward pass."""
+    B, T, H, K, N, packed = spec.B, spec.T, spec.H, spec.K, spec.N, spec.packed
     rows = H if packed else B * H
     slots, spans = (T // unit + N if packed else -(-T // unit) for unit in (plan.L, plan.span))
     if not ends:  # fewer than pieces: where they meet
         spans = T // plan.span if packed else max(spans - 1, 0)
     kept = rows * spans * plan.kept[0] * plan.kept[1]
-    sizes = [gates.VECTORS.value * rows * slots * plan.L, rows * slots, kept if keep else 0]
-    if normalize:
+    kept = kept if spec.needs_grad else 0
+    sizes = [gates.VECTORS.value * rows * slots * plan.L, rows * slots, kept]
+    if spec.normalize:
         sizes += [rows * slots * K, N * H * K, N * H]
-    return N, rows, slots, spans, sizes
+    return rows, slots, spans, sizes
 
 
 def _split(buffer: Tensor, sizes: list[int]) -> list[Tensor]:

@@ -122,16 +122,16 @@ _tapes: dict[tuple[Any, ...], _Tape | bool] = {}  # or: is the next call worth r
 
 
 def recorded(
-    function: Callable[..., Results], options: Any, inputs: Tensors, *key: Any,
+    function: Callable[..., Results], spec: Any, inputs: Tensors, *key: Any,
 ) -> Results:  # fmt: skip
-    """``function(options, *inputs)``, from a tape where there is one. What the function does may
-    depend on its options, on ``key`` and on shapes, strides, dtypes and alignment of its inputs,
+    """``function(spec, *inputs)``, from a tape where there is one. What the function does may
+    depend on its spec, on ``key`` and on shapes, strides, dtypes and alignment of its inputs,
     and on nothing else; where no tape can hold it, or its launches are watched, it is called every
     time."""
     if launches_are_watched() or not can_record():
-        return function(options, *inputs)
+        return function(spec, *inputs)
     assert (first := inputs[0]) is not None
-    signature = [function, options, *key, first.device]
+    signature = [function, spec, *key, first.device]
     addresses = []
     for x in inputs:
         if x is None:
@@ -147,11 +147,11 @@ def recorded(
             _tapes.clear()
         _tapes[known] = not first.is_meta
     if not found:
-        return function(options, *inputs)
+        return function(spec, *inputs)
     if found is not True:
         return found.play(inputs, addresses)
     tape = _Tape(inputs)
-    results = tape.record(function, options, inputs)
+    results = tape.record(function, spec, inputs)
     _tapes[known] = tape if tape.complete else False
     return results
 
@@ -195,7 +195,7 @@ class _Tape(TorchDispatchMode):
         # it takes addresses, the buffer that it makes (or 0), which of those are used no more.
         self.steps: list[tuple[Any, list[Any], list[Any], bool, int, list[int]]] = []
 
-    def record(self, function: Callable[..., Results], options: Any, inputs: Tensors) -> Results:
+    def record(self, function: Callable[..., Results], spec: Any, inputs: Tensors) -> Results:
         aliases: list[Tensor | None] = []
         for x in inputs:
             if x is None:
@@ -206,7 +206,7 @@ class _Tape(TorchDispatchMode):
         _now.tape = self
         try:
             with self:
-                results = function(options, *aliases)
+                results = function(spec, *aliases)
         finally:
             _now.tape = None
         ends = [None if x is None else self.view(x) for x in results]

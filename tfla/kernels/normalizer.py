@@ -95,7 +95,7 @@ def _sums_kernel(
     k, i, f, cu_seqlens, table, sums, chunk_f, chunk_p, weights,
     stride_kb, stride_kt, stride_kh, stride_ib, stride_it, stride_ih, stride_fb, stride_ft,
     stride_fh, T, H, slots, K,
-    L: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
+    L: tl.constexpr, BLOCK_K: tl.constexpr, LOG_I: tl.constexpr, SIGMOID_F: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """Of each chunk: the sum of log_f, the gauge at its end without a state before it (``top``),
@@ -118,7 +118,7 @@ def _sums_kernel(
     log_i, log_f = _log_gates(
         tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
         tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
-        inside, SIGMOID_I, SIGMOID_F,
+        inside, LOG_I, SIGMOID_F,
     )  # fmt: skip
     l = tl.arange(0, L)
     total, top = tl.associative_scan((log_f, log_i), 0, _max_plus)

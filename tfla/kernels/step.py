@@ -15,6 +15,7 @@ from tfla.kernels.gates import (
     FOLLOWED,
     GATE_STRIDES,
     _log_sigmoid,
+    form_of,
     larger,
     limited,
     within,
@@ -33,7 +34,7 @@ def _step_kernel(
     stride_fb, stride_fh, stride_cn, stride_ch, stride_cv, stride_nn, stride_nh, stride_nk,
     stride_mn, stride_mh, H, K, V, rows,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STRIDE_CK: tl.constexpr,
-    SIGMOID_I: tl.constexpr, SIGMOID_F: tl.constexpr,
+    LOG_I: tl.constexpr, SIGMOID_F: tl.constexpr,
 ):  # fmt: skip
     """C' = exp(log_f + m - m') C + exp(log_i - m') k v^T, and h, for BLOCK_V columns of one head.
 
@@ -71,8 +72,7 @@ def _step_kernel(
         n_old = tl.load(n_at, mask=lanes < K, other=0.0).to(tl.float32)
     log_i = tl.load(i + batch * stride_ib + head * stride_ih).to(tl.float32)
     log_f = tl.load(f + batch * stride_fb + head * stride_fh).to(tl.float32)
-    if SIGMOID_I:
-        log_i = _log_sigmoid(log_i)
+    log_i = LOG_I(log_i)
     if SIGMOID_F:
         log_f = _log_sigmoid(log_f)
     log_i, log_f = limited(log_i, log_f)
@@ -147,6 +147,6 @@ def update(
         (q, k, v, i, f, C, n, m, slots, h, arrived), scale, *q.stride()[:2], *k.stride()[:2],
         *v.stride()[:2], *i.stride(), *f.stride(), *C.stride()[:2], C.stride(3), *strides,
         H, K, V, C.shape[0], BLOCK_K=block_k, BLOCK_V=block_v, STRIDE_CK=C.stride(2),
-        SIGMOID_I=activations.sigmoid_i, SIGMOID_F=activations.sigmoid_f,
+        LOG_I=form_of(activations.input_gate).log_i, SIGMOID_F=activations.sigmoid_f,
     )  # fmt: skip
     return h

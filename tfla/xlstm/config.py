@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tfla import gates
+
 
 @dataclass(frozen=True)
 class XLSTMConfig:
@@ -46,7 +48,7 @@ class XLSTMConfig:
     qk_dim_factor: float = 0.5
     v_dim_factor: float = 1.0
     ffn_factor: float = 2.667
-    input_gate: str = "exp"
+    input_gate: gates.InputGate = "exp"
     gate_soft_cap: float | None = 15.0
     logit_soft_cap: float | None = 30.0
     norm_eps: float = 1e-6
@@ -68,8 +70,7 @@ class XLSTMConfig:
                 raise TypeError(f"{name} must be a number; got {value!r}.")
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive and finite; got {value}.")
-        if self.input_gate not in ("exp", "sigmoid"):
-            raise ValueError(f"input_gate must be 'exp' or 'sigmoid'; got {self.input_gate!r}.")
+        gates.input_gate(self.input_gate)
         if not isinstance(self.tie_embeddings, bool):
             raise TypeError(f"tie_embeddings must be True or False; got {self.tie_embeddings!r}.")
         for name, dim in (("qk_dim_factor", self.qk_dim), ("v_dim_factor", self.v_dim)):
@@ -80,6 +81,11 @@ class XLSTMConfig:
                     f"hidden_size * {name} = {self.hidden_size} * {factor} = {product:g} must be a "
                     f"whole multiple of num_heads = {self.num_heads}; change one of the three."
                 )
+
+    @property
+    def normalize(self) -> bool:
+        """Is h divided by the normaliser? As the input gate has it by default."""
+        return gates.input_gate(self.input_gate).normalize
 
     @property
     def qk_dim(self) -> int:
@@ -146,7 +152,7 @@ class XLSTMConfig:
         tokens that the kernels take at once; 0 counts the bare recurrence, which is what decoding
         costs. The scan runs once forward and three times backward, hence times 4.
         """
-        values = self.V + (self.input_gate == "exp")
+        values = self.V + self.normalize
         head = 2 * chunk * (self.K + values) + 4 * self.K * values
         scan = self.num_layers * self.num_heads * head
         matmuls = 2 * (self.num_layers * self._layer_weights + self.vocab_size * self.hidden_size)
@@ -161,7 +167,7 @@ class XLSTMConfig:
         `dtype` is that of C and n; m stays in fp32 (fp64 beside fp64).
         """
         K, V, size = self.K, self.V, dtype.itemsize
-        head = (K * V + K) * size + max(size, 4) if self.input_gate == "exp" else K * V * size
+        head = (K * V + K) * size + max(size, 4) if self.normalize else K * V * size
         return batch_size * self.num_layers * self.num_heads * head
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tfla
 from tfla.linear import is_hooked
+from tfla.spec import BackendName
 from tfla.xlstm import files
 from tfla.xlstm.arguments import integer, integers, is_whole, number, row_of, tensor_of
 
@@ -106,7 +107,7 @@ class Stream:
         top_k: int | None = None, top_p: float | None = None,
         seed: int | torch.Generator | None = None, stop: int | Iterable[int] | None = None,
         state: Sequence[tfla.State] | None = None, state_dtype: torch.dtype | None = None,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> None:  # fmt: skip
         if state_dtype not in (None, torch.bfloat16):
             raise ValueError(f"state_dtype must be None or torch.bfloat16; got {state_dtype}.")
@@ -211,7 +212,7 @@ class Stream:
 @torch.no_grad()
 def prefill(
     model: XLSTM, prompts: Prompts, state: Sequence[tfla.State] | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, States]:  # fmt: skip
     """Read prompts in one call: logits (B, vocab) after the last token of each, and the state.
 

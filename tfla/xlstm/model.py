@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import tfla
 from tfla import dispatch
 from tfla.linear import PreciseLinear, is_plain
+from tfla.spec import BackendName
 from tfla.xlstm.arguments import integer
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.generate import Generation, Prompts, Stream, generate
@@ -187,7 +188,7 @@ class XLSTM(nn.Module):
 
     def forward(
         self, tokens: Tensor, state: Sequence[tfla.State] | None = None, output_state: bool = False,
-        cu_seqlens: Tensor | None = None, backend: str | None = None,
+        cu_seqlens: Tensor | None = None, backend: BackendName | None = None,
     ) -> tuple[Tensor, tuple[tfla.State, ...] | None]:  # fmt: skip
         """Logits for the token after each token.
 
@@ -218,7 +219,8 @@ class XLSTM(nn.Module):
 
     def step(
         self, tokens: Tensor, state: Sequence[tfla.State], inplace: bool = False, *,
-        active: Tensor | None = None, slots: Tensor | None = None, backend: str | None = None,
+        active: Tensor | None = None, slots: Tensor | None = None,
+        backend: BackendName | None = None,
     ) -> tuple[Tensor, tuple[tfla.State, ...]]:  # fmt: skip
         """Read one token per sequence, through ``tfla.mlstm_step``.
 
@@ -295,7 +297,7 @@ class XLSTM(nn.Module):
         for _ in range(config.num_layers):
             C = torch.zeros(N, H, K, V, dtype=dtype or full, device=weight.device)
             rest = (C.new_zeros(N, H, K), C.new_zeros(N, H, dtype=full))
-            states.append(tfla.State(C, *(rest if config.input_gate == "exp" else (None, None))))
+            states.append(tfla.State(C, *(rest if config.normalize else (None, None))))
         return tuple(states)
 
     def generate(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Generation:

@@ -1,0 +1,168 @@
+"""The forward and the backward pass, written once over the primitive ``scan`` of a backend.
+
+    forward     h  = scan(q, k, v; C_0)               D_ts = exp(p_s - M_t) scale / den_t
+    backward    dq = scan([dh | d], [v | 1], k; [C_0 | n_0]^T)
+                dk = reverse scan([v | 1], [dh | d], q; [dC_T | dn_T]^T)
+                dv = reverse scan(k, q, dh; dC_T)
+
+and the gate gradients follow from the row dot products q . dq and k . dk. Nothing here knows which
+backend it is, nor which gate.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tfla import log
+from tfla.backend import Backend, D, Results, S, W
+from tfla.spec import BackendName, CallSpec, Inputs
+
+if TYPE_CHECKING:  # both backends have all functions of the protocol, of these types
+    from tfla import kernels, reference
+
+    _reference: Backend[reference.GateWeights, reference.NormalizerGrad, reference.Scan] = reference
+    _triton: Backend[kernels.GateWeights, kernels.NormalizerGrad, kernels.Scan] = kernels
+
+BACKENDS: dict[BackendName, str] = {"reference": "tfla.reference", "triton": "tfla.kernels"}
+
+# Begins what ranks exchange, of the weights and the normaliser's gradient; what it returns is
+# called for (dC, dn) at the end of the sequences.
+Exchange = Callable[[Any, Any], Callable[[], tuple[Tensor, Tensor | None]]]
+
+
+@functools.cache  # the import machinery takes 3 us to say that it knows a module
+def backend_of(name: BackendName) -> Backend[Any, Any, Any]:
+    """The backend of a name; its values go from one of its functions to another of its own."""
+    found: Any = importlib.import_module(BACKENDS[name])
+    return found
+
+
+# ---------------------------------------------------------------- packed sequences
+
+
+def can_fold_packing(backend: Backend[W, D, S], spec: CallSpec) -> bool:
+    """May packed sequences be one to the backend? They may be where they neither start from states
+    nor leave any: each begins by forgetting everything, exp(log_f + m - m') = 0, and df there is 0.
+    A log_f above 0 could raise m beyond any log_f. The one is packed, too, for tokens that belong
+    to no sequence are none of its."""
+    if not (spec.packed and backend.FOLDS_PACKING) or spec.initial_state or spec.final_state:
+        return False
+    return spec.sigmoid_f or not spec.normalize
+
+
+def _fold_packing(
+    backend: Backend[W, D, S], x: Inputs, spec: CallSpec
+) -> tuple[Inputs, CallSpec]:
+    if x.cu_seqlens is None or not can_fold_packing(backend, spec):
+        return x, spec
+    f, ends = backend.fold_packing(x.f, x.cu_seqlens)
+    folded = spec.but(N=1, gate_dtypes=(spec.gate_dtypes[0], f.dtype))
+    return x._replace(f=f, cu_seqlens=ends), folded
+
+
+def ordered(backend: Backend[W, D, S], x: Inputs) -> Inputs:
+    """x with offsets that the backend can rely on."""
+    if x.cu_seqlens is None:
+        return x
+    return x._replace(cu_seqlens=backend.offsets(x.cu_seqlens, x.q.shape[1]))
+
+
+def clear(backend: Backend[W, D, S], x: Inputs, *outputs: Tensor) -> None:
+    """Zeros in outputs (B, T, ...) at tokens that belong to no sequence."""
+    if x.cu_seqlens is not None:
+        backend.clear(x.cu_seqlens, *outputs)
+
+
+# ---------------------------------------------------------------- forward
+
+
+def forward(spec: CallSpec, *tensors: Any) -> Results:
+    """(h, C_T, n_T, m_T, saved) of the tensors of ``Inputs``; None where nothing goes out."""
+    if log.ON:
+        log.sequence(spec)
+    return _forward(backend_of(spec.backend), Inputs(*tensors), spec)
+
+
+def _forward(backend: Backend[W, D, S], x: Inputs, spec: CallSpec) -> Results:
+    given = ordered(backend, x)
+    x, one = _fold_packing(backend, given, spec)
+    weights, scanned = scan_forward(backend, x, one, spec.final_state)
+    clear(backend, given, scanned.out)
+    C, n, m = scanned.final if spec.final_state else None, None, None
+    if spec.final_state and weights.n_final is not None and weights.m_final is not None:
+        n, m = (weights.n_final.clone(), weights.m_final.clone()) if spec.normalize else (n, m)
+    return scanned.out, C, n, m, backend.saved(weights) if spec.needs_grad else None
+
+
+def scan_forward(
+    backend: Backend[W, D, S], x: Inputs, spec: CallSpec, at_ends: bool
+) -> tuple[W, S]:
+    """The weights and the scan of h. at_ends: may there be a dC where sequences end?"""
+    weights = backend.gate_weights(x, spec, at_ends)
+    return weights, backend.scan("h", x.q, x.k, x.v, weights, x.C, final=spec.final_state)
+
+
+# ---------------------------------------------------------------- backward
+
+
+def backward(spec: CallSpec, *tensors: Any) -> Results:
+    """(dq, dk, dv, di, df, dC_0, dn_0, dm_0) of the tensors of ``Inputs``, then h, saved, dh, dC,
+    dn and, if there is one, an ``Exchange``; None where there was no initial state."""
+    x, (h, saved, dh, dC, dn, *exchange) = Inputs(*tensors[:9]), tensors[9:]
+    dh = torch.zeros_like(h) if dh is None else dh
+    # An output that was not wanted is empty, and so is its cotangent.
+    dC = dC if spec.final_state else None
+    dn = dn if spec.final_state and spec.normalize else None
+    backend = backend_of(spec.backend)
+    return _backward(backend, x, spec, h, saved, dh, dC, dn, exchange[0] if exchange else None)
+
+
+def _backward(
+    backend: Backend[W, D, S], x: Inputs, spec: CallSpec, h: Tensor, saved: Tensor, dh: Tensor,
+    dC: Tensor | None, dn: Tensor | None, exchange: Exchange | None,
+) -> Results:  # fmt: skip
+    """dq needs no final state: an exchange begins before it, and ends after it with dC and dn."""
+    given = ordered(backend, x)
+    x, one = _fold_packing(backend, given, spec)
+    weights = backend.gate_weights(x, one, spec.final_state or exchange is not None, saved)
+
+    def scan_dv(dC: Tensor | None, dot: Tensor | None) -> S:
+        return backend.scan("dv", x.k, x.q, dh, weights, dC, final=x.C is not None, dot=dot)
+
+    dv: S | None = None
+    column: D | None = None
+    arrives = None
+    # dv reads dh anyway: where nothing is exchanged, dh . h comes with it.
+    if exchange is None:
+        dv = scan_dv(dC, h if spec.normalize else None)
+    if spec.normalize:
+        column = backend.normalizer_grad(dh, h, x.q, x.n, weights, dv)
+    if exchange is not None:
+        arrives = exchange(weights, column)
+    C_0 = None if x.C is None else x.C.mT
+    dq = backend.scan("dq", dh, x.v, x.k, weights, C_0, column=column, dot=x.q)
+    if arrives is not None:
+        dC, dn = arrives()
+    if dv is None:
+        dv = scan_dv(dC, None)
+    if column is not None:
+        column = backend.with_final_grad(column, dn, weights)
+    dC_T = None if dC is None else dC.mT
+    dk = backend.scan("dk", x.v, dh, x.q, weights, dC_T, column=column, dot=x.k, against=dq)
+    di, df = backend.gate_gradients(x.i, x.f, dq, dk, weights)
+    clear(backend, given, dq.out, dk.out, dv.out, di, df)
+    dC_0, dn_0, dm_0 = None, None, None
+    if x.C is not None:
+        dC_0, dn = backend.initial_gradients(dv, dk)
+        if x.n is not None and dn is not None:
+            wide = torch.float64  # the two cancel where the normaliser is active
+            dm_0 = (dC_0.to(wide) * x.C).sum((-2, -1)) + (dn.to(wide) * x.n).sum(-1)
+            dn_0, dm_0 = dn.contiguous(), dm_0.to(dn.dtype)
+    di, df = di.to(x.i.dtype).contiguous(), df.to(given.f.dtype).contiguous()
+    return dq.out, dk.out, dv.out, di, df, dC_0, dn_0, dm_0

@@ -1,0 +1,147 @@
+"""A call as a value: its tensors by name, and all that it is besides their numbers.
+
+Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, N sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tfla._compat import constant_while_tracing
+from tfla.gates import Activations
+
+BackendName = Literal["reference", "triton"]
+Precision = Literal["ieee", "tf32"]
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call over sequences."""
+
+    q: Tensor  # (B, T, H, K)
+    k: Tensor  # (B, T, H, K)
+    v: Tensor  # (B, T, H, V)
+    i: Tensor  # (B, T, H)
+    f: Tensor  # (B, T, H)
+    C: Tensor | None  # (N, H, K, V)
+    n: Tensor | None  # (N, H, K)
+    m: Tensor | None  # (N, H)
+    cu_seqlens: Tensor | None  # (N + 1,)
+
+
+class Options(NamedTuple):
+    """What a call is that its tensors do not say: what the operators take besides tensors."""
+
+    scale: float  # of q, not negative
+    input_gate: str  # the name of a gate of ``tfla.gates``
+    sigmoid_f: bool  # log_f = logsigmoid(f), else f is log_f
+    normalize: bool  # is h divided by the normaliser?
+    final_state: bool  # does the state after the last token go out?
+    needs_grad: bool  # will there be a backward pass?
+    backend: str
+    precision: str  # of products of fp32 numbers: "ieee", or "tf32" with 10 bits
+
+
+# The same in the language of torch.library's schemas.
+OPTIONS = (
+    "float scale, str input_gate, bool sigmoid_f, bool normalize, bool final_state, "
+    "bool needs_grad, str backend, str precision"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class CallSpec:
+    """All that a call over sequences is besides its data. Validation makes it, once for calls that
+    are alike, and everything below takes it. Equal ones describe the same call.
+
+    In a graph that is being traced sizes may be symbols; such a spec is no key.
+    """
+
+    B: int  # rows; 1 if packed
+    T: int  # tokens in each, of this rank
+    H: int  # heads
+    K: int  # width of q and k
+    V: int  # width of v and h
+    N: int  # sequences: B, or as many as are packed
+    packed: bool  # are sequences packed along T?
+    dtype: torch.dtype  # of q, k, v and h
+    gate_dtypes: tuple[torch.dtype, torch.dtype]  # of i and f
+    device: torch.device
+    initial_state: bool  # does a state come in?
+    scale: float  # of q, not negative
+    input_gate: str  # the name of a gate of ``tfla.gates``
+    sigmoid_f: bool  # log_f = logsigmoid(f), else f is log_f
+    normalize: bool  # is h divided by the normaliser?
+    final_state: bool  # does the state after the last token go out?
+    needs_grad: bool  # will there be a backward pass?
+    backend: BackendName
+    precision: Precision  # of products of fp32 numbers: "ieee", or "tf32" with 10 bits
+
+    @staticmethod
+    def of(x: Inputs, options: Options) -> CallSpec:
+        """The call of these tensors."""
+        (B, T, H, K), V, packed = x.q.shape, x.v.shape[-1], x.cu_seqlens is not None
+        N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+        return CallSpec(
+            B, T, H, K, V, N, packed, x.q.dtype, (x.i.dtype, x.f.dtype), x.q.device,
+            x.C is not None, *options,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    @property
+    def options(self) -> Options:
+        return Options(
+            self.scale, self.input_gate, self.sigmoid_f, self.normalize, self.final_state,
+            self.needs_grad, self.backend, self.precision,
+        )  # fmt: skip
+
+    @property
+    def activations(self) -> Activations:
+        return Activations(self.input_gate, self.sigmoid_f)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of states, gates and everything else that is not a token's operand."""
+        return state_dtype(self.dtype)
+
+    def but(self, **fields: Any) -> CallSpec:
+        """The same with some fields changed."""
+        return dataclasses.replace(self, **fields)
+
+    # A spec is a part of keys of calls: hashed once, and compared by identity where it is the same.
+    def _key(self) -> tuple[Any, ...]:
+        found = self.__dict__.get("_values")
+        if found is None:
+            found = self.__dict__["_values"] = tuple(
+                [getattr(self, field.name) for field in dataclasses.fields(self)]
+            )
+        return found
+
+    def __hash__(self) -> int:
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = self.__dict__["_hash"] = hash(self._key())
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, CallSpec) and self._key() == other._key()
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of states beside tokens of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@constant_while_tracing  # graphs are made anew where torch's setting is another
+def products_of(dtype: torch.dtype) -> Precision:
+    """How products of a dtype are done: of fp32 as torch's own matrix products on NVIDIA GPUs are
+    set to be."""
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    matmul: Any = torch.backends.cuda.matmul  # allow_tf32 raises where the newer name was used
+    return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
