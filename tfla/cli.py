@@ -6,11 +6,12 @@ one line, exit status 2.
 """
 
 import importlib.util
+import io
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +23,7 @@ except ModuleNotFoundError:
     raise SystemExit(2) from None
 
 import tfla
-from tfla import bench
+from tfla import bench, signals
 from tfla import threads as threads_
 from tfla.errors import RunError
 
@@ -117,7 +118,10 @@ def train(
         "--compile")] = False,
     precision: Annotated[str, _run(
         "fp32 or bf16; auto: bf16 on a GPU that has it, else fp32.")] = "auto",
-    save_every: Annotated[int, _run("Steps between checkpoints; the last two are kept.")] = 100,
+    save_every: Annotated[int, _run(
+        "Steps between checkpoints; the last two are kept, and the best on held-out text.")] = 100,
+    save_every_seconds: Annotated[float, _run(
+        "Seconds after which there is a checkpoint, whatever the step.")] = 300.0,
     eval_every: Annotated[int, _run("Steps between evaluations on held-out text.")] = 100,
     eval_bytes: Annotated[int, _run("Bytes of held-out text in an evaluation.")] = 65536,
     log_every: Annotated[int, _run("Steps between lines in metrics.jsonl.")] = 10,
@@ -142,7 +146,8 @@ def train(
         "For matrices; norms, biases, gates and embeddings have none.")] = 0.1,
     clip: Annotated[float, _training("Largest norm of the gradient.")] = 1.0,
 ) -> None:
-    """Train an xLSTM language model. A run that was stopped or killed goes on with --resume.
+    """Train an xLSTM language model. A run that was stopped or killed goes on with --resume;
+    ctrl-C, SIGTERM and SIGHUP save a checkpoint first (a second ctrl-C does not wait for it).
     It is judged in bits per byte on held-out text: 8 is chance, lower is better, gzip -9 needs
     about 2 for source code. One process at a time writes to --out, and nothing is overwritten
     there that tfla has not written.
@@ -173,9 +178,11 @@ def train(
 
     threads_.requested(threads)  # a number that cannot be is an error now, not after the corpus
     place = _placement(device, context_ranks, recompute, compile)
-    console = Console(quiet=not place.main)
-    stopped = False
+    console = Console(quiet=not place.main, file=_Lasting())
+    stopped: BaseException | None = None
     with ExitStack() as held:  # the lock of the run, until the plot is drawn
+        received = held.enter_context(signals.Signals())
+        place.signalled = lambda: received.noted
         with place.together(), _warnings_in_a_line():
             run = place.share(make)
             held.enter_context(run.lock or nullcontext())
@@ -187,10 +194,13 @@ def train(
                 on = f"CPU, {chosen}"
             render.describe(run, on, console)
             try:
-                render.watch(training.train(run, place), console)
-            except KeyboardInterrupt:
-                stopped = True
+                with received.held():
+                    render.watch(training.train(run, place), console)
+            except (signals.Interrupted, KeyboardInterrupt) as error:
+                stopped = error
         if not place.main:
+            if stopped:
+                raise typer.Exit(signals.exit_status(stopped))
             return
         records = metrics.read_metrics(out / runs.METRICS)
         render.loss_curve(
@@ -201,7 +211,7 @@ def train(
         )
     if stopped:
         _say(f"stopped; go on with: tfla train --out {out} --resume")
-        raise typer.Exit(130)
+        raise typer.Exit(signals.exit_status(stopped))
     unit = "bits_per_token" if run.corpus.lost else "bits_per_byte"
     bits = [record[unit] for record in records if unit in record]
     result = f"{bits[-1]:.3f} {metrics.UNITS[unit]}" if bits else "not in metrics.jsonl any more"
@@ -345,7 +355,8 @@ def complete(commands: typer.Typer) -> None:
 def main() -> None:
     """The entry point: runs the command and leaves with its exit status."""
     threads_.limit_spinning()
-    sys.exit(run_command(sys.argv[1:]))
+    with signals.Signals():
+        sys.exit(run_command(sys.argv[1:]))
 
 
 def run_command(arguments: list[str]) -> int:
@@ -374,8 +385,8 @@ def run_command(arguments: list[str]) -> int:
         if (error.name or "").split(".")[0] not in EXTRAS:
             raise
         return _fail(f'{error.name} is not installed; pip install "tfla[train]"')
-    except KeyboardInterrupt:
-        return 130
+    except (signals.Interrupted, KeyboardInterrupt) as error:
+        return signals.exit_status(error)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not have been imported
             raise
@@ -395,7 +406,31 @@ def _fail(message: str) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"tfla: {message}", file=sys.stderr)
+    with suppress(OSError):  # nobody may be left to read it
+        print(f"tfla: {message}", file=sys.stderr)
+
+
+class _Lasting(io.TextIOBase):
+    """The standard output for what runs long: where nobody reads it any more, a terminal that was
+    closed or a pipe whose reader has ended, the work goes on."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.stdout, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return sys.stdout is not None and sys.stdout.isatty()
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            if sys.stdout is not None:
+                sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            if sys.stdout is not None:
+                sys.stdout.flush()
 
 
 @contextmanager

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfla.signals import Interrupted
 from tfla.xlstm import files
 from tfla.xlstm.checkpoint import RunError, sha256
 
@@ -127,7 +128,7 @@ def _library_errors(what: str, hint: str) -> Iterator[None]:
     Rust, which is none."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, RunError):
+    except (KeyboardInterrupt, Interrupted, SystemExit, GeneratorExit, MemoryError, RunError):
         raise
     except BaseException as error:
         raise RunError(f"{what} ({_first_line(error)}); {hint}") from error

@@ -148,7 +148,13 @@ def partial_folder(path: Path) -> Path:
         path.mkdir()
     except FileExistsError:
         raise RunError(f"{path} is there already and is left as it is; move it away") from None
-    (path / MARKER).write_text(MARK + path.name, "utf-8")
+    try:
+        (path / MARKER).write_text(MARK + path.name, "utf-8")
+    except BaseException:  # a full disk: without a whole marker nothing would remove it later
+        with suppress(OSError):
+            (path / MARKER).unlink(missing_ok=True)
+            path.rmdir()
+        raise
     return path
 
 
@@ -179,8 +185,10 @@ def discard(folder: Path, proof: FolderProof) -> bool:
     if not names or proof(folder) is None or not all(map(NAMES.fullmatch, names)):
         return False
     marker, hidden = folder / MARKER, _hidden(folder)
-    if MARKER in names and not marker.read_bytes().startswith(MARK.encode()):
-        return False
+    if MARKER in names:
+        mark = marker.read_bytes()
+        if not (mark.startswith(MARK.encode()) or MARK.encode().startswith(mark)):
+            return False  # a beginning of it is what a full disk leaves
     marker.write_text(MARK + hidden.name, "utf-8")
     folder.rename(hidden)  # so a process that is killed from here on leaves no half of it
     return remove_partial(hidden)

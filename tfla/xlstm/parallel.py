@@ -213,6 +213,11 @@ class Ranks(Placement):
         dist.broadcast(clock, 0)
         return clock.item()
 
+    def largest(self, values: list[int]) -> list[int]:
+        shared = torch.tensor(values, device="cpu")
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.tolist()
+
     def own(self, x: Any) -> Tensor:
         return x.detach().to_local() if hasattr(x, "to_local") else x
 

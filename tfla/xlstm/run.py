@@ -41,6 +41,7 @@ class TrainOptions:
     eval_every: int = 100  # steps
     eval_bytes: int = 65536
     save_every: int = 100  # steps
+    save_every_seconds: float = 300.0  # after the last one, whatever the step
     log_every: int = 10  # steps
     precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp32
 
@@ -56,6 +57,7 @@ class TrainOptions:
         rules: list[tuple[str, str, Callable[[Any], bool]]] = [
             ("context batch accumulate", "at least 1", lambda x: x >= 1),
             ("eval_every eval_bytes save_every log_every", "at least 1", lambda x: x >= 1),
+            ("save_every_seconds", "above 0", lambda x: x > 0),  # inf: by steps alone
             ("steps seconds lr clip", "above 0", lambda x: x is None or 0 < x < math.inf),
             ("warmup final_lr", "from 0 to 1", lambda x: 0 <= x <= 1),
             ("weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
