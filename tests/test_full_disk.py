@@ -1,4 +1,4 @@
-"""A disk that is full while a checkpoint is written: one line, and the last checkpoint stays good."""
+"""A disk that is full while a checkpoint is written: one line, and the one before stays good."""
 
 import errno
 import json
@@ -53,7 +53,8 @@ PLACES: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     ),
     "the seal": (checkpoint, "seal", lambda: full_for(checkpoint, "seal", is_step_2)),
     "checkpoint.json": (
-        Path, "write_text", lambda: full_for(Path, "write_text", lambda p: p.name == "checkpoint.json"),
+        Path, "write_text",
+        lambda: full_for(Path, "write_text", lambda p: p.name == "checkpoint.json"),
     ),
     "the marker": (
         Path, "write_text", lambda: full_for(Path, "write_text", lambda p: p.name == files.MARKER),

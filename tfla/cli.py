@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -176,8 +176,10 @@ def train(
         values = command.params | ({"steps": 1000} if unlimited else {})
         return runs.start(out, values, outputs)
 
-    threads_.requested(threads)  # a number that cannot be is an error now, not after the corpus
-    place = _placement(device, context_ranks, recompute, compile)
+    given = {name: str(value) for name, value in command.params.items()}
+    place = _placement(
+        device, context_ranks, recompute, compile, given, lambda: threads_.requested(threads)
+    )
     console = Console(quiet=not place.main, file=_Lasting())
     stopped: BaseException | None = None
     with ExitStack() as held:  # the lock of the run, until the plot is drawn
@@ -410,7 +412,7 @@ def _say(message: str) -> None:
         print(f"tfla: {message}", file=sys.stderr)
 
 
-class _Lasting(io.TextIOBase):
+class _Lasting(io.StringIO):
     """The standard output for what runs long: where nobody reads it any more, a terminal that was
     closed or a pipe whose reader has ended, the work goes on."""
 
@@ -451,12 +453,28 @@ def _warnings_in_a_line() -> Iterator[None]:
         yield
 
 
-def _placement(device: str, context_ranks: int, recompute: bool, compile: bool) -> "Placement":
-    """This process, or under torchrun all of them."""
-    if "RANK" in os.environ:
-        from tfla.xlstm.parallel import Ranks
+def _placement(
+    device: str, context_ranks: int, recompute: bool, compile: bool, given: dict[str, str],
+    check: Callable[[], object],
+) -> "Placement":  # fmt: skip
+    """This process, or under torchrun all of them, once all are found to be given the same options.
 
-        return Ranks(_device(device), context_ranks, recompute, compile)
+    `check` is a further look at the options: a number that cannot be is an error now, not after the
+    corpus.
+    """
+    if "RANK" in os.environ:
+        from tfla.xlstm.parallel import Ranks, join
+
+        problem = None
+        try:
+            check()
+            on = _device(device)
+            given = given | {"device": f"{device} ({on.type} on its machine)"}
+        except RunError as error:
+            problem = str(error)
+        join(given | {"version": tfla.__version__}, problem)
+        return Ranks(on, context_ranks, recompute, compile)
+    check()
     if context_ranks != 1 or recompute:
         option = "--recompute" if recompute else "--context-ranks"
         raise RunError(f"{option} is for torchrun; start with: torchrun --nproc-per-node N -m tfla")
