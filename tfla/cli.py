@@ -89,9 +89,9 @@ def _tfla(
 def train(
     command: typer.Context,
     paths: Annotated[list[Path] | None, typer.Argument(
-        help="Files and folders to train on. Folders are searched to the bottom and every file is "
-        "read as bytes, whatever it is; names that start with a dot are left out. Without any: the "
-        "sources of Python's standard library, without its tests.", show_default=False,
+        help="Files and folders to train on. Folders are searched to the bottom; names in them "
+        "that start with a dot, and binary files, are left out. Without any: the sources of "
+        "Python's standard library, without its tests.", show_default=False,
     )] = None,
     out: Annotated[Path, _run(
         "Folder for checkpoints, metrics.jsonl and loss.png.")] = Path("runs/train"),
@@ -129,6 +129,9 @@ def train(
         "A tokenizer.json of the tokenizers library.", default="one token a byte")] = None,
     held_out: Annotated[float, _data(
         "Share of the bytes that is never trained on: whole files, picked by name.")] = 0.05,
+    include: Annotated[list[str] | None, _data(
+        "Of folders read only files that fit this pattern, '*.py' or 'src/*.py'; can be given "
+        "several times.", default="all")] = None,
     hidden_size: Annotated[int, _model("Width; half of it must divide by --num-heads.")] = 128,
     num_layers: Annotated[int, _model("Number of blocks.")] = 2,
     num_heads: Annotated[int, _model("mLSTM heads in a block.")] = 1,
@@ -217,8 +220,10 @@ def train(
     unit = "bits_per_token" if run.corpus.lost else "bits_per_byte"
     bits = [record[unit] for record in records if unit in record]
     result = f"{bits[-1]:.3f} {metrics.UNITS[unit]}" if bits else "not in metrics.jsonl any more"
-    render.line(console, f"held-out text: {result}; the curve: {out}/loss.png")
-    render.line(console, f'let it write: tfla generate {out} "import "')
+    from rich.markup import escape
+
+    render.line(console, escape(f"held-out text: {result}; the curve: {out}/loss.png"))
+    render.line(console, escape(f'let it write: tfla generate {out} "import "'))
 
 
 # fmt: off
@@ -356,9 +361,23 @@ def complete(commands: typer.Typer) -> None:
 
 def main() -> None:
     """The entry point: runs the command and leaves with its exit status."""
+    _open_closed()
     threads_.limit_spinning()
     with signals.Signals():
         sys.exit(run_command(sys.argv[1:]))
+
+
+def _open_closed() -> None:
+    """Give what was closed (`tfla ... >&-`) to nothing: else the next file that is opened would get
+    its number, a checkpoint for one, and whatever is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            with suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)  # which gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))
 
 
 def run_command(arguments: list[str]) -> int:

@@ -131,11 +131,14 @@ def _run(
     )
     files.write(folder / "demo.md", signed(_report(rows, verdict, device)), is_report)
 
+    from rich.markup import escape
+
     _head(console, "4. What this has shown")
     for sentence in findings(seconds, rows, bits, short, zipped, len(raw)):
         render.line(console, f"- {sentence}")
-    render.line(console, f"plots: {folder}/loss.png, {folder}/context.png; table: {folder}/demo.md")
-    render.line(console, f'more of its prose: tfla generate {folder} "def "')
+    shown = escape(str(folder))
+    render.line(console, f"plots: {shown}/loss.png, {shown}/context.png; table: {shown}/demo.md")
+    render.line(console, f'more of its prose: tfla generate {shown} "def "')
 
 
 def findings(

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,15 +68,19 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
 def describe(run: "Run", on: str, console: "Console") -> None:
     """Corpus, model and plan of a run, and what it is computed on, in three lines; then what its
     tokens do not give back, and what a resumed run is to do otherwise."""
+    from rich.markup import escape
+
     info, config, options = run.corpus.info, run.config, run.options
     kept, held = info["train"], info["held_out"]
     length = f"{options.steps:,} steps" if options.steps else f"{options.seconds:g} s"
     begun = f", from step {run.saved.meta['step']:,} on" if run.saved else ""
+    left_out = info.get("left_out", {}).get("binary", 0)
+    binary = f"; {left_out:,} binary files left out" if left_out else ""
     line(
         console,
-        f"[bold]corpus[/bold]   {run.corpus.name}: {kept['documents']:,} files, "
+        f"[bold]corpus[/bold]   {escape(run.corpus.name)}: {kept['documents']:,} files, "
         f"{kept['bytes'] / 1e6:.2f} MB to train on; {held['documents']:,} files, "
-        f"{held['bytes'] / 1e6:.2f} MB held out",
+        f"{held['bytes'] / 1e6:.2f} MB held out{binary}",
     )
     line(
         console,
@@ -86,7 +91,7 @@ def describe(run: "Run", on: str, console: "Console") -> None:
     line(
         console,
         f"[bold]training[/bold] {length} of {options.tokens_per_step:,} tokens{begun}, into "
-        f"{run.folder}, on {on}",
+        f"{escape(str(run.folder))}, on {on}",
     )
     if lost := run.corpus.lost:
         line(
@@ -101,7 +106,7 @@ def describe(run: "Run", on: str, console: "Console") -> None:
 
 def line(console: "Console", text: str) -> None:
     """Print one line that is not folded at the console's width."""
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True, emoji=False)
 
 
 def clock(seconds: float) -> str:
@@ -158,7 +163,7 @@ def loss_curve(
     ax.set_xlim(left=0)
     ax.set_xlabel("training time (s)")
     ax.set_ylabel(f"{UNITS[unit]} (lower is better)")
-    ax.set_title(title, loc="left")
+    ax.set_title(title, loc="left", parse_math=False)  # a path may hold a $
     ax.legend(frameon=False, loc="upper right")
     _finish(figure, path)
 
@@ -189,7 +194,7 @@ def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
         ax.set_xlabel("context (tokens)")
         ax.set_ylabel(unit)
         ax.set_title(heading, loc="left", fontsize=12)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, parse_math=False)
     if named:
         figure.legend(
             list(named.values()), list(named), loc="outside upper right", ncols=len(named),
@@ -200,6 +205,8 @@ def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
 
 def _figure(panels: int) -> "tuple[Figure, list[Axes]]":
     # Figure by itself, not pyplot: no display, no global state, nothing to close.
+    if "matplotlib" not in sys.modules:  # which refuses to be imported for a backend of its user
+        os.environ.pop("MPLBACKEND", None)  # that it does not know, and that nothing here uses
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -62,12 +62,15 @@ class Checkpoint:
         """All tensors of `name`.safetensors or of its shards, in whole, on the CPU. RunError when
         one cannot be read."""
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load, load_file
 
         found: dict[str, list[Tensor]] = {}
         for file in self.parts(name):
             try:
-                for key, x in load_file(file).items():
+                utf8 = os.fsencode(file) == str(file).encode("utf-8", "replace")
+                # load_file takes no other path, but would not copy what it reads.
+                read = load_file(file) if utf8 else load(file.read_bytes())
+                for key, x in read.items():
                     found.setdefault(key, []).append(x)
             except (OSError, SafetensorError) as error:
                 way = _way_out(self.path)

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from tfla.xlstm.checkpoint import RunError, sha256
 PIECE = 1 << 16
 HELD_OUT = 0.05  # share of the bytes
 FILES = {"corpus.json", "train.bin", "heldout.bin", "heldout.raw", "tokenizer.json"}
+# Bytes that are no control characters, and the control characters that stand in texts.
+_TEXT = bytes([*range(32, 127), *range(128, 256), *b"\b\t\n\f\r\x1b"])
 # Folders of the standard library whose text is not its sources: tests, what was installed later.
 _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -181,7 +184,8 @@ class Corpus:
         """What the corpus was made of, for titles: three paths at most, the others as a number."""
         paths = self.info["origin"]["paths"]
         more = [f"{len(paths) - 2:,} more"] if len(paths) > 3 else paths[2:]
-        return ", ".join([*paths[:2], *more]) or "the Python standard library"
+        named = ", ".join([*paths[:2], *more]) or "the Python standard library"
+        return named.encode("utf-8", "replace").decode()  # a name need not be UTF-8
 
     @property
     def bytes_per_token(self) -> float:
@@ -337,36 +341,70 @@ def standard_library() -> list[Document]:
     return found
 
 
-def find_documents(paths: Sequence[Path], skip: Path | None = None) -> list[Document]:
-    """Every file in `paths`, folders searched to the bottom.
+@dataclass(frozen=True)
+class Found:
+    """What is in folders: the documents to read, and how many files are left out as binary."""
 
-    Left out: names that start with a dot, the folders of other runs, and `skip`, the folder of this
-    one; where it is among `paths` itself, what a run writes to it.
+    documents: list[Document]
+    binary: int = 0
+
+
+def find_documents(
+    paths: Sequence[Path], skip: Path | None = None, include: Sequence[str] = ()
+) -> Found:
+    """Every file of text in `paths`, folders searched to the bottom, those behind links too, each
+    folder once.
+
+    include: patterns of names, `*.py`, or of paths below the folder that is named, `src/*.py`; in
+    folders only files that one of them fits are read. Left out: binary files (see `is_binary`) but
+    for those in `paths` themselves, names that start with a dot, the folders of other runs, and
+    `skip`, the folder of this one; where it is among `paths` itself, what a run writes to it.
     """
-    found = []
+    found, binary, seen = [], 0, set[tuple[int, int]]()
     for path in paths:
         if not path.exists():
             raise RunError(f"{path} does not exist; name files or folders to train on")
         if path.is_file():
             found.append(Document(path.name, path, path.stat().st_size))
             continue
-        for folder, folders, names in os.walk(path):
-            here = Path(folder)
-            if skip is not None and here.resolve() == skip.resolve():
-                folders[:] = [name for name in folders if name not in ("data", "checkpoints")]
-                names = [name for name in names if name not in ("metrics.jsonl", "loss.png")]
-            folders[:] = [
-                name
-                for name in folders
-                if not name.startswith(".")
-                and not (here / name / "data" / "corpus.json").exists()
-                and (skip is None or (here / name).resolve() != skip.resolve())
-            ]
-            for file in (here / name for name in names if not name.startswith(".")):
-                if file.is_file():
+        linked = [path]  # folders behind links, after those that are in the folder itself
+        while linked:
+            for folder, folders, names in os.walk(linked.pop(0)):
+                here = Path(folder)
+                status = here.stat()
+                if (status.st_dev, status.st_ino) in seen:
+                    folders.clear()
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                if skip is not None and here.resolve() == skip.resolve():
+                    folders[:] = [name for name in folders if name not in ("data", "checkpoints")]
+                    names = [name for name in names if name not in ("metrics.jsonl", "loss.png")]
+                folders[:] = sorted(
+                    name
+                    for name in folders
+                    if not name.startswith(".")
+                    and not (here / name / "data" / "corpus.json").exists()
+                    and (skip is None or (here / name).resolve() != skip.resolve())
+                )
+                linked += [here / name for name in folders if (here / name).is_symlink()]
+                for file in (here / name for name in sorted(names) if not name.startswith(".")):
                     name = file.relative_to(path).as_posix()
-                    found.append(Document(name, file, file.stat().st_size))
-    return found
+                    fits = any(fnmatchcase(x, y) for x in (file.name, name) for y in include)
+                    if (include and not fits) or not file.is_file():
+                        continue
+                    if is_binary(file):
+                        binary += 1
+                    else:
+                        found.append(Document(name, file, file.stat().st_size))
+    return Found(found, binary)
+
+
+def is_binary(path: Path) -> bool:
+    """Whether the first 8 KiB of a file are no text in any encoding of one byte or UTF-8: a NUL is
+    among them, or more than one in twenty is a control character, as in what is compressed."""
+    with _readable(path), path.open("rb") as stream:
+        block = stream.read(8192)
+    return b"\0" in block or 20 * len(block.translate(None, _TEXT)) > len(block)
 
 
 def prepare(
@@ -375,9 +413,11 @@ def prepare(
     *,
     tokenizer: Path | None = None,
     held_out: float = HELD_OUT,
+    include: Sequence[str] = (),
 ) -> Corpus:
     """Write the corpus of `paths` (none: the standard library's sources) to `folder` and open it.
 
+    `include`: see `find_documents`.
     `held_out` is the share of the bytes, in (0, 0.5], that is kept from training. RunError, which
     names the file: nothing there, nothing in it, unreadable, not a tokenizer; or a `folder` that
     holds what this function has not written.
@@ -386,11 +426,19 @@ def prepare(
         raise RunError(f"--held-out is {held_out}, wanted above 0 and at most 0.5")
     files.check_folder(folder, written_files)
     codec = Codec(read_tokenizer(tokenizer) if tokenizer else None)
-    found = find_documents(paths, folder.parent) if paths else standard_library()
-    documents = _unique(found)
+    if include and not paths:
+        raise RunError("--include is for the files of folders; name the folders too")
+    found = (
+        find_documents(paths, folder.parent, include) if paths else Found(standard_library())
+    )
+    documents = _unique(found.documents)
     if not documents:
         where = ", ".join(map(str, paths))
-        raise RunError(f"the corpus is empty: no bytes in {where}; name files with text in them")
+        but = f" but {found.binary:,} binary files" if found.binary else ""
+        only = f" that --include {' '.join(include)} fits" if include else ""
+        raise RunError(
+            f"the corpus is empty: no bytes in {where}{only}{but}; name files with text in them"
+        )
     train, held = _split(documents, held_out)
     with files.atomic_folder(folder, written_files) as temporary:
         pieces = _write(held, codec, temporary / "heldout.bin", temporary / "heldout.raw")
@@ -398,7 +446,12 @@ def prepare(
         if codec.source is not None:
             (temporary / "tokenizer.json").write_text(codec.source, "utf-8")
         info = {
-            "origin": {"paths": [str(path) for path in paths], "held_out": held_out},
+            "origin": {
+                "paths": [str(path) for path in paths],
+                "held_out": held_out,
+                "include": list(include),
+            },
+            "left_out": {"binary": found.binary},
             "train": _totals(train, trained),
             "held_out": _totals(held, pieces) | {"lost": _lost(temporary, codec, pieces)},
             "held_out_pieces": pieces,
@@ -480,19 +533,25 @@ def read_tokenizer(path: Path) -> str:
         ) from error
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A RunError when `path` cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be read ({error.strerror}); make it readable or leave it out"
+        ) from error
+
+
 def _unique(documents: list[Document]) -> list[Document]:
     seen: set[str] = set()
     kept = []
     for document in sorted(documents, key=lambda document: document.name):
         if document.size == 0:
             continue
-        try:
+        with _readable(document.path):
             content = sha256(document.path)
-        except OSError as error:
-            raise RunError(
-                f"{document.path} cannot be read ({error.strerror}); "
-                "make it readable or leave it out"
-            ) from error
         if content not in seen:
             seen.add(content)
             kept.append(document)
@@ -505,7 +564,7 @@ def _split(documents: list[Document], share: float) -> tuple[list[Document], lis
     Documents that alone are a quarter of it are passed over, so that what is held out is varied.
     """
     target = share * sum(document.size for document in documents)
-    by_hash = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    by_hash = sorted(documents, key=lambda d: hashlib.sha256(os.fsencode(d.name)).digest())
     longest = max(documents, key=lambda document: document.size)
     # Of many documents of one size even the longest may be less than the share, and all of them
     # more than a quarter of it.

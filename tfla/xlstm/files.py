@@ -103,8 +103,10 @@ def atomic_folder(target: Path, proof: FolderProof = nobodys) -> Iterator[Path]:
     temporary = partial_folder(_hidden(target))
     try:
         yield temporary
-        for path in (*sorted(temporary.iterdir()), temporary):
+        for path in sorted(temporary.iterdir()):
+            _give_mode(path)
             flush(path)
+        flush(temporary)
         check_folder(target, proof)
         discard(target, proof)
         if target.exists():
@@ -127,12 +129,20 @@ def atomic_file(target: Path, proof: FileProof) -> Iterator[Path]:
     temporary = partial_folder(_hidden(target))
     try:
         yield temporary / PART
+        _give_mode(temporary / PART)
         flush(temporary / PART)
         check_file(target, proof)
         os.replace(temporary / PART, target)
         flush(target.parent)
     finally:
         remove_partial(temporary)
+
+
+def _give_mode(path: Path) -> None:
+    """Give a file the mode that the umask says, whatever library has written it: safetensors makes
+    its own readable for their owner alone. The marker beside it, which was opened plainly, has that
+    mode; to ask for the umask one would have to change it, for all threads."""
+    path.chmod(stat.S_IMODE((path.parent / MARKER).stat().st_mode))
 
 
 def write(target: Path, content: bytes, proof: FileProof) -> None:

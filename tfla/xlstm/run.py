@@ -108,9 +108,9 @@ class Run:
 def start(folder: Path, values: Mapping[str, Any], outputs: Outputs | None = None) -> Run:
     """A new run in `folder`.
 
-    `values` may hold paths, tokenizer and held_out as `prepare` takes them, fields of XLSTMConfig
-    but for vocab_size, and fields of TrainOptions; others are ignored. RunError when `folder` holds
-    a run already or is in use, when something of another stands where the run would write, or when
+    `values` may hold paths, tokenizer, held_out and include as `prepare` takes them, fields of
+    XLSTMConfig but for vocab_size, and fields of TrainOptions; others are ignored. RunError when
+    `folder` holds a run already or is in use, when something of another stands in its way, or when
     a value is out of range. The folder is locked until `train` ends. `outputs` are further files
     that will be written to it, each with the proof that tfla wrote what stands in its place.
 
@@ -144,6 +144,7 @@ def start(folder: Path, values: Mapping[str, Any], outputs: Outputs | None = Non
             folder / "data",
             tokenizer=values.get("tokenizer"),
             held_out=values.get("held_out", HELD_OUT),
+            include=values.get("include") or (),
         )
         position = corpus.begin(options.seed, options.context)  # too small? It says so now.
         config = XLSTMConfig(**(model | {"vocab_size": corpus.codec.vocab_size}))
@@ -188,7 +189,10 @@ def _resumed(folder: Path, changes: Mapping[str, Any]) -> Run:
         given["paths"] = [str(path) for path in given["paths"]]
     if given.get("tokenizer"):
         given["tokenizer"] = read_tokenizer(given["tokenizer"])
-    has = config.to_dict() | corpus.info["origin"] | {"tokenizer": corpus.codec.source}
+    if "include" in given:
+        given["include"] = list(given["include"] or ())
+    has = config.to_dict() | {"include": []} | corpus.info["origin"]  # older ones had no --include
+    has |= {"tokenizer": corpus.codec.source}
     for name in sorted(has.keys() & given.keys()):
         if given[name] != has[name]:
             raise RunError(
