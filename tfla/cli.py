@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tfla.xlstm.run import Run
     from tfla.xlstm.train import Placement
 
+LESS = "take a smaller --batch, a larger --accumulate, or a smaller model"
 EXTRAS = {"rich", "matplotlib", "numpy", "safetensors", "tokenizers"}
 # What typer raises about the command line: click's class in its older versions, its own since.
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -408,10 +409,14 @@ def run_command(arguments: list[str]) -> int:
         return _fail(f'{error.name} is not installed; pip install "tfla[train]"')
     except (signals.Interrupted, KeyboardInterrupt) as error:
         return signals.exit_status(error)
+    except MemoryError:  # of Python and of NumPy
+        return _fail(f"the memory is not enough; {LESS}")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not have been imported
-            raise
-        return _fail("the GPU's memory is full; take a smaller --batch, a larger --accumulate")
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; it may not have been imported
+            return _fail(f"the GPU's memory is full; {LESS}")
+        if "DefaultCPUAllocator" in str(error):  # torch's too, of no type of its own
+            return _fail(f"the memory is not enough; {LESS}")
+        raise
 
 
 def _require(*packages: str) -> None:

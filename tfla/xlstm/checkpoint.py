@@ -14,9 +14,9 @@ before the first is opened. How a folder appears whole and when it is removed: f
 
 import hashlib
 import json
-import math
 import os
 import re
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -116,9 +116,14 @@ class Checkpoint:
         step: Any = self.meta.get("step")
         elapsed: Any = self.meta.get("elapsed")
         if type(step) is not int or not 0 <= step < 2**63:
-            raise RunError(f"{self.path}/checkpoint.json has step {step!r}, wanted a whole number")
-        if type(elapsed) not in (int, float) or not 0 <= elapsed < math.inf:
-            raise RunError(f"{self.path}/checkpoint.json has elapsed {elapsed!r}, wanted seconds")
+            raise RunError(
+                f"{self.path}/checkpoint.json has step {reprlib.repr(step)}, wanted a whole number"
+            )
+        # A bound, for an int of JSON may have 400 digits, which no float holds.
+        if type(elapsed) not in (int, float) or not 0 <= elapsed < 1e300:
+            raise RunError(
+                f"{self.path}/checkpoint.json has elapsed {reprlib.repr(elapsed)}, wanted seconds"
+            )
         return step, float(elapsed)
 
     def best(self) -> dict[str, Any] | None:

@@ -475,10 +475,62 @@ def open_corpus(folder: Path, fingerprint: str) -> Corpus:
             f"{folder}/corpus.json cannot be read ({_first_line(error)}); {hint}"
         ) from error
     tokenizer = folder / "tokenizer.json"
-    codec = Codec(tokenizer.read_text("utf-8") if tokenizer.exists() else None)
+    codec = Codec(read_tokenizer(tokenizer) if tokenizer.exists() else None)
+    if wrong := _what_is_wrong(folder, info, codec):
+        raise RunError(f"{folder}/corpus.json cannot be right: {wrong}; {hint}")
     if "lost" not in info["held_out"]:  # of a corpus from before this was looked at
         info["held_out"]["lost"] = _lost(folder, codec, info["held_out_pieces"])
     return Corpus(folder, codec, info, np.memmap(folder / "train.bin", codec.dtype, "r"))
+
+
+def _what_is_wrong(folder: Path, info: dict[str, Any], codec: Codec) -> str:
+    """What corpus.json says that is of another kind than `prepare` writes, or that is not so; ""
+    when all is well. Checksums do not tell this: whoever writes another file can make them."""
+
+    def whole(x: Any) -> bool:
+        return type(x) is int and 0 <= x < 2**63
+
+    def words(x: Any) -> bool:
+        return isinstance(x, list) and all(isinstance(word, str) for word in x)
+
+    origin = info.get("origin")
+    if not isinstance(origin, dict) or not words(origin.get("paths")):
+        return "it does not say what the corpus was made of"
+    if not words(origin.get("include", [])) or type(origin.get("held_out")) is not float:
+        return "it does not say how the corpus was made"
+    left_out = info.get("left_out", {"binary": 0})
+    if not isinstance(left_out, dict) or not whole(left_out.get("binary")):
+        return "it does not say what was left out"
+    for name in ("train", "held_out"):
+        said, counts = info.get(name), ("documents", "bytes", "tokens")
+        if not isinstance(said, dict) or not all(whole(said.get(count)) for count in counts):
+            return f"it does not say what {name} holds"
+    if not whole(info["held_out"].get("lost", 0)):
+        return "it does not say what the tokens lose"
+    pieces = info.get("held_out_pieces")
+    if not isinstance(pieces, list) or not pieces:
+        return "it lists no held-out text"
+    if not all(isinstance(x, list) and len(x) == 2 and all(map(whole, x)) for x in pieces):
+        return "its list of held-out text holds something else"
+    held = info["held_out"]
+    tokens, size = (sum(column) for column in zip(*pieces, strict=True))
+    if (tokens + 1, size) != (held["tokens"], held["bytes"]):
+        return "its list of held-out text does not sum to what it says"
+    if not pieces[0][1] or not info["train"]["bytes"]:
+        return "it says that there is no text"
+    sizes = {
+        "train.bin": info["train"]["tokens"] * codec.dtype.itemsize,
+        "heldout.bin": held["tokens"] * codec.dtype.itemsize,
+        "heldout.raw": held["bytes"],
+    }
+    for name, size in sizes.items():
+        if not files.is_regular(folder / name) or (folder / name).stat().st_size != size:
+            return f"{name} should have {size:,} bytes"
+        if name != "heldout.raw":
+            stream = np.memmap(folder / name, codec.dtype, "r")
+            if any(block.max() > codec.end for block in np.array_split(stream, 1 + size // 2**24)):
+                return f"{name} holds ids beyond {codec.end:,}, the last one of the tokenizer"
+    return ""
 
 
 def written_files(folder: Path) -> set[str] | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from tfla.xlstm.metrics import is_metrics
 
 METRICS = "metrics.jsonl"
 WHOLE = "context batch accumulate steps seed eval_every eval_bytes save_every log_every".split()
+REAL = "seconds lr warmup final_lr weight_decay clip save_every_seconds".split()
 Outputs = Mapping[str, files.FileProof]
 
 
@@ -52,7 +54,17 @@ class TrainOptions:
             value = getattr(self, name)
             if not (value is None and name == "steps") and type(value) is not int:
                 raise RunError(
-                    f"--{name.replace('_', '-')} is {value!r}, wanted a whole number"
+                    f"--{name.replace('_', '-')} is {reprlib.repr(value)}, wanted a whole number"
+                )
+            if value is not None and abs(value) >= 2**63:
+                raise RunError(f"--{name.replace('_', '-')} is 2^63 or more; take a smaller number")
+        for name in REAL:
+            value = getattr(self, name)
+            if value is None and name == "seconds":
+                continue
+            if type(value) not in (int, float) or 1e300 < abs(value) < math.inf:
+                raise RunError(
+                    f"--{name.replace('_', '-')} is {reprlib.repr(value)}, wanted a number"
                 )
         rules: list[tuple[str, str, Callable[[Any], bool]]] = [
             ("context batch accumulate", "at least 1", lambda x: x >= 1),

@@ -31,7 +31,7 @@ from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.data import Corpus, Position
-from tfla.xlstm.metrics import MetricsLog, Record
+from tfla.xlstm.metrics import MetricsLog, Record, is_number
 from tfla.xlstm.metrics import read_metrics as read_metrics
 from tfla.xlstm.model import XLSTM
 from tfla.xlstm.run import METRICS, Run, TrainOptions
@@ -309,7 +309,7 @@ def _judged(options: TrainOptions) -> Record:
 def _best(run: Run, unit: str) -> Record | None:
     """What a checkpoint says of the best evaluation before it; None: nothing of this kind."""
     best = run.saved and run.saved.best()
-    if not best or type(best.get(unit)) not in (int, float) or not math.isfinite(best[unit]):
+    if not best or not is_number(best.get(unit)):
         return None
     return best if best.items() >= _judged(run.options).items() else None
 
