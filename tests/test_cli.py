@@ -607,3 +607,39 @@ def test_help_names_the_input_gates_as_the_registry_does() -> None:
     from tfla import cli, gates
 
     assert gates.described() in Path(cli.__file__).read_text("utf-8")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names that are no UTF-8")
+@pytest.mark.parametrize("name", ["a$x_{$b", "[/v1]", "[bold]", ":smile:", os.fsdecode(b"\xff")])
+def test_any_name_may_stand_in_a_path(name: str, call: Call, text: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / name, tmp_path / f"run{name}"
+    source.mkdir(parents=True)
+    for path in text.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    words = [*TINY.split(), "--steps", "2", "--device", "cpu", "--threads", "1"]
+    status, said, err = call("train", str(source), "--out", str(out), *words)
+    assert (status, err) == (0, "")
+    shown = name.encode("utf-8", "replace").decode()
+    assert said.startswith("corpus ") and f"{shown}: " in said.splitlines()[0]
+    assert (out / "loss.png").stat().st_size
+    assert call("train", "--out", str(out), "--resume")[0] == 0
+
+
+def test_an_unknown_backend_of_matplotlib_does_not_matter(text: Path, tmp_path: Path) -> None:
+    words = ["train", str(text), "--out", str(tmp_path), *TINY.split(), "--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tfla", *words, "--device", "cpu", "--threads", "1"],
+        env=os.environ | {"MPLBACKEND": "nonsense"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes descriptors")
+@pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_descriptors_change_nothing(closed: str, tmp_path: Path) -> None:
+    for words, status in (("--version", 0), (f"generate {tmp_path}", 2)):
+        line = f"{sys.executable} -m tfla {words} {closed}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+        silent = ">&-" in closed.split() or status
+        assert done.stdout == ("" if silent else f"tfla {tfla.__version__}\n")

@@ -2,14 +2,17 @@
 
 import errno
 import json
+import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tfla.xlstm import data
+import tfla
+from tfla.xlstm import checkpoint, data, save_state
 from tfla.xlstm.checkpoint import RunError, sha256
 from tfla.xlstm.data import (
     PIECE,
@@ -27,13 +30,13 @@ END = 256
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """60 files of 0 to 2,000 random bytes at several depths; four of them twice."""
+    """60 files of 0 to 2,000 random characters at several depths; four of them twice."""
     source = tmp_path / "source"
     draw = random.Random(0)
     for number in range(60):
         path = source / f"part{number % 3}" / f"{number}.bin"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(draw.randbytes(draw.randrange(2000)))
+        path.write_bytes(bytes(draw.choices(range(32, 256), k=draw.randrange(2000))))
         if number % 15 == 7:
             (source / f"copy{number}").write_bytes(path.read_bytes())
     return source
@@ -82,7 +85,8 @@ def test_of_a_single_document_the_end_is_held_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [12, 30, 79])
 def test_of_documents_of_one_size_whole_ones_are_held_out(tmp_path: Path, number: int) -> None:
     for name in range(number):
-        (tmp_path / f"{name:02}").write_bytes(random.Random(name).randbytes(100))
+        content = random.Random(name).choices(range(32, 127), k=100)
+        (tmp_path / f"{name:02}").write_bytes(bytes(content))
     corpus = prepare([tmp_path], tmp_path / "data", held_out=0.1)
     train, held = documents(corpus.train), documents(held_stream(corpus))
     assert sorted(map(len, (*train, *held))) == [100] * number or number == 12
@@ -91,23 +95,23 @@ def test_of_documents_of_one_size_whole_ones_are_held_out(tmp_path: Path, number
 
 
 def test_hidden_files_and_other_runs_are_left_out(folder: Path) -> None:
-    names = {document.name for document in find_documents([folder])}
+    names = {document.name for document in find_documents([folder]).documents}
     for hidden in (folder / ".git" / "index", folder / ".hidden", folder / "out" / "loss.png"):
         hidden.parent.mkdir(exist_ok=True)
         hidden.write_text("x")
     (folder / "old" / "data").mkdir(parents=True)
     (folder / "old" / "data" / "corpus.json").write_text("{}")
     (folder / "old" / "data" / "train.bin").write_text("x")
-    assert {d.name for d in find_documents([folder], skip=folder / "out")} == names
+    assert {d.name for d in find_documents([folder], skip=folder / "out").documents} == names
 
 
 def test_a_run_within_its_own_text_does_not_read_what_it_writes(folder: Path) -> None:
-    names = {document.name for document in find_documents([folder], skip=folder)}
+    names = {document.name for document in find_documents([folder], skip=folder).documents}
     prepare([folder], folder / "data")
     (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
     for name in ("checkpoints/step-00000001/model.safetensors", "metrics.jsonl", "loss.png"):
         (folder / name).write_text("x")
-    assert {document.name for document in find_documents([folder], skip=folder)} == names
+    assert {document.name for document in find_documents([folder], skip=folder).documents} == names
 
 
 def test_the_default_is_the_sources_of_the_standard_library() -> None:
@@ -283,3 +287,100 @@ def test_an_altered_corpus_is_refused(folder: Path, tmp_path: Path, name: str) -
             open_corpus(corpus.folder, corpus.fingerprint)
     with pytest.raises(RunError, match="cannot be read"):
         open_corpus(tmp_path / "absent", corpus.fingerprint)
+
+
+def test_binary_files_in_folders_are_left_out_and_counted(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    texts = {
+        "utf8.txt": "żółć, ÿ und \u4e2d\n".encode() * 40,
+        "latin.txt": "ÄÖÜ größer\r\n\tfür".encode("latin-1") * 40,
+        "coloured.log": b"\x1b[1mbold\x1b[0m\n" * 40,
+        "page.txt": b"a page\f\nand another\n" * 40,
+    }
+    draw = random.Random(1).randbytes(5000)
+    binaries = {"picture.png": b"\x89PNG\r\n\x1a\n\0\0" + draw, "utf16": "text".encode("utf-16")}
+    binaries["packed.gz"] = draw.replace(b"\0", b"\1")
+    for name, content in (texts | binaries).items():
+        (source / name).write_bytes(content)
+    corpus = prepare([source], tmp_path / "data", held_out=0.2)
+    assert {document.name for document in find_documents([source]).documents} == set(texts)
+    assert corpus.info["left_out"] == {"binary": 3}
+    # One that is named by itself is meant.
+    named = prepare([source / "picture.png"], tmp_path / "other")
+    assert named.info["left_out"] == {"binary": 0}
+    parts = documents(named.train) + documents(held_stream(named))
+    assert b"".join(parts) == binaries["picture.png"]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "x").write_bytes(draw)
+    with pytest.raises(RunError, match="no bytes in .*only but 1 binary files"):
+        prepare([tmp_path / "only"], tmp_path / "third")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes links")
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    source, outside = tmp_path / "source", tmp_path / "outside"
+    for path in (source / "b" / "own.txt", outside / "deep" / "far.txt"):
+        path.parent.mkdir(parents=True)
+        path.write_text("text " * 20)
+    (source / "a").symlink_to(source / "b")  # comes before what it links to
+    (source / "link").symlink_to(outside)
+    (source / "link2").symlink_to(outside / "deep")
+    (source / "b" / "up").symlink_to(source)  # a loop
+    (outside / "deep" / "loop").symlink_to(outside)
+    (source / "broken").symlink_to(tmp_path / "nowhere")
+    (source / ".hidden").symlink_to(outside)
+    names = [document.name for document in find_documents([source]).documents]
+    assert sorted(names) == ["b/own.txt", "link/deep/far.txt"]
+
+
+def test_include_picks_files_by_name_or_path(tmp_path: Path) -> None:
+    for name in ("a.py", "b.txt", "src/c.py", "src/d.md", "src/deep/e.py"):
+        path = tmp_path / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name * 20)
+
+    def names(*include: str) -> set[str]:
+        found = find_documents([tmp_path / "source"], include=include).documents
+        return {document.name for document in found}
+
+    assert names("*.py") == {"a.py", "src/c.py", "src/deep/e.py"}
+    assert names("*.md", "b.*") == {"src/d.md", "b.txt"}
+    assert names("src/*") == {"src/c.py", "src/d.md", "src/deep/e.py"}
+    with pytest.raises(RunError, match=r"that --include \*\.rs fits"):
+        prepare([tmp_path / "source"], tmp_path / "data", include=["*.rs"])
+    with pytest.raises(RunError, match="name the folders too"):
+        prepare([], tmp_path / "data", include=["*.py"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_all_files_have_the_mode_that_the_umask_says(umask: int, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("words and words " * 200)
+    (tmp_path / "text.txt").chmod(0o600)
+    before = os.umask(umask)
+    try:
+        prepare([tmp_path / "text.txt"], tmp_path / "run" / "data")
+        tensors = {"model": {"w": torch.ones(3)}}
+        checkpoint.save(tmp_path / "run", {"step": 1}, tensors, {"tokenizer.json": "{}"})
+        state = (tfla.State(torch.ones(1, 1, 2, 2), None, None),)
+        save_state(state, tmp_path / "run" / "state.safetensors")
+    finally:
+        os.umask(before)
+    found = [path for path in (tmp_path / "run").rglob("*")]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in found if path.is_file()}
+    assert set(modes.values()) == {0o666 & ~umask} and "model.safetensors" in modes, modes
+    assert {path.stat().st_mode & 0o777 for path in found if path.is_dir()} == {0o777 & ~umask}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names that are no UTF-8")
+def test_file_names_need_not_be_utf8(tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"s\xff")
+    source.mkdir()
+    for number in range(8):
+        (source / os.fsdecode(b"%d\xfe.txt" % number)).write_text(f"text {number} " * 50)
+    corpus = prepare([source], tmp_path / "data", held_out=0.3)
+    again = open_corpus(tmp_path / "data", corpus.fingerprint)
+    assert again.info == corpus.info and again.info["origin"]["paths"] == [str(source)]
+    assert len(documents(again.train)) + len(documents(held_stream(again))) == 8
+    again.name.encode()

@@ -42,7 +42,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text in which no 40 bytes are the same as any other 40."""
     folder = tmp_path_factory.mktemp("text")
     draw = np.random.default_rng(0)
-    (folder / "text").write_bytes(draw.integers(0, 256, 3000, dtype=np.uint8).tobytes())
+    (folder / "text").write_bytes(draw.integers(32, 256, 3000, dtype=np.uint8).tobytes())
     return folder
 
 

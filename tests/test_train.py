@@ -1,5 +1,6 @@
 """Training: the same losses after any interruption, the right mean, the right schedule."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -366,3 +367,56 @@ def test_a_document_that_ends_ends_the_text(text: Path, tmp_path: Path) -> None:
         writer.model.head.weight[Codec().end] = 1e-3
         writer.model.norm.weight.zero_()
     assert len("".join(writer.write(b"x", 4000, temperature=1.0, seed=0))) < 4000
+
+
+class FakeClock(Placement):
+    """A placement on whose clock a step takes a minute."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.now = 0.0
+        self.clock = lambda: self.now
+        self.around_step = self.minute
+
+    @contextlib.contextmanager
+    def minute(self) -> Iterator[None]:
+        yield
+        self.now += 60.0
+
+
+def test_checkpoints_come_by_the_clock_too(text: Path, tmp_path: Path) -> None:
+    rare = {"steps": 12, "save_every": 1000, "eval_every": 1000}
+    run = start(tmp_path / "a", SMALL | rare | {"paths": [text]})
+    assert run.options.save_every_seconds == 300.0
+    saved = [r["step"] for r in train(run, FakeClock()) if r["event"] == "save"]
+    assert saved == [0, 5, 10, 12]
+    # The minutes count from the last checkpoint, whatever made it.
+    run = start(tmp_path / "b", SMALL | rare | {"paths": [text], "save_every": 4})
+    saved = [r["step"] for r in train(run, FakeClock()) if r["event"] == "save"]
+    assert saved == [0, 4, 8, 12]
+
+
+def test_the_best_checkpoint_on_held_out_text_is_kept(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = {1: 5.0, 2: 3.0, 3: 4.0, 4: 3.5, 5: 3.25, 6: 6.0}
+    asked: list[int] = []
+
+    def evaluate(*_: Any) -> float:
+        asked.append(len(asked) + 1)
+        return bits[asked[-1]]
+
+    monkeypatch.setattr("tfla.xlstm.train.evaluate", evaluate)
+    options = SMALL | {"paths": [text], "steps": 6, "eval_every": 1, "save_every": 1}
+    list(train(start(tmp_path, options | {"steps": 4}), Placement("cpu")))
+    list(train(resume(tmp_path, {"steps": 6}), Placement("cpu")))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000005", "step-00000006"]
+    best = checkpoint.load(tmp_path).best()
+    assert best is not None and (best["step"], best["bits_per_byte"]) == (2, 3.0)
+    assert checkpoint.load(tmp_path / "checkpoints" / kept[0]).meta["step"] == 2
+    # Judged on other text the old best says nothing, so the next evaluation is the best.
+    bits[7] = 9.0
+    list(train(resume(tmp_path, {"steps": 7, "eval_bytes": 600}), Placement("cpu")))
+    best = checkpoint.load(tmp_path).best()
+    assert best is not None and best["step"] == 7

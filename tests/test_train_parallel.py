@@ -124,6 +124,34 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(tmp_path: Path) -> N
     assert numbers(out)[-1] == pytest.approx(numbers(whole)[-1], rel=1e-3)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="runs a shell")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--context-ranks $((RANK+1))", "--context-ranks is 1 on rank 0 and 2 on rank 1"),
+        ("--lr 0.00$((RANK+1))", "--lr is 0.001 on rank 0 and 0.002 on rank 1"),
+        ("$([ $RANK = 1 ] && echo --recompute)", "--recompute is False on rank 0 and True on"),
+        ("--threads $((1-RANK))", "rank 1: --threads is 0"),
+    ],
+)
+def test_ranks_with_other_options_end_in_one_line(
+    words: str, said: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = f"{sys.executable} -m tfla train --device cpu --out {out} {words}"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *elastic, "--no-python", "bash", "-c", line], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"TERM": "dumb"},
+    )  # fmt: skip
+    assert done.returncode != 0 and time.monotonic() - began < 60 + 60  # torchrun's own start too
+    lines = [line for line in done.stdout.splitlines() if line.startswith("tfla: ")]
+    assert len(lines) == 1 and said in lines[0], done.stdout
+    assert "tfla/xlstm" not in done.stdout  # no traceback through ours
+    assert not out.exists()
+
+
 def test_the_benchmark_runs_at_a_tiny_size(root: Path, tmp_path: Path) -> None:
     elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [str(root / "benchmarks" / "scale.py"), "--tiny", "--out", str(tmp_path)]

@@ -6,12 +6,13 @@ one line, exit status 2.
 """
 
 import importlib.util
+import io
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,7 @@ except ModuleNotFoundError:
     raise SystemExit(2) from None
 
 import tfla
-from tfla import bench
+from tfla import bench, signals
 from tfla import threads as threads_
 from tfla.errors import RunError
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from tfla.xlstm.run import Run
     from tfla.xlstm.train import Placement
 
+LESS = "take a smaller --batch, a larger --accumulate, or a smaller model"
 EXTRAS = {"rich", "matplotlib", "numpy", "safetensors", "tokenizers"}
 # What typer raises about the command line: click's class in its older versions, its own since.
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -89,9 +91,9 @@ def _tfla(
 def train(
     command: typer.Context,
     paths: Annotated[list[Path] | None, typer.Argument(
-        help="Files and folders to train on. Folders are searched to the bottom and every file is "
-        "read as bytes, whatever it is; names that start with a dot are left out. Without any: the "
-        "sources of Python's standard library, without its tests.", show_default=False,
+        help="Files and folders to train on. Folders are searched to the bottom; names in them "
+        "that start with a dot, and binary files, are left out. Without any: the sources of "
+        "Python's standard library, without its tests.", show_default=False,
     )] = None,
     out: Annotated[Path, _run(
         "Folder for checkpoints, metrics.jsonl and loss.png.")] = Path("runs/train"),
@@ -118,7 +120,10 @@ def train(
         "--compile")] = False,
     precision: Annotated[str, _run(
         "fp32 or bf16; auto: bf16 on a GPU that has it, else fp32.")] = "auto",
-    save_every: Annotated[int, _run("Steps between checkpoints; the last two are kept.")] = 100,
+    save_every: Annotated[int, _run(
+        "Steps between checkpoints; the last two are kept, and the best on held-out text.")] = 100,
+    save_every_seconds: Annotated[float, _run(
+        "Seconds after which there is a checkpoint, whatever the step.")] = 300.0,
     eval_every: Annotated[int, _run("Steps between evaluations on held-out text.")] = 100,
     eval_bytes: Annotated[int, _run("Bytes of held-out text in an evaluation.")] = 65536,
     log_every: Annotated[int, _run("Steps between lines in metrics.jsonl.")] = 10,
@@ -126,6 +131,9 @@ def train(
         "A tokenizer.json of the tokenizers library.", default="one token a byte")] = None,
     held_out: Annotated[float, _data(
         "Share of the bytes that is never trained on: whole files, picked by name.")] = 0.05,
+    include: Annotated[list[str] | None, _data(
+        "Of folders read only files that fit this pattern, '*.py' or 'src/*.py'; can be given "
+        "several times.", default="all")] = None,
     hidden_size: Annotated[int, _model("Width; half of it must divide by --num-heads.")] = 128,
     num_layers: Annotated[int, _model("Number of blocks.")] = 2,
     num_heads: Annotated[int, _model("mLSTM heads in a block.")] = 1,
@@ -143,7 +151,8 @@ def train(
         "For matrices; norms, biases, gates and embeddings have none.")] = 0.1,
     clip: Annotated[float, _training("Largest norm of the gradient.")] = 1.0,
 ) -> None:
-    """Train an xLSTM language model. A run that was stopped or killed goes on with --resume.
+    """Train an xLSTM language model. A run that was stopped or killed goes on with --resume;
+    ctrl-C, SIGTERM and SIGHUP save a checkpoint first (a second ctrl-C does not wait for it).
     It is judged in bits per byte on held-out text: 8 is chance, lower is better, gzip -9 needs
     about 2 for source code. One process at a time writes to --out, and nothing is overwritten
     there that tfla has not written.
@@ -172,11 +181,15 @@ def train(
         values = command.params | ({"steps": 1000} if unlimited else {})
         return runs.start(out, values, outputs)
 
-    threads_.requested(threads)  # a number that cannot be is an error now, not after the corpus
-    place = _placement(device, context_ranks, recompute, compile)
-    console = Console(quiet=not place.main)
-    stopped = False
+    given = {name: str(value) for name, value in command.params.items()}
+    place = _placement(
+        device, context_ranks, recompute, compile, given, lambda: threads_.requested(threads)
+    )
+    console = Console(quiet=not place.main, file=_Lasting())
+    stopped: BaseException | None = None
     with ExitStack() as held:  # the lock of the run, until the plot is drawn
+        received = held.enter_context(signals.Signals())
+        place.signalled = lambda: received.noted
         with place.together(), _warnings_in_a_line():
             run = place.share(make)
             held.enter_context(run.lock or nullcontext())
@@ -188,10 +201,13 @@ def train(
                 on = f"CPU, {chosen}"
             render.describe(run, on, console)
             try:
-                render.watch(training.train(run, place), console)
-            except KeyboardInterrupt:
-                stopped = True
+                with received.held():
+                    render.watch(training.train(run, place), console)
+            except (signals.Interrupted, KeyboardInterrupt) as error:
+                stopped = error
         if not place.main:
+            if stopped:
+                raise typer.Exit(signals.exit_status(stopped))
             return
         records = metrics.read_metrics(out / runs.METRICS)
         render.loss_curve(
@@ -202,7 +218,7 @@ def train(
         )
     if stopped:
         _say(f"stopped; go on with: tfla train --out {shlex.quote(str(out))} --resume")
-        raise typer.Exit(130)
+        raise typer.Exit(signals.exit_status(stopped))
     unit = "bits_per_token" if run.corpus.lost else "bits_per_byte"
     bits = [record[unit] for record in records if unit in record]
     result = f"{bits[-1]:.3f} {metrics.UNITS[unit]}" if bits else "not in metrics.jsonl any more"
@@ -345,8 +361,23 @@ def complete(commands: typer.Typer) -> None:
 
 def main() -> None:
     """The entry point: runs the command and leaves with its exit status."""
+    _open_closed()
     threads_.limit_spinning()
-    sys.exit(run_command(sys.argv[1:]))
+    with signals.Signals():
+        sys.exit(run_command(sys.argv[1:]))
+
+
+def _open_closed() -> None:
+    """Give what was closed (`tfla ... >&-`) to nothing: else the next file that is opened would get
+    its number, a checkpoint for one, and whatever is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            with suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)  # which gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))
 
 
 def run_command(arguments: list[str]) -> int:
@@ -375,12 +406,16 @@ def run_command(arguments: list[str]) -> int:
         if (error.name or "").split(".")[0] not in EXTRAS:
             raise
         return _fail(f'{error.name} is not installed; pip install "tfla[train]"')
-    except KeyboardInterrupt:
-        return 130
+    except (signals.Interrupted, KeyboardInterrupt) as error:
+        return signals.exit_status(error)
+    except MemoryError:  # of Python and of NumPy
+        return _fail(f"the memory is not enough; {LESS}")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not have been imported
-            raise
-        return _fail("the GPU's memory is full; take a smaller --batch, a larger --accumulate")
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; it may not have been imported
+            return _fail(f"the GPU's memory is full; {LESS}")
+        if "DefaultCPUAllocator" in str(error):  # torch's too, of no type of its own
+            return _fail(f"the memory is not enough; {LESS}")
+        raise
 
 
 def _require(*packages: str) -> None:
@@ -396,7 +431,31 @@ def _fail(message: str) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"tfla: {message}", file=sys.stderr)
+    with suppress(OSError):  # nobody may be left to read it
+        print(f"tfla: {message}", file=sys.stderr)
+
+
+class _Lasting(io.StringIO):
+    """The standard output for what runs long: where nobody reads it any more, a terminal that was
+    closed or a pipe whose reader has ended, the work goes on."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.stdout, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return sys.stdout is not None and sys.stdout.isatty()
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            if sys.stdout is not None:
+                sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            if sys.stdout is not None:
+                sys.stdout.flush()
 
 
 @contextmanager
@@ -417,12 +476,28 @@ def _warnings_in_a_line() -> Iterator[None]:
         yield
 
 
-def _placement(device: str, context_ranks: int, recompute: bool, compile: bool) -> "Placement":
-    """This process, or under torchrun all of them."""
-    if "RANK" in os.environ:
-        from tfla.xlstm.parallel import Ranks
+def _placement(
+    device: str, context_ranks: int, recompute: bool, compile: bool, given: dict[str, str],
+    check: Callable[[], object],
+) -> "Placement":  # fmt: skip
+    """This process, or under torchrun all of them, once all are found to be given the same options.
 
-        return Ranks(_device(device), context_ranks, recompute, compile)
+    `check` is a further look at the options: a number that cannot be is an error now, not after the
+    corpus.
+    """
+    if "RANK" in os.environ:
+        from tfla.xlstm.parallel import Ranks, join
+
+        problem = None
+        try:
+            check()
+            on = _device(device)
+            given = given | {"device": f"{device} ({on.type} on its machine)"}
+        except RunError as error:
+            problem = str(error)
+        join(given | {"version": tfla.__version__}, problem)
+        return Ranks(on, context_ranks, recompute, compile)
+    check()
     if context_ranks != 1 or recompute:
         option = "--recompute" if recompute else "--context-ranks"
         raise RunError(f"{option} is for torchrun; start with: torchrun --nproc-per-node N -m tfla")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,15 +68,18 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
 def describe(run: "Run", on: str, console: "Console") -> None:
     """Corpus, model and plan of a run, and what it is computed on, in three lines; then what its
     tokens do not give back, and what a resumed run is to do otherwise."""
+
     info, config, options = run.corpus.info, run.config, run.options
     kept, held = info["train"], info["held_out"]
     length = f"{options.steps:,} steps" if options.steps else f"{options.seconds:g} s"
     begun = f", from step {run.saved.meta['step']:,} on" if run.saved else ""
+    left_out = info.get("left_out", {}).get("binary", 0)
+    binary = f"; {left_out:,} binary files left out" if left_out else ""
     line(
         console,
         f"{run.corpus.name}: {kept['documents']:,} files, "
         f"{kept['bytes'] / 1e6:.2f} MB to train on; {held['documents']:,} files, "
-        f"{held['bytes'] / 1e6:.2f} MB held out",
+        f"{held['bytes'] / 1e6:.2f} MB held out{binary}",
         head="corpus   ",
     )
     line(
@@ -208,6 +212,8 @@ def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
 
 def _figure(panels: int) -> "tuple[Figure, list[Axes]]":
     # Figure by itself, not pyplot: no display, no global state, nothing to close.
+    if "matplotlib" not in sys.modules:  # which refuses to be imported for a backend of its user
+        os.environ.pop("MPLBACKEND", None)  # that it does not know, and that nothing here uses
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

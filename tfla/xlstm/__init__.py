@@ -12,8 +12,9 @@ from tfla.xlstm.generate import (
     take,
 )
 from tfla.xlstm.model import XLSTM, Block, MLSTMLayer, SwiGLU
+from tfla.xlstm.writer import load
 
 __all__ = [
-    "XLSTM", "Block", "Generation", "MLSTMLayer", "Stream", "SwiGLU", "XLSTMConfig", "load_state",
-    "prefill", "put", "sample", "save_state", "take",
+    "XLSTM", "Block", "Generation", "MLSTMLayer", "Stream", "SwiGLU", "XLSTMConfig", "load",
+    "load_state", "prefill", "put", "sample", "save_state", "take",
 ]  # fmt: skip

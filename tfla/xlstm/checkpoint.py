@@ -14,9 +14,9 @@ before the first is opened. How a folder appears whole and when it is removed: f
 
 import hashlib
 import json
-import math
 import os
 import re
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -63,12 +63,15 @@ class Checkpoint:
         """All tensors of `name`.safetensors or of its shards, in whole, on the CPU. RunError when
         one cannot be read."""
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load, load_file
 
         found: dict[str, list[Tensor]] = {}
         for file in self.parts(name):
             try:
-                for key, x in load_file(file).items():
+                utf8 = os.fsencode(file) == str(file).encode("utf-8", "replace")
+                # load_file takes no other path, but would not copy what it reads.
+                read = load_file(file) if utf8 else load(file.read_bytes())
+                for key, x in read.items():
                     found.setdefault(key, []).append(x)
             except (OSError, SafetensorError) as error:
                 way = _way_out(self.path)
@@ -114,10 +117,19 @@ class Checkpoint:
         step: Any = self.meta.get("step")
         elapsed: Any = self.meta.get("elapsed")
         if type(step) is not int or not 0 <= step < 2**63:
-            raise RunError(f"{self.path}/checkpoint.json has step {step!r}, wanted a whole number")
-        if type(elapsed) not in (int, float) or not 0 <= elapsed < math.inf:
-            raise RunError(f"{self.path}/checkpoint.json has elapsed {elapsed!r}, wanted seconds")
+            raise RunError(
+                f"{self.path}/checkpoint.json has step {reprlib.repr(step)}, wanted a whole number"
+            )
+        # A bound, for an int of JSON may have 400 digits, which no float holds.
+        if type(elapsed) not in (int, float) or not 0 <= elapsed < 1e300:
+            raise RunError(
+                f"{self.path}/checkpoint.json has elapsed {reprlib.repr(elapsed)}, wanted seconds"
+            )
         return step, float(elapsed)
+
+    def best(self) -> dict[str, Any] | None:
+        """The best evaluation on held-out text up to here, with the "step" of its checkpoint."""
+        return _best(self.meta)
 
     def restore(self, module: nn.Module) -> None:
         """Copy the parameters into `module`; RunError when names or shapes are not its own, a
@@ -175,16 +187,40 @@ def save(
     keep: int = 2,
     shards: Mapping[Path, Seal] | None = None,
 ) -> Path:
-    """Write the checkpoint of step meta["step"] under `run`, drop all but the last `keep`.
+    """Write the checkpoint of step meta["step"] under `run`, drop all but the last `keep` and the
+    one of step meta["best"]["step"].
 
     `tensors` become files of their name, `texts` files with that content, `shards` are files that
     move in, with what `seal` says of them. Returns the folder. RunError when another's folder
-    stands in its place.
+    stands in its place, or when it cannot be written, a full disk for one: then nothing is left of
+    it, and those before it stay.
     """
+    from safetensors import SafetensorError
+
+    try:
+        return _save(run, meta, tensors, texts, keep, shards or {})
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or _first_line(error)
+        last = next(reversed(_steps(run / "checkpoints")), None)
+        goes_on = f"the run is as it was at {last.name}" if last else "the run has none"
+        raise RunError(
+            f"{run}/checkpoints: the checkpoint of step {meta['step']:,} cannot be written "
+            f"({why}); {goes_on}; make room and go on with --resume"
+        ) from error
+
+
+def _save(
+    run: Path,
+    meta: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, str],
+    keep: int,
+    shards: Mapping[Path, Seal],
+) -> Path:
     from safetensors.torch import save_file
 
     folder = own_folder(run)
-    target = folder / f"step-{meta['step']:08d}"
+    target = folder / _name(meta["step"])
     with files.atomic_folder(target, written_files) as temporary:
         listed = {}
         for name, group in tensors.items():
@@ -194,15 +230,27 @@ def save(
         for name, text in texts.items():
             (temporary / name).write_text(text, "utf-8")
             listed[name] = seal(temporary / name)
-        for path, known in (shards or {}).items():
+        for path, known in shards.items():
             listed[path.name] = known
             path.rename(temporary / path.name)
         body = {"format": FORMAT, **meta, "files": listed}
         body["checksum"] = _checksum(body)
         (temporary / "checkpoint.json").write_text(json.dumps(body, indent=1), "utf-8")
+    best = _best(meta)
     for old in _steps(folder)[:-keep]:
-        files.discard(old, written_files)
+        if best is None or old.name != _name(best["step"]):
+            files.discard(old, written_files)
     return target
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _best(meta: Mapping[str, Any]) -> dict[str, Any] | None:
+    best = meta.get("best")
+    whole = isinstance(best, dict) and type(best.get("step")) is int and best["step"] >= 0
+    return best if whole else None
 
 
 def own_folder(run: Path) -> Path:

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfla.signals import Interrupted
 from tfla.xlstm import files
 from tfla.xlstm.checkpoint import RunError, sha256
 
@@ -38,6 +40,8 @@ from tfla.xlstm.checkpoint import RunError, sha256
 PIECE = 1 << 16
 HELD_OUT = 0.05  # share of the bytes
 FILES = {"corpus.json", "train.bin", "heldout.bin", "heldout.raw", "tokenizer.json"}
+# Bytes that are no control characters, and the control characters that stand in texts.
+_TEXT = bytes([*range(32, 127), *range(128, 256), *b"\b\t\n\f\r\x1b"])
 # Folders of the standard library whose text is not its sources: tests, what was installed later.
 _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -127,7 +131,7 @@ def _library_errors(what: str, hint: str) -> Iterator[None]:
     Rust, which is none."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, RunError):
+    except (KeyboardInterrupt, Interrupted, SystemExit, GeneratorExit, MemoryError, RunError):
         raise
     except BaseException as error:
         raise RunError(f"{what} ({_first_line(error)}); {hint}") from error
@@ -180,7 +184,8 @@ class Corpus:
         """What the corpus was made of, for titles: three paths at most, the others as a number."""
         paths = self.info["origin"]["paths"]
         more = [f"{len(paths) - 2:,} more"] if len(paths) > 3 else paths[2:]
-        return ", ".join([*paths[:2], *more]) or "the Python standard library"
+        named = ", ".join([*paths[:2], *more]) or "the Python standard library"
+        return named.encode("utf-8", "replace").decode()  # a name need not be UTF-8
 
     @property
     def bytes_per_token(self) -> float:
@@ -336,36 +341,70 @@ def standard_library() -> list[Document]:
     return found
 
 
-def find_documents(paths: Sequence[Path], skip: Path | None = None) -> list[Document]:
-    """Every file in `paths`, folders searched to the bottom.
+@dataclass(frozen=True)
+class Found:
+    """What is in folders: the documents to read, and how many files are left out as binary."""
 
-    Left out: names that start with a dot, the folders of other runs, and `skip`, the folder of this
-    one; where it is among `paths` itself, what a run writes to it.
+    documents: list[Document]
+    binary: int = 0
+
+
+def find_documents(
+    paths: Sequence[Path], skip: Path | None = None, include: Sequence[str] = ()
+) -> Found:
+    """Every file of text in `paths`, folders searched to the bottom, those behind links too, each
+    folder once.
+
+    include: patterns of names, `*.py`, or of paths below the folder that is named, `src/*.py`; in
+    folders only files that one of them fits are read. Left out: binary files (see `is_binary`) but
+    for those in `paths` themselves, names that start with a dot, the folders of other runs, and
+    `skip`, the folder of this one; where it is among `paths` itself, what a run writes to it.
     """
-    found = []
+    found, binary, seen = [], 0, set[tuple[int, int]]()
     for path in paths:
         if not path.exists():
             raise RunError(f"{path} does not exist; name files or folders to train on")
         if path.is_file():
             found.append(Document(path.name, path, path.stat().st_size))
             continue
-        for folder, folders, names in os.walk(path):
-            here = Path(folder)
-            if skip is not None and here.resolve() == skip.resolve():
-                folders[:] = [name for name in folders if name not in ("data", "checkpoints")]
-                names = [name for name in names if name not in ("metrics.jsonl", "loss.png")]
-            folders[:] = [
-                name
-                for name in folders
-                if not name.startswith(".")
-                and not (here / name / "data" / "corpus.json").exists()
-                and (skip is None or (here / name).resolve() != skip.resolve())
-            ]
-            for file in (here / name for name in names if not name.startswith(".")):
-                if file.is_file():
+        linked = [path]  # folders behind links, after those that are in the folder itself
+        while linked:
+            for folder, folders, names in os.walk(linked.pop(0)):
+                here = Path(folder)
+                status = here.stat()
+                if (status.st_dev, status.st_ino) in seen:
+                    folders.clear()
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                if skip is not None and here.resolve() == skip.resolve():
+                    folders[:] = [name for name in folders if name not in ("data", "checkpoints")]
+                    names = [name for name in names if name not in ("metrics.jsonl", "loss.png")]
+                folders[:] = sorted(
+                    name
+                    for name in folders
+                    if not name.startswith(".")
+                    and not (here / name / "data" / "corpus.json").exists()
+                    and (skip is None or (here / name).resolve() != skip.resolve())
+                )
+                linked += [here / name for name in folders if (here / name).is_symlink()]
+                for file in (here / name for name in sorted(names) if not name.startswith(".")):
                     name = file.relative_to(path).as_posix()
-                    found.append(Document(name, file, file.stat().st_size))
-    return found
+                    fits = any(fnmatchcase(x, y) for x in (file.name, name) for y in include)
+                    if (include and not fits) or not file.is_file():
+                        continue
+                    if is_binary(file):
+                        binary += 1
+                    else:
+                        found.append(Document(name, file, file.stat().st_size))
+    return Found(found, binary)
+
+
+def is_binary(path: Path) -> bool:
+    """Whether the first 8 KiB of a file are no text in any encoding of one byte or UTF-8: a NUL is
+    among them, or more than one in twenty is a control character, as in what is compressed."""
+    with _readable(path), path.open("rb") as stream:
+        block = stream.read(8192)
+    return b"\0" in block or 20 * len(block.translate(None, _TEXT)) > len(block)
 
 
 def prepare(
@@ -374,9 +413,11 @@ def prepare(
     *,
     tokenizer: Path | None = None,
     held_out: float = HELD_OUT,
+    include: Sequence[str] = (),
 ) -> Corpus:
     """Write the corpus of `paths` (none: the standard library's sources) to `folder` and open it.
 
+    `include`: see `find_documents`.
     `held_out` is the share of the bytes, in (0, 0.5], that is kept from training. RunError, which
     names the file: nothing there, nothing in it, unreadable, not a tokenizer; or a `folder` that
     holds what this function has not written.
@@ -385,11 +426,19 @@ def prepare(
         raise RunError(f"--held-out is {held_out}, wanted above 0 and at most 0.5")
     files.check_folder(folder, written_files)
     codec = Codec(read_tokenizer(tokenizer) if tokenizer else None)
-    found = find_documents(paths, folder.parent) if paths else standard_library()
-    documents = _unique(found)
+    if include and not paths:
+        raise RunError("--include is for the files of folders; name the folders too")
+    found = (
+        find_documents(paths, folder.parent, include) if paths else Found(standard_library())
+    )
+    documents = _unique(found.documents)
     if not documents:
         where = ", ".join(map(str, paths))
-        raise RunError(f"the corpus is empty: no bytes in {where}; name files with text in them")
+        but = f" but {found.binary:,} binary files" if found.binary else ""
+        only = f" that --include {' '.join(include)} fits" if include else ""
+        raise RunError(
+            f"the corpus is empty: no bytes in {where}{only}{but}; name files with text in them"
+        )
     train, held = _split(documents, held_out)
     with files.atomic_folder(folder, written_files) as temporary:
         pieces = _write(held, codec, temporary / "heldout.bin", temporary / "heldout.raw")
@@ -397,7 +446,12 @@ def prepare(
         if codec.source is not None:
             (temporary / "tokenizer.json").write_text(codec.source, "utf-8")
         info = {
-            "origin": {"paths": [str(path) for path in paths], "held_out": held_out},
+            "origin": {
+                "paths": [str(path) for path in paths],
+                "held_out": held_out,
+                "include": list(include),
+            },
+            "left_out": {"binary": found.binary},
             "train": _totals(train, trained),
             "held_out": _totals(held, pieces) | {"lost": _lost(temporary, codec, pieces)},
             "held_out_pieces": pieces,
@@ -421,10 +475,62 @@ def open_corpus(folder: Path, fingerprint: str) -> Corpus:
             f"{folder}/corpus.json cannot be read ({_first_line(error)}); {hint}"
         ) from error
     tokenizer = folder / "tokenizer.json"
-    codec = Codec(tokenizer.read_text("utf-8") if tokenizer.exists() else None)
+    codec = Codec(read_tokenizer(tokenizer) if tokenizer.exists() else None)
+    if wrong := _what_is_wrong(folder, info, codec):
+        raise RunError(f"{folder}/corpus.json cannot be right: {wrong}; {hint}")
     if "lost" not in info["held_out"]:  # of a corpus from before this was looked at
         info["held_out"]["lost"] = _lost(folder, codec, info["held_out_pieces"])
     return Corpus(folder, codec, info, np.memmap(folder / "train.bin", codec.dtype, "r"))
+
+
+def _what_is_wrong(folder: Path, info: dict[str, Any], codec: Codec) -> str:
+    """What corpus.json says that is of another kind than `prepare` writes, or that is not so; ""
+    when all is well. Checksums do not tell this: whoever writes another file can make them."""
+
+    def whole(x: Any) -> bool:
+        return type(x) is int and 0 <= x < 2**63
+
+    def words(x: Any) -> bool:
+        return isinstance(x, list) and all(isinstance(word, str) for word in x)
+
+    origin = info.get("origin")
+    if not isinstance(origin, dict) or not words(origin.get("paths")):
+        return "it does not say what the corpus was made of"
+    if not words(origin.get("include", [])) or type(origin.get("held_out")) is not float:
+        return "it does not say how the corpus was made"
+    left_out = info.get("left_out", {"binary": 0})
+    if not isinstance(left_out, dict) or not whole(left_out.get("binary")):
+        return "it does not say what was left out"
+    for name in ("train", "held_out"):
+        said, counts = info.get(name), ("documents", "bytes", "tokens")
+        if not isinstance(said, dict) or not all(whole(said.get(count)) for count in counts):
+            return f"it does not say what {name} holds"
+    if not whole(info["held_out"].get("lost", 0)):
+        return "it does not say what the tokens lose"
+    pieces = info.get("held_out_pieces")
+    if not isinstance(pieces, list) or not pieces:
+        return "it lists no held-out text"
+    if not all(isinstance(x, list) and len(x) == 2 and all(map(whole, x)) for x in pieces):
+        return "its list of held-out text holds something else"
+    held = info["held_out"]
+    tokens, size = (sum(column) for column in zip(*pieces, strict=True))
+    if (tokens + 1, size) != (held["tokens"], held["bytes"]):
+        return "its list of held-out text does not sum to what it says"
+    if not pieces[0][1] or not info["train"]["bytes"]:
+        return "it says that there is no text"
+    sizes = {
+        "train.bin": info["train"]["tokens"] * codec.dtype.itemsize,
+        "heldout.bin": held["tokens"] * codec.dtype.itemsize,
+        "heldout.raw": held["bytes"],
+    }
+    for name, size in sizes.items():
+        if not files.is_regular(folder / name) or (folder / name).stat().st_size != size:
+            return f"{name} should have {size:,} bytes"
+        if name != "heldout.raw":
+            stream = np.memmap(folder / name, codec.dtype, "r")
+            if any(block.max() > codec.end for block in np.array_split(stream, 1 + size // 2**24)):
+                return f"{name} holds ids beyond {codec.end:,}, the last one of the tokenizer"
+    return ""
 
 
 def written_files(folder: Path) -> set[str] | None:
@@ -481,19 +587,25 @@ def read_tokenizer(path: Path) -> str:
         ) from error
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A RunError when `path` cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be read ({error.strerror}); make it readable or leave it out"
+        ) from error
+
+
 def _unique(documents: list[Document]) -> list[Document]:
     seen: set[str] = set()
     kept = []
     for document in sorted(documents, key=lambda document: document.name):
         if document.size == 0:
             continue
-        try:
+        with _readable(document.path):
             content = sha256(document.path)
-        except OSError as error:
-            raise RunError(
-                f"{document.path} cannot be read ({error.strerror}); "
-                "make it readable or leave it out"
-            ) from error
         if content not in seen:
             seen.add(content)
             kept.append(document)
@@ -506,7 +618,7 @@ def _split(documents: list[Document], share: float) -> tuple[list[Document], lis
     Documents that alone are a quarter of it are passed over, so that what is held out is varied.
     """
     target = share * sum(document.size for document in documents)
-    by_hash = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    by_hash = sorted(documents, key=lambda d: hashlib.sha256(os.fsencode(d.name)).digest())
     longest = max(documents, key=lambda document: document.size)
     # Of many documents of one size even the longest may be less than the share, and all of them
     # more than a quarter of it.

@@ -103,8 +103,10 @@ def atomic_folder(target: Path, proof: FolderProof = nobodys) -> Iterator[Path]:
     temporary = partial_folder(_hidden(target))
     try:
         yield temporary
-        for path in (*sorted(temporary.iterdir()), temporary):
+        for path in sorted(temporary.iterdir()):
+            _give_mode(path)
             flush(path)
+        flush(temporary)
         check_folder(target, proof)
         discard(target, proof)
         if target.exists():
@@ -127,12 +129,20 @@ def atomic_file(target: Path, proof: FileProof) -> Iterator[Path]:
     temporary = partial_folder(_hidden(target))
     try:
         yield temporary / PART
+        _give_mode(temporary / PART)
         flush(temporary / PART)
         check_file(target, proof)
         os.replace(temporary / PART, target)
         flush(target.parent)
     finally:
         remove_partial(temporary)
+
+
+def _give_mode(path: Path) -> None:
+    """Give a file the mode that the umask says, whatever library has written it: safetensors makes
+    its own readable for their owner alone. The marker beside it, which was opened plainly, has that
+    mode; to ask for the umask one would have to change it, for all threads."""
+    path.chmod(stat.S_IMODE((path.parent / MARKER).stat().st_mode))
 
 
 def write(target: Path, content: bytes, proof: FileProof) -> None:
@@ -148,7 +158,13 @@ def partial_folder(path: Path) -> Path:
         path.mkdir()
     except FileExistsError:
         raise RunError(f"{path} is there already and is left as it is; move it away") from None
-    (path / MARKER).write_text(MARK + path.name, "utf-8")
+    try:
+        (path / MARKER).write_text(MARK + path.name, "utf-8")
+    except BaseException:  # a full disk: without a whole marker nothing would remove it later
+        with suppress(OSError):
+            (path / MARKER).unlink(missing_ok=True)
+            path.rmdir()
+        raise
     return path
 
 
@@ -179,8 +195,10 @@ def discard(folder: Path, proof: FolderProof) -> bool:
     if not names or proof(folder) is None or not all(map(NAMES.fullmatch, names)):
         return False
     marker, hidden = folder / MARKER, _hidden(folder)
-    if MARKER in names and not marker.read_bytes().startswith(MARK.encode()):
-        return False
+    if MARKER in names:
+        mark = marker.read_bytes()
+        if not (mark.startswith(MARK.encode()) or MARK.encode().startswith(mark)):
+            return False  # a beginning of it is what a full disk leaves
     marker.write_text(MARK + hidden.name, "utf-8")
     folder.rename(hidden)  # so a process that is killed from here on leaves no half of it
     return remove_partial(hidden)

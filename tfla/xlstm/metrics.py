@@ -57,16 +57,20 @@ def is_metrics(path: Path) -> bool:
 
 def unit_of(record: Mapping[str, Any]) -> str | None:
     """In which unit an evaluation is stated, bits_per_byte or bits_per_token."""
-    return next((unit for unit in UNITS if _is_number(record.get(unit))), None)
+    return next((unit for unit in UNITS if is_number(record.get(unit))), None)
 
 
 def _is_record(record: Any) -> bool:
     if not isinstance(record, dict) or record.get("event") not in FIELDS:
         return False
     event = record["event"]
-    numbers = all(_is_number(record.get(name)) for name in (*COMMON, *FIELDS[event]))
+    numbers = all(is_number(record.get(name)) for name in (*COMMON, *FIELDS[event]))
     return numbers and (event == "train" or unit_of(record) is not None)
 
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+def is_number(x: Any) -> bool:
+    """Whether what JSON held is a number that a float holds: 400 digits are none."""
+    try:
+        return type(x) in (int, float) and math.isfinite(x)
+    except OverflowError:
+        return False

@@ -16,9 +16,10 @@ once by most of the others, and by torchrun, which ends them all.
 
 import functools
 import itertools
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +50,72 @@ MINUTES = 10
 SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
+def join(given: Mapping[str, str], problem: str | None = None, minutes: float = MINUTES) -> None:
+    """Meet the other ranks, before any group or mesh is made, and compare with rank 0's options.
+
+    given: this rank's options, as they are named on the command line. problem: why this rank cannot
+    go on. Where a rank has a problem or other options, rank 0 raises RunError and the others end
+    silently; where rank 0 is gone, too.
+    """
+    limit = timedelta(minutes=minutes)
+    store, rank, world = _rendezvous(limit)
+    own = json.dumps([problem, dict(given)])
+    try:
+        if rank:
+            store.set(f"tfla/given/{rank}", own)
+            store.wait(["tfla/verdict"], limit)
+            verdict = store.get("tfla/verdict").decode()
+        else:
+            verdict = problem or ""
+            for other in range(1, world):
+                if not verdict:
+                    key = f"tfla/given/{other}"
+                    store.wait([key], limit)
+                    verdict = _difference(given, other, json.loads(store.get(key)))
+            store.set("tfla/verdict", verdict.encode("utf-8", "replace").decode())
+    except (RuntimeError, ValueError) as error:  # torch's errors of a store
+        if rank:
+            raise SystemExit(2) from None
+        raise RunError(
+            f"not all of the {world} processes of this run came within {minutes:g} minutes "
+            f"({_line(error)}); start them with torchrun, all with the same options"
+        ) from error
+    if verdict:
+        raise SystemExit(2) if rank else RunError(verdict)
+
+
+def _rendezvous(limit: timedelta) -> tuple[Any, int, int]:
+    """The store, this rank, and how many there are; RunError unless torchrun has said."""
+    global _met
+    try:
+        if _met is None:
+            _met = next(dist.rendezvous("env://", timeout=limit))
+    except (ValueError, RuntimeError) as error:
+        raise RunError(
+            f"the processes of this run do not find each other ({_line(error)}); start them "
+            "with torchrun, which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        ) from error
+    return _met
+
+
+_met: tuple[Any, int, int] | None = None  # the store has one server, of which one port is
+
+
+def _difference(given: Mapping[str, str], other: int, said: Any) -> str:
+    """What rank `other` was told otherwise than rank 0, or its problem; "" is neither."""
+    problem, options = said
+    if problem:
+        return f"rank {other}: {problem}"
+    for name in sorted(given.keys() | options.keys()):
+        if given.get(name) != options.get(name):
+            option = name if name in ("paths", "version") else f"--{name.replace('_', '-')}"
+            return (
+                f"{option} is {given.get(name)} on rank 0 and {options.get(name)} on rank {other}; "
+                "start all processes with the same options"
+            )
+    return ""
+
+
 class Ranks(Placement):
     """This process as one of those that torchrun started.
 
@@ -63,6 +130,7 @@ class Ranks(Placement):
         self, device: torch.device | str, context_ranks: int = 1, recompute: bool = False,
         compile: bool = False, minutes: float = MINUTES,
     ) -> None:  # fmt: skip
+        global _met
         device = torch.device(device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -72,7 +140,7 @@ class Ranks(Placement):
         try:
             if not dist.is_initialized():
                 limit = timedelta(minutes=minutes)
-                store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+                (store, rank, world), _met = _rendezvous(limit), None
                 # torchrun may give a restarted job the store of the one before (2.13): ranks would
                 # look for each other where dead ones were.
                 attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -212,6 +280,11 @@ class Ranks(Placement):
         clock = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         dist.broadcast(clock, 0)
         return clock.item()
+
+    def largest(self, values: list[int]) -> list[int]:
+        shared = torch.tensor(values, device="cpu")
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.tolist()
 
     def own(self, x: Any) -> Tensor:
         return x.detach().to_local() if hasattr(x, "to_local") else x

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from tfla.xlstm.metrics import is_metrics
 
 METRICS = "metrics.jsonl"
 WHOLE = "context batch accumulate steps seed eval_every eval_bytes save_every log_every".split()
-NUMBERS = "seconds lr warmup final_lr weight_decay clip".split()
+REAL = "seconds lr warmup final_lr weight_decay clip save_every_seconds".split()
 Outputs = Mapping[str, files.FileProof]
 
 
@@ -42,6 +43,7 @@ class TrainOptions:
     eval_every: int = 100  # steps
     eval_bytes: int = 65536
     save_every: int = 100  # steps
+    save_every_seconds: float = 300.0  # after the last one, whatever the step
     log_every: int = 10  # steps
     precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp32
 
@@ -52,15 +54,22 @@ class TrainOptions:
             value = getattr(self, name)
             if not (value is None and name == "steps") and type(value) is not int:
                 raise RunError(
-                    f"--{name.replace('_', '-')} is {value!r}, wanted a whole number"
+                    f"--{name.replace('_', '-')} is {reprlib.repr(value)}, wanted a whole number"
                 )
-        for name in NUMBERS:
+            if value is not None and abs(value) >= 2**63:
+                raise RunError(f"--{name.replace('_', '-')} is 2^63 or more; take a smaller number")
+        for name in REAL:
             value = getattr(self, name)
-            if not (value is None and name == "seconds") and type(value) not in (int, float):
-                raise RunError(f"--{name.replace('_', '-')} is {value!r}, wanted a number")
+            if value is None and name == "seconds":
+                continue
+            if type(value) not in (int, float) or 1e300 < abs(value) < math.inf:
+                raise RunError(
+                    f"--{name.replace('_', '-')} is {reprlib.repr(value)}, wanted a number"
+                )
         rules: list[tuple[str, str, Callable[[Any], bool]]] = [
             ("context batch accumulate", "at least 1", lambda x: x >= 1),
             ("eval_every eval_bytes save_every log_every", "at least 1", lambda x: x >= 1),
+            ("save_every_seconds", "above 0", lambda x: x > 0),  # inf: by steps alone
             ("steps seconds lr clip", "above 0", lambda x: x is None or 0 < x < math.inf),
             ("warmup final_lr", "from 0 to 1", lambda x: 0 <= x <= 1),
             ("weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
@@ -111,9 +120,9 @@ class Run:
 def start(folder: Path, values: Mapping[str, Any], outputs: Outputs | None = None) -> Run:
     """A new run in `folder`.
 
-    `values` may hold paths, tokenizer and held_out as `prepare` takes them, fields of XLSTMConfig
-    but for vocab_size, and fields of TrainOptions; others are ignored. RunError when `folder` holds
-    a run already or is in use, when something of another stands where the run would write, or when
+    `values` may hold paths, tokenizer, held_out and include as `prepare` takes them, fields of
+    XLSTMConfig but for vocab_size, and fields of TrainOptions; others are ignored. RunError when
+    `folder` holds a run already or is in use, when something of another stands in its way, or when
     a value is out of range. The folder is locked until `train` ends. `outputs` are further files
     that will be written to it, each with the proof that tfla wrote what stands in its place.
 
@@ -147,6 +156,7 @@ def start(folder: Path, values: Mapping[str, Any], outputs: Outputs | None = Non
             folder / "data",
             tokenizer=values.get("tokenizer"),
             held_out=values.get("held_out", HELD_OUT),
+            include=values.get("include") or (),
         )
         position = corpus.begin(options.seed, options.context)  # too small? It says so now.
         config = XLSTMConfig(**(model | {"vocab_size": corpus.codec.vocab_size}))
@@ -191,7 +201,10 @@ def _resumed(folder: Path, changes: Mapping[str, Any]) -> Run:
         given["paths"] = [str(path) for path in given["paths"]]
     if given.get("tokenizer"):
         given["tokenizer"] = read_tokenizer(given["tokenizer"])
-    has = config.to_dict() | corpus.info["origin"] | {"tokenizer": corpus.codec.source}
+    if "include" in given:
+        given["include"] = list(given["include"] or ())
+    has = config.to_dict() | {"include": []} | corpus.info["origin"]  # older ones had no --include
+    has |= {"tokenizer": corpus.codec.source}
     for name in sorted(has.keys() & given.keys()):
         if given[name] != has[name]:
             raise RunError(

@@ -3,7 +3,7 @@
 `train` is a generator of records; whoever consumes it prints. It writes to the run's folder:
 
     RUN/data/            the corpus (data.py)
-    RUN/checkpoints/     the last two checkpoints (checkpoint.py)
+    RUN/checkpoints/     the last two checkpoints, and the best on held-out text (checkpoint.py)
     RUN/metrics.jsonl    the records, one JSON object a line
 
 With `steps` everything that a step does follows from the seed and the checkpoint, so on a CPU
@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import tfla
+from tfla.signals import Interrupted
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.data import Corpus, Position
-from tfla.xlstm.metrics import MetricsLog, Record
+from tfla.xlstm.metrics import MetricsLog, Record, is_number
 from tfla.xlstm.metrics import read_metrics as read_metrics
 from tfla.xlstm.model import XLSTM
 from tfla.xlstm.run import METRICS, Run, TrainOptions
@@ -51,6 +52,10 @@ class Placement:
     part = (0, 1)
     # Entered around every step: whoever starts a run may time its steps, or choose threads.
     around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
+    # The number of a signal that asks this process to end, or 0; looked at after every step.
+    signalled: Callable[[], int] = staticmethod(lambda: 0)
+    # The seconds by which checkpoints are spaced.
+    clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(self, device: torch.device | str, compile: bool = False) -> None:
         self.device, self.compile = torch.device(device), compile
@@ -75,6 +80,10 @@ class Placement:
     def elapsed(self, seconds: float) -> float:
         """What the clock of the run says, when this process's says `seconds`."""
         return seconds
+
+    def largest(self, values: list[int]) -> list[int]:
+        """The largest of each number over all ranks, which so decide alike."""
+        return values
 
     def own(self, x: Tensor) -> Tensor:
         """The part of a parameter or of its gradient that this process updates."""
@@ -183,8 +192,9 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
     Records are dictionaries with "event" ("train": loss in nats a token, lr, tokens_per_second, on
     a CPU threads; "eval": held-out bits_per_byte, or bits_per_token where the tokens do not give
     the text back; "save"), "step", "progress" in [0, 1] and "elapsed" seconds. RunError when the
-    corpus is too small for one window or the loss is no longer a number. The run's lock is given
-    back at the end.
+    corpus is too small for one window, the loss is no longer a number, or a checkpoint cannot be
+    written. Interrupted, after a checkpoint, when `placement.signalled` says so. The run's lock is
+    given back at the end.
     """
     with run.lock or nullcontext():
         yield from _train(run, placement)
@@ -208,6 +218,8 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
     logged_at, busy = step, 0.0
     told: list[Tensor] = []  # by steps whose loss nobody has looked at: a look waits for the device
     began = time.monotonic() - elapsed
+    best = _best(run, unit)
+    saved_at = placement.clock()
 
     def record(event: str, **values: Any) -> Record:
         line = {"event": event, "step": step, "progress": options.progress(step, elapsed)}
@@ -233,6 +245,7 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
         return values[-1][0]
 
     def save() -> Record:
+        nonlocal saved_at
         if told:
             look()
         meta = {
@@ -243,10 +256,12 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
             "options": dataclasses.asdict(options),
             "data": corpus.fingerprint,
             "position": dataclasses.asdict(position),
+            "best": best,
         }
         if placement.device.type == "cpu":
             meta["threads"] = torch.get_num_threads()
         placement.save(run.folder, meta, state, texts)
+        saved_at = placement.clock()
         return record("save")
 
     if run.saved is None:
@@ -265,6 +280,12 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
         elapsed = clock()
         busy += time.monotonic() - started
         done = options.progress(step, elapsed) >= 1.0
+        late = placement.clock() - saved_at >= options.save_every_seconds
+        signal, due = placement.largest([placement.signalled(), int(late)])
+        if signal and not done:
+            yield save()
+            placement.finish()
+            raise Interrupted(signal)
         if step % options.log_every == 0 or done:
             speed = (step - logged_at) * options.tokens_per_step / max(busy, 1e-9)
             on = {"threads": torch.get_num_threads()} if placement.device.type == "cpu" else {}
@@ -272,11 +293,27 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
             logged_at, busy = step, 0.0
         if step % options.eval_every == 0 or done:
             bits = evaluate(state.model, held_out, size, options, placement.device)
+            if best is None or bits < best[unit]:
+                best = {"step": step, unit: bits, **_judged(options)}
             yield record("eval", **{unit: bits})
         elapsed = clock()
-        if step % options.save_every == 0 or done:
+        is_best = best is not None and best["step"] == step
+        if step % options.save_every == 0 or due or is_best or done:
             yield save()
     placement.finish()
+
+
+def _judged(options: TrainOptions) -> Record:
+    """The options by which the held-out bits of two evaluations are of one kind."""
+    return {name: getattr(options, name) for name in ("eval_bytes", "context", "precision")}
+
+
+def _best(run: Run, unit: str) -> Record | None:
+    """What a checkpoint says of the best evaluation before it; None: nothing of this kind."""
+    best = run.saved and run.saved.best()
+    if not best or not is_number(best.get(unit)):
+        return None
+    return best if best.items() >= _judged(run.options).items() else None
 
 
 def evaluate(

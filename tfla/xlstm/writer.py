@@ -63,6 +63,34 @@ class Writer:
         return _until((decode(token) for token in _numbers(stream)), stops)
 
 
+def load(
+    path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> XLSTM:
+    """The model in `path`, ready to write (in eval mode).
+
+    path: the folder of a run, one checkpoint in it, or a folder in transformers' format, with
+    config.json. device: where to put it, None is the CPU. dtype: of its parameters; None: what they
+    were saved in. Whatever is missing or damaged is an error that names the file: RunError for a
+    run, see ``tfla.integrations.load_xlstm`` for transformers' format.
+
+    Example:
+        >>> from tfla.xlstm import load
+        >>> model = load("runs/train", "cuda", torch.bfloat16)             # doctest: +SKIP
+    """
+    folder = Path(path)
+    if not isinstance(dtype, torch.dtype | None) or (dtype and not dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating torch.dtype or None; got {dtype!r}.")
+    ours = (folder / "checkpoint.json").exists() or checkpoint.exists(folder)
+    if not ours and (folder / "config.json").is_file():
+        from tfla.integrations import load_xlstm
+
+        return load_xlstm(folder, device=device or "cpu", dtype=dtype).eval()
+    saved = checkpoint.load(folder)
+    model = XLSTM(saved.config())
+    saved.restore(model)
+    return model.to(device=device or "cpu", dtype=dtype).eval()
+
+
 def load_writer(path: Path, device: torch.device | str = "cpu") -> Writer:
     """The model in `path`, a run's folder or a checkpoint; RunError names a damaged file."""
     saved = checkpoint.load(path)

@@ -1,0 +1,157 @@
+"""Damaged and foreign files, drawn at random: each is one line and exit status 2, or works.
+
+All that a checkpoint says is sealed by a checksum, which a stranger can make too; so files are
+changed with the seals as they were, and sealed anew.
+"""
+
+import json
+import random
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tfla import cli
+from tfla.xlstm import checkpoint
+from tfla.xlstm.data import _fingerprint
+
+TINY = "--hidden-size 16 --num-layers 1 --num-heads 2 --context 16 --batch 2 --eval-bytes 200"
+TINY += " --steps 2 --log-every 1 --device cpu --threads 1"
+OTHERS: list[Any] = [
+    None, True, 0, -1, 1.5, 10**400, -(10**400), 2**63, 2**31, 1e308, float("nan"), float("inf"),
+    "", "x" * 1000, "\x00", "\ud800", "9" * 400, [], {}, [[]], {"a": 1}, [1, "x", None], [[1, 2]],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a tokenizer of words, so that all the files are there."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("damage")
+    (folder / "text").mkdir()
+    for number in range(6):
+        (folder / "text" / f"{number}.txt").write_text(f"these words are of text {number}\n" * 60)
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.train([str(path) for path in (folder / "text").iterdir()], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    words = ["train", str(folder / "text"), "--out", str(folder / "run"), *TINY.split()]
+    assert cli.run_command([*words, "--tokenizer", str(folder / "tokenizer.json")]) == 0
+    return folder / "run"
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in JSON."""
+    found = [path] if path else []
+    inner = value.items() if isinstance(value, dict) else ()
+    inner = list(enumerate(value))[:3] if isinstance(value, list) else inner
+    for key, x in inner:
+        found += places(x, (*path, key))
+    return found
+
+
+def harm_json(text: bytes, draw: random.Random) -> bytes:
+    """One value, or one key, of JSON is another."""
+    body = json.loads(text)
+    *path, key = draw.choice(places(body))
+    inside = body
+    for step in path:
+        inside = inside[step]
+    kind = draw.randrange(6)
+    if kind == 0:
+        del inside[key]
+    elif kind == 1 and isinstance(inside, dict):
+        inside[draw.choice(["", "x", "__class__", "../../x", "step"])] = inside.pop(key)
+    elif kind == 2:
+        marked = "here it is"
+        inside[key] = marked
+        deep = draw.choice(["[" * 100_000, "[" * 900 + "]" * 900, '{"a":' * 50_000])
+        return json.dumps(body).replace(json.dumps(marked), deep).encode()
+    else:
+        inside[key] = draw.choice(OTHERS)
+    return json.dumps(body).encode()
+
+
+def flip(content: bytes, draw: random.Random) -> bytes:
+    at = draw.randrange(min(len(content), 4000))
+    return content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+
+
+def cut(content: bytes, draw: random.Random) -> bytes:
+    return content[: draw.randrange(len(content))]
+
+
+def harm_header(content: bytes, draw: random.Random) -> bytes:
+    """Another header in a safetensors file, of a right or a wrong length."""
+    size = int.from_bytes(content[:8], "little")
+    header = harm_json(content[8 : 8 + size], draw)
+    length = len(header) if draw.randrange(4) else draw.choice([0, 2**63, size + 10**9])
+    return length.to_bytes(8, "little") + header + content[8 + size :]
+
+
+def seal_anew(run: Path) -> None:
+    """All checksums made right for what is there, as far as it has the form to hold them."""
+    for folder in (run / "data", *(run / "checkpoints").iterdir()):
+        try:
+            if folder.name == "data":
+                info = json.loads((folder / "corpus.json").read_text())
+                info["fingerprint"] = _fingerprint(folder, info)
+                (folder / "corpus.json").write_text(json.dumps(info))
+                continue
+            meta = json.loads((folder / "checkpoint.json").read_text())
+            meta.pop("checksum", None)
+            meta["data"] = json.loads((run / "data" / "corpus.json").read_text())["fingerprint"]
+            meta["files"] = {
+                name: checkpoint.seal(folder / name) if (folder / name).is_file() else stated
+                for name, stated in meta["files"].items()
+            }
+            meta["checksum"] = checkpoint._checksum(meta)
+            (folder / "checkpoint.json").write_text(json.dumps(meta))
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OSError):
+            pass
+
+
+LAST = "checkpoints/step-00000002"
+FILES: dict[str, tuple[Callable[[bytes, random.Random], bytes], ...]] = {
+    f"{LAST}/checkpoint.json": (harm_json, harm_json, flip, cut),
+    f"{LAST}/tokenizer.json": (harm_json, flip, cut),
+    f"{LAST}/model.safetensors": (harm_header, harm_header, flip, cut),
+    f"{LAST}/optimizer.safetensors": (harm_header, harm_header, flip, cut),
+    "data/corpus.json": (harm_json, harm_json, flip, cut),
+    "data/tokenizer.json": (harm_json, flip, cut),
+    "metrics.jsonl": (flip, cut),
+}
+CASES = 12
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_whatever_a_file_says(
+    name: str, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(name)
+    for case in range(CASES):
+        run = tmp_path / f"{case}"
+        shutil.copytree(whole, run)
+        harm = FILES[name][case % len(FILES[name])]
+        (run / name).write_bytes(harm((run / name).read_bytes(), draw))
+        if case % 3:
+            seal_anew(run)
+        for words in (
+            ["generate", str(run), "these ", "--tokens", "3", "--device", "cpu"],
+            ["train", "--out", str(run), "--resume", "--steps", "3", "--device", "cpu"],
+        ):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    status = cli.run_command(words)
+                except BaseException as error:
+                    raise AssertionError(f"{name}, case {case}, {harm.__name__}") from error
+            said = [line for line in capfd.readouterr().err.splitlines() if line]
+            lines = [line for line in said if line.startswith("tfla: ")]
+            assert status in (0, 2) and len(lines) == (status == 2) or "warning" in str(lines), said
+        shutil.rmtree(run)
