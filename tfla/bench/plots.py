@@ -257,6 +257,9 @@ def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
             for ax, name in zip(line, ("gradient_norm", "loss"), strict=True):
                 steps = range(1, len(row[name]) + 1)
                 ax.plot(steps, row[name], color=colour, linewidth=1.8, label=text)
+        line[0].set_yscale(
+            "log"
+        )  # before the limits are read: those of a plain scale reach below 0
         gate = gate.removeprefix("tfla ")
         _name(line[0], f"mLSTM, input gate {gate}", "step", "norm of all gradients, not clipped")
         _name(line[1], f"mLSTM, input gate {gate}", "step", "loss, nats a token")
