@@ -292,6 +292,13 @@ def test_checkpoints_are_not_written_or_removed_through_a_link(tmp_path: Path) -
     assert len(list((tmp_path / "other" / "checkpoints").iterdir())) == 2
 
 
+def test_weights_of_8_bits_are_refused(tmp_path: Path) -> None:
+    weight = torch.zeros(3, 5, dtype=torch.float8_e4m3fn)
+    save(tmp_path, {"step": 1, "config": {}}, {"model": {"weight": weight}}, {})
+    with pytest.raises(RunError, match="weight is float8_e4m3fn, the model wants a floating dtype"):
+        load(tmp_path).restore(nn.Linear(5, 3, bias=False))
+
+
 def test_weights_that_are_no_numbers_warn(tmp_path: Path) -> None:
     module = nn.Linear(5, 3, bias=False)
     for bad in (float("nan"), float("inf")):

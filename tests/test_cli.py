@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -144,6 +146,8 @@ def is_one_line(result: tuple[int, str, str], *parts: str) -> None:
         ("train empty", ["the corpus is empty: no bytes in empty"]),
         ("train tiny", ["one window takes 257", "give more files or a smaller --context"]),
         ("train tiny --tokenizer no.json", ["no.json cannot be read", "give a tokenizer.json"]),
+        ("train tiny --tokenizer /dev/zero", ["/dev/zero is not a file"]),
+        ("train tiny --tokenizer tiny", ["tiny is not a file"]),
         ("train tiny --tokenizer tiny/text", ["the tokenizer cannot be read"]),
         ("train tiny --out tiny/text/run", ["tiny/text", "check the path"]),
         ("generate", ["Missing argument", "see tfla generate --help"]),
@@ -246,6 +250,18 @@ def test_resume_takes_the_options_of_the_run(call: Call, text: Path, tmp_path: P
     saved = checkpoint.load(tmp_path / "run")
     assert saved.meta["step"] == 4
     assert saved.meta["options"]["lr"] == 1e-3 and saved.meta["config"]["hidden_size"] == 16
+
+
+def test_names_of_files_are_no_markup_and_no_formulas(
+    call: Call, text: Path, tmp_path: Path
+) -> None:
+    source, run = tmp_path / "x $a_{ [/b] [red]", tmp_path / "run mit ü [/v1] $x"
+    shutil.copytree(text, source)
+    status, out, _ = call(f"train {TINY} --steps 1 --out", str(run), str(source))
+    assert status == 0 and str(run) in out and str(source) in out
+    hint = next(words for words in out.splitlines() if words.startswith("let it write"))
+    assert shlex.split(hint.partition(": ")[2])[2] == str(run)
+    assert (run / "loss.png").exists()
 
 
 def test_a_corpus_too_small_for_a_window_leaves_no_run(

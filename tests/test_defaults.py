@@ -1,6 +1,7 @@
 """Torch's default device and default dtype are of no matter: tensors are made for their inputs."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from xlstm_models import SMALL, draw
 import tfla
 import tfla.nn
 from tfla.xlstm import XLSTM
+from tfla.xlstm import run as runs
+from tfla.xlstm.train import Placement, train
+from tfla.xlstm.writer import load_writer
 
 X = make_inputs(Case(T=70, B=1, dtype=torch.float32))
 PACKED = make_inputs(Case(T=70, lengths=(20, 50), B=1, dtype=torch.float32))
@@ -103,3 +107,24 @@ def test_defaults_change_nothing(name: str, other_default: Callable[[], None]) -
     for a, b in zip(CALLS[name](), before, strict=True):
         assert a.device == b.device and a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+def test_runs_are_where_they_are_placed(tmp_path: Path) -> None:
+    """Training, its checkpoints and what reads them know no default device."""
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question\n" * 40)
+    small = {"hidden_size": 32, "num_layers": 1, "num_heads": 1, "context": 16, "batch": 2}
+    written = []
+    for device in (None, "meta"):
+        folder = tmp_path / str(device)
+        try:
+            torch.set_default_device(device)
+            begun = runs.start(folder, {**small, "paths": [text], "steps": 2, "eval_bytes": 64})
+            list(train(begun, Placement("cpu")))
+            resumed = list(train(runs.resume(folder, {"steps": 4}), Placement("cpu")))
+            said = "".join(load_writer(folder).write(b"to ", 8, seed=1))
+        finally:
+            torch.set_default_device(None)
+        bits = [record["bits_per_byte"] for record in resumed if record["event"] == "eval"]
+        written.append((bits, said))
+    assert written[0] == written[1]

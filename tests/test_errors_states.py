@@ -194,3 +194,19 @@ class TestSteps:
             wanted=".clone()",
         )
         assert all((s == 0).all() for s in state)
+
+    @pytest.mark.parametrize("part", ["C", "n", "m"])
+    def test_in_place_on_rows_that_overlap(self, part: str) -> None:
+        """Windows of one buffer: a row would be written over half of the next one."""
+        state = good_state()
+        t = getattr(state, part)
+        step = t.stride(0) // 2
+        window = torch.zeros(2 * t.numel()).as_strided(t.shape, (step, *t.stride()[1:]))
+        refuses(
+            ValueError,
+            self.call(state._replace(**{part: window}), inplace=True),
+            names=f"state.{part}",
+            came=f"strides ({step}, ",
+            wanted=".clone()",
+        )
+        assert (window == 0).all()

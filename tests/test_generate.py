@@ -548,6 +548,12 @@ def test_integers_out_of_range_are_named(name: str, value: Any) -> None:
         model.generate([[1]], **{"max_new_tokens": 3, name: value})
 
 
+@pytest.mark.parametrize(("name", "value"), [("seed", 2**64), ("max_new_tokens", 2**63)])
+def test_an_integer_too_large_is_told_the_largest(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be from -?[0-9]+ to {value - 1}; got"):
+        XLSTM(XLSTMConfig(VOCAB, 16, 1, 2)).generate([[1]], **{"max_new_tokens": 3, name: value})
+
+
 # ---------------------------------------------------------------- rows of a state
 
 
@@ -564,6 +570,14 @@ def test_rows_that_are_none_of_the_state_are_named(model: XLSTM, rows: Any, word
     with pytest.raises((TypeError, ValueError), match=words):
         put(pool, rows, new)
     assert equal(pool, model.init_state(4))
+
+
+def test_rows_of_a_state_move_within_it(model: XLSTM) -> None:
+    pool = prefill(model, draw(4, 3))[1]
+    before = take(pool, [0, 1, 2])
+    view: Any = tuple(tfla.State(*(None if t is None else t[:3] for t in s)) for s in pool)
+    put(pool, [1, 2, 3], view)
+    assert equal(take(pool, [1, 2, 3]), before)
 
 
 def bare(states: Any) -> Any:

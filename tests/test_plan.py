@@ -79,4 +79,4 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
     assert run_command(["plan", "4", "16384", "16", "128", "256", "--device", "h200"]) == 0
     assert capsys.readouterr().out.strip() == str(plan(PAPER, H200))
     assert run_command(["plan", "4", "16384", "16", "128", "256", "--device", "abacus"]) == 2
-    assert "wanted this, h100" in capsys.readouterr().err
+    assert "wanted this, a100" in capsys.readouterr().err

@@ -340,6 +340,21 @@ def test_moments_that_are_not_the_parameters_own_are_one_line(
     assert str(path) in line_of(["train", "--out", str(run), "--resume", "--steps", "6"], capfd)
 
 
+def test_moments_that_are_no_numbers_are_told(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint.load(run).path
+    moments = load_file(path / "optimizer.safetensors")
+    moments["head.weight/exp_avg_sq"][3] = float("nan")
+    save_file(moments, path / "optimizer.safetensors")
+    seal_anew(path, lambda meta: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        cli.run_command(["train", "--out", str(run), "--resume", "--steps", "6"])
+    err = capfd.readouterr().err
+    assert "warning" in err and "head.weight/exp_avg_sq hold numbers that are not finite" in err
+
+
 OTHER: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("wider", lambda m: m["config"].update(hidden_size=32)),
     ("deeper", lambda m: m["config"].update(num_layers=2)),
@@ -360,6 +375,10 @@ OTHER: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("step -1", lambda m: m.update(step=-1)),
     ("step true", lambda m: m.update(step=True)),
     ("elapsed", lambda m: m.update(elapsed="long")),
+    ("no lr", lambda m: m["options"].update(lr=None)),
+    ("lr a text", lambda m: m["options"].update(lr="0.1")),
+    ("clip a list", lambda m: m["options"].update(clip=[1.0])),
+    ("warmup true", lambda m: m["options"].update(warmup=True)),
     ("no data", lambda m: m.pop("data")),
     ("position", lambda m: m.update(position=4)),
     ("position none", lambda m: m["position"].pop("unit")),

@@ -238,15 +238,23 @@ def group_of(group: Any) -> Any:
 
 
 def check_writable(state: State) -> None:
-    """Is there one place in memory for each number of an in-place state? Views of one row are
-    not, and torch would say so when C is overwritten already, or a kernel not at all."""
+    """Is there one place in memory for each number of an in-place state? Views of one row, or of
+    rows that overlap, have none, and torch would say so when C is overwritten already, or a kernel
+    not at all."""
     for name, t in state._asdict().items():
         if t is None:
             continue
-        if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True)):
+        reach = 0  # of the axes with smaller strides, which the next one has to step beyond
+        for step, size in sorted(zip(t.stride(), t.shape, strict=True)):
+            if size < 2:
+                continue
+            if step > reach:
+                reach += step * (size - 1)
+                continue
             raise ValueError(
                 f"state.{name} is overwritten with inplace=True, so it must not be an expanded "
-                f"tensor; got strides {t.stride()} of {what(t)}. Call .clone() first."
+                f"tensor, nor have rows that overlap; got strides {t.stride()} of {what(t)}. "
+                "Call .clone() first."
             )
 
 

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import itertools
 import os
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -92,7 +93,7 @@ def _run(
         f"held-out text, {len(raw):,} bytes, in windows of {READ:,}: {bits:.3f} bits per byte; "
         f"gzip -9 on the same: {zipped:.3f}"
     )
-    render.line(console, f"[bold]{verdict}[/bold]")
+    render.line(console, "", head=verdict)
 
     _head(console, "2. Let it write, after a prompt")
     if device.type == "cpu":
@@ -131,14 +132,11 @@ def _run(
     )
     files.write(folder / "demo.md", signed(_report(rows, verdict, device)), is_report)
 
-    from rich.markup import escape
-
     _head(console, "4. What this has shown")
     for sentence in findings(seconds, rows, bits, short, zipped, len(raw)):
         render.line(console, f"- {sentence}")
-    shown = escape(str(folder))
-    render.line(console, f"plots: {shown}/loss.png, {shown}/context.png; table: {shown}/demo.md")
-    render.line(console, f'more of its prose: tfla generate {shown} "def "')
+    render.line(console, f"plots: {folder}/loss.png, {folder}/context.png; table: {folder}/demo.md")
+    render.line(console, f'more of its prose: tfla generate {shlex.quote(str(folder))} "def "')
 
 
 def findings(

@@ -210,7 +210,7 @@ def _stabilized(
     if m is not None:
         gauge = m.to(log_i.dtype).clamp(EMPTY, -EMPTY)
     m_in = torch.empty_like(total[..., -1])
-    last = torch.full((n,), -1)  # the last chunk of each sequence
+    last = torch.full((n,), -1, device="cpu")  # the last chunk of each sequence
     counts = [step.stop - step.start for step in steps]
     parts = (x.split(counts) for x in (m_in, total[..., -1], top[..., -1]))
     done = 0
@@ -218,7 +218,7 @@ def _stabilized(
         rows = gauge[step]
         enters.copy_(rows)
         rows.copy_(torch.maximum(rows + sum_f, most).clamp_(min=EMPTY))
-        last[step] = torch.arange(done, done + len(rows))
+        last[step] = torch.arange(done, done + len(rows), device="cpu")
         done += len(rows)
     # A gauge that is still the stand-in belongs to a state of zeros: its gauge may as well be 0.
     gauge = torch.where(gauge <= EMPTY, 0.0, gauge)

@@ -68,8 +68,6 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
 def describe(run: "Run", on: str, console: "Console") -> None:
     """Corpus, model and plan of a run, and what it is computed on, in three lines; then what its
     tokens do not give back, and what a resumed run is to do otherwise."""
-    from rich.markup import escape
-
     info, config, options = run.corpus.info, run.config, run.options
     kept, held = info["train"], info["held_out"]
     length = f"{options.steps:,} steps" if options.steps else f"{options.seconds:g} s"
@@ -78,35 +76,43 @@ def describe(run: "Run", on: str, console: "Console") -> None:
     binary = f"; {left_out:,} binary files left out" if left_out else ""
     line(
         console,
-        f"[bold]corpus[/bold]   {escape(run.corpus.name)}: {kept['documents']:,} files, "
+        f"{run.corpus.name}: {kept['documents']:,} files, "
         f"{kept['bytes'] / 1e6:.2f} MB to train on; {held['documents']:,} files, "
         f"{held['bytes'] / 1e6:.2f} MB held out{binary}",
+        head="corpus   ",
     )
     line(
         console,
-        f"[bold]model[/bold]    {config.num_parameters():,} parameters, "
+        f"{config.num_parameters():,} parameters, "
         f"{config.flops_per_token(training=True) / 1e6:.1f} MFLOP a trained token, "
         f"{config.state_bytes() / 1024:.0f} KiB of state a sequence",
+        head="model    ",
     )
     line(
         console,
-        f"[bold]training[/bold] {length} of {options.tokens_per_step:,} tokens{begun}, into "
-        f"{escape(str(run.folder))}, on {on}",
+        f"{length} of {options.tokens_per_step:,} tokens{begun}, into "
+        f"{run.folder}, on {on}",
+        head="training ",
     )
     if lost := run.corpus.lost:
         line(
             console,
-            f"[bold]tokens[/bold]   do not give back {lost:,} of {held['bytes']:,} bytes of "
+            f"do not give back {lost:,} of {held['bytes']:,} bytes of "
             f"held-out text ({lost / held['bytes']:.2%}), so results are in bits per token, "
             "not per byte",
+            head="tokens   ",
         )
     for change in run.changes:
-        line(console, f"[bold]changed[/bold]  {change}")
+        line(console, change, head="changed  ")
 
 
-def line(console: "Console", text: str) -> None:
-    """Print one line that is not folded at the console's width."""
-    console.print(text, highlight=False, soft_wrap=True, emoji=False)
+def line(console: "Console", text: str, head: str = "") -> None:
+    """Print one line that is not folded at the console's width, after a bold `head`. The text may
+    be the name of a file, in which brackets are no markup."""
+    from rich.text import Text
+
+    whole = Text.assemble((head, "bold"), text)
+    console.print(whole, highlight=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:
@@ -163,7 +169,7 @@ def loss_curve(
     ax.set_xlim(left=0)
     ax.set_xlabel("training time (s)")
     ax.set_ylabel(f"{UNITS[unit]} (lower is better)")
-    ax.set_title(title, loc="left", parse_math=False)  # a path may hold a $
+    ax.set_title(title, loc="left", parse_math=False)  # it may hold the name of a file
     ax.legend(frameon=False, loc="upper right")
     _finish(figure, path)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,17 @@ import typer
 import tfla
 from tfla.bench import COMMANDS, cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
+from tfla.bench.bias import NAMES, Study, check_options
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.memory import memory as counted_memory
 from tfla.bench.runs import Task, work_off
+from tfla.bench.transfer import VARIANTS
 from tfla.plan import Problem, plan
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
+
+LARGEST_GATE = 60  # exp(60) times a thousand tokens is far from the ends of fp32
+MOST_GATES = 200
 
 bench = typer.Typer(help=COMMANDS["bench"], no_args_is_help=True)
 
@@ -51,11 +57,23 @@ def _shared(
 
 def _measures(command: Callable[..., None]) -> Callable[..., None]:
     """`command` takes a _Session, filled from the shared options, and options of its own."""
+    return _measures_without()(command)
+
+
+def _measures_without(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The same without those of the shared options that mean nothing to the command: they keep
+    their defaults."""
+    return lambda command: _add(command, left_out)
+
+
+def _add(command: Callable[..., None], left_out: tuple[str, ...]) -> Callable[..., None]:
     own = list(inspect.signature(command).parameters.values())[1:]
-    shared = list(inspect.signature(_shared).parameters.values())
+    every = inspect.signature(_shared).parameters
+    shared = [p for name, p in every.items() if name not in left_out]
+    fixed = {name: every[name].default for name in left_out}
 
     def outer(**given: Any) -> None:
-        session = _Session(command.__name__, **{p.name: given.pop(p.name) for p in shared})
+        session = _Session(command.__name__, **fixed, **{p.name: given.pop(p.name) for p in shared})
         command(session, **given)
         session.run()
 
@@ -146,6 +164,82 @@ def model(
     B, T = batch or (2 if session.cpu else 8), context or (512 if session.cpu else 2048)
     names = [name for name in session.names if name.startswith("tfla")]
     session.add("model", Shape(B, T, 1, 1, 1), names, size=size)
+
+
+@_measures_without("peers", "dtype", "repeats", "seconds")
+def transfer(
+    session: "_Session",
+    tokens: Annotated[int, _option("Tokens in the sequence.")] = 512,
+    head_dim: Annotated[int, _option("Width of q, k and v.")] = 128,
+    input_gate: Annotated[str, _option("Lowest and highest pre-activation i.")] = "-12,8",
+    forget_gate: Annotated[str, _option("Lowest and highest pre-activation f.")] = "-5,12",
+    step: Annotated[float, _option("From one pre-activation to the next.")] = 1.0,
+    eps: Annotated[
+        str, _option("The norm's eps, one to four values with commas.")
+    ] = "1e-2,1e-6,1e-8",
+    draws: Annotated[int, _option("Independent q, k and v; each draw serves all gates.")] = 4,
+    seconds: Annotated[float, _option("Begin no further draw after so many.")] = 600.0,
+) -> None:
+    """How much of v passes through a head at constant gates, q, k, v ~ N(0, 1): the mean over
+    tokens of the largest |h| over that of the largest |v|, before and after the head's norm, for
+    both input gates with and without the normaliser, in fp32.
+    """
+    smallest = (("tokens", tokens, 1), ("head-dim", head_dim, 2), ("draws", draws, 1))
+    for name, number, least in smallest:
+        if number < least:
+            raise RunError(f"--{name} is {number}, wanted {least} or more")
+    gates = _gates("input-gate", input_gate, step), _gates("forget-gate", forget_gate, step)
+    epsilons = _reals("eps", eps)
+    if not 1 <= len(epsilons) <= 4 or not all(0 < x <= 1 for x in epsilons):
+        raise RunError(f"--eps is {eps}, wanted one to four numbers above 0, at most 1")
+    session.take("fp32", draws, seconds)
+    shape = Shape(1, tokens, 1, head_dim, head_dim)
+    for name in VARIANTS:
+        session.add(
+            "transfer", shape, [name], study="gain", input_gates=gates[0], forget_gates=gates[1],
+            epsilons=epsilons,
+        )  # fmt: skip
+
+
+@_measures_without("peers", "dtype", "repeats", "seconds")
+def bias(
+    session: "_Session",
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Texts; without: the sources of Python's library.")
+    ] = None,
+    biases: Annotated[str, _option("Biases of the input gate, with commas.")] = "0,-2,-5,-10",
+    eps: Annotated[float, _option("The eps of the model's norms.")] = 1e-6,
+    steps: Annotated[int, _option("Steps of each training.")] = 100,
+    hidden_size: Annotated[int, _option("Width of the model.")] = 128,
+    num_layers: Annotated[int, _option("Blocks of the model.")] = 4,
+    num_heads: Annotated[int, _option("Heads of each block.")] = 4,
+    context: Annotated[int, _option("Tokens in a window.")] = 256,
+    batch: Annotated[int, _option("Windows in a step.")] = 8,
+    lr: Annotated[float, _option("Learning rate at its peak.")] = 2.5e-3,
+    seed: Annotated[int, _option("Of the parameters and of the order of the texts.")] = 0,
+    seconds: Annotated[float, _option("Begin no training after so many.")] = 1200.0,
+) -> None:
+    """Loss and gradient norm of early training with other biases of the input gate: a small model
+    of each gate, from one seed, on the same tokens.
+    """
+    model = {
+        "hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads,
+        "norm_eps": eps,
+    }  # fmt: skip
+    options = {"steps": steps, "context": context, "batch": batch, "lr": lr, "seed": seed}
+    check_options(model, options)
+    for path in paths or ():
+        if not path.exists():
+            raise RunError(f"{path} does not exist; give files and folders of texts, or none")
+    options |= {"log_every": 10, "save_every": 2**31, "eval_every": 2**31}
+    numbers = _reals("biases", biases)
+    if len(set(numbers)) < len(numbers):
+        raise RunError(f"--biases is {biases}, wanted different numbers")
+    session.take("fp32", 1, seconds)
+    for name in NAMES:  # a task each, so that what is done is kept when a later one fails
+        for number in numbers:
+            study = Study(tuple(paths or ()), model, options, number)
+            session.add("bias", None, [name], study="bias", bias=study)
 
 
 @bench.command()
@@ -335,6 +429,12 @@ class _Session:
         self.names = [name for name, reason in self.missing.items() if reason is None]
         self.tasks: list[dict[str, Any]] = []
 
+    def take(self, dtype: str, repeats: int, seconds: float) -> None:
+        """A dtype, repeats and a limit for a command in which nobody else takes part."""
+        self.options |= {"dtype": dtype, "repeats": repeats}
+        self.seconds = seconds
+        self.missing = {}
+
     def add(self, kind: str, shape: Any, names: list[str] | None = None, **fields: Any) -> None:
         names = self.names if names is None else names
         self.tasks.append({"kind": kind, "shape": shape, "names": tuple(names), **fields})
@@ -397,6 +497,33 @@ def _dtype(name: str, cpu: bool) -> str:
     if name not in DTYPES:
         raise RunError(f"--dtype is {name}, wanted {', '.join(DTYPES)}")
     return name
+
+
+def _reals(name: str, text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise RunError(f"--{name} is {text}, wanted numbers with commas between them") from None
+    if not all(math.isfinite(x) for x in numbers):
+        raise RunError(f"--{name} is {text}, wanted finite numbers")
+    return numbers
+
+
+def _gates(name: str, text: str, step: float) -> tuple[float, ...]:
+    """From the lowest to the highest."""
+    ends = _reals(name, text)
+    if len(ends) != 2 or not -LARGEST_GATE <= ends[0] < ends[1] <= LARGEST_GATE:
+        raise RunError(
+            f"--{name} is {text}, wanted two numbers from -{LARGEST_GATE} to {LARGEST_GATE}, "
+            "the lower one first"
+        )
+    low, high = ends
+    if not (high - low) / MOST_GATES <= step <= high - low:
+        raise RunError(
+            f"--step is {step:g}, wanted at most {high - low:g}, the range of --{name}, and at "
+            f"least {(high - low) / MOST_GATES:g}"
+        )
+    return tuple(round(low + n * step, 9) for n in range(int((high - low) / step + 1e-6) + 1))
 
 
 def _numbers(text: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import tfla
 from tfla import render
-from tfla.bench import check, report, roofline
+from tfla.bench import check, report, roofline, transfer
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.runs import Row
 from tfla.xlstm import files
@@ -28,10 +28,17 @@ COLOURS = {
     "attention": "#D55E00", "attention cudnn": "#D55E00", "attention flash": "#E69F00",
 }  # fmt: skip
 LIMIT = "#222222"
+BIAS_COLOURS = ("#D55E00", "#E69F00", "#009E73", "#332288", "#CC79A7", "#555555")
+LINES = ("solid", "dashed", "dashdot", "dotted")
+MOST_GAIN = 1e4  # the end of the colours; what is beyond has the last one
+START = (-10.0, 3.0, 6.0)  # i and the range of f with which `tfla.xlstm` begins to train
+STARTS = "gates of a model before its training: i = -10, f from 3 to 6"
+DERIVED = "derived: exact before the norm, for large K and V after it"
+GAIN = "gain: mean over tokens of max |h| / mean of max |v|"
 PASSES = {"forward": "Forward", "forward+backward": "Forward + backward"}
 
 
-STUDIES = ("length", "heads", "chunk", "batch", "errors")
+STUDIES = ("length", "heads", "chunk", "batch", "errors", "gain", "border", "bias")
 
 
 def check_room(folder: Path, command: str) -> None:
@@ -45,11 +52,14 @@ def check_room(folder: Path, command: str) -> None:
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Every figure that the rows of a result are enough for; the files written."""
     made = []
-    figures = zip(STUDIES, (_lengths, _heads, _chunks, _batches, _errors), strict=True)
+    drawings = (_lengths, _heads, _chunks, _batches, _errors, _gains, _borders, _biases)
+    figures = zip(STUDIES, drawings, strict=True)
     for study, figure in figures:
         rows = [r for r in result["rows"] if r["study"] == study and report.median(r)]
         if study == "errors":
             rows = [r for r in result["rows"] if r["kind"] == "kernels" and r.get("errors")]
+        if study == "border":
+            rows = [r for r in result["rows"] if r["kind"] == "transfer" and report.median(r)]
         if len(rows) > 1:
             about = f"{rows[0]['dtype']}, {result['machine']['device']}"
             drawn = figure(rows, result["ceiling"], about)
@@ -157,6 +167,104 @@ def _errors(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     return _finish(figure, [[ax]], f"Errors, {about}")
 
 
+def _gains(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Heat maps of the gain over both gates: a line of panels a variant, before the norm at the
+    left, then after the norm with each eps."""
+    from matplotlib.colors import LogNorm
+
+    epsilons = rows[0]["eps"]
+    figure, axes = _panels(len(rows), 1 + len(epsilons), width=4.0 * (1 + len(epsilons)) + 1.5)
+    shades: dict[str, Any] = {
+        "cmap": "RdBu_r",
+        "norm": LogNorm(1 / MOST_GAIN, MOST_GAIN),
+        "rasterized": True,
+    }
+    for row, line in zip(rows, axes, strict=True):
+        x, y = row["i"], row["f"]
+        levels = {eps**0.5: style for eps, style in zip(epsilons, LINES, strict=False)}
+        for number, ax in enumerate(line):
+            gain = ([row["before"]] + row["after"])[number]
+            mesh = ax.pcolormesh(x, y, gain, shading="nearest", **shades)
+            lines = levels if not number else {transfer.BORDER: LINES[number - 1]}
+            for level, style in lines.items():
+                if min(map(min, gain)) < level < max(map(max, gain)):
+                    ax.contour(x, y, gain, [level], colors=LIMIT, linestyles=[style], linewidths=2)
+            ax.plot([START[0]] * 2, START[1:], color="#00A000", linewidth=5, label=STARTS)
+            where = f"after the norm, eps {epsilons[number - 1]:g}" if number else "before the norm"
+            first = f"{_gate_and_norm(row)}\n" if not number else "\n"
+            _name(ax, first + where, "input gate, pre-activation i", "")
+            ax.grid(False)
+        line[0].set_ylabel("forget gate, pre-activation f", fontsize=12)
+    for eps, style in zip(epsilons, LINES, strict=False):
+        text = f"gain {transfer.BORDER:.2f} after the norm with eps {eps:g}; before it {eps**0.5:g}"
+        axes[0][0].plot([], [], color=LIMIT, linestyle=style, linewidth=2, label=text)
+    bar = figure.colorbar(mesh, ax=[ax for line in axes for ax in line], extend="both", aspect=40)
+    bar.set_label(GAIN, fontsize=12)
+    bar.ax.tick_params(labelsize=11)
+    shape = f"{rows[0]['shape']['T']:,} tokens, head dim {rows[0]['shape']['V']}"
+    title = f"Gain of one head at constant gates, q, k, v ~ N(0, 1), {shape}, {about}"
+    return _finish(figure, axes, title)
+
+
+def _borders(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """The same along one forget gate, with what is derived beside what is measured."""
+    index, f = report.shown_forget_gate(rows[0])
+    epsilons = rows[0]["eps"]
+    figure, axes = _panels(1, 1 + len(epsilons), width=4.6 * (1 + len(epsilons)))
+    before = [gain for row in rows for gain in row["before"][index]]
+    for number, ax in enumerate(axes[0]):
+        for row in rows:
+            gain = ([row["before"]] + row["after"])[number][index]
+            style = "-" if "not" in row["implementation"] else "--"
+            ax.plot(
+                row["i"], gain, color=COLOURS[_plain(row)], linestyle=style, linewidth=2.4,
+                label=_gate_and_norm(row),
+            )  # fmt: skip
+            if "expected" in row:
+                exact = row["expected"][index]
+                if number:
+                    exact = _after(row, f, epsilons[number - 1])
+                every = slice(None, None, max(1, len(exact) // 20))
+                ax.plot(
+                    row["i"][every], exact[every], ".", color=LIMIT, markersize=6, label=DERIVED
+                )
+        ax.axvline(START[0], color="#00A000", linewidth=2, label=STARTS)
+        ax.set(yscale="log", ylim=(min(before) / 2, max(before) * 2))
+        where = f"after the norm, eps {epsilons[number - 1]:g}" if number else "before the norm"
+        _name(ax, where, "input gate, pre-activation i", "" if number else GAIN)
+    return _finish(figure, axes, f"Gain at the forget gate f = {f:g}, {about}")
+
+
+def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Gradient norm and loss over the steps, a line of panels a gate, a colour a bias."""
+    from matplotlib.ticker import MaxNLocator
+
+    gates = list(dict.fromkeys(row["implementation"] for row in rows))
+    figure, axes = _panels(len(gates), 2)
+    biases = list(dict.fromkeys(row["bias"] for row in rows))
+    for gate, line in zip(gates, axes, strict=True):
+        for row in [row for row in rows if row["implementation"] == gate]:
+            colour = BIAS_COLOURS[biases.index(row["bias"]) % len(BIAS_COLOURS)]
+            text = f"bias of the input gate {row['bias']:g}"
+            for ax, name in zip(line, ("gradient_norm", "loss"), strict=True):
+                steps = range(1, len(row[name]) + 1)
+                ax.plot(steps, row[name], color=colour, linewidth=1.8, label=text)
+        gate = gate.removeprefix("tfla ")
+        _name(line[0], f"mLSTM, input gate {gate}", "step", "norm of all gradients, not clipped")
+        _name(line[1], f"mLSTM, input gate {gate}", "step", "loss, nats a token")
+    for number in (0, 1):  # what is compared between the gates has one scale
+        column = [line[number] for line in axes]
+        low = min(ax.get_ylim()[0] for ax in column)
+        high = max(ax.get_ylim()[1] for ax in column)
+        for ax in column:
+            ax.set_ylim(low, high)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if not number:
+                _plain_log(ax)
+    eps = rows[0]["model"]["norm_eps"]
+    return _finish(figure, axes, f"Early training, norm eps {eps:g}, {about}")
+
+
 def rooflines(
     kernels: Sequence[roofline.Kernel], machine: roofline.Machine, dtype: str, K: int, V: int,
     L: int | None, path: Path,
@@ -208,6 +316,18 @@ def _plain(row: Row) -> str:
     return row["implementation"].split(" @")[0].split(",")[0]
 
 
+def _after(row: Row, f: float, eps: float) -> list[float]:
+    """What the gains of a line after the norm tend to."""
+    variant, T = transfer.VARIANTS[row["implementation"]], row["shape"]["T"]
+    gates = (transfer.log_gates(variant, i, f) for i in row["i"])
+    return [transfer.expected_gain_after(*pair, T, eps) for pair in gates]
+
+
+def _gate_and_norm(row: Row) -> str:
+    gate, _, normaliser = row["implementation"].removeprefix("tfla ").partition(", ")
+    return f"mLSTM, input gate {gate}, {normaliser}"
+
+
 def _dims(row: Row) -> tuple[int, int, int]:
     return row["shape"]["H"], row["shape"]["K"], row["shape"]["V"]
 
@@ -245,12 +365,14 @@ def _name(ax: Axes, title: str, x: str, y: str) -> None:
     ax.minorticks_off()
 
 
-def _panels(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+def _panels(rows: int, columns: int, width: float | None = None) -> tuple[Figure, list[list[Axes]]]:
     # Figure by itself, not pyplot: no display, no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    size = (8.5 if columns == 1 else 12.5, 1.4 + 4.4 * rows)
+    """Axes in rows and columns; `width` of all together, in inches."""
+    usual = 8.5 if columns == 1 else 12.5
+    size = (width or usual, 1.4 + 4.4 * rows)
     figure = Figure(figsize=size, layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)

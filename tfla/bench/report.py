@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tfla.bench import roofline
+from tfla.bench import roofline, transfer
 from tfla.bench.cases import Shape
 from tfla.bench.runs import Row
 from tfla.xlstm import files
@@ -24,6 +24,11 @@ COLUMNS = {
     "model": [
         "", "ms", "± %", "tokens/s", "TFLOP/s", "% arith\nlimit", "% bytes\nlimit", "peak\nMiB",
     ],
+    "bias": [
+        "", "bias of i", "ms a step", "norm\nfirst 10", "norm\nlargest", "loss\nfirst",
+        "loss\nlast", "held-out\nbits/byte",
+    ],
+    "transfer": ["", "s a draw", "draws", "error\nh", "standard\nerror %", "off\n%", "border"],
 }  # fmt: skip
 ROOFLINE_COLUMNS = [
     "kernel", "launches", "GFLOP", "MB", "MB via\nL2", "FLOP/\nbyte", "ms by\nbytes",
@@ -88,6 +93,25 @@ def head(result: dict[str, Any]) -> str:
 
 def title(row: Row) -> str:
     """Of the table that a row belongs in."""
+    if row["kind"] == "bias":
+        m, o = row["model"], row["options"]
+        return (
+            f"{m['num_layers']} blocks of width {m['hidden_size']}, {m['num_heads']} heads, eps "
+            f"{m['norm_eps']:g}; {o['steps']} steps of {o['batch']} x {o['context']} tokens, "
+            f"learning rate {o['lr']:g}.\nNorm: of all gradients before clipping; median of the "
+            "first 10 steps, and the largest.\nLoss: nats a token, the first step and the median "
+            "of the last 10"
+        )
+    if row["kind"] == "transfer":
+        epsilons = " | ".join(f"{eps:g}" for eps in row["eps"])
+        return (
+            f"One head {row['shape']['K']}/{row['shape']['V']}, {row['shape']['T']:,} tokens, "
+            f"{len(row['f'])} x {len(row['i'])} gates, {row['dtype']}.\n"
+            "Error: of h against fp64. Standard error of the gain over the draws, and the gain "
+            "off its closed form: the worst gates.\nBorder: the input gate's pre-activation at "
+            f"which the gain after the norm\nis {transfer.BORDER:.2f}, at f = "
+            f"{shown_forget_gate(row)[1]:g}, eps {epsilons}"
+        )
     if row["kind"] != "model":
         return f"{Shape(**row['shape'])}, {row['dtype']}"
     B, T = row["shape"]["B"], row["shape"]["T"]
@@ -101,6 +125,10 @@ def cells(row: Row, ceiling: dict[str, Any]) -> list[str]:
     """The line of a row that has a speed."""
     ms = median(row)
     assert ms is not None
+    if row["kind"] == "transfer":
+        return _transfer_cells(row, ms)
+    if row["kind"] == "bias":
+        return _bias_cells(row, ms)
     by_bytes, by_flops = limits_ms(row, ceiling)
     errors = row.get("errors", {})
     worst = max((e for n, e in errors.items() if n not in ("h", "C")), default=None)
@@ -123,6 +151,31 @@ def cells(row: Row, ceiling: dict[str, Any]) -> list[str]:
     return [line[column] for column in COLUMNS[row["kind"]]]
 
 
+def _transfer_cells(row: Row, ms: float) -> list[str]:
+    index, _ = shown_forget_gate(row)
+    borders = [transfer.border(row["i"], gain[index]) for gain in row["after"]]
+    errors = row["errors"]["h"], row.get("standard_error"), row.get("expected_off")
+    return [
+        row["implementation"], _three(ms / 1e3), str(row["draws"]), _number(errors[0], 1, ".0e"),
+        _number(errors[1], 100, ".1f"), _number(errors[2], 100, ".1f"),
+        " | ".join(_number(x, 1, ".1f") for x in borders),
+    ]  # fmt: skip
+
+
+def _bias_cells(row: Row, ms: float) -> list[str]:
+    norms, loss = row["gradient_norm"], row["loss"]
+    return [
+        row["implementation"], f"{row['bias']:g}", _three(ms),
+        _three(statistics.median(norms[:10])), _three(max(norms)), _three(loss[0]),
+        _three(statistics.median(loss[-10:])), _number(row.get("bits_per_byte"), 1, ".3f"),
+    ]  # fmt: skip
+
+
+def shown_forget_gate(row: Row) -> tuple[int, float]:
+    """(index, pre-activation) of the forget gate whose border is stated."""
+    return min(enumerate(row["f"]), key=lambda pair: abs(pair[1] - transfer.SHOWN_FORGET_GATE))
+
+
 def label(row: Row) -> str:
     part = {"forward": "  fwd", "forward+backward": "  fwd+bwd"}.get(row.get("pass", ""), "")
     return row["implementation"] + part
@@ -137,7 +190,7 @@ def remarks(rows: Sequence[Row], ceiling: dict[str, Any]) -> tuple[list[str], li
         if median(row) is None:
             below.append(f"{label(row)}: {row['status']}: {row.get('reason', 'not measured')}")
             continue
-        if row.get("ours"):
+        if row.get("ours") and "bytes" in row:
             text = f"{row['pass']}: " + _limit(limits_ms(row, ceiling))
             if "plan_bytes" in row:
                 text += f"; by its plan {_limit(limits_ms(row, ceiling, 'plan_'))}"
@@ -217,7 +270,7 @@ def compare(
     `threshold` (0.05: by 5%), or one of our rows that had a speed and has none any more."""
 
     def key(row: Row) -> tuple[Any, ...]:
-        names = ("kind", "study", "implementation", "pass", "dtype", "chunk", "size")
+        names = ("kind", "study", "implementation", "pass", "dtype", "chunk", "size", "bias")
         return (*(row.get(name) for name in names), *(row.get("shape") or {}).values())
 
     after = {key(row): row for row in new["rows"]}
@@ -227,7 +280,8 @@ def compare(
         now = None if other is None else median(other)
         if was is None and now is None:
             continue
-        what = f"{row['implementation']} {row.get('pass', '')}, {Shape(**row['shape'])}"
+        shape = f", {Shape(**row['shape'])}" if row["shape"] else f"bias {row.get('bias')}"
+        what = f"{row['implementation']} {row.get('pass', '')}{shape}"
         verdict, change = "", "-"
         if now is None:
             verdict = "gone" if other is None else other["status"]

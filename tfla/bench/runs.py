@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch import Tensor
 from tfla.bench import cases, check, measure, roofline
 from tfla.bench.cases import DTYPES, Implementation, Shape
 from tfla.plan import Problem
+
+if TYPE_CHECKING:
+    from tfla.bench.bias import Study
 
 Row = dict[str, Any]
 Tell = Callable[..., None]
@@ -32,12 +35,14 @@ TASKS = {
     "kernels": "tfla.bench.runs:kernels",
     "decode": "tfla.bench.models:decode",
     "model": "tfla.bench.models:model",
+    "transfer": "tfla.bench.transfer:transfer",
+    "bias": "tfla.bench.bias:bias",
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """One comparison: `names` in turns. kind: "ceiling", "kernels", "decode" or "model"."""
+    """One comparison: `names` in turns. kind: a key of TASKS."""
 
     kind: str
     device: str
@@ -50,6 +55,10 @@ class Task:
     chunks: tuple[int, ...] = ()
     study: str = ""  # which question the row answers: "length", "heads", "chunk", ...
     size: str = ""  # of a model
+    input_gates: tuple[float, ...] = ()  # pre-activations of "transfer"
+    forget_gates: tuple[float, ...] = ()
+    epsilons: tuple[float, ...] = ()  # of its norms
+    bias: Study | None = None  # what "bias" trains
     until: float = float("inf")  # time.time() after which it is not begun
 
     def implementations(self) -> list[Implementation]:
@@ -59,7 +68,11 @@ class Task:
 
     def row(self, name: str, **fields: Any) -> Row:
         shape = None if self.shape is None else dataclasses.asdict(self.shape)
-        head = {"kind": self.kind, "study": self.study, "implementation": name, "shape": shape}
+        head: Row = {"kind": self.kind, "study": self.study, "implementation": name, "shape": shape}
+        if self.input_gates:
+            head |= {"i": self.input_gates, "f": self.forget_gates, "eps": self.epsilons}
+        if self.bias is not None:
+            head |= self.bias.describe()
         return {**head, "dtype": self.dtype, "status": "ok", **fields}
 
 

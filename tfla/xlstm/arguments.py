@@ -21,7 +21,8 @@ def integer(name: str, x: Any, low: int, high: int) -> int:
     if value is None:
         raise TypeError(f"{name} must be an integer; got {_what(x)}.")
     if not low <= value <= high:
-        wanted = f"at least {low}" if high >= 2**63 - 1 else f"from {low} to {high}"
+        short = value < low and high >= 2**63 - 1
+        wanted = f"at least {low}" if short else f"from {low} to {high}"
         raise ValueError(f"{name} must be {wanted}; got {value}.")
     return value
 

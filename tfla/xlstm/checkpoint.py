@@ -33,8 +33,9 @@ from tfla.xlstm.config import XLSTMConfig
 FORMAT = 1
 STEP = re.compile(r"step-(\d{8,})")
 PLAIN = re.compile(r"\w[\w.-]*", re.ASCII)  # a file's name: no separators, no dot in front
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of 8 bits: no arithmetic
 Seal = dict[str, Any]
-Shapes = Mapping[str, tuple[torch.Size, torch.dtype | None]]  # dtype None: any floating one
+Shapes = Mapping[str, tuple[torch.Size, torch.dtype | None]]  # dtype None: any of FLOATS
 
 
 class WeightsWarning(UserWarning):
@@ -159,8 +160,8 @@ def check_tensors(
                 f"{path}: {name} is {tuple(has)}, the model wants {tuple(shape)}; it is of another "
                 "model"
             )
-        if of != dtype if dtype is not None else not of.is_floating_point:
-            kind = "a floating dtype" if dtype is None else str(dtype).removeprefix("torch.")
+        if of != dtype if dtype is not None else of not in FLOATS:
+            kind = str(dtype).removeprefix("torch.") if dtype else "a floating dtype of 16 bits up"
             raise RunError(
                 f"{path}: {name} is {str(of).removeprefix('torch.')}, the model wants {kind}; it "
                 "is of another model"
@@ -168,7 +169,7 @@ def check_tensors(
 
 
 def warn_unless_finite(path: Path, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Warn of weights that are NaN or infinite."""
+    """Warn of weights, or of their moments, that are NaN or infinite."""
     broken = [
         name for name, x in named if x.is_floating_point() and not bool(torch.isfinite(x).all())
     ]

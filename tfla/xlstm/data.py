@@ -577,6 +577,8 @@ def _lost(folder: Path, codec: Codec, pieces: list[list[int]]) -> int:
 
 def read_tokenizer(path: Path) -> str:
     """The text of a tokenizer.json."""
+    if path.exists() and not path.is_file():  # a device may have no end, a pipe no writer
+        raise RunError(f"{path} is not a file; give a tokenizer.json")
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -325,7 +325,7 @@ def put(state: Sequence[tfla.State], rows: Tensor | Sequence[int], new: States) 
     for one, other in zip(state, new, strict=True):
         for old, value in zip(one, other, strict=True):
             if old is not None and value is not None:
-                old[at] = value.to(old.device, old.dtype)
+                old[at] = value.to(old.device, old.dtype, copy=True)  # it may be a view of old
 
 
 def save_state(state: Sequence[tfla.State], path: str | Path) -> None:

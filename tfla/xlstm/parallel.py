@@ -277,7 +277,7 @@ class Ranks(Placement):
         return args, options | {"group": self.context} if torch.is_grad_enabled() else options
 
     def elapsed(self, seconds: float) -> float:
-        clock = torch.tensor(seconds, dtype=torch.float64)
+        clock = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         dist.broadcast(clock, 0)
         return clock.item()
 
@@ -351,7 +351,8 @@ class Ranks(Placement):
             for key, (size, dtype) in others.items():
                 like: Any = state.parameters.get(key.rpartition("/")[0])
                 whole = like is None or like.shape != size
-                moments[key] = torch.empty(size, dtype=dtype) if whole else torch.zeros_like(like)
+                empty = torch.empty(size if whole else (), dtype=dtype, device="cpu")
+                moments[key] = empty if whole else torch.zeros_like(like)
         except RunError as error:
             message = str(error)
         self.refuse(message)

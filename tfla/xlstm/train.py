@@ -70,7 +70,8 @@ class Placement:
 
     def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
         """The model as it is trained, on its device, with parameters from torch's generator."""
-        model = XLSTM(config).to(self.device)
+        with torch.device("cpu"):  # the same numbers on every device, torch's default one or not
+            model = XLSTM(config).to(self.device)
         if self.compile:  # one graph, which all blocks share
             for block in model.blocks:
                 block.compile()
@@ -105,6 +106,7 @@ class Placement:
         moments = saved.tensors("optimizer")
         wanted = {name: (p.shape, p.dtype) for name, p in state.parameters.items()}
         check_moments(saved, wanted, checkpoint.shapes(moments))
+        checkpoint.warn_unless_finite(saved.path, moments.items())
         state.restore_moments(saved, moments)
 
     def finish(self) -> None:
@@ -331,7 +333,7 @@ def evaluate(
     targets = nn.utils.rnn.pad_sequence(list(rows[1]), batch_first=True, padding_value=-100)
     nats = 0.0
     with torch.no_grad(), autocast(options.precision, device):
-        for part in torch.arange(len(inputs)).split(max(1, 4096 // window)):
+        for part in torch.arange(len(inputs), device="cpu").split(max(1, 4096 // window)):
             logits, _ = model(inputs[part].to(device))
             nats += _nats(logits, targets[part].to(device), "sum").item()
     return nats / math.log(2) / size

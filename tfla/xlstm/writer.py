@@ -96,7 +96,8 @@ def load_writer(path: Path, device: torch.device | str = "cpu") -> Writer:
     saved = checkpoint.load(path)
     config, codec = saved.config(), Codec(saved.text("tokenizer.json"))
     check_vocabulary(saved, config, codec)
-    model = XLSTM(config)
+    with torch.device("cpu"):  # where the file is read, whatever torch's default device is
+        model = XLSTM(config)
     saved.restore(model)
     return Writer(model.to(device), codec)
 
