@@ -186,7 +186,7 @@ def train(
         device, context_ranks, recompute, compile, given, lambda: threads_.requested(threads)
     )
     console = Console(quiet=not place.main, file=_Lasting())
-    stopped: BaseException | None = None
+    status = 0  # not the error: its frames hold the run, and so its lock
     with ExitStack() as held:  # the lock of the run, until the plot is drawn
         received = held.enter_context(signals.Signals())
         place.signalled = lambda: received.noted
@@ -204,10 +204,10 @@ def train(
                 with received.held():
                     render.watch(training.train(run, place), console)
             except (signals.Interrupted, KeyboardInterrupt) as error:
-                stopped = error
+                status = signals.exit_status(error)
         if not place.main:
-            if stopped:
-                raise typer.Exit(signals.exit_status(stopped))
+            if status:
+                raise typer.Exit(status)
             return
         records = metrics.read_metrics(out / runs.METRICS)
         render.loss_curve(
@@ -216,9 +216,9 @@ def train(
             title=f"Training on {run.corpus.name}",
             bytes_per_token=None if run.corpus.lost else run.corpus.bytes_per_token,
         )
-    if stopped:
+    if status:
         _say(f"stopped; go on with: tfla train --out {shlex.quote(str(out))} --resume")
-        raise typer.Exit(signals.exit_status(stopped))
+        raise typer.Exit(status)
     unit = "bits_per_token" if run.corpus.lost else "bits_per_byte"
     bits = [record[unit] for record in records if unit in record]
     result = f"{bits[-1]:.3f} {metrics.UNITS[unit]}" if bits else "not in metrics.jsonl any more"

@@ -132,7 +132,6 @@ def _run(
     )
     files.write(folder / "demo.md", signed(_report(rows, verdict, device)), is_report)
 
-
     _head(console, "4. What this has shown")
     for sentence in findings(seconds, rows, bits, short, zipped, len(raw)):
         render.line(console, f"- {sentence}")

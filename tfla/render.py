@@ -68,7 +68,6 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
 def describe(run: "Run", on: str, console: "Console") -> None:
     """Corpus, model and plan of a run, and what it is computed on, in three lines; then what its
     tokens do not give back, and what a resumed run is to do otherwise."""
-
     info, config, options = run.corpus.info, run.config, run.options
     kept, held = info["train"], info["held_out"]
     length = f"{options.steps:,} steps" if options.steps else f"{options.seconds:g} s"
@@ -91,8 +90,7 @@ def describe(run: "Run", on: str, console: "Console") -> None:
     )
     line(
         console,
-        f"{length} of {options.tokens_per_step:,} tokens{begun}, into "
-        f"{run.folder}, on {on}",
+        f"{length} of {options.tokens_per_step:,} tokens{begun}, into {run.folder}, on {on}",
         head="training ",
     )
     if lost := run.corpus.lost:

@@ -56,7 +56,7 @@ class TrainOptions:
                 raise RunError(
                     f"--{name.replace('_', '-')} is {reprlib.repr(value)}, wanted a whole number"
                 )
-            if value is not None and abs(value) >= 2**63:
+            if value is not None and name != "seed" and abs(value) >= 2**63:
                 raise RunError(f"--{name.replace('_', '-')} is 2^63 or more; take a smaller number")
         for name in REAL:
             value = getattr(self, name)
