@@ -523,9 +523,8 @@ def test_the_reason_of_the_choice_is_in_the_line(
     with pytest.warns(UserWarning):
         gpu.pick()
     monkeypatch.setattr(log, "_seen", set())
-    q: Any = SimpleNamespace(device=GPU, dtype=torch.bfloat16)
-    log._line("a call", q, "reference", "")
-    log._line("a call", q, "triton", "")
+    log._line("a call", GPU, torch.bfloat16, "reference", "")
+    log._line("a call", GPU, torch.bfloat16, "triton", "")
     first, second = capsys.readouterr().err.splitlines()
     assert "the self-test of its kernels" in first and "h differs" in first
     assert second.endswith('backend "triton": named by the caller')

@@ -100,10 +100,10 @@ def record(
 def launches(
     device: plan.Device, B: int, T: int, H: int, K: int, V: int, *, gate: str = "exp",
     dtype: torch.dtype = torch.bfloat16, backward: bool = True, state: bool = False,
-    packed: int = 0, override: Any = None,
+    packed: int = 0, override: Any = None, precision: str | None = None,
 ) -> list[Launch]:  # fmt: skip
     """What the forward and the backward pass of one problem launch on ``device``. override: Plan
-    -> Plan."""
+    -> Plan. precision: of fp32 products; None: as torch is set."""
     seen: list[Launch] = []
 
     def recorder(
@@ -134,7 +134,8 @@ def launches(
         *start,
         cu_seqlens,
     )
-    options = Options(K**-0.5, gate, True, normalize, state, backward, "triton", products_of(dtype))
+    products = precision or products_of(dtype)
+    options = Options(K**-0.5, gate, True, normalize, state, backward, "triton", products)
     spec = CallSpec.of(x, options)
     with contextlib.ExitStack() as stack:
         for module in (kernels, kernels.step):

@@ -88,15 +88,13 @@ ON_MMA: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 @pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 @pytest.mark.parametrize("name", ON_MMA)
 @pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 86)], ids=lambda t: f"{t[0]}{t[1]}")
-def test_whatever_a_call_has_runs_on_tensor_cores(
-    target: tuple[str, int], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_a_call_has_runs_on_tensor_cores(target: tuple[str, int], name: str) -> None:
     """Also fp32, where TF32 is allowed, as sums of two bf16; within the shared memory of an A100
     and the 99 KiB of consumer parts."""
-    for module in ("tfla.kernels", "tfla.kernels.grid"):
-        monkeypatch.setattr(f"{module}.precision", lambda x: "tf32")
     shape, options = ON_MMA[name]
-    scans = [x for x in launches(DEVICES[target], *shape, **options) if x.kernel in SCANS]
+    precision = "tf32" if options.get("dtype") == torch.float32 else "ieee"
+    found = launches(DEVICES[target], *shape, **options, precision=precision)
+    scans = [x for x in found if x.kernel in SCANS]
     assert len(scans) >= 4 and {x.kernel for x in scans} == {_scan_mma_kernel}
     for launch in scans:
         built = build(launch, *target)
@@ -116,13 +114,12 @@ def test_the_small_kernels_build() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
-def test_fp32_with_tf32_allowed_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_with_tf32_allowed_builds() -> None:
     """Three warp-group products for one, and no conversion of single numbers, which would take as
     long as they do."""
-    for module in ("tfla.kernels", "tfla.kernels.grid"):
-        monkeypatch.setattr(f"{module}.precision", lambda x: "tf32")
     target = ("cuda", 90)
-    scans = [x for x in launches(DEVICES[target], *MAIN, dtype=torch.float32) if x.kernel in SCANS]
+    found = launches(DEVICES[target], *MAIN, dtype=torch.float32, precision="tf32")
+    scans = [x for x in found if x.kernel in SCANS]
     assert len(scans) == 6  # dq and dk in two pieces
     for launch in scans:
         built = build(launch, *target)
@@ -133,7 +130,10 @@ def test_fp32_with_tf32_allowed_builds(monkeypatch: pytest.MonkeyPatch) -> None:
         code = binary(built, "nvdisasm", "-c")
         assert code.count("F2FP.BF16") >= 200 and code.count("F2F.BF16") == 0
     # Behind a contraction of two pieces den is made by itself.
-    rest = launches(DEVICES[target], 2, 4096, 8, 256, 512, dtype=torch.float32, backward=False)
+    shape = (2, 4096, 8, 256, 512)
+    rest = launches(
+        DEVICES[target], *shape, dtype=torch.float32, backward=False, precision="tf32"
+    )  # fmt: skip
     (den,) = [x for x in rest if dict(x.constants).get("PRECISION")]
     assert dict(den.constants)["PRECISION"] == "tf32x3"
     check(den, target, STACK[target])

@@ -7,7 +7,7 @@ pytest on this file.
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import checks
 import pytest
@@ -43,6 +43,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*"),
 ]
 one_thread = checks.one_thread
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    with toy_gates.registered():
+        yield
+
 
 if not INTERPRETED:
 
