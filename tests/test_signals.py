@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,19 @@ RARE = {
     "--device": "cpu", "--eval-bytes": 500,
 }  # fmt: skip
 ENDS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+
+
+@pytest.fixture(autouse=True)
+def _not_ignored() -> Iterator[None]:
+    """A suite in the background of a shell, or under nohup, ignores some signals, and so would the
+    runs that it starts."""
+    ignored = [number for number in ENDS if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        own = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, own)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def begin(out: Path, *before: str, more: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
