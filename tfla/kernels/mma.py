@@ -29,6 +29,8 @@ from tfla.kernels import parts
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS
 from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 
+# The same function under the names of Triton 3.6 and of later ones.
+_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 SLICE = gl.constexpr(32)  # columns of the state in one product: few operands in registers at once
 
@@ -123,7 +125,7 @@ def _fetch_rows(tile, x, stride, t, tokens, first, width, WARPS: gl.constexpr):
     L: gl.constexpr = tile.shape[0]
     BLOCK: gl.constexpr = tile.shape[1]
     at, seen = _rows_at(x, stride, t, tokens, first, width, L, BLOCK, WARPS)
-    async_copy.async_copy_global_to_shared(tile, at, mask=seen)
+    _load(tile, at, mask=seen)
 
 
 @gluon.jit
@@ -132,7 +134,7 @@ def _fetch_line(line, x, width, WARPS: gl.constexpr):
     SIZE: gl.constexpr = line.shape[0]
     EACH: gl.constexpr = max(1, min(4, SIZE // (32 * WARPS)))
     column = gl.arange(0, SIZE, layout=gl.BlockedLayout([EACH], [32], [WARPS], [0]))
-    async_copy.async_copy_global_to_shared(line, x + column, mask=column < width)
+    _load(line, x + column, mask=column < width)
 
 
 @gluon.jit
