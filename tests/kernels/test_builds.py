@@ -32,12 +32,15 @@ MMA = [target for target in DEVICES if target[0] == "cuda" and target[1] in (80,
 
 # Bytes of stack a thread. Triton says nothing of spills without a GPU; the linker does. What is
 # tolerated was measured to be touched at the ends of spans only, or (mma.py) is what 255 registers
-# do not hold beside a state of 256 rows: dq and dk were timed with up to 128 (Triton 3.6); Triton
-# 3.9 leaves up to 160 there, 304 where a contraction of 512 is cut in two, and was not timed.
+# do not hold beside a state of 256 rows: dq and dk were timed with it. Triton 3.9, which was not
+# timed, leaves up to 224 bytes there, and 304 where a contraction of 512 is cut in two.
+SINCE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+ON_MMA_SYNC = 224 if SINCE_3_9 else 128
+CUT_IN_TWO = 304 if SINCE_3_9 else 256
 STACK = {
-    ("cuda", 80): 256,
-    ("cuda", 86): 256,
-    ("cuda", 89): 256,
+    ("cuda", 80): ON_MMA_SYNC,
+    ("cuda", 86): ON_MMA_SYNC,
+    ("cuda", 89): ON_MMA_SYNC,
     ("cuda", 90): 128,
     ("cuda", 100): 64,  # selects for decays of 0 in scan.py: 40 bytes
     ("cuda", 120): 128,
@@ -100,7 +103,7 @@ def test_whatever_a_call_has_runs_on_tensor_cores(target: tuple[str, int], name:
     for launch in scans:
         built = build(launch, *target)
         used = resources(built, "cuda")
-        assert used.stack <= (512 if name == "wide" else STACK[target]), f"{launch}: {used}"
+        assert used.stack <= (CUT_IN_TWO if name == "wide" else STACK[target]), f"{launch}: {used}"
         assert used.shared <= DEVICES[target].shared_memory, f"{launch}: {used}"
         kind = "f16" if options.get("dtype") == torch.float16 else "bf16"
         assert f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}" in built.asm["ptx"]
