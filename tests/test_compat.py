@@ -271,5 +271,3 @@ def test_importing_the_file_does_not_import_triton() -> None:
     code = "import sys, tfla._compat; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["False"], done.stderr
-
-

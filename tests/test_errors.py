@@ -122,9 +122,7 @@ def three_functions(q: Tensor, k: Tensor, v: Tensor) -> list[Callable[[], object
     """mlstm, linear_attention and mlstm_step of these operands."""
     i, f = (torch.zeros(v.shape[:-1]) for _ in "if")
     heads = v.shape[-2]
-    state = tfla.State(
-        torch.zeros(B, heads, K, V), torch.zeros(B, heads, K), torch.zeros(B, heads)
-    )
+    state = tfla.State(torch.zeros(B, heads, K, V), torch.zeros(B, heads, K), torch.zeros(B, heads))
     first = [x[:, 0] for x in (q, k, v, i, f)]
     return [
         lambda: tfla.mlstm(q, k, v, i, f),
@@ -138,9 +136,7 @@ def test_fewer_heads_of_q_and_k_are_to_come(groups: int, heads: int) -> None:
     x = good()
     q, k, v = heads_of(x["q"], groups), heads_of(x["k"], groups), heads_of(x["v"], heads)
     for call in three_functions(q, k, v):
-        refuses(
-            NotImplementedError, call, names="q", came=f"G = {groups} ", wanted=f"H = {heads} "
-        )
+        refuses(NotImplementedError, call, names="q", came=f"G = {groups} ", wanted=f"H = {heads} ")
 
 
 @pytest.mark.parametrize(("groups", "heads"), [(2, 3), (3, 2), (4, 6), (3, 1)])

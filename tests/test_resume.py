@@ -340,9 +340,7 @@ def test_moments_that_are_not_the_parameters_own_are_one_line(
     assert str(path) in line_of(["train", "--out", str(run), "--resume", "--steps", "6"], capfd)
 
 
-def test_moments_that_are_no_numbers_are_told(
-    run: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_moments_that_are_no_numbers_are_told(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = checkpoint.load(run).path
     moments = load_file(path / "optimizer.safetensors")
     moments["head.weight/exp_avg_sq"][3] = float("nan")

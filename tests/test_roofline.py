@@ -159,9 +159,7 @@ def test_named_machines_name_every_dtype() -> None:
 # ---------------------------------------------------------------- memory of a call
 
 
-@pytest.mark.parametrize(
-    ("gate", "both"), [("exp", 2401862144), ("sigmoid", 2378596352)]
-)
+@pytest.mark.parametrize(("gate", "both"), [("exp", 2401862144), ("sigmoid", 2378596352)])
 def test_memory_is_what_an_h200_was_seen_to_take(gate: str, both: int) -> None:
     """docs/gpu-memory.json, spans of 2,048: peaks of forward and backward together over what was
     there before, by torch's allocator. Passes that are played fit their buffers in another way."""

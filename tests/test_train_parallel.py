@@ -134,9 +134,7 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(tmp_path: Path) -> N
         ("--threads $((1-RANK))", "rank 1: --threads is 0"),
     ],
 )
-def test_ranks_with_other_options_end_in_one_line(
-    words: str, said: str, tmp_path: Path
-) -> None:
+def test_ranks_with_other_options_end_in_one_line(words: str, said: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     line = f"{sys.executable} -m tfla train --device cpu --out {out} {words}"

@@ -273,9 +273,7 @@ def launch_by_triton(
     launch alone, and the one that the user set (``triton.set_allocator``) stays. In another thread
     than that where it was set there would be none.
     """
-    return contextvars.copy_context().run(
-        _launch_with, kernel, grid, options, allocate, arguments
-    )
+    return contextvars.copy_context().run(_launch_with, kernel, grid, options, allocate, arguments)
 
 
 def _launch_with(

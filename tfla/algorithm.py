@@ -56,9 +56,7 @@ def can_fold_packing(backend: Backend[W, D, S], spec: CallSpec) -> bool:
     return spec.sigmoid_f or not spec.normalize
 
 
-def _fold_packing(
-    backend: Backend[W, D, S], x: Inputs, spec: CallSpec
-) -> tuple[Inputs, CallSpec]:
+def _fold_packing(backend: Backend[W, D, S], x: Inputs, spec: CallSpec) -> tuple[Inputs, CallSpec]:
     if x.cu_seqlens is None or not can_fold_packing(backend, spec):
         return x, spec
     f, ends = backend.fold_packing(x.f, x.cu_seqlens)

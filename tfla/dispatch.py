@@ -65,9 +65,7 @@ def _choose(device: torch.device, dtype: torch.dtype, may_test: bool) -> Backend
     log.reasons[device, dtype] = made.backend, made.reason
     if made.backend == "reference" and (device, made.reason) not in _warned:
         _warned.add((device, made.reason))
-        warnings.warn(
-            f'tfla runs on its backend "reference" here: {made.reason}', stacklevel=5
-        )
+        warnings.warn(f'tfla runs on its backend "reference" here: {made.reason}', stacklevel=5)
     return made.backend
 
 
@@ -81,7 +79,7 @@ def choice(device: torch.device, dtype: torch.dtype, may_test: bool) -> Choice:
     """What serves tensors of a device and a dtype. Where our kernels have never run on such a
     device with such a Triton, their self-test decides; ``may_test``: it may be run now."""
     if device.type == "cpu":
-        return Choice("reference", "CPU tensors; \"triton\" is for GPUs and the interpreter.")
+        return Choice("reference", 'CPU tensors; "triton" is for GPUs and the interpreter.')
     if reason := cannot_serve(device, dtype):
         return Choice("reference", reason)
     pair, name = verdicts.pair_of(device), str(dtype).removeprefix("torch.")

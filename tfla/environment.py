@@ -216,5 +216,3 @@ def _gpu(device: torch.device) -> str:
         f"{p.name}, {kind}, {p.multi_processor_count} multiprocessors, "
         f"{p.total_memory / 2**30:.1f} GiB, {shared / 1024:.0f} KiB shared memory a program"
     )
-
-

@@ -152,9 +152,7 @@ def log_gates(i: Tensor, f: Tensor, activations: Activations) -> tuple[Tensor, T
 def limited(log_i: Tensor, log_f: Tensor) -> tuple[Tensor, Tensor]:
     """The same log-gates within the limits."""
     pairs = ((log_i, LOG_I_NOTHING), (log_f, LOG_F_NOTHING))
-    log_i, log_f = (
-        x.clamp(max=LIMIT).masked_fill(x < -LIMIT, nothing) for x, nothing in pairs
-    )
+    log_i, log_f = (x.clamp(max=LIMIT).masked_fill(x < -LIMIT, nothing) for x, nothing in pairs)
     return log_i, log_f
 
 

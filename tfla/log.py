@@ -88,9 +88,7 @@ def _gates(a: Activations, i: torch.dtype, f: torch.dtype) -> str:
     return words if a.input_gate in ("exp", "sigmoid") else f"{words} ({a.input_gate} gate)"
 
 
-def _line(
-    what: str, device: torch.device, dtype: torch.dtype, backend: str, plan: str
-) -> None:
+def _line(what: str, device: torch.device, dtype: torch.dtype, backend: str, plan: str) -> None:
     chosen, why = reasons.get((device, dtype), ("", ""))
     if not chosen and device.type == "cpu":
         chosen, why = "reference", "CPU tensors"

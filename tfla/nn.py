@@ -194,7 +194,10 @@ class _Layer(nn.Module):
             self.gates.bias[of.num_heads :] = torch.linspace(3.0, 6.0, of.num_heads, **at)
 
     def forward(
-        self, x: Tensor, state: tfla.State | None, cu_seqlens: Tensor | None,
+        self,
+        x: Tensor,
+        state: tfla.State | None,
+        cu_seqlens: Tensor | None,
         backend: BackendName | None,
     ) -> tuple[Tensor, tfla.State]:
         q, k, v, o = self.qkvo(x).split(self.widths, -1)

@@ -49,9 +49,7 @@ def backward(
     return _filled(grads, spec.state_dtype)
 
 
-def _called(
-    function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]
-) -> Results:
+def _called(function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]) -> Results:
     with no_autocast(tensors[0].device.type):
         return backend_of(spec.backend).execute(function, spec, tensors)
 

@@ -211,9 +211,7 @@ def forward(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
             if n is not None and n_r is not None and m is not None:
                 n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
         packed = x.cu_seqlens is not None
-        inner = algorithm.ordered(
-            backend, x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
-        )
+        inner = algorithm.ordered(backend, x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens))
         own_spec = spec.but(initial_state=True, final_state=spec.final_state and packed)
         weights, result = algorithm.scan_forward(backend, inner, own_spec, True)
         algorithm.clear(backend, inner, result.out)

@@ -463,9 +463,7 @@ def fold_packing(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError("this backend takes packed sequences one by one")
 
 
-def execute(
-    function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]
-) -> Results:
+def execute(function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]) -> Results:
     """``function(spec, *tensors)``: nothing is kept from call to call."""
     return function(spec, *tensors)
 

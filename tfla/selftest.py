@@ -49,9 +49,7 @@ class Case:
         """For Triton's interpreter, which takes a program at a time."""
         fifth = tuple(offset // 5 for offset in self.offsets)
         T = 40 if self.T <= 200 else 80
-        return dataclasses.replace(
-            self, B=1, T=T, H=1, K=self.K // 4, V=self.V // 4, offsets=fifth
-        )
+        return dataclasses.replace(self, B=1, T=T, H=1, K=self.K // 4, V=self.V // 4, offsets=fifth)
 
 
 GATES_AND_WIDTHS: tuple[tuple[gates.InputGate, int, int], ...] = (
@@ -74,8 +72,7 @@ CASES = (
     Case("exp, one chunk", T=9),
 )
 TF32 = tuple(
-    Case(f"{gate}, TF32 allowed", gate, K=K, V=V, tf32=True)
-    for gate, K, V in GATES_AND_WIDTHS
+    Case(f"{gate}, TF32 allowed", gate, K=K, V=V, tf32=True) for gate, K, V in GATES_AND_WIDTHS
 )
 
 
@@ -118,9 +115,7 @@ def run(device: torch.device, dtype: str, names: tuple[str, ...] | None = None) 
     return failed
 
 
-def _checks(
-    device: torch.device, dtype: str
-) -> Iterator[tuple[str, Callable[[], Iterator[str]]]]:
+def _checks(device: torch.device, dtype: str) -> Iterator[tuple[str, Callable[[], Iterator[str]]]]:
     kind: torch.dtype = getattr(torch, dtype)
     tf32 = dtype == "float32" and device.type == "cuda" and not torch.version.hip
     for number, case in enumerate(CASES + (TF32 if tf32 else ())):

@@ -136,9 +136,7 @@ class Built:
             self.sizes = read(compiled.asm["ptx"])
             self.kinds = dict(launch.signature)
             about = SimpleNamespace(**compiled.metadata._asdict() | {"global_scratch_size": 128})
-            return SimpleNamespace(
-                src=compiled.src, metadata=about, function=11, asm=compiled.asm
-            )
+            return SimpleNamespace(src=compiled.src, metadata=about, function=11, asm=compiled.asm)
 
         return call
 

@@ -171,9 +171,7 @@ def test_a_toy_gate_by_steps(gate: str, inplace: bool) -> None:
     rows = []
     for t in range(6):
         token = [y[:, t] for y in x]
-        h, state = tfla.mlstm_step(
-            *token, state, input_gate=gate, inplace=inplace, backend=BACKEND
-        )
+        h, state = tfla.mlstm_step(*token, state, input_gate=gate, inplace=inplace, backend=BACKEND)
         rows.append(h)
     h, end = truth(gate)(*p.inputs, p.memory)  # type: ignore[misc]
     found = [torch.stack(rows, 1), *true_size(state)]
@@ -219,9 +217,7 @@ def test_layers_models_and_choices_know_a_registered_gate(gate: str) -> None:
     layer = tfla.nn.MLSTM(6, 8, num_heads=2, input_gate=gate)
     y, state = layer(torch.randn(2, 5, 6))
     assert y.shape == (2, 5, 8) and (state[0].n is not None) == (gate == "bell")
-    config = XLSTMConfig(
-        vocab_size=20, hidden_size=16, num_layers=1, num_heads=1, input_gate=gate
-    )
+    config = XLSTMConfig(vocab_size=20, hidden_size=16, num_layers=1, num_heads=1, input_gate=gate)
     model = XLSTM(config)
     tokens = torch.randint(20, (2, 5))
     assert model(tokens)[0].isfinite().all()

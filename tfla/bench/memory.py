@@ -120,6 +120,4 @@ def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> 
         with _Allocations(*tokens, h, saved, dh) as backward:
             gradients = ops.backward(dh, None, None, h, saved, x, spec)
         del gradients
-    return Memory(
-        _bytes(*tokens), _bytes(h), _bytes(saved), forward.peak, backward.peak
-    )
+    return Memory(_bytes(*tokens), _bytes(h), _bytes(saved), forward.peak, backward.peak)

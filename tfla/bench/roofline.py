@@ -138,8 +138,13 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
         alike = [(1, True, tile.splits == 1), (inner, False, False), (tile.splits > 1, False, True)]
         for count, first, last in alike:
             width = tile.A - (tile.splits - 1) * tile.block_a if last else tile.block_a
-            flops += count * tokens * (
-                2 * plan.L * tile.tiles * tile.block_a + filled * (2 * plan.L + 4 * tile.block_a)
+            flops += (
+                count
+                * tokens
+                * (
+                    2 * plan.L * tile.tiles * tile.block_a
+                    + filled * (2 * plan.L + 4 * tile.block_a)
+                )
             )
             shared = tokens * 2 * width * e + 6 * vector  # a, b and the weights: every tile's
             own = tokens * tile.X * (e + (e if last else FP32) + (0 if first else FP32))

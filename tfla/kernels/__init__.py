@@ -58,9 +58,7 @@ __all__ = [
 FOLDS_PACKING = True  # then as fast whatever their number and lengths
 
 
-def execute(
-    function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]
-) -> Results:
+def execute(function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]) -> Results:
     """See ``tfla.kernels.host``. Plans that are pinned have tapes of their own, launches that are
     watched have none."""
     if launch is not host.launch:

@@ -149,9 +149,7 @@ def _fetch_chunk(rows, lines, c, stage, tokens, wanted, WARPS: gl.constexpr):
             )
         for n in gl.static_range(len(lines)):
             x, first, size, tiles = lines[n]
-            _fetch_line(
-                tiles.index(stage), x + c.to(gl.int64) * size + first, size - first, WARPS
-            )
+            _fetch_line(tiles.index(stage), x + c.to(gl.int64) * size + first, size - first, WARPS)
     async_copy.commit_group()
 
 

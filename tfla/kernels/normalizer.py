@@ -187,8 +187,9 @@ def _in_gauge(here, l, m_in, m_end, L: tl.constexpr):
     first = here - l
     total = _load_parts(here + TOTAL * L, here + (TOTAL + 1) * L)
     top = _load_parts(here + TOP * L, here + TOP_REST * L)
-    b, p = _load_parts(here, here + L), _load_parts(
-        here + FIRST_SOURCE * L, here + (FIRST_SOURCE + 1) * L
+    b, p = (
+        _load_parts(here, here + L),
+        _load_parts(here + FIRST_SOURCE * L, here + (FIRST_SOURCE + 1) * L),
     )
     before = tl.load(here - 1, mask=l > 0, other=0.0).to(tl.float64)
     before += tl.load(here + L - 1, mask=l > 0, other=0.0).to(tl.float64)

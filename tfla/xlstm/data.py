@@ -428,9 +428,7 @@ def prepare(
     codec = Codec(read_tokenizer(tokenizer) if tokenizer else None)
     if include and not paths:
         raise RunError("--include is for the files of folders; name the folders too")
-    found = (
-        find_documents(paths, folder.parent, include) if paths else Found(standard_library())
-    )
+    found = find_documents(paths, folder.parent, include) if paths else Found(standard_library())
     documents = _unique(found.documents)
     if not documents:
         where = ", ".join(map(str, paths))

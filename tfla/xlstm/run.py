@@ -234,9 +234,7 @@ def _options(saved: checkpoint.Checkpoint) -> TrainOptions:
         ) from error
 
 
-def check_vocabulary(
-    saved: checkpoint.Checkpoint, config: XLSTMConfig, codec: data.Codec
-) -> None:
+def check_vocabulary(saved: checkpoint.Checkpoint, config: XLSTMConfig, codec: data.Codec) -> None:
     """RunError unless the model has a row for every id of the codec, and no other."""
     if config.vocab_size != codec.vocab_size:
         raise RunError(
