@@ -92,9 +92,12 @@ def main() -> None:
         for what in WORK:
             for way in WAYS:
                 workers[what, way] = subprocess.Popen(
-                    [sys.executable, __file__, "--work", what, way], env=environment, text=True,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                )  # fmt: skip
+                    [sys.executable, __file__, "--work", what, way],
+                    env=environment,
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
         for worker in workers.values():
             assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
         print("| other programs | " + " | ".join(f"{what}, {way}" for what, way in workers) + " |")

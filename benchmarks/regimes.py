@@ -55,9 +55,7 @@ def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Any]
     }
 
 
-def passes(
-    x: cases.Implementation, leaves: dict[str, Tensor]
-) -> dict[str, Callable[[], object]]:  # fmt: skip
+def passes(x: cases.Implementation, leaves: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
     dh = torch.randn_like(leaves["v"])
 
     def forward() -> object:
@@ -83,9 +81,10 @@ def compare(names: list[str], shape: Shape, dtype: torch.dtype, graph: bool = Fa
         began = time.perf_counter()
         try:
             verdict = check.judge(x, shape, dtype, DEVICE)
-            row["error_h"], row["error_gradients"] = verdict.errors["h"], max(
-                e for n, e in verdict.errors.items() if n != "h"
-            )  # fmt: skip
+            row["error_h"], row["error_gradients"] = (
+                verdict.errors["h"],
+                max(e for n, e in verdict.errors.items() if n != "h"),
+            )
             if x.ours and verdict.exceeded:
                 row["reason"] = f"WRONG: {verdict.exceeded}"
                 continue
@@ -197,8 +196,10 @@ def launches() -> list[Row]:
     ceiling = measure.ceiling(DEVICE, torch.bfloat16)["bytes_per_s"]
     rows = []
     for shape in (
-        Shape(4, 16384, 16, 128, 256), Shape(1, 65536, 16, 128, 256), Shape(4, 16384, 8, 256, 512)
-    ):  # fmt: skip
+        Shape(4, 16384, 16, 128, 256),
+        Shape(1, 65536, 16, 128, 256),
+        Shape(4, 16384, 8, 256, 512),
+    ):
         problem, planned = planned_for(shape)
         for gate in ("exp", "sigmoid"):
             x = known(f"tfla {gate}")
@@ -299,12 +300,15 @@ def dtypes(dtype: torch.dtype, precision: str, others: bool) -> list[Row]:
 
 def main() -> None:
     studies: dict[str, Callable[[], list[Row]]] = {
-        "small": small, "packed": packed, "long": long,
+        "small": small,
+        "packed": packed,
+        "long": long,
         "tf32": lambda: dtypes(torch.float32, "high", True),
         "fp16": lambda: dtypes(torch.float16, "highest", True),
         "fp32": lambda: dtypes(torch.float32, "highest", False),
-        "launches": launches, "host": host,
-    }  # fmt: skip
+        "launches": launches,
+        "host": host,
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(studies))
     parser.add_argument("--out", type=Path, default=Path("runs/regimes.json"))
@@ -316,9 +320,12 @@ def main() -> None:
         result[name] = studies[name]()
         print(f"\n{name}")
         for row in result[name]:
-            print("  " + ", ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-            ))  # fmt: skip
+            print(
+                "  "
+                + ", ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+                )
+            )
         options.out.write_text(json.dumps(result, indent=1))
     print(f"\n{options.out}")
 

@@ -85,8 +85,10 @@ class Session:
         self.options.out.mkdir(parents=True, exist_ok=True)
         path = self.options.out / "scale.json"
         path.write_text(json.dumps(result, indent=1, default=str))
-        print(f"\n{machine.get('device')} x {self.world}; {self.peak / 1e12:.4g} TFLOP/s "
-              f"measured; {result['took_s']} s; {path}")  # fmt: skip
+        print(
+            f"\n{machine.get('device')} x {self.world}; {self.peak / 1e12:.4g} TFLOP/s "
+            f"measured; {result['took_s']} s; {path}"
+        )
         skip = {"name", "steps", "loss", "seconds_a_step"}
         for row in self.rows:
             rest = ", ".join(f"{k} {v}" for k, v in row.items() if k not in skip)
@@ -99,9 +101,13 @@ class Session:
 
 
 def timed_steps(
-    session: Session, place: Placement, config: XLSTMConfig, tokens: tuple[int, int],
-    together: bool, seconds: float,
-) -> Row:  # fmt: skip
+    session: Session,
+    place: Placement,
+    config: XLSTMConfig,
+    tokens: tuple[int, int],
+    together: bool,
+    seconds: float,
+) -> Row:
     """Steps of training on (B, T) tokens a GPU, or the reason why there are none."""
     device = place.device
     torch.manual_seed(0)
@@ -280,8 +286,11 @@ def agreement(session: Session) -> None:
     part = slice(rank * own, (rank + 1) * own)
     whole = slice(None)
     found = []
-    for rows, group, kind in ((whole, None, torch.float64), (whole, None, None),
-                              (part, dist.group.WORLD, None)):  # fmt: skip
+    for rows, group, kind in (
+        (whole, None, torch.float64),
+        (whole, None, None),
+        (part, dist.group.WORLD, None),
+    ):
         *inputs, dh = (y[:, rows].to(kind or y.dtype, copy=True).requires_grad_() for y in x)
         backend = "reference" if kind else None
         h, _ = tfla.mlstm(*inputs, group=group, backend=backend)
@@ -314,9 +323,14 @@ def functions(session: Session) -> None:
 
             found[name] = max(session.all(milliseconds(session, call)))
         session.add(
-            {"name": f"mlstm, {own:,} tokens a GPU", "gpus": world, "alone_ms": found["alone"],
-             "split_ms": found["split"], "ratio": round(found["split"] / found["alone"], 4)}
-        )  # fmt: skip
+            {
+                "name": f"mlstm, {own:,} tokens a GPU",
+                "gpus": world,
+                "alone_ms": found["alone"],
+                "split_ms": found["split"],
+                "ratio": round(found["split"] / found["alone"], 4),
+            }
+        )
 
 
 def exchange(session: Session) -> None:
@@ -328,10 +342,14 @@ def exchange(session: Session) -> None:
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     ms = max(session.all(milliseconds(session, lambda: gather(out, x))))
     session.add(
-        {"name": "exchange", "gpus": session.world, "bytes_of_a_rank": 4 * numbers,
-         "microseconds": round(ms * 1e3, 2),
-         "gb_per_s": round(4 * numbers * (session.world - 1) / ms / 1e6, 2)}
-    )  # fmt: skip
+        {
+            "name": "exchange",
+            "gpus": session.world,
+            "bytes_of_a_rank": 4 * numbers,
+            "microseconds": round(ms * 1e3, 2),
+            "gb_per_s": round(4 * numbers * (session.world - 1) / ms / 1e6, 2),
+        }
+    )
 
 
 def milliseconds(session: Session, call: Callable[[], object]) -> float:

@@ -95,11 +95,18 @@ def variants(stack: str, build: Build) -> Iterator[tuple[str, Stack]]:
     chunkwise = "triton_xl_chunk" if kernels == "triton" else "native_autograd"
     d, layers, mode = config.hidden_size, config.num_layers, "train" if train else "inference"
     fields: dict[str, Any] = {
-        "vocab_size": config.vocab_size, "num_heads": config.num_heads, "embedding_dim": d,
-        "num_blocks": layers, "ffn_proj_factor": config.ffn_factor, "mode": mode, "chunk_size": 128,
-        "sequence_kernel": f"native_sequence__{kernels}", "step_kernel": kernels,
-        "chunkwise_kernel": f"chunkwise--{chunkwise}", "return_last_states": True,
-    }  # fmt: skip
+        "vocab_size": config.vocab_size,
+        "num_heads": config.num_heads,
+        "embedding_dim": d,
+        "num_blocks": layers,
+        "ffn_proj_factor": config.ffn_factor,
+        "mode": mode,
+        "chunk_size": 128,
+        "sequence_kernel": f"native_sequence__{kernels}",
+        "step_kernel": kernels,
+        "chunkwise_kernel": f"chunkwise--{chunkwise}",
+        "return_last_states": True,
+    }
     if stack == HUGGING:
         from transformers import xLSTMConfig, xLSTMForCausalLM
 

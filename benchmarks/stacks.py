@@ -236,9 +236,13 @@ class Run:
         known = self.away(lambda send: send(machine(size, device))) if self.apart else None
         self.limits, described = list(known)[0] if known else machine(size, device)
         self.result: dict[str, Any] = {
-            "size": args.size, "dtype": str(size.dtype), "machine": described,
-            "commit": measure.commit(), "ceiling": self.limits, "rows": [],
-        }  # fmt: skip
+            "size": args.size,
+            "dtype": str(size.dtype),
+            "machine": described,
+            "commit": measure.commit(),
+            "ceiling": self.limits,
+            "rows": [],
+        }
 
     def left(self) -> float:
         return min(self.each, self.end - time.monotonic())
@@ -354,8 +358,10 @@ class Run:
                         part.function(stack, self.tokens(part, config.vocab_size))
 
         fork: Any = multiprocessing.get_context("fork")
-        count = {training: len(parts(self.size, training, self.limits, torch.float32))
-                 for training in (False, True)}  # fmt: skip
+        count = {
+            training: len(parts(self.size, training, self.limits, torch.float32))
+            for training in (False, True)
+        }
         children = [
             fork.Process(target=work, args=(name, training, index))
             for training in (False, True)
@@ -424,8 +430,10 @@ def spent(row: dict[str, Any]) -> list[str]:
         each, share = ms / count * 1e3, ms / row["ms"]
         lines.append(f"{count:10.1f} x {each:9.1f} us {ms:9.3f} ms {share:4.0%}  {name[:100]}")
     if rest := found[20:]:
-        lines.append(f"{sum(entry[1] for entry in rest):10.1f} others, "
-                     f"{sum(entry[2] for entry in rest):.3f} ms")  # fmt: skip
+        lines.append(
+            f"{sum(entry[1] for entry in rest):10.1f} others, "
+            f"{sum(entry[2] for entry in rest):.3f} ms"
+        )
     return lines
 
 

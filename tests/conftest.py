@@ -61,8 +61,10 @@ def interpret() -> Callable[[str], None]:
     def run(path: str) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
-            env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+        )
         print(done.stdout[-6000:])
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -23,9 +23,12 @@ def leaves_of(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def results(
-    case: Case, inputs: Inputs, c: Tensor | None, group: Any = None,
+    case: Case,
+    inputs: Inputs,
+    c: Tensor | None,
+    group: Any = None,
     wrap: Callable[..., Any] | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """h, the final state and all gradients, in whole: with a group, put together again."""
     rank, world = (0, 1) if group is None else (group.rank(), group.size())
     T = case.T // world
@@ -40,10 +43,16 @@ def results(
     def call(leaves: dict[str, Tensor]) -> Any:
         state = inputs.memory and tfla.State(*(leaves.get(f"{x}0") for x in "Cnm"))
         return tfla.mlstm(
-            *(leaves[x] for x in "qkvif"), input_gate=case.input_gate, normalize=case.normalize,
-            scale=case.scale, initial_state=state, output_final_state=case.final, cu_seqlens=cu,
-            backend=case.backend, group=group,
-        )  # fmt: skip
+            *(leaves[x] for x in "qkvif"),
+            input_gate=case.input_gate,
+            normalize=case.normalize,
+            scale=case.scale,
+            initial_state=state,
+            output_final_state=case.final,
+            cu_seqlens=cu,
+            backend=case.backend,
+            group=group,
+        )
 
     h, end = (wrap or (lambda f, x: f(x)))(call, leaves)
     loss = (h * inputs.dh[:, own]).sum()
@@ -79,9 +88,13 @@ def gauge_of(case: Case, inputs: Inputs) -> Tensor | None:
     state = inputs.memory and tfla.State(*inputs.memory)
     cu = None if case.lengths is None else offsets(case.lengths)
     _, end = tfla.mlstm(
-        *(getattr(inputs, x) for x in "qkvif"), input_gate=case.input_gate,
-        normalize=case.normalize, initial_state=state, output_final_state=True, cu_seqlens=cu,
-    )  # fmt: skip
+        *(getattr(inputs, x) for x in "qkvif"),
+        input_gate=case.input_gate,
+        normalize=case.normalize,
+        initial_state=state,
+        output_final_state=True,
+        cu_seqlens=cu,
+    )
     return end.m
 
 
@@ -158,9 +171,13 @@ def unread_offsets(group: Any) -> None:
             leaves = [t[:, own].clone().requires_grad_() for t in x]
             memory = state if group else tfla.State(*(torch.cat([s[:1], s, s[:1]]) for s in state))
             h, end = tfla.mlstm(
-                *leaves, cu_seqlens=torch.tensor(cu), initial_state=memory, backend="triton",
-                output_final_state=True, group=group,
-            )  # fmt: skip
+                *leaves,
+                cu_seqlens=torch.tensor(cu),
+                initial_state=memory,
+                backend="triton",
+                output_final_state=True,
+                group=group,
+            )
             C = (end.C * end.m.exp()[..., None, None])[slice(None) if group else slice(1, -1)]
             loss = (h * (1 + torch.arange(T)[own][None, :, None, None] % 5)).sum()
             share = (rank + 1) / (world * (world + 1) / 2) if group else 1.0

@@ -26,12 +26,17 @@ def run(worker: str, world: int, **environment: str) -> Outcome:
     waiting for it are killed."""
     tests = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | environment | {
-            "WORLD_SIZE": str(world), "RANKS_FOLDER": folder,
-            "PYTHONPATH": os.pathsep.join(
-                [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
-            ),
-        }  # fmt: skip
+        environment = (
+            os.environ
+            | environment
+            | {
+                "WORLD_SIZE": str(world),
+                "RANKS_FOLDER": folder,
+                "PYTHONPATH": os.pathsep.join(
+                    [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
+                ),
+            }
+        )
         outputs = [Path(folder, f"{rank}.txt") for rank in range(world)]
         processes = []
         for rank, output in enumerate(outputs):
@@ -75,9 +80,12 @@ def main(checks: Mapping[str, Callable[[Any], None]]) -> None:
         warnings.simplefilter("ignore")
     folder, rank, world = (os.environ[x] for x in ("RANKS_FOLDER", "RANK", "WORLD_SIZE"))
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(world),
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=int(rank),
+        world_size=int(world),
         timeout=timedelta(minutes=MINUTES / 2),
-    )  # fmt: skip
+    )
     outcome = {}
     for name, check in checks.items():
         try:

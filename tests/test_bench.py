@@ -129,9 +129,12 @@ def test_a_constant_normaliser_is_recognised() -> None:
     def call(x: Leaves) -> Tensor:
         ones = torch.ones_like(x["v"][..., :1])
         sums, _ = tfla.linear_attention(
-            x["q"], x["k"], torch.cat([x["v"], ones], -1),
-            torch.nn.functional.logsigmoid(x["f"]), x["i"],
-        )  # fmt: skip
+            x["q"],
+            x["k"],
+            torch.cat([x["v"], ones], -1),
+            torch.nn.functional.logsigmoid(x["f"]),
+            x["i"],
+        )
         return sums[..., :-1] / sums[..., -1:].abs().clamp_min(1.0).detach()
 
     verdict = check.judge(replace(OURS["exp"], call=call, detached=True), SHAPE, torch.float32, CPU)
@@ -158,8 +161,11 @@ def test_runs_are_timed_in_turns() -> None:
     calls: list[tuple[str, int]] = []
     found = measure.in_turns(
         {name: lambda turn, name=name: calls.append((name, turn)) for name in "ab"},
-        CPU, repeats=4, seconds=60, warm=1,
-    )  # fmt: skip
+        CPU,
+        repeats=4,
+        seconds=60,
+        warm=1,
+    )
     assert calls == [(name, turn) for turn in range(5) for name in "ab"]
     assert all(isinstance(times, list) and len(times) == 4 for times in found.values())
 
@@ -349,12 +355,18 @@ def test_late_tasks_are_left_out_and_said() -> None:
 def result(**ms: list[float]) -> dict[str, Any]:
     rows = [
         {
-            "kind": "kernels", "study": "length", "implementation": name.replace("_", " "),
-            "pass": "forward", "dtype": "fp32", "shape": dict(B=1, T=64, H=1, K=8, V=8),
-            "status": "ok", "samples_ms": samples, "ours": name.startswith("tfla"),
+            "kind": "kernels",
+            "study": "length",
+            "implementation": name.replace("_", " "),
+            "pass": "forward",
+            "dtype": "fp32",
+            "shape": dict(B=1, T=64, H=1, K=8, V=8),
+            "status": "ok",
+            "samples_ms": samples,
+            "ours": name.startswith("tfla"),
         }
         for name, samples in ms.items()
-    ]  # fmt: skip
+    ]
     return {"format": report.FORMAT, "machine": {"device": "d"}, "rows": rows}
 
 

@@ -186,10 +186,22 @@ def seal_anew(path: Path, change: Callable[[dict], None]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "/dev/zero", "../../x", "..", ".", "", "sub/x", "sub\\x", "/etc/passwd", "a\0b", "x\ny",
-        ".hidden", "checkpoint.json", "é.json", "C:x",
+        "/dev/zero",
+        "../../x",
+        "..",
+        ".",
+        "",
+        "sub/x",
+        "sub\\x",
+        "/etc/passwd",
+        "a\0b",
+        "x\ny",
+        ".hidden",
+        "checkpoint.json",
+        "é.json",
+        "C:x",
     ],
-)  # fmt: skip
+)
 def test_only_plain_names_are_read(tmp_path: Path, name: str) -> None:
     (tmp_path / "x").write_text("outside")
     path = write(tmp_path / "run", 1)
@@ -254,9 +266,14 @@ def test_links_and_other_names_are_no_checkpoints(tmp_path: Path) -> None:
         write(tmp_path, step)
     left = {other.name for other in folder.iterdir()}
     assert left == {
-        "step-30", "step-00000040.bak", "step-0000004x", "step-latest", "step-00000050",
-        "step-00000032", "step-00000033",
-    }  # fmt: skip
+        "step-30",
+        "step-00000040.bak",
+        "step-0000004x",
+        "step-latest",
+        "step-00000050",
+        "step-00000032",
+        "step-00000033",
+    }
 
 
 def test_an_old_checkpoint_with_a_file_of_another_stays(tmp_path: Path) -> None:

@@ -414,8 +414,9 @@ def test_a_run_that_another_process_writes_is_left_alone(
     line = f"train {text} --out {out} {TINY} --save-every 1 --log-every 1"
     first = subprocess.Popen(
         [sys.executable, "-m", "tfla", *f"{line} --steps 100000".split()],
-        stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     try:
         while not checkpoint.exists(out):
             assert first.poll() is None
@@ -583,8 +584,10 @@ def test_what_the_demo_says_at_its_end_is_what_it_measured() -> None:
 
     rows = [row(256, 2e-5, 1e-5), row(512, 2e-5, 2e-5), row(1024, 3e-5, None)]
     said = demo.findings(150, rows, bits=1.5, short=1.6, zipped=1.8, size=1000)
-    assert [line.split()[:3] for line in said[:2]] == [["It", "learns:", "after"],
-                                                       ["Its", "state", "is"]]  # fmt: skip
+    assert [line.split()[:3] for line in said[:2]] == [
+        ["It", "learns:", "after"],
+        ["Its", "state", "is"],
+    ]
     assert "of 1,024 tokens each costs 1.5 times what each of 256 does" in said[2]
     assert "each of 512 costs 2.0 times what each of 256 does, and 1.0 times the mLSTM's" in said[2]
     assert "64 KiB" in said[3] and "1,024 KiB after 512 tokens" in said[3]
@@ -629,8 +632,10 @@ def test_an_unknown_backend_of_matplotlib_does_not_matter(text: Path, tmp_path: 
     words = ["train", str(text), "--out", str(tmp_path), *TINY.split(), "--steps", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "tfla", *words, "--device", "cpu", "--threads", "1"],
-        env=os.environ | {"MPLBACKEND": "nonsense"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"MPLBACKEND": "nonsense"},
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

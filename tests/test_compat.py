@@ -229,11 +229,16 @@ def test_hooks_of_a_module_are_found() -> None:
 @pytest.mark.parametrize(
     ("version", "numbers", "checked"),
     [
-        ("3.6.0", (3, 6), True), ("3.9.1", (3, 9), True), ("3.7.1+git1234", (3, 7), True),
-        ("3.5.1", (3, 5), False), ("3.10.0", (3, 10), False), ("4.0.0", (4, 0), False),
-        ("unknown", None, False), (None, None, False),
+        ("3.6.0", (3, 6), True),
+        ("3.9.1", (3, 9), True),
+        ("3.7.1+git1234", (3, 7), True),
+        ("3.5.1", (3, 5), False),
+        ("3.10.0", (3, 10), False),
+        ("4.0.0", (4, 0), False),
+        ("unknown", None, False),
+        (None, None, False),
     ],
-)  # fmt: skip
+)
 def test_versions_of_triton(
     version: str | None, numbers: object, checked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,9 +33,12 @@ def sequence(gate: str, packed: bool, states: bool) -> list[Tensor]:
     leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.i, x.f)]
     memory = tfla.State(*x.memory) if gate == "exp" else tfla.State(x.memory.C, None, None)
     h, end = tfla.mlstm(
-        *leaves, input_gate=gate, cu_seqlens=CU if packed else None,
-        initial_state=memory if states else None, output_final_state=states,
-    )  # fmt: skip
+        *leaves,
+        input_gate=gate,
+        cu_seqlens=CU if packed else None,
+        initial_state=memory if states else None,
+        output_final_state=states,
+    )
     loss = h.sum() if end is None else h.sum() + end.C.sum()
     ends = [] if end is None else [t.detach() for t in end if t is not None]
     return [h.detach(), *ends, *torch.autograd.grad(loss, leaves)]

@@ -68,12 +68,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pair]:
 @pytest.mark.parametrize(
     ("capability", "triton", "proven"),
     [
-        ("9.0", (3, 6), True), ("9.0", (3, 9), True), ("9.0", (3, 10), False),
-        ("9.0", (3, 5), False), ("9.0", None, False), ("8.0", (3, 7), False),
-        ("8.9", (3, 7), False), ("10.0", (3, 7), False), ("12.0", (3, 9), False),
+        ("9.0", (3, 6), True),
+        ("9.0", (3, 9), True),
+        ("9.0", (3, 10), False),
+        ("9.0", (3, 5), False),
+        ("9.0", None, False),
+        ("8.0", (3, 7), False),
+        ("8.9", (3, 7), False),
+        ("10.0", (3, 7), False),
+        ("12.0", (3, 9), False),
         ("gfx942", (3, 7), False),
     ],
-)  # fmt: skip
+)
 def test_only_pairs_that_have_run_are_not_tested(
     gpu: Pair, monkeypatch: pytest.MonkeyPatch, capability: str, triton: Any, proven: bool
 ) -> None:
@@ -166,20 +172,37 @@ def kept(tmp_path: Path) -> list[Path]:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "[]", "null", '{"pair": {}}', "[" * 100_000, "\x00\xff",
-        json.dumps({"pair": A100._replace(device="x")._asdict(), "dtype": "bfloat16", "failed": [],
-                    "when": "", "seconds": 0}),
-        json.dumps({"pair": A100._asdict(), "dtype": "float16", "failed": [], "when": "",
-                    "seconds": 0}),
-        json.dumps({"pair": A100._asdict(), "dtype": "bfloat16", "failed": "no", "when": "",
-                    "seconds": 0}),
-        json.dumps({"pair": A100._asdict(), "dtype": "bfloat16", "failed": [1], "when": "",
-                    "seconds": 0}),
-        json.dumps({"pair": A100._asdict(), "dtype": "bfloat16", "failed": [], "when": "",
-                    "seconds": "x"}),
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"pair": {}}',
+        "[" * 100_000,
+        "\x00\xff",
+        json.dumps(
+            {
+                "pair": A100._replace(device="x")._asdict(),
+                "dtype": "bfloat16",
+                "failed": [],
+                "when": "",
+                "seconds": 0,
+            }
+        ),
+        json.dumps(
+            {"pair": A100._asdict(), "dtype": "float16", "failed": [], "when": "", "seconds": 0}
+        ),
+        json.dumps(
+            {"pair": A100._asdict(), "dtype": "bfloat16", "failed": "no", "when": "", "seconds": 0}
+        ),
+        json.dumps(
+            {"pair": A100._asdict(), "dtype": "bfloat16", "failed": [1], "when": "", "seconds": 0}
+        ),
+        json.dumps(
+            {"pair": A100._asdict(), "dtype": "bfloat16", "failed": [], "when": "", "seconds": "x"}
+        ),
     ],
     ids=range(12),
-)  # fmt: skip
+)
 def test_a_file_that_is_not_this_pairs_verdict_is_no_verdict(
     gpu: Pair, tmp_path: Path, text: str
 ) -> None:
@@ -325,9 +348,12 @@ def test_a_process_that_hangs_fails_and_one_that_cannot_start_says_nothing(
 def interpreted(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TFLA_CACHE_DIR": str(tmp_path)}
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_every_family_passes_in_the_interpreter(tmp_path: Path) -> None:
@@ -403,8 +429,9 @@ def test_supports_without_a_gpu(device: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", 0, torch.device("cuda")])
 def test_supports_says_that_there_is_no_gpu(device: Any) -> None:
     assert tfla.supports(device, torch.bfloat16) == (
-        "reference", "torch sees no GPU here, or is a build for CPUs.",
-    )  # fmt: skip
+        "reference",
+        "torch sees no GPU here, or is a build for CPUs.",
+    )
 
 
 def test_supports_is_what_calls_take(gpu: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,8 +444,9 @@ def test_supports_is_what_calls_take(gpu: Pair, monkeypatch: pytest.MonkeyPatch)
     assert backend == "triton" == gpu.pick() and "passed" in reason and len(gpu.calls) == 1
     assert tfla.supports("cuda:0", torch.float64)[0] == "reference"
     assert tfla.supports("cuda:1", torch.bfloat16) == (
-        "reference", "torch sees 1 GPUs here, no cuda:1.",
-    )  # fmt: skip
+        "reference",
+        "torch sees 1 GPUs here, no cuda:1.",
+    )
     gpu.pair = A100._replace(capability="9.0")
     assert tfla.supports(GPU, torch.float32)[0] == "triton" and len(gpu.calls) == 1
 
@@ -478,9 +506,12 @@ torch.compile(lambda *x: tfla.mlstm(*x)[0], backend="eager", fullgraph=True)(*x(
 def logged(code: str, **variables: str) -> list[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", **variables}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and not done.stdout, done.stderr
     return done.stderr.splitlines()
 
@@ -510,8 +541,10 @@ def test_without_the_variable_nothing_is_said(value: str) -> None:
 
 def test_a_line_says_the_plan_and_who_named_the_backend() -> None:
     pytest.importorskip("triton")
-    code = "import torch, tfla\nq = torch.randn(1, 20, 1, 16)\ntfla.linear_attention(q, q, q, " \
-        "backend='triton')"  # fmt: skip
+    code = (
+        "import torch, tfla\nq = torch.randn(1, 20, 1, 16)\ntfla.linear_attention(q, q, q, "
+        "backend='triton')"
+    )
     (line,) = logged(code, TFLA_LOG="1", TRITON_INTERPRET="1")
     assert 'backend "triton" (chunks of ' in line and line.endswith("): named by the caller")
 

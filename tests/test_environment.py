@@ -42,11 +42,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                            total_memory=48 << 30, shared_memory_per_block_optin=101376),
     }  # fmt: skip
     for name, value in {
-        "is_available": lambda: True, "device_count": lambda: 2, "current_device": lambda: 0,
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: 0,
         "get_device_properties": lambda d: parts[d.index],
         "get_device_capability": lambda d: (parts[d.index].major, parts[d.index].minor),
         "is_current_stream_capturing": lambda: False,
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(_compat, "triton_version", lambda: (3, 7))
     for kept in (dispatch._chosen, dispatch._warned, verdicts._kept):
@@ -152,8 +154,10 @@ def test_what_is_broken_costs_its_own_line_alone(
 
 @pytest.mark.parametrize("missing", ["triton", "numpy", "rich", "matplotlib", "safetensors"])
 def test_the_report_needs_no_package_but_typer(missing: str) -> None:
-    code = f"import sys; sys.modules[{missing!r}] = None\n" \
-        "from tfla import environment\nprint(*environment.report(), sep='\\n')"  # fmt: skip
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from tfla import environment\nprint(*environment.report(), sep='\\n')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "torch sees" in done.stdout + "torch sees", done.stderr
     if missing == "triton":

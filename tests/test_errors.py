@@ -157,8 +157,10 @@ def test_reverse_is_to_come() -> None:
     refuses(
         TypeError,
         lambda: tfla.mlstm(**x, reverse="yes"),
-        names="reverse", came="'yes'", wanted="True or False",
-    )  # fmt: skip
+        names="reverse",
+        came="'yes'",
+        wanted="True or False",
+    )
     assert torch.equal(tfla.mlstm(**x, reverse=False)[0], tfla.mlstm(**x)[0])
 
 

@@ -49,20 +49,25 @@ def is_step_2(path: Path) -> bool:
 PLACES: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "weights": (safetensors.torch, "save_file", lambda: of_safetensors),
     "weights, of the system": (
-        safetensors.torch, "save_file", lambda: full_for(safetensors.torch, "save_file", is_step_2),
+        safetensors.torch,
+        "save_file",
+        lambda: full_for(safetensors.torch, "save_file", is_step_2),
     ),
     "the seal": (checkpoint, "seal", lambda: full_for(checkpoint, "seal", is_step_2)),
     "checkpoint.json": (
-        Path, "write_text",
+        Path,
+        "write_text",
         lambda: full_for(Path, "write_text", lambda p: p.name == "checkpoint.json"),
     ),
     "the marker": (
-        Path, "write_text", lambda: full_for(Path, "write_text", lambda p: p.name == files.MARKER),
+        Path,
+        "write_text",
+        lambda: full_for(Path, "write_text", lambda p: p.name == files.MARKER),
     ),
     "flushing": (files, "flush", lambda: full_for(files, "flush", is_step_2)),
     "the folder": (Path, "mkdir", lambda: full_for(Path, "mkdir", is_step_2)),
     "renaming": (Path, "rename", lambda: full_for(Path, "rename", is_step_2)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -107,9 +112,10 @@ def test_the_command_ends_in_one_line(
     with monkeypatch.context() as patch:
         real = safetensors.torch.save_file
         patch.setattr(
-            safetensors.torch, "save_file",
+            safetensors.torch,
+            "save_file",
             lambda x, path: of_safetensors() if is_step_2(Path(path)) else real(x, path),
-        )  # fmt: skip
+        )
         assert cli.run_command(words) == 2
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "No space left" in said and "step-00000001" in said

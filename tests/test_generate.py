@@ -452,11 +452,18 @@ def test_integers_of_any_make_are_taken(make: Any) -> None:
 @pytest.mark.parametrize(
     "rows",
     [
-        lambda ids: torch.tensor(ids), lambda ids: torch.tensor(ids, dtype=torch.int16),
-        np.array, lambda ids: np.array(ids, np.uint8), tuple, list, bytes, bytearray,
-        lambda ids: range(ids[0], ids[-1] + 1), lambda ids: torch.tensor([ids, ids]).T[:, 1],
+        lambda ids: torch.tensor(ids),
+        lambda ids: torch.tensor(ids, dtype=torch.int16),
+        np.array,
+        lambda ids: np.array(ids, np.uint8),
+        tuple,
+        list,
+        bytes,
+        bytearray,
+        lambda ids: range(ids[0], ids[-1] + 1),
+        lambda ids: torch.tensor([ids, ids]).T[:, 1],
     ],
-)  # fmt: skip
+)
 def test_rows_of_integers_are_prompts_stops_and_rows(rows: Any) -> None:
     torch.manual_seed(0)
     model = XLSTM(XLSTMConfig(VOCAB, 16, 2, 2))
@@ -506,14 +513,42 @@ def test_what_is_no_integer_is_an_error_that_names_the_argument(name: str, value
 @pytest.mark.parametrize(
     "prompts",
     [
-        b"def ", "def ", bytearray(b"x"), [1, 2, 3], (1, 2), 3, 3.5, True, None, {1: [2]}, [0.5],
-        ["def "], [[1.0, 2.0]], [[True]], [["a"]], [[1], None], [[1], 2], [[[1]]], [torch.rand(2)],
-        [torch.tensor([True])], [torch.tensor([[1]])], [torch.tensor(1)], [np.array([0.5])],
-        np.array([[0.5]]), np.array([1, 2]), np.array(["a"]), torch.tensor([[True]]),
-        torch.tensor([[1j]]), iter([[1]]), object(), [{1: 2}], [2**70], [[2**70]],
+        b"def ",
+        "def ",
+        bytearray(b"x"),
+        [1, 2, 3],
+        (1, 2),
+        3,
+        3.5,
+        True,
+        None,
+        {1: [2]},
+        [0.5],
+        ["def "],
+        [[1.0, 2.0]],
+        [[True]],
+        [["a"]],
+        [[1], None],
+        [[1], 2],
+        [[[1]]],
+        [torch.rand(2)],
+        [torch.tensor([True])],
+        [torch.tensor([[1]])],
+        [torch.tensor(1)],
+        [np.array([0.5])],
+        np.array([[0.5]]),
+        np.array([1, 2]),
+        np.array(["a"]),
+        torch.tensor([[True]]),
+        torch.tensor([[1j]]),
+        iter([[1]]),
+        object(),
+        [{1: 2}],
+        [2**70],
+        [[2**70]],
     ],
     ids=range(33),
-)  # fmt: skip
+)
 def test_prompts_of_another_kind_are_an_error_that_names_them(prompts: Any) -> None:
     model = XLSTM(XLSTMConfig(VOCAB, 16, 1, 2))
     with pytest.raises((TypeError, ValueError), match=r"prompts(\[\d\])? must"):
@@ -532,16 +567,27 @@ def test_what_is_no_number_is_an_error_that_names_the_argument(name: str, value:
 @pytest.mark.parametrize("make", [float, np.float32, np.float64, torch.tensor, np.float16])
 def test_numbers_of_any_make_are_taken(make: Any) -> None:
     logits = torch.randn(4, 9)
-    draws = [sample(logits, t, 3, p, torch.Generator().manual_seed(1)) for t, p in
-             ((0.5, 0.75), (make(0.5), make(0.75)))]  # fmt: skip
+    draws = [
+        sample(logits, t, 3, p, torch.Generator().manual_seed(1))
+        for t, p in ((0.5, 0.75), (make(0.5), make(0.75)))
+    ]
     assert torch.equal(*draws)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("stop", -1), ("stop", VOCAB), ("stop", 2**70), ("stop", [0, -5]),
-                        ("seed", 2**64), ("seed", -(2**63) - 1), ("top_k", -1), ("top_k", 0),
-                        ("max_new_tokens", -1)],
-)  # fmt: skip
+    ("name", "value"),
+    [
+        ("stop", -1),
+        ("stop", VOCAB),
+        ("stop", 2**70),
+        ("stop", [0, -5]),
+        ("seed", 2**64),
+        ("seed", -(2**63) - 1),
+        ("top_k", -1),
+        ("top_k", 0),
+        ("max_new_tokens", -1),
+    ],
+)
 def test_integers_out_of_range_are_named(name: str, value: Any) -> None:
     model = XLSTM(XLSTMConfig(VOCAB, 16, 1, 2))
     with pytest.raises(ValueError, match=f"^{name} must"):
@@ -560,11 +606,13 @@ def test_an_integer_too_large_is_told_the_largest(name: str, value: Any) -> None
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([-1], r"rows must be from 0 to 3; got \[-1\]"), ([4], "rows must be from 0 to 3"),
-        (torch.tensor([1, 9]), r"got \[9\]"), ([1, 1], r"rows must be distinct; got \[1, 1\]"),
+        ([-1], r"rows must be from 0 to 3; got \[-1\]"),
+        ([4], "rows must be from 0 to 3"),
+        (torch.tensor([1, 9]), r"got \[9\]"),
+        ([1, 1], r"rows must be distinct; got \[1, 1\]"),
         (slice(0, 2), "rows must hold integers"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_are_none_of_the_state_are_named(model: XLSTM, rows: Any, words: str) -> None:
     pool, new = model.init_state(4), prefill(model, draw(2, 3))[1]
     with pytest.raises((TypeError, ValueError), match=words):
@@ -589,8 +637,11 @@ def full(states: Any) -> Any:
 
 
 def last_bare(states: Any) -> Any:
-    return (*states[:-1], bare(states)[-1]) if states[0].n is not None else (
-        *states[:-1], full(states)[-1])  # fmt: skip
+    return (
+        (*states[:-1], bare(states)[-1])
+        if states[0].n is not None
+        else (*states[:-1], full(states)[-1])
+    )
 
 
 def narrow(states: Any) -> Any:
@@ -602,10 +653,16 @@ def three(states: Any) -> Any:
 
 
 OF_ANOTHER_KIND = [
-    lambda s: bare(s) if s[0].n is not None else full(s), last_bare, narrow, three,
-    lambda s: s[:-1], lambda s: (*s, s[0]), lambda s: [tuple(x) for x in s], lambda s: s[0],
+    lambda s: bare(s) if s[0].n is not None else full(s),
+    last_bare,
+    narrow,
+    three,
+    lambda s: s[:-1],
+    lambda s: (*s, s[0]),
+    lambda s: [tuple(x) for x in s],
+    lambda s: s[0],
     lambda s: None,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("spoil", OF_ANOTHER_KIND)

@@ -273,9 +273,9 @@ def grads_of_a_checkpoint(case: Case, save: bool, monkeypatch: pytest.MonkeyPatc
 
     def layer(*t: Tensor) -> Tensor:
         state = tfla.State(*t[5:], *[None] * (8 - len(t))) if len(t) > 5 else None
-        return tfla.mlstm(
-            *t[:5], input_gate=case.input_gate, initial_state=state, cu_seqlens=cu
-        )[0].sin()  # fmt: skip
+        return tfla.mlstm(*t[:5], input_gate=case.input_gate, initial_state=state, cu_seqlens=cu)[
+            0
+        ].sin()
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     y = checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
@@ -307,16 +307,19 @@ def test_tensors_without_values_give_shapes(case: Case) -> None:
     def call(*t: Tensor | None) -> list[Tensor]:
         leaves = [s for s in t[:5] if s is not None]
         h, end = tfla.mlstm(
-            *leaves, input_gate=case.input_gate, initial_state=tfla.State(*t[5:8]),  # type: ignore[arg-type]
-            output_final_state=True, cu_seqlens=t[8],
-        )  # fmt: skip
+            *leaves,
+            input_gate=case.input_gate,
+            initial_state=tfla.State(*t[5:8]),  # type: ignore[arg-type]
+            output_final_state=True,
+            cu_seqlens=t[8],
+        )
         grads = torch.autograd.grad(h.sum() + end.C.sum(), leaves)
         state = tfla.State(*(s if s is None else s[:1] for s in t[5:8]))  # type: ignore[arg-type]
         token = [s.detach()[:1, 0] for s in leaves]
         slots = torch.zeros(1, dtype=torch.int64, device=leaves[0].device)
         one, _ = tfla.mlstm_step(
             *token, state, input_gate=case.input_gate, inplace=True, slots=slots
-        )  # fmt: skip
+        )
         return [h, *(s for s in end if s is not None), *grads, one]
 
     flat = [*(t.detach().requires_grad_() for t in tensors[:5]), *memory, cu]
@@ -341,8 +344,9 @@ def test_a_batch_of_gradients_is_refused_in_words() -> None:
     with pytest.raises(RuntimeError, match="is_grads_batched=True, jacobian with vectorize=True"):
         torch.autograd.grad(h, leaves, torch.ones(3, *h.shape).double(), is_grads_batched=True)
     with pytest.raises(RuntimeError, match="is_grads_batched"):
-        torch.autograd.grad(end.C, leaves, torch.ones(3, *end.C.shape).double(),
-                            is_grads_batched=True)  # fmt: skip
+        torch.autograd.grad(
+            end.C, leaves, torch.ones(3, *end.C.shape).double(), is_grads_batched=True
+        )
 
     def f(q: Tensor) -> Tensor:
         return tfla.mlstm(q, *leaves[1:], initial_state=state)[0]

@@ -157,12 +157,19 @@ def windows_of(
 @pytest.mark.parametrize(
     "change",
     [
-        {"batch": 1}, {"batch": 8}, {"accumulate": 4}, {"batch": 1, "accumulate": 3},
-        {"context": 12}, {"context": 48}, {"context": 31}, {"context": 7, "batch": 5},
-        {"seed": 5}, {"steps": 9},
+        {"batch": 1},
+        {"batch": 8},
+        {"accumulate": 4},
+        {"batch": 1, "accumulate": 3},
+        {"context": 12},
+        {"context": 48},
+        {"context": 31},
+        {"context": 7, "batch": 5},
+        {"seed": 5},
+        {"steps": 9},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_resumed_run_reads_on_whatever_it_changes(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, int]
 ) -> None:
@@ -226,9 +233,12 @@ def test_a_checkpoint_without_a_position_goes_on_as_it_would(
     ],
 )
 def test_what_a_resume_changes_is_printed(
-    run: Path, words: list[str], parts: list[str], capfd: pytest.CaptureFixture[str],
+    run: Path,
+    words: list[str],
+    parts: list[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.run_command(["train", "--out", str(run), "--resume", *words]) == 0
     said = capfd.readouterr().out
@@ -321,10 +331,22 @@ def broken_generator(moments: dict[str, Tensor]) -> None:
 
 
 MOMENTS = [
-    shorter, one_number, transposed, half, whole_numbers, missing, all_missing, left_over,
-    other_moment, no_field, step_of_many, another_step, no_generator, short_generator,
+    shorter,
+    one_number,
+    transposed,
+    half,
+    whole_numbers,
+    missing,
+    all_missing,
+    left_over,
+    other_moment,
+    no_field,
+    step_of_many,
+    another_step,
+    no_generator,
+    short_generator,
     broken_generator,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("harm", MOMENTS)

@@ -231,10 +231,15 @@ def test_a_contraction_of_millions_of_splits_is_counted_at_once() -> None:
     found = by_name(r.kernels(problem, plan(problem, H200.device or Device((9, 0), 1, 1)), False))
     assert found["h"].launches > 10**6 and found["h"].flops > 4 * 64 * 10**9 * 8
     few, more = (
-        by_name(r.kernels(Problem(1, 64, 1, K, 64, 1, False, 2, "ieee"),
-                          plan_of(64, tile(K, 64, 64, 64), tile(64, K, 64, 64)), False))["h"]
+        by_name(
+            r.kernels(
+                Problem(1, 64, 1, K, 64, 1, False, 2, "ieee"),
+                plan_of(64, tile(K, 64, 64, 64), tile(64, K, 64, 64)),
+                False,
+            )
+        )["h"]
         for K in (320, 384)
-    )  # fmt: skip
+    )
     assert (few.launches, more.launches) == (5, 6)
     per_split = 2 * 64 * 64 + 64 * (2 * 64 + 4 * 64)
     assert more.flops - few.flops == 64 * per_split

@@ -46,9 +46,12 @@ def begin(out: Path, *before: str, more: tuple[str, ...] = ()) -> "subprocess.Po
     pairs = [(name, str(value)) for name, value in RARE.items()]
     words = ["-m", "tfla", "train", text, "--out", str(out), *itertools.chain(*pairs), *more]
     return subprocess.Popen(
-        [sys.executable, *before, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, *before, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for_step(job: "subprocess.Popen[str]", out: Path) -> None:
@@ -79,8 +82,10 @@ def test_one_that_comes_before_the_first_step_leaves_nothing_half(tmp_path: Path
     out = tmp_path / "run"
     job = subprocess.Popen(
         [sys.executable, "-m", "tfla", "train", str(big), "--out", str(out), "--device", "cpu"],
-        text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     until = time.monotonic() + 120
     while not list(out.glob(".*.tmp")):
         assert job.poll() is None and time.monotonic() < until

@@ -22,9 +22,11 @@ def inputs(B: int = B, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 def state(normalize: bool = True) -> tfla.State:
     C = torch.randn(B, H, K, V)
-    return tfla.State(C, torch.randn(B, H, K), torch.zeros(B, H)) if normalize else tfla.State(
-        C, None, None
-    )  # fmt: skip
+    return (
+        tfla.State(C, torch.randn(B, H, K), torch.zeros(B, H))
+        if normalize
+        else tfla.State(C, None, None)
+    )
 
 
 def test_a_call_like_an_earlier_one_is_not_validated_again() -> None:

@@ -44,9 +44,13 @@ def test_what_is_missing_is_a_line_and_ours_is_timed(
     rows = run(stacks, tmp_path / "new" / "stacks.json", monkeypatch)
     timed = [row for row in rows if "ms" in row]
     assert [(row["stack"], row["part"].split()[0]) for row in timed] == [
-        ("tfla", "prefill"), ("tfla", "decode,"), ("tfla", "decode,"),
-        ("tfla, bf16 states", "decode,"), ("tfla, bf16 states", "decode,"), ("tfla", "train"),
-    ]  # fmt: skip
+        ("tfla", "prefill"),
+        ("tfla", "decode,"),
+        ("tfla", "decode,"),
+        ("tfla, bf16 states", "decode,"),
+        ("tfla, bf16 states", "decode,"),
+        ("tfla", "train"),
+    ]
     assert all(row["ms"] > 0 and row["limit_ms"] > 0 and not row["wrong"] for row in timed)
     missing = [row for row in rows if "ms" not in row]
     assert len(missing) == 6
@@ -117,9 +121,12 @@ def test_after_a_process_that_dies_another_goes_on_behind_it(
     assert [(row["stack"], row["part"]) for row in rows] == [
         *(("transformers", part) for part in inference),
         *(("transformers on tfla", part) for part in inference),
-        train[0], (train[0][0] + " on tfla", train[0][1]), ("xlstm", "all"),
-        train[1], (train[1][0] + " on tfla", train[1][1]),
-    ]  # fmt: skip
+        train[0],
+        (train[0][0] + " on tfla", train[0][1]),
+        ("xlstm", "all"),
+        train[1],
+        (train[1][0] + " on tfla", train[1][1]),
+    ]
     died = {row["part"]: row["reason"] for row in rows if "ms" not in row}
     assert list(died) == ["decode, batch 1", "all"]
     assert all("ended with -9" in reason for reason in died.values())

@@ -114,18 +114,23 @@ def test_a_single_slow_step_changes_nothing() -> None:
 
 def test_counts_are_powers_of_two_and_all_but_a_few() -> None:
     assert [counts(n) for n in (1, 2, 3, 4, 6)] == [
-        [1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 4, 5, 6],
-    ]  # fmt: skip
+        [1],
+        [1, 2],
+        [1, 2, 3],
+        [1, 2, 3, 4],
+        [1, 2, 4, 5, 6],
+    ]
     assert counts(16) == [1, 2, 4, 8, 12, 15, 16]
 
 
 def test_exploring_stops_where_fewer_are_slower_and_goes_up_too() -> None:
     times = {0: 9.5, 1: 9.0, 2: 5.0, 3: 4.0, 4: 4.5}
     for among, wide, wanted in (
-        ([1, 2, 3, 4], False, [2, 1, 3, 4]), ([0, 1, 2, 3], False, [2, 1, 3]),
+        ([1, 2, 3, 4], False, [2, 1, 3, 4]),
+        ([0, 1, 2, 3], False, [2, 1, 3]),
         ([0, 1, 2, 3], True, [2, 0, 1, 3]),
         ([3, 4, 1, 2], True, [2, 3, 4]),
-    ):  # fmt: skip
+    ):
         search = explore(among, 2, wide)
         count = next(search)
         try:
@@ -235,14 +240,32 @@ CGROUP_1 = {"proc/self/cgroup": "9:name=systemd:/\n4:cpu,cpuacct:/a\n3:cpuset:/\
         (CGROUP_2 | {"sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3),  # all that a container sees
         (CGROUP_2 | {"sys/fs/cgroup/a/b/cpu.max": "9900000 100000\n"}, 8),
         (CGROUP_2 | {"sys/fs/cgroup/a/b/cpu.max": "nonsense\n"}, 8),
-        (CGROUP_1 | {"sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "-1\n",
-                     "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n"}, 8),
-        (CGROUP_1 | {"sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "400000\n",
-                     "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n"}, 4),
-        (CGROUP_1 | {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000\n",
-                     "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        (
+            CGROUP_1
+            | {
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+            },
+            8,
+        ),
+        (
+            CGROUP_1
+            | {
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "400000\n",
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+            },
+            4,
+        ),
+        (
+            CGROUP_1
+            | {
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            1,
+        ),
     ],
-)  # fmt: skip
+)
 def test_cores_by_affinity_and_quota(
     files: dict[str, str], wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,8 +406,9 @@ def test_help_waits_for_nothing_but_what_prints_it(line: str) -> None:
     assert not modules(line) & heavy
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "tfla", *line.split()],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.M))
     assert "tfla.cli" in imported and not imported & heavy
@@ -405,10 +429,21 @@ def test_generation_imports_what_it_uses(text: Path, tmp_path: Path) -> None:
     found = modules(f"generate {out} x --tokens 5")
     assert {"torch", "safetensors", "tfla.xlstm.writer"} <= found
     unused = {
-        "matplotlib", "rich", "tokenizers", "transformers", "sympy", "triton", "torch._dynamo",
-        "torch._inductor", "torch.distributed.fsdp", "tfla.xlstm.train", "tfla.xlstm.parallel",
-        "tfla.bench.cli", "tfla.demo", "tfla.render",
-    }  # fmt: skip
+        "matplotlib",
+        "rich",
+        "tokenizers",
+        "transformers",
+        "sympy",
+        "triton",
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.distributed.fsdp",
+        "tfla.xlstm.train",
+        "tfla.xlstm.parallel",
+        "tfla.bench.cli",
+        "tfla.demo",
+        "tfla.render",
+    }
     assert not found & unused
 
 

@@ -107,8 +107,16 @@ def framed() -> Tokenizer:
 
 
 KINDS = [
-    gaps, far_gap, few_and_large, at_the_edge, added, added_special, padded, truncated, framed,
-]  # fmt: skip
+    gaps,
+    far_gap,
+    few_and_large,
+    at_the_edge,
+    added,
+    added_special,
+    padded,
+    truncated,
+    framed,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,12 +82,24 @@ def torchrun(out: Path, *words: str, restarts: int = 0) -> subprocess.Popen[str]
     elastic = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     return subprocess.Popen(
         [
-            sys.executable, "-m", "torch.distributed.run", *elastic, "-m", "tfla", "train",
-            str(options["paths"][0]), "--out", str(out), *itertools.chain(*pairs), *words,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *elastic,
+            "-m",
+            "tfla",
+            "train",
+            str(options["paths"][0]),
+            "--out",
+            str(out),
+            *itertools.chain(*pairs),
+            *words,
         ],
-        env=os.environ | {"TERM": "dumb"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        env=os.environ | {"TERM": "dumb"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def kill_worker(job: subprocess.Popen[str], out: Path, step: int) -> None:
@@ -140,9 +152,12 @@ def test_ranks_with_other_options_end_in_one_line(words: str, said: str, tmp_pat
     line = f"{sys.executable} -m tfla train --device cpu --out {out} {words}"
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, *elastic, "--no-python", "bash", "-c", line], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"TERM": "dumb"},
-    )  # fmt: skip
+        [sys.executable, *elastic, "--no-python", "bash", "-c", line],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"TERM": "dumb"},
+    )
     assert done.returncode != 0 and time.monotonic() - began < 60 + 60  # torchrun's own start too
     lines = [line for line in done.stdout.splitlines() if line.startswith("tfla: ")]
     assert len(lines) == 1 and said in lines[0], done.stdout

@@ -422,11 +422,17 @@ def within() -> XLSTM:
 @pytest.mark.parametrize(
     "make",
     [
-        emptied, filled, filled_after_emptied, overwritten, pickled, within,
-        lambda: copy.deepcopy(XLSTM(TIED)), lambda: XLSTM(TIED).double().float().to("cpu"),
+        emptied,
+        filled,
+        filled_after_emptied,
+        overwritten,
+        pickled,
+        within,
+        lambda: copy.deepcopy(XLSTM(TIED)),
+        lambda: XLSTM(TIED).double().float().to("cpu"),
         lambda: XLSTM(TIED).bfloat16().float().share_memory(),
     ],
-)  # fmt: skip
+)
 def test_ties_hold_however_the_parameters_are_made(make: Callable[[], XLSTM]) -> None:
     model = make()
     assert model.head.weight is model.embedding.weight

@@ -25,10 +25,13 @@ def _bell_gradient(dlog_i, i):
 
 
 BELL = gates.Gate(
-    name="bell", about="a toy of the tests", normalize=True,
-    log_i=lambda i: -0.5 * i * i, gradient=lambda dlog_i, i: -dlog_i * i,
+    name="bell",
+    about="a toy of the tests",
+    normalize=True,
+    log_i=lambda i: -0.5 * i * i,
+    gradient=lambda dlog_i, i: -dlog_i * i,
     triton=lambda: gates.TritonForm(_bell, _bell_gradient),
-)  # fmt: skip
+)
 
 
 # ---------------------------------------------------------------- log_i = -softplus(-2 i)
@@ -45,11 +48,13 @@ def _steep_gradient(dlog_i, i):
 
 
 STEEP = gates.Gate(
-    name="steep", about="a toy of the tests", normalize=False,
+    name="steep",
+    about="a toy of the tests",
+    normalize=False,
     log_i=lambda i: -F.softplus(-2.0 * i),
     gradient=lambda dlog_i, i: 2.0 * dlog_i * torch.sigmoid(-2.0 * i),
     triton=lambda: gates.TritonForm(_steep, _steep_gradient),
-)  # fmt: skip
+)
 
 
 @contextlib.contextmanager

@@ -98,8 +98,11 @@ def is_hooked(module: torch.nn.Module) -> bool:
     """Is there a hook that torch runs when this module is called? A name of torch that is missing
     counts as one: the module is then called, and no kernel takes its weights."""
     names = (
-        "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-    )  # fmt: skip
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    )
     if any(getattr(module, name, True) for name in names):
         return True
     return getattr(every_module, "_has_any_global_hook", lambda: True)()
@@ -277,9 +280,12 @@ def launch_by_triton(
 
 
 def _launch_with(
-    kernel: Any, grid: tuple[int, ...], options: dict[str, Any], allocate: Allocate,
+    kernel: Any,
+    grid: tuple[int, ...],
+    options: dict[str, Any],
+    allocate: Allocate,
     arguments: tuple[Any, ...],
-) -> Any:  # fmt: skip
+) -> Any:
     import triton
 
     triton.set_allocator(allocate)
@@ -293,9 +299,13 @@ class _LaunchConfig(ctypes.Structure):
     """The driver's CUlaunchConfig."""
 
     _fields_ = (
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
-    )  # fmt: skip
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    )
 
 
 @functools.cache
@@ -384,9 +394,13 @@ class PackedLaunch:
     memory and the addresses of its tensors. Through Triton's launcher it takes 7 to 24 us."""
 
     def __init__(
-        self, compiled: Any, layout: _Layout, grid: tuple[int, int, int], device: int,
+        self,
+        compiled: Any,
+        layout: _Layout,
+        grid: tuple[int, int, int],
+        device: int,
         values: Sequence[Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         about, address = compiled.metadata, ctypes.addressof
         self.memory = ctypes.create_string_buffer(struct.calcsize(layout.form))
         parameters = [x for x, takes in zip(values, layout.is_parameter, strict=True) if takes]

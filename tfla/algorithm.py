@@ -122,9 +122,16 @@ def backward(spec: CallSpec, *tensors: Any) -> Results:
 
 
 def _backward(
-    backend: Backend[W, D, S], x: Inputs, spec: CallSpec, h: Tensor, saved: Tensor, dh: Tensor,
-    dC: Tensor | None, dn: Tensor | None, exchange: Exchange | None,
-) -> Results:  # fmt: skip
+    backend: Backend[W, D, S],
+    x: Inputs,
+    spec: CallSpec,
+    h: Tensor,
+    saved: Tensor,
+    dh: Tensor,
+    dC: Tensor | None,
+    dn: Tensor | None,
+    exchange: Exchange | None,
+) -> Results:
     """dq needs no final state: an exchange begins before it, and ends after it with dC and dn."""
     given = ordered(backend, x)
     x, one = _fold_packing(backend, given, spec)

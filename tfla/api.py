@@ -108,9 +108,22 @@ def mlstm(
     normalize = gate.normalize if normalize is None else normalize
     activations = Activations(gate.name, sigmoid_f=True)
     return _sequence(
-        q, k, v, i, f, ("i", "f"), activations, normalize, scale, initial_state, output_final_state,
-        cu_seqlens, reverse, group, backend,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        i,
+        f,
+        ("i", "f"),
+        activations,
+        normalize,
+        scale,
+        initial_state,
+        output_final_state,
+        cu_seqlens,
+        reverse,
+        group,
+        backend,
+    )
 
 
 def linear_attention(
@@ -163,9 +176,22 @@ def linear_attention(
     """
     activations = Activations("exp", sigmoid_f=False)
     return _sequence(
-        q, k, v, log_i, log_f, ("log_i", "log_f"), activations, normalize, scale, initial_state,
-        output_final_state, cu_seqlens, reverse, group, backend,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        log_i,
+        log_f,
+        ("log_i", "log_f"),
+        activations,
+        normalize,
+        scale,
+        initial_state,
+        output_final_state,
+        cu_seqlens,
+        reverse,
+        group,
+        backend,
+    )
 
 
 def mlstm_step(
@@ -224,11 +250,22 @@ _specs: dict[tuple[Any, ...], CallSpec] = {}
 
 
 def _sequence(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor | None, f: Tensor | None, names: tuple[str, str],
-    activations: Activations, normalize: bool, scale: float | None, state: State | None,
-    output_final_state: bool, cu_seqlens: Tensor | None, reverse: bool, group: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor | None,
+    f: Tensor | None,
+    names: tuple[str, str],
+    activations: Activations,
+    normalize: bool,
+    scale: float | None,
+    state: State | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    group: Any,
     backend: BackendName | None,
-) -> tuple[Tensor, State | None]:  # fmt: skip
+) -> tuple[Tensor, State | None]:
     key, spec = None, None
     # What is no State is no plain tensor either, and validation says so.
     given: Any = (None, None, None) if state is None else state if type(state) is State else (0,)
@@ -237,10 +274,18 @@ def _sequence(
         grad = torch.is_grad_enabled()
         needs_grad = grad and any([t is not None and t.requires_grad for t in tensors])
         key = (
-            activations, normalize, type(normalize), scale, type(scale), output_final_state,
-            type(output_final_state), backend, needs_grad, products_of(q.dtype),
+            activations,
+            normalize,
+            type(normalize),
+            scale,
+            type(scale),
+            output_final_state,
+            type(output_final_state),
+            backend,
+            needs_grad,
+            products_of(q.dtype),
             *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
-        )  # fmt: skip
+        )
         try:
             spec = _specs.get(key)
         except TypeError:  # an argument of a kind that is no key
@@ -251,9 +296,22 @@ def _sequence(
         i, f = checks.expanded(i, q), checks.expanded(f, q)
     else:
         q, k, v, i, f, state, spec, group = _validated(
-            q, k, v, i, f, names, activations, normalize, scale, state, output_final_state,
-            cu_seqlens, reverse, group, backend,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            i,
+            f,
+            names,
+            activations,
+            normalize,
+            scale,
+            state,
+            output_final_state,
+            cu_seqlens,
+            reverse,
+            group,
+            backend,
+        )
         if key is not None:
             if len(_specs) >= 10_000:  # lengths without end
                 _specs.clear()
@@ -261,10 +319,18 @@ def _sequence(
     if spec.T == 1 and not (spec.packed or spec.needs_grad) and group is None:
         # The decode step, from an empty memory if there is no other.
         h, after = _run_step(
-            q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], state or _empty_state(q, spec),
-            activations, -spec.scale if _is_negative(scale) else spec.scale, False, None,
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            i[:, 0],
+            f[:, 0],
+            state or _empty_state(q, spec),
+            activations,
+            -spec.scale if _is_negative(scale) else spec.scale,
+            False,
+            None,
             spec.backend,
-        )  # fmt: skip
+        )
         return h[:, None], after if output_final_state else None
     if _is_negative(scale):  # the kernels take the scale into an exponent
         q = -q
@@ -288,11 +354,22 @@ def _is_negative(scale: float | None) -> bool:
 
 
 def _validated(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor | None, f: Tensor | None, names: tuple[str, str],
-    activations: Activations, normalize: bool, scale: float | None, state: State | None,
-    output_final_state: bool, cu_seqlens: Tensor | None, reverse: bool, group: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor | None,
+    f: Tensor | None,
+    names: tuple[str, str],
+    activations: Activations,
+    normalize: bool,
+    scale: float | None,
+    state: State | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    group: Any,
     backend: BackendName | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, State | None, CallSpec, Any]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, State | None, CallSpec, Any]:
     """(q, k, v, i, f, state, spec, group), checked, cast and expanded."""
     if names[0] == "i":  # of mlstm, where neither may be left out
         checks.tensor("i", i)
@@ -309,9 +386,14 @@ def _validated(
     name = dispatch.pick_backend(backend, q)
     needs_grad = checks.requires_grad(q, k, v, i, f, state)
     options = Options(
-        abs(checks.scale_of(scale, K)), *activations, normalize, output_final_state, needs_grad,
-        name, products_of(q.dtype),
-    )  # fmt: skip
+        abs(checks.scale_of(scale, K)),
+        *activations,
+        normalize,
+        output_final_state,
+        needs_grad,
+        name,
+        products_of(q.dtype),
+    )
     C, n, m = (None, None, None) if state is None else state
     spec = CallSpec.of(Inputs(q, k, v, i, f, C, n, m, cu_seqlens), options)
     return q, k, v, i, f, state, spec, group
@@ -327,10 +409,18 @@ def _empty_state(q: Tensor, spec: CallSpec) -> State:
 
 
 def _step(
-    q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor | None], activations: Activations,
-    normalize: bool, scale: float | None, state: State, inplace: bool, slots: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor | None],
+    activations: Activations,
+    normalize: bool,
+    scale: float | None,
+    state: State,
+    inplace: bool,
+    slots: Tensor | None,
     backend: BackendName | None,
-) -> tuple[Tensor, State]:  # fmt: skip
+) -> tuple[Tensor, State]:
     checks.flags(normalize=normalize, inplace=inplace)
     q, k, v = checks.operands(q, k, v, ("B", "H"))
     B, H, K = q.shape
@@ -378,8 +468,17 @@ def _run(inputs: Inputs, spec: CallSpec, group: Any) -> tuple[Any, ...]:
 
 
 def _run_step(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State, activations: Activations,
-    scale: float, inplace: bool, slots: Tensor | None, backend: BackendName,
-) -> tuple[Tensor, State]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: State,
+    activations: Activations,
+    scale: float,
+    inplace: bool,
+    slots: Tensor | None,
+    backend: BackendName,
+) -> tuple[Tensor, State]:
     h, *after = ops.step(q, k, v, i, f, *state, slots, scale, activations, inplace, backend)
     return h, state if inplace else State(*after)  # type: ignore[arg-type]

@@ -70,10 +70,19 @@ class Backend(Protocol[W, D, S]):
         """The shape of that, in the dtype of states; sizes may be symbols."""
 
     def scan(
-        self, name: ScanName, a: Tensor, b: Tensor, x: Tensor, weights: W,
-        state: Tensor | None = None, *, column: D | None = None, dot: Tensor | None = None,
-        against: S | None = None, final: bool = True,
-    ) -> S:  # fmt: skip
+        self,
+        name: ScanName,
+        a: Tensor,
+        b: Tensor,
+        x: Tensor,
+        weights: W,
+        state: Tensor | None = None,
+        *,
+        column: D | None = None,
+        dot: Tensor | None = None,
+        against: S | None = None,
+        final: bool = True,
+    ) -> S:
         """out_t = sum_{s<=t} D_ts (a_t . b_s) x_s + w_t a_t^T state, "dv" and "dk" in reverse. See
         ``tfla.reference.scan``."""
 
@@ -109,9 +118,19 @@ class Backend(Protocol[W, D, S]):
         """Packed sequences as one: its forget gates, closed where sequences begin, and offsets."""
 
     def update(
-        self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
-        m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations,
-    ) -> Tensor:  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        i: Tensor,
+        f: Tensor,
+        C: Tensor,
+        n: Tensor | None,
+        m: Tensor | None,
+        slots: Tensor | None,
+        scale: float,
+        activations: Activations,
+    ) -> Tensor:
         """One token: writes new states over old (in rows ``slots``, or all); h (B, H, V)."""
 
     def execute(

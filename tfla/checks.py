@@ -167,9 +167,13 @@ def sequences(cu_seqlens: Tensor | None, q: Tensor, ranks: int = 1) -> int:
 
 
 def check_state(
-    state: Any, normalize: bool, q: Tensor, sizes: tuple[int | None, int, int, int], argument: str,
+    state: Any,
+    normalize: bool,
+    q: Tensor,
+    sizes: tuple[int | None, int, int, int],
+    argument: str,
     low: bool = False,
-) -> State:  # fmt: skip
+) -> State:
     """The state, or an error that says what it should be. ``low``: C and n may be bf16."""
     if not isinstance(state, (tuple, list)) or len(state) != 3:
         raise TypeError(f"{argument} must be a tfla.State (C, n, m); got {what(state)}.")

@@ -82,7 +82,6 @@ def _tfla(
     pass
 
 
-# fmt: off
 @app.command(
     short_help="Train a language model on files, or on Python's own sources.",
     epilog="Example: [bold]tfla train ~/texts --out runs/texts --seconds 600[/bold]\n\n"
@@ -90,65 +89,109 @@ def _tfla(
 )
 def train(
     command: typer.Context,
-    paths: Annotated[list[Path] | None, typer.Argument(
-        help="Files and folders to train on. Folders are searched to the bottom; names in them "
-        "that start with a dot, and binary files, are left out. Without any: the sources of "
-        "Python's standard library, without its tests.", show_default=False,
-    )] = None,
-    out: Annotated[Path, _run(
-        "Folder for checkpoints, metrics.jsonl and loss.png.")] = Path("runs/train"),
-    resume: Annotated[bool, _run(
-        "Continue the run in --out from its last checkpoint, with the options it had; those given "
-        "again replace them. Without a checkpoint it starts at the beginning.", "--resume",
-    )] = False,
-    steps: Annotated[int | None, _run(
-        "Train this many steps.", default="1000, without --seconds")] = None,
-    seconds: Annotated[float | None, _run(
-        "Train this many seconds; the learning rate then follows the clock.", default="")] = None,
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files and folders to train on. Folders are searched to the bottom; names in them "
+            "that start with a dot, and binary files, are left out. Without any: the sources of "
+            "Python's standard library, without its tests.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, _run("Folder for checkpoints, metrics.jsonl and loss.png.")] = Path(
+        "runs/train"
+    ),
+    resume: Annotated[
+        bool,
+        _run(
+            "Continue the run in --out from its last checkpoint, with the options it had; those given "
+            "again replace them. Without a checkpoint it starts at the beginning.",
+            "--resume",
+        ),
+    ] = False,
+    steps: Annotated[
+        int | None, _run("Train this many steps.", default="1000, without --seconds")
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        _run("Train this many seconds; the learning rate then follows the clock.", default=""),
+    ] = None,
     seed: Annotated[int, _run("Start of all random numbers.")] = 0,
     device: Annotated[str, _run(DEVICE)] = "auto",
-    threads: Annotated[int | None, _run(
-        THREADS, default="the fastest: with --seconds chosen anew as the machine is busy or idle, "
-        "with --steps at the start")] = None,
-    context_ranks: Annotated[int, _run(
-        "Under torchrun: processes that share each window, its tokens split among them.")] = 1,
-    recompute: Annotated[bool, _run(
-        "Under torchrun: keep only what enters the blocks for the backward pass, compute the rest "
-        "again.", "--recompute")] = False,
-    compile: Annotated[bool, _run(
-        "Compile the blocks of the model: some time at the start, more tokens a second after it.",
-        "--compile")] = False,
-    precision: Annotated[str, _run(
-        "fp32 or bf16; auto: bf16 on a GPU that has it, else fp32.")] = "auto",
-    save_every: Annotated[int, _run(
-        "Steps between checkpoints; the last two are kept, and the best on held-out text.")] = 100,
-    save_every_seconds: Annotated[float, _run(
-        "Seconds after which there is a checkpoint, whatever the step.")] = 300.0,
+    threads: Annotated[
+        int | None,
+        _run(
+            THREADS,
+            default="the fastest: with --seconds chosen anew as the machine is busy or idle, "
+            "with --steps at the start",
+        ),
+    ] = None,
+    context_ranks: Annotated[
+        int, _run("Under torchrun: processes that share each window, its tokens split among them.")
+    ] = 1,
+    recompute: Annotated[
+        bool,
+        _run(
+            "Under torchrun: keep only what enters the blocks for the backward pass, compute the rest "
+            "again.",
+            "--recompute",
+        ),
+    ] = False,
+    compile: Annotated[
+        bool,
+        _run(
+            "Compile the blocks of the model: some time at the start, more tokens a second after it.",
+            "--compile",
+        ),
+    ] = False,
+    precision: Annotated[
+        str, _run("fp32 or bf16; auto: bf16 on a GPU that has it, else fp32.")
+    ] = "auto",
+    save_every: Annotated[
+        int,
+        _run("Steps between checkpoints; the last two are kept, and the best on held-out text."),
+    ] = 100,
+    save_every_seconds: Annotated[
+        float, _run("Seconds after which there is a checkpoint, whatever the step.")
+    ] = 300.0,
     eval_every: Annotated[int, _run("Steps between evaluations on held-out text.")] = 100,
     eval_bytes: Annotated[int, _run("Bytes of held-out text in an evaluation.")] = 65536,
     log_every: Annotated[int, _run("Steps between lines in metrics.jsonl.")] = 10,
-    tokenizer: Annotated[Path | None, _data(
-        "A tokenizer.json of the tokenizers library.", default="one token a byte")] = None,
-    held_out: Annotated[float, _data(
-        "Share of the bytes that is never trained on: whole files, picked by name.")] = 0.05,
-    include: Annotated[list[str] | None, _data(
-        "Of folders read only files that fit this pattern, '*.py' or 'src/*.py'; can be given "
-        "several times.", default="all")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        _data("A tokenizer.json of the tokenizers library.", default="one token a byte"),
+    ] = None,
+    held_out: Annotated[
+        float, _data("Share of the bytes that is never trained on: whole files, picked by name.")
+    ] = 0.05,
+    include: Annotated[
+        list[str] | None,
+        _data(
+            "Of folders read only files that fit this pattern, '*.py' or 'src/*.py'; can be given "
+            "several times.",
+            default="all",
+        ),
+    ] = None,
     hidden_size: Annotated[int, _model("Width; half of it must divide by --num-heads.")] = 128,
     num_layers: Annotated[int, _model("Number of blocks.")] = 2,
     num_heads: Annotated[int, _model("mLSTM heads in a block.")] = 1,
-    input_gate: Annotated[str, _model(
-        "exp (the paper's mLSTMexp) or sigmoid (its mLSTMsig).")] = "exp",
+    input_gate: Annotated[
+        str, _model("exp (the paper's mLSTMexp) or sigmoid (its mLSTMsig).")
+    ] = "exp",
     context: Annotated[int, _training("Tokens in a training window.")] = 256,
     batch: Annotated[int, _training("Windows in a forward pass.")] = 8,
-    accumulate: Annotated[int, _training(
-        "Forward passes in a step: a batch this many times larger in the same memory.")] = 1,
+    accumulate: Annotated[
+        int,
+        _training("Forward passes in a step: a batch this many times larger in the same memory."),
+    ] = 1,
     lr: Annotated[float, _training("AdamW's learning rate at its peak.")] = 2.5e-3,
-    warmup: Annotated[float, _training(
-        "Share of the run in which the learning rate rises.")] = 0.05,
+    warmup: Annotated[
+        float, _training("Share of the run in which the learning rate rises.")
+    ] = 0.05,
     final_lr: Annotated[float, _training("Share of the peak that the cosine ends at.")] = 0.1,
-    weight_decay: Annotated[float, _training(
-        "For matrices; norms, biases, gates and embeddings have none.")] = 0.1,
+    weight_decay: Annotated[
+        float, _training("For matrices; norms, biases, gates and embeddings have none.")
+    ] = 0.1,
     clip: Annotated[float, _training("Largest norm of the gradient.")] = 1.0,
 ) -> None:
     """Train an xLSTM language model. A run that was stopped or killed goes on with --resume;
@@ -226,34 +269,51 @@ def train(
     render.line(console, f'let it write: tfla generate {shlex.quote(str(out))} "import "')
 
 
-# fmt: off
 @app.command(
     short_help="Let a trained model continue a text.",
     epilog='Example: [bold]tfla generate runs/train "def main(" --tokens 300 --seed 1[/bold]',
 )
 def generate(
-    run: Annotated[Path, typer.Argument(
-        help="Folder that tfla train wrote, or one checkpoint in it.", show_default=False)],
-    prompt: Annotated[str | None, typer.Argument(
-        help="Text to continue; - reads it from the standard input. Without one a new document "
-        "begins.", show_default=False,
-    )] = None,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder that tfla train wrote, or one checkpoint in it.", show_default=False
+        ),
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="Text to continue; - reads it from the standard input. Without one a new document "
+            "begins.",
+            show_default=False,
+        ),
+    ] = None,
     file: Annotated[Path | None, _text("Read the prompt from this file.", default="")] = None,
-    tokens: Annotated[int, _text(
-        "Write at most this many tokens (bytes, without a tokenizer).")] = 400,
-    stop: Annotated[list[str] | None, _text(
-        "Stop before this text appears; can be given several times.", default="")] = None,
-    temperature: Annotated[float, _sampling(
-        "0 takes the likeliest token, 1 samples as the model says.")] = 0.8,
-    top_k: Annotated[int | None, _sampling(
-        "Sample among this many likeliest tokens.", default="all")] = None,
-    top_p: Annotated[float | None, _sampling(
-        "Sample among the likeliest tokens that sum to this probability.", default="all")] = None,
-    seed: Annotated[int | None, _sampling(
-        "The same seed writes the same text.", default="another text each time")] = None,
+    tokens: Annotated[
+        int, _text("Write at most this many tokens (bytes, without a tokenizer).")
+    ] = 400,
+    stop: Annotated[
+        list[str] | None,
+        _text("Stop before this text appears; can be given several times.", default=""),
+    ] = None,
+    temperature: Annotated[
+        float, _sampling("0 takes the likeliest token, 1 samples as the model says.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, _sampling("Sample among this many likeliest tokens.", default="all")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        _sampling("Sample among the likeliest tokens that sum to this probability.", default="all"),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        _sampling("The same seed writes the same text.", default="another text each time"),
+    ] = None,
     device: Annotated[str, _option(None, DEVICE)] = "auto",
-    threads: Annotated[int | None, _option(
-        None, THREADS, default="1 for small models, more for large ones")] = None,
+    threads: Annotated[
+        int | None, _option(None, THREADS, default="1 for small models, more for large ones")
+    ] = None,
 ) -> None:
     """Continue a text with a trained model, character by character, on the standard output.
     The prompt is read in one pass; after it a token costs the same however long the text becomes.
@@ -289,20 +349,25 @@ def generate(
         _say(f"warning: {warning.message}")
 
 
-# fmt: off
 @app.command(
     short_help="Five minutes: train, write, compare with attention on this machine.",
     epilog="Example: [bold]tfla demo[/bold]\n\nA shorter look: [bold]tfla demo --seconds 30[/bold]",
 )
 def demo(
-    seconds: Annotated[float, _option(
-        None, "Seconds of training; the comparison takes up to a third of it on top.")] = 150.0,
-    out: Annotated[Path | None, _option(
-        None, "Folder for the results.", default="runs/demo, the next time runs/demo-2")] = None,
+    seconds: Annotated[
+        float,
+        _option(None, "Seconds of training; the comparison takes up to a third of it on top."),
+    ] = 150.0,
+    out: Annotated[
+        Path | None,
+        _option(None, "Folder for the results.", default="runs/demo, the next time runs/demo-2"),
+    ] = None,
     seed: Annotated[int, _option(None, "Start of all random numbers.")] = 0,
     device: Annotated[str, _option(None, DEVICE)] = "auto",
-    threads: Annotated[int | None, _option(
-        None, THREADS, default="the fastest, chosen anew as the machine is busy or idle")] = None,
+    threads: Annotated[
+        int | None,
+        _option(None, THREADS, default="the fastest, chosen anew as the machine is busy or idle"),
+    ] = None,
 ) -> None:
     """Show what this is on this machine; no data and no GPU are needed. It
     trains a small xLSTM on the sources of Python's standard library, lets it write, times the
@@ -318,14 +383,14 @@ def demo(
     run_demo(out, seconds, _device(device), seed, Console(), threads)
 
 
-# fmt: off
 @app.command(
     short_help="What a bug report needs: versions, devices, what serves each dtype and why.",
     epilog="Example: [bold]tfla env > environment.txt[/bold]",
 )
 def env(
-    self_test: Annotated[bool, _option(None, "Run the kernels' self-test anew, first.",
-        "--self-test")] = False,
+    self_test: Annotated[
+        bool, _option(None, "Run the kernels' self-test anew, first.", "--self-test")
+    ] = False,
 ) -> None:
     """Print the environment in one paste. With --self-test the kernels run first, in every dtype on
     every kind of GPU here, and are held against the reference: on a GPU or with a Triton where they
@@ -477,9 +542,13 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 def _placement(
-    device: str, context_ranks: int, recompute: bool, compile: bool, given: dict[str, str],
+    device: str,
+    context_ranks: int,
+    recompute: bool,
+    compile: bool,
+    given: dict[str, str],
     check: Callable[[], object],
-) -> "Placement":  # fmt: skip
+) -> "Placement":
     """This process, or under torchrun all of them, once all are found to be given the same options.
 
     `check` is a further look at the options: a number that cannot be is an error now, not after the
@@ -527,8 +596,11 @@ def _threads_for(run: "Run", place: "Placement", asked: int | None) -> "Threads"
     before = run.saved.meta.get("threads") if run.saved else None
     return threads_.Threads.for_training(
         asked,
-        keep=threads_.KEPT if run.options.seconds is None
-        else threads_.COMPILED if place.compile else "",
+        keep=threads_.KEPT
+        if run.options.seconds is None
+        else threads_.COMPILED
+        if place.compile
+        else "",
         before=before if isinstance(before, int) and 1 <= before <= threads_.MOST else None,
         ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "RANK" in os.environ else 1,
         once=step,

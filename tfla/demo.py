@@ -43,16 +43,24 @@ CONTEXTS = [2**power for power in range(8, 17)]
 
 
 def run_demo(
-    out: Path | None, seconds: float, device: torch.device, seed: int, console: "Console",
+    out: Path | None,
+    seconds: float,
+    device: torch.device,
+    seed: int,
+    console: "Console",
     threads: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """The whole demonstration; `out` is by default runs/demo, or the first free runs/demo-N.
     `threads` of a CPU are by default as many as are fastest, each part for itself."""
     began = time.monotonic()
     folder = out or _free_folder(Path("runs/demo"))
     plan = {
-        "seconds": seconds, "seed": seed, "eval_every": 100, "eval_bytes": 16384, "log_every": 5,
-    }  # fmt: skip
+        "seconds": seconds,
+        "seed": seed,
+        "eval_every": 100,
+        "eval_bytes": 16384,
+        "log_every": 5,
+    }
     outputs = {"loss.png": render.is_plot, "context.png": render.is_plot, "demo.md": is_report}
     run = start(folder, MODEL | TRAINING | plan, outputs)
     with run.lock or nullcontext():
@@ -61,9 +69,13 @@ def run_demo(
 
 
 def _run(
-    run: Run, seconds: float, device: torch.device, seed: int, console: "Console",
+    run: Run,
+    seconds: float,
+    device: torch.device,
+    seed: int,
+    console: "Console",
     threads: int | None,
-) -> None:  # fmt: skip
+) -> None:
     folder = run.folder
     place = Placement(device)
     on = machine(device)
@@ -310,9 +322,15 @@ def _cells(rows: list[Row]) -> list[list[str]]:
 
 
 HEADINGS = [
-    "context\ntokens", "train\nmLSTM\nµs/token", "train\nattention\nµs/token", "\nfaster\nby",
-    "next\nmLSTM\nµs", "next\nattention\nµs", "kept\nmLSTM\nKiB", "kept\nattention\nKiB",
-]  # fmt: skip
+    "context\ntokens",
+    "train\nmLSTM\nµs/token",
+    "train\nattention\nµs/token",
+    "\nfaster\nby",
+    "next\nmLSTM\nµs",
+    "next\nattention\nµs",
+    "kept\nmLSTM\nKiB",
+    "kept\nattention\nKiB",
+]
 
 
 def _table(rows: list[Row]) -> "Table":

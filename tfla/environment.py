@@ -19,13 +19,40 @@ from tfla import _compat, dispatch, verdicts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that "triton" may serve
 PACKAGES = (
-    "numpy", "jax", "jaxlib", "triton", "safetensors", "tokenizers", "transformers", "peft",
-    "accelerate", "mlstm_kernels", "xlstm", "flash-linear-attention", "mamba-ssm", "typer", "rich",
-)  # fmt: skip
+    "numpy",
+    "jax",
+    "jaxlib",
+    "triton",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "mlstm_kernels",
+    "xlstm",
+    "flash-linear-attention",
+    "mamba-ssm",
+    "typer",
+    "rich",
+)
 PREFIXES = (
-    "TFLA_", "TRITON_", "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_VISIBLE_", "HIP_", "ROCR_", "HSA_",
-    "OMP_", "MKL_", "KMP_", "GOMP_", "XDG_CACHE_HOME", "CUBLAS_", "NCCL_",
-)  # fmt: skip
+    "TFLA_",
+    "TRITON_",
+    "TORCH",
+    "PYTORCH_",
+    "CUDA_",
+    "NVIDIA_VISIBLE_",
+    "HIP_",
+    "ROCR_",
+    "HSA_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GOMP_",
+    "XDG_CACHE_HOME",
+    "CUBLAS_",
+    "NCCL_",
+)
 SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
 
 

@@ -117,14 +117,24 @@ def described() -> str:
     return " or ".join(f"{gate.name} ({gate.about})" for gate in INPUT_GATES.values())
 
 
-register(Gate(
-    name="exp", about="the paper's mLSTMexp", normalize=True,
-    log_i=lambda i: i, gradient=lambda dlog_i, i: dlog_i,
-))  # fmt: skip
-register(Gate(
-    name="sigmoid", about="its mLSTMsig", normalize=False,
-    log_i=logsigmoid, gradient=lambda dlog_i, i: dlog_i * torch.sigmoid(-i),
-))  # fmt: skip
+register(
+    Gate(
+        name="exp",
+        about="the paper's mLSTMexp",
+        normalize=True,
+        log_i=lambda i: i,
+        gradient=lambda dlog_i, i: dlog_i,
+    )
+)
+register(
+    Gate(
+        name="sigmoid",
+        about="its mLSTMsig",
+        normalize=False,
+        log_i=logsigmoid,
+        gradient=lambda dlog_i, i: dlog_i * torch.sigmoid(-i),
+    )
+)
 
 
 class Activations(NamedTuple):
@@ -227,9 +237,14 @@ class Exponents(NamedTuple):
 
 
 def exponents(
-    log_i: Tensor, log_f: Tensor, m: Tensor | None, steps: list[slice], n: int, normalize: bool,
+    log_i: Tensor,
+    log_f: Tensor,
+    m: Tensor | None,
+    steps: list[slice],
+    n: int,
+    normalize: bool,
     dtype: torch.dtype,
-) -> Exponents:  # fmt: skip
+) -> Exponents:
     """The exponents of every chunk.
 
     log_i, log_f: (C, H, L) fp64, within the limits. m: (N, H) initial gauge or None. steps: which

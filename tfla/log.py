@@ -26,8 +26,11 @@ reasons: dict[tuple[torch.device, torch.dtype], tuple[str, str]] = {}
 _seen: set[str] = set()
 
 SHORT = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-}  # fmt: skip
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
 
 
 def sequence(spec: CallSpec) -> None:
@@ -51,9 +54,16 @@ def sequence(spec: CallSpec) -> None:
 
 
 def step(
-    q: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, m: Tensor | None, slots: Tensor | None,
-    activations: Activations, backend: str,
-) -> None:  # fmt: skip
+    q: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    m: Tensor | None,
+    slots: Tensor | None,
+    activations: Activations,
+    backend: str,
+) -> None:
     """A call of one token."""
     words = [f"one token, h{_shape(v)} of q, k {_shape(q)} {SHORT[q.dtype]}"]
     words.append(_gates(activations, i.dtype, f.dtype))

@@ -61,12 +61,22 @@ class MLSTM(nn.Module):
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, num_heads: int, num_layers: int = 1,
-        bias: bool = True, batch_first: bool = True, dropout: float = 0.0,
-        bidirectional: bool = False, proj_size: int = 0, *, qk_size: int | None = None,
-        input_gate: gates.InputGate = "exp", device: torch.device | str | None = None,
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_heads: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        qk_size: int | None = None,
+        input_gate: gates.InputGate = "exp",
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         qk_size = hidden_size if qk_size is None else qk_size
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_heads": num_heads}
@@ -94,9 +104,12 @@ class MLSTM(nn.Module):
         )
 
     def forward(
-        self, x: Tensor | PackedSequence, state: Sequence[tfla.State] | None = None, *,
+        self,
+        x: Tensor | PackedSequence,
+        state: Sequence[tfla.State] | None = None,
+        *,
         backend: BackendName | None = None,
-    ) -> tuple[Tensor | PackedSequence, States]:  # fmt: skip
+    ) -> tuple[Tensor | PackedSequence, States]:
         """Read sequences.
 
         Args:
@@ -204,9 +217,17 @@ class _Layer(nn.Module):
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
         i, f = self.gates(x).chunk(2, -1)
         h, after = tfla.mlstm(
-            q, k, v, i, f, input_gate=self.input_gate, initial_state=state, output_final_state=True,
-            cu_seqlens=cu_seqlens, backend=backend,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            i,
+            f,
+            input_gate=self.input_gate,
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+        )
         assert after is not None
         h = F.layer_norm(h, h.shape[-1:], eps=1e-6).flatten(-2)
         y = torch.sigmoid(o) * (h * self.norm_weight + self.norm_bias)

@@ -34,9 +34,15 @@ def forward(x: Inputs, spec: CallSpec) -> tuple[Tensor, ...]:
 
 
 def backward(
-    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, x: Inputs,
-    spec: CallSpec, exchange: Exchange | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dh: Tensor | None,
+    dC: Tensor | None,
+    dn: Tensor | None,
+    h: Tensor,
+    saved: Tensor,
+    x: Inputs,
+    spec: CallSpec,
+    exchange: Exchange | None = None,
+) -> tuple[Tensor, ...]:
     """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial
     state. dq needs no final state: an ``exchange`` begins before it, and ends after it with dC and
     dn (see ``tfla.parallel``)."""
@@ -73,10 +79,20 @@ def run(x: Inputs, spec: CallSpec) -> tuple[Any, ...]:
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
-    m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations, inplace: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    n: Tensor | None,
+    m: Tensor | None,
+    slots: Tensor | None,
+    scale: float,
+    activations: Activations,
+    inplace: bool,
     backend: BackendName,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One token, no gradient: (h, C, n, m). q, k: (B, H, K). v: (B, H, V). i, f: (B, H). States:
     (N, H, ...), see ``tfla.State``."""
     if not inplace:
@@ -196,9 +212,10 @@ def call_of(*args: Any) -> tuple[Inputs, CallSpec]:
 
 
 @torch.library.custom_op(
-    "tfla::forward", mutates_args=(),
+    "tfla::forward",
+    mutates_args=(),
     schema=f"({CALL}) -> (Tensor h, Tensor C_T, Tensor n_T, Tensor m_T, Tensor saved)",
-)  # fmt: skip
+)
 def _forward_op(*args: Any) -> tuple[Tensor, ...]:
     return forward(*call_of(*args))
 
@@ -223,10 +240,11 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op(
-    "tfla::backward", mutates_args=(),
+    "tfla::backward",
+    mutates_args=(),
     schema=f"(Tensor? dh, Tensor? dC, Tensor? dn, Tensor h, Tensor saved, {CALL}) -> (Tensor dq, "
     "Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dC_0, Tensor dn_0, Tensor dm_0)",
-)  # fmt: skip
+)
 def _backward_op(
     dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, h: Tensor, saved: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
@@ -270,10 +288,20 @@ _backward_op.register_autograd(_backward_of_backward)
 
 
 def _step(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
-    m: Tensor | None, slots: Tensor | None, scale: float, input_gate: str, sigmoid_f: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    n: Tensor | None,
+    m: Tensor | None,
+    slots: Tensor | None,
+    scale: float,
+    input_gate: str,
+    sigmoid_f: bool,
     backend: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     leaf, activations = backend_of(backend), Activations(input_gate, sigmoid_f)
     if log.ON:
         log.step(q, v, i, f, C, m, slots, activations, backend)

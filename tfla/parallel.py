@@ -230,9 +230,14 @@ def forward(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
 
 
 def backward(
-    dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, kept: list[Tensor], x: Inputs,
-    spec: CallSpec, group: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dh: Tensor | None,
+    dC: Tensor | None,
+    dn: Tensor | None,
+    kept: list[Tensor],
+    x: Inputs,
+    spec: CallSpec,
+    group: Any,
+) -> tuple[Tensor, ...]:
     """As ``ops.backward``. kept: what ``forward`` returned, but for C_T and n_T."""
     rank, full = group.rank(), spec.state_dtype
     h, m_end, saved, C, *column, m_last, b = kept

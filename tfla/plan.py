@@ -183,10 +183,19 @@ def plan(problem: Problem, device: Device) -> Plan:
     if mean >= 512 * L:
         block_c, block_n = 256, 8
     return Plan(
-        L, span, segment, h, dq, small, small, block_c, min(block_n, small),
-        small_warps=2 if L <= 32 and shape.mma else 4, gate_warps=1 if L <= 32 and shape.mma else 2,
+        L,
+        span,
+        segment,
+        h,
+        dq,
+        small,
+        small,
+        block_c,
+        min(block_n, small),
+        small_warps=2 if L <= 32 and shape.mma else 4,
+        gate_warps=1 if L <= 32 and shape.mma else 2,
         divides=divides,
-    )  # fmt: skip
+    )
 
 
 def _descriptors(p: Problem, device: Device) -> bool:

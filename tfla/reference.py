@@ -33,9 +33,17 @@ BLOCK = 2**20
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
-    C: Tensor, n: Tensor | None, m: Tensor | None, scale: float, inplace: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_i: Tensor,
+    log_f: Tensor,
+    C: Tensor,
+    n: Tensor | None,
+    m: Tensor | None,
+    scale: float,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One token of the recurrence, in the dtype of the operands; n, m are None when not normalised.
     ``inplace``: C' lies where C lay.
 
@@ -74,9 +82,16 @@ def step(
 
 
 def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
-    C: Tensor, n: Tensor | None, m: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_i: Tensor,
+    log_f: Tensor,
+    C: Tensor,
+    n: Tensor | None,
+    m: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """``step`` over the T axis of (B, T, H, ...): the specification that all is held against."""
     h = torch.empty_like(v)
     for t in range(q.shape[1]):
@@ -210,9 +225,13 @@ def gate_weights(
     log_i, log_f = gates.log_gates(i.to(host, dtype), f.to(host, dtype), spec.activations)
     e = gates.exponents(
         layout.cut(log_i, torch.float64, whole, gates.LOG_I_NOTHING),
-        layout.cut(log_f, torch.float64, whole), None if m is None else m[layout.rank].to(host),
-        whole.steps, len(layout.rank), normalize, dtype,
-    )  # fmt: skip
+        layout.cut(log_f, torch.float64, whole),
+        None if m is None else m[layout.rank].to(host),
+        whole.steps,
+        len(layout.rank),
+        normalize,
+        dtype,
+    )
 
     def put(x: Tensor) -> Tensor:
         return x.to(q.device, dtype)
@@ -297,10 +316,18 @@ def initial_state_decay(
 
 
 def scan(
-    name: ScanName, a: Tensor, b: Tensor, x: Tensor, weights: GateWeights,
-    state: Tensor | None = None, *, column: NormalizerGrad | None = None,
-    dot: Tensor | None = None, against: Scan | None = None, final: bool = True,
-) -> Scan:  # fmt: skip
+    name: ScanName,
+    a: Tensor,
+    b: Tensor,
+    x: Tensor,
+    weights: GateWeights,
+    state: Tensor | None = None,
+    *,
+    column: NormalizerGrad | None = None,
+    dot: Tensor | None = None,
+    against: Scan | None = None,
+    final: bool = True,
+) -> Scan:
     """The primitive: every output and every gradient of every variant is one call.
 
         out_t = sum_{s<=t} D_ts (a_t . b_s) x_s + w_t a_t^T S_0  D_ts = exp(p_s - M_t) scale / den_t
@@ -386,9 +413,15 @@ def _carry(
 
 
 def _chunk(
-    a: Tensor, b: Tensor, x: Tensor, D: Tensor, S: Tensor, edge: Tensor, reverse: bool,
+    a: Tensor,
+    b: Tensor,
+    x: Tensor,
+    D: Tensor,
+    S: Tensor,
+    edge: Tensor,
+    reverse: bool,
     select: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of some chunks: scores (target, source), the state's share of the output, and the output.
     select: what has a weight of 0 is 0, also where it is not finite."""
     scores, from_state = (b @ a.mT if reverse else a @ b.mT).mul_(D), (a @ S).mul_(edge)
@@ -429,9 +462,18 @@ def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
 
 
 def update(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
-    m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    n: Tensor | None,
+    m: Tensor | None,
+    slots: Tensor | None,
+    scale: float,
+    activations: Activations,
+) -> Tensor:
     """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     log_i, log_f = gates.log_gates(i.to(dtype), f.to(dtype), activations)

@@ -33,10 +33,14 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
     from rich.progress import BarColumn, Progress, TextColumn
 
     bar = Progress(
-        TextColumn("[bold]{task.fields[left]}"), BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[right]}"), console=console,
-        disable=not console.is_terminal, transient=True,
-    )  # fmt: skip
+        TextColumn("[bold]{task.fields[left]}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[right]}"),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
     start, first = time.monotonic(), None
     text = {"step": "", "loss": "", "held-out": "", "speed": "", "threads": "", "left": ""}
     with bar:
@@ -122,9 +126,14 @@ def clock(seconds: float) -> str:
 
 
 def loss_curve(
-    records: Sequence[Mapping[str, Any]], path: Path, *, title: str, gzip_bits: float | None = None,
-    final: tuple[int, float] | None = None, bytes_per_token: float | None = 1.0,
-) -> None:  # fmt: skip
+    records: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    gzip_bits: float | None = None,
+    final: tuple[int, float] | None = None,
+    bytes_per_token: float | None = 1.0,
+) -> None:
     """Bits a byte against seconds of training: each step's training loss, the held-out evaluations,
     gzip's line.
 
@@ -141,21 +150,34 @@ def loss_curve(
     [ax] = axes
     scale = 1 / (math.log(2) * (bytes_per_token or 1.0))
     ax.plot(
-        [r["elapsed"] for r in trained], [r["loss"] * scale for r in trained],
-        color=COLOURS["training"], linewidth=1.2, label="training batches",
-    )  # fmt: skip
+        [r["elapsed"] for r in trained],
+        [r["loss"] * scale for r in trained],
+        color=COLOURS["training"],
+        linewidth=1.2,
+        label="training batches",
+    )
     times, bits = [r["elapsed"] for r in held], [r[unit] for r in held]
     ax.plot(
-        times, bits, color=COLOURS["mLSTM"], marker="o", markersize=4, linewidth=2.2,
+        times,
+        bits,
+        color=COLOURS["mLSTM"],
+        marker="o",
+        markersize=4,
+        linewidth=2.2,
         label=f"held-out text: {bits[-1]:.2f} at the end" if bits else "held-out text",
-    )  # fmt: skip
+    )
     if final is not None:
         window, last = final
         at = times[-1] if times else trained[-1]["elapsed"] if trained else 0.0
         ax.plot(
-            [at], [last], color=COLOURS["mLSTM"], marker="D", markersize=8, linestyle="none",
+            [at],
+            [last],
+            color=COLOURS["mLSTM"],
+            marker="D",
+            markersize=8,
+            linestyle="none",
             label=f"after training, in windows of {window:,} tokens: {last:.2f}",
-        )  # fmt: skip
+        )
     if gzip_bits is not None:
         text = f"gzip -9 of that text: {gzip_bits:.2f}"
         ax.axhline(gzip_bits, color=COLOURS["gzip -9"], linestyle="--", linewidth=1.5, label=text)
@@ -202,9 +224,13 @@ def curves(panels: Sequence[Panel], path: Path, *, title: str) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, parse_math=False)
     if named:
         figure.legend(
-            list(named.values()), list(named), loc="outside upper right", ncols=len(named),
-            frameon=False, fontsize=12,
-        )  # fmt: skip
+            list(named.values()),
+            list(named),
+            loc="outside upper right",
+            ncols=len(named),
+            frameon=False,
+            fontsize=12,
+        )
     _finish(figure, path)
 
 

@@ -53,8 +53,9 @@ class Case:
 
 
 GATES_AND_WIDTHS: tuple[tuple[gates.InputGate, int, int], ...] = (
-    ("exp", 64, 128), ("sigmoid", 200, 36),
-)  # fmt: skip
+    ("exp", 64, 128),
+    ("sigmoid", 200, 36),
+)
 PACKED = (0, 70, 70, 75, 200)  # one is empty, one is shorter than a chunk
 CASES = (
     Case("exp"),
@@ -160,9 +161,13 @@ def _sequence(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -
         start = leaves[5:]
         given = None if not start else tfla.State(start[0], *(start[1:] or (None, None)))
         h, end = tfla.mlstm(
-            *leaves[:5], input_gate=c.gate, initial_state=given, cu_seqlens=offsets,
-            output_final_state=c.states, backend=backend,
-        )  # fmt: skip
+            *leaves[:5],
+            input_gate=c.gate,
+            initial_state=given,
+            cu_seqlens=offsets,
+            output_final_state=c.states,
+            backend=backend,
+        )
         found, cotangents = {"h": h}, [to(dh)]
         if end is not None and dC is not None:
             found["final C"] = end.C
@@ -202,9 +207,17 @@ def _step(case: Step, device: torch.device, dtype: torch.dtype, seed: int) -> It
             return None if x is None else x.double() if full else x.clone()
 
         h, end = tfla.mlstm_step(
-            to(q), to(k), to(v), to(i), to(f), tfla.State(to(C), to(n), to(m)),
-            input_gate=c.gate, inplace=c.slots, slots=slots, backend=backend,
-        )  # fmt: skip
+            to(q),
+            to(k),
+            to(v),
+            to(i),
+            to(f),
+            tfla.State(to(C), to(n), to(m)),
+            input_gate=c.gate,
+            inplace=c.slots,
+            slots=slots,
+            backend=backend,
+        )
         if end.n is None or end.m is None:
             return {"h": h, "C": end.C}
         weight = end.m.double().exp()[..., None]

@@ -87,16 +87,32 @@ class CallSpec:
         (B, T, H, K), V, packed = x.q.shape, x.v.shape[-1], x.cu_seqlens is not None
         N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
         return CallSpec(
-            B, T, H, K, V, N, packed, x.q.dtype, (x.i.dtype, x.f.dtype), x.q.device,
-            x.C is not None, *options,  # type: ignore[arg-type]
-        )  # fmt: skip
+            B,
+            T,
+            H,
+            K,
+            V,
+            N,
+            packed,
+            x.q.dtype,
+            (x.i.dtype, x.f.dtype),
+            x.q.device,
+            x.C is not None,
+            *options,  # type: ignore[arg-type]
+        )
 
     @property
     def options(self) -> Options:
         return Options(
-            self.scale, self.input_gate, self.sigmoid_f, self.normalize, self.final_state,
-            self.needs_grad, self.backend, self.precision,
-        )  # fmt: skip
+            self.scale,
+            self.input_gate,
+            self.sigmoid_f,
+            self.normalize,
+            self.final_state,
+            self.needs_grad,
+            self.backend,
+            self.precision,
+        )
 
     @property
     def activations(self) -> Activations:

@@ -259,9 +259,14 @@ class Threads:
 
     @classmethod
     def for_training(
-        cls, option: int | None, *, keep: str, before: int | None, ranks: int,
+        cls,
+        option: int | None,
+        *,
+        keep: str,
+        before: int | None,
+        ranks: int,
         once: Callable[[], object],
-    ) -> "Threads":  # fmt: skip
+    ) -> "Threads":
         """What the user asked for, else the choice for a run.
 
         Args:

@@ -154,8 +154,13 @@ def _read(pair: Pair, dtype: str) -> Verdict | None:
 def _write(pair: Pair, dtype: str, verdict: Verdict) -> None:
     """Keep a verdict on disk: a whole file or none; where it cannot be, in this process alone."""
     path = _file(pair, dtype)
-    about = {"pair": pair._asdict(), "dtype": dtype, "failed": list(verdict.failed),
-             "when": verdict.when, "seconds": round(verdict.seconds, 1)}  # fmt: skip
+    about = {
+        "pair": pair._asdict(),
+        "dtype": dtype,
+        "failed": list(verdict.failed),
+        "when": verdict.when,
+        "seconds": round(verdict.seconds, 1),
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -256,15 +261,19 @@ def in_a_process(device: torch.device, dtype: str) -> list[str]:
     the process could not do its work, for a reason that says nothing about the kernels."""
     logger.warning(
         "tfla tests its kernels in %s once on this device with this Triton: a minute or two (ahead "
-        "of time: tfla env --self-test)", dtype,
-    )  # fmt: skip
+        "of time: tfla env --self-test)",
+        dtype,
+    )
     words = [json.dumps(sys.path), str(device), dtype]
     environment = {name: x for name, x in os.environ.items() if name != "TFLA_LOG"}
     try:
         done = subprocess.run(
-            [sys.executable or "python", "-c", _CHILD, *words], env=environment,
-            capture_output=True, stdin=subprocess.DEVNULL, timeout=SECONDS,
-        )  # fmt: skip
+            [sys.executable or "python", "-c", _CHILD, *words],
+            env=environment,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=SECONDS,
+        )
     except subprocess.TimeoutExpired:
         return [f"{dtype}: the self-test did not end within {SECONDS:.0f} s"]
     except OSError as error:

@@ -36,9 +36,15 @@ DEVICES = {
     ("hip", "gfx942"): plan.Device((0, 0), 304, 65536),
 }
 TYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
-    torch.int32: "i32", torch.int64: "i64", torch.int8: "i8", torch.uint8: "u8",
-}  # fmt: skip
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+}
 
 
 @dataclass(frozen=True)
@@ -98,18 +104,33 @@ def record(
 
 
 def launches(
-    device: plan.Device, B: int, T: int, H: int, K: int, V: int, *, gate: str = "exp",
-    dtype: torch.dtype = torch.bfloat16, backward: bool = True, state: bool = False,
-    packed: int = 0, override: Any = None, precision: str | None = None,
-) -> list[Launch]:  # fmt: skip
+    device: plan.Device,
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    V: int,
+    *,
+    gate: str = "exp",
+    dtype: torch.dtype = torch.bfloat16,
+    backward: bool = True,
+    state: bool = False,
+    packed: int = 0,
+    override: Any = None,
+    precision: str | None = None,
+) -> list[Launch]:
     """What the forward and the backward pass of one problem launch on ``device``. override: Plan
     -> Plan. precision: of fp32 products; None: as torch is set."""
     seen: list[Launch] = []
 
     def recorder(
-        kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], tensors: tuple[Any, ...],
-        *numbers: float, **constants: Any,
-    ) -> None:  # fmt: skip
+        kernel: Any,
+        grid: tuple[int, ...],
+        shape: tuple[int, int],
+        tensors: tuple[Any, ...],
+        *numbers: float,
+        **constants: Any,
+    ) -> None:
         if 0 not in grid:
             seen.append(record(kernel, shape, (*tensors, *numbers), constants))
 
@@ -159,10 +180,11 @@ def build(launch: Launch, backend: str, arch: int | str) -> Any:
     """The compiled kernel."""
     make = GluonASTSource if launch.kernel.is_gluon() else ASTSource
     source = make(
-        launch.kernel, dict(launch.signature), {(launch.kernel.arg_names.index(k),): v for k,
-        v in launch.constants},
+        launch.kernel,
+        dict(launch.signature),
+        {(launch.kernel.arg_names.index(k),): v for k, v in launch.constants},
         {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
-    )  # fmt: skip
+    )
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
     options = {"num_warps": launch.warps} | (
         {} if backend == "hip" else {"num_stages": launch.stages}

@@ -135,9 +135,7 @@ def test_fp32_with_tf32_allowed_builds() -> None:
         assert code.count("F2FP.BF16") >= 200 and code.count("F2F.BF16") == 0
     # Behind a contraction of two pieces den is made by itself.
     shape = (2, 4096, 8, 256, 512)
-    rest = launches(
-        DEVICES[target], *shape, dtype=torch.float32, backward=False, precision="tf32"
-    )  # fmt: skip
+    rest = launches(DEVICES[target], *shape, dtype=torch.float32, backward=False, precision="tf32")
     (den,) = [x for x in rest if dict(x.constants).get("PRECISION")]
     assert dict(den.constants)["PRECISION"] == "tf32x3"
     check(den, target, STACK[target])
@@ -179,11 +177,26 @@ def test_short_documents_keep_no_states() -> None:
 
     def kept(documents: int, ends: bool = False) -> float:
         spec = CallSpec(
-            B=1, T=65536, H=16, K=128, V=256, N=documents, packed=True, dtype=torch.bfloat16,
-            gate_dtypes=(torch.float32,) * 2, device=torch.device("meta"), initial_state=False,
-            scale=1.0, input_gate="exp", sigmoid_f=True, normalize=True, final_state=ends,
-            needs_grad=True, backend="triton", precision="ieee",
-        )  # fmt: skip
+            B=1,
+            T=65536,
+            H=16,
+            K=128,
+            V=256,
+            N=documents,
+            packed=True,
+            dtype=torch.bfloat16,
+            gate_dtypes=(torch.float32,) * 2,
+            device=torch.device("meta"),
+            initial_state=False,
+            scale=1.0,
+            input_gate="exp",
+            sigmoid_f=True,
+            normalize=True,
+            final_state=ends,
+            needs_grad=True,
+            backend="triton",
+            precision="ieee",
+        )
         return 4 * math.prod(kernels.saved_shape(spec, ends)) / 2**20
 
     with mock.patch("tfla.kernels.grid.device_of", lambda _: DEVICES["cuda", 90]):
@@ -218,9 +231,18 @@ def test_a_step_builds(target: tuple[str, int | str], B: int, gate: str, state: 
         mock.patch.object(step, "device_of", lambda _: DEVICES[target]),
     ):
         step.update(
-            q, k, v, i, f, new(B, H, K, V, of=state), n if kind.normalize else None,
-            m if kind.normalize else None, None, 1.0, Activations(gate, True),
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            i,
+            f,
+            new(B, H, K, V, of=state),
+            n if kind.normalize else None,
+            m if kind.normalize else None,
+            None,
+            1.0,
+            Activations(gate, True),
+        )
     (launch,) = seen
     check(launch, target, STACK[target])
     if target == ("cuda", 90):

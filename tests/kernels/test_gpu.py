@@ -146,9 +146,16 @@ def test_packed(gate: str, lengths: tuple[int, ...], states: tuple[bool, bool]) 
     checks.check_against_recurrence(case)
 
 
-@pytest.mark.parametrize("values", [
-    [0, 300, 650], [40, 300, 650], [0, 650, 300, 700], [-5, 100, 9000], [700, 300, 0],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0, 300, 650],
+        [40, 300, 650],
+        [0, 650, 300, 700],
+        [-5, 100, 9000],
+        [700, 300, 0],
+    ],
+)
 @pytest.mark.parametrize("states", [False, True])
 @pytest.mark.parametrize("gate", GATES)
 def test_offsets_that_no_host_has_read(gate: str, states: bool, values: list[int]) -> None:
@@ -166,9 +173,13 @@ def test_offsets_that_no_host_has_read(gate: str, states: bool, values: list[int
         memory = memory if gate == "exp" else [memory[0], None, None]  # type: ignore[list-item]
         leaves = [x.detach().requires_grad_() for x in inputs]
         h, end = tfla.mlstm(
-            *leaves, input_gate=gate, cu_seqlens=cu, output_final_state=states, backend="triton",
+            *leaves,
+            input_gate=gate,
+            cu_seqlens=cu,
+            output_final_state=states,
+            backend="triton",
             initial_state=tfla.State(*memory) if states else None,
-        )  # fmt: skip
+        )
         assert end is None or all(s.isfinite().all() for s in end if s is not None)
         return [h.detach(), *torch.autograd.grad(h.float().square().sum(), leaves)]
 
@@ -191,9 +202,17 @@ def test_rows_that_do_not_exist(normalize: bool) -> None:
     memory = [None if s is None else s.clone() for s in state]
     slots = torch.tensor([[4, 0], [-1, 0], [6, 0]], device="cuda")[:, 0]
     h, _ = tfla.mlstm_step(
-        q, k, v, i, f, tfla.State(*memory), normalize=normalize, inplace=True, slots=slots,
+        q,
+        k,
+        v,
+        i,
+        f,
+        tfla.State(*memory),
+        normalize=normalize,
+        inplace=True,
+        slots=slots,
         backend="triton",
-    )  # fmt: skip
+    )
     assert h[0].isfinite().all() and h[1:].isnan().all()
     for s, before in zip(memory, state, strict=True):
         assert s is None or torch.equal(s[[0, 1, 2, 3, 5]], before[[0, 1, 2, 3, 5]])

@@ -101,9 +101,16 @@ else:
             zeros = torch.zeros(1, T, H, K)
             with planned(divides=divides):
                 x = Inputs(
-                    zeros, zeros, zeros, i, f, torch.zeros(len(lengths), H, K, K),
-                    torch.zeros(len(lengths), H, K), m, cu_seqlens,
-                )  # fmt: skip
+                    zeros,
+                    zeros,
+                    zeros,
+                    i,
+                    f,
+                    torch.zeros(len(lengths), H, K, K),
+                    torch.zeros(len(lengths), H, K),
+                    m,
+                    cu_seqlens,
+                )
                 options = Options(0.5, "exp", True, True, True, True, "triton", "ieee")
                 grid = kernels.gate_weights(x, CallSpec.of(x, options), True)
             assert (grid.undivided is None) != divides
@@ -180,8 +187,13 @@ else:
         with planned():
             for final in (False, True):
                 leaves = [y.clone().requires_grad_() for y in x]
-                h, _ = tfla.mlstm(*leaves, input_gate=gate, cu_seqlens=ends, backend="triton",
-                                  output_final_state=final)  # fmt: skip
+                h, _ = tfla.mlstm(
+                    *leaves,
+                    input_gate=gate,
+                    cu_seqlens=ends,
+                    backend="triton",
+                    output_final_state=final,
+                )
                 found.append([h, *torch.autograd.grad(h, leaves, dh)])
         assert found[0][5][:, ends[:-1]].abs().max() < 1e-30  # df where a document begins
         # fp32 in other chunks: 1e-6 of values of up to 20; a leak would be of their size.

@@ -238,14 +238,19 @@ def packed(compiled: Any, values: list[Any] | None = None) -> Any:
 @pytest.mark.parametrize(
     "metadata",
     [
-        {"num_ctas": 2}, {"launch_pdl": True}, {"launch_cooperative_grid": True},
-        {"profile_scratch_size": 64}, {"instrumentation_mode": "gsan"},
-        {"cluster_dims": (2, 1, 1)}, {"tensordesc_meta": [{}]}, {"name": "another"},
+        {"num_ctas": 2},
+        {"launch_pdl": True},
+        {"launch_cooperative_grid": True},
+        {"profile_scratch_size": 64},
+        {"instrumentation_mode": "gsan"},
+        {"cluster_dims": (2, 1, 1)},
+        {"tensordesc_meta": [{}]},
+        {"name": "another"},
         *({name: GONE} for name in ("num_ctas", "launch_pdl", "launch_cooperative_grid")),
         *({name: GONE} for name in ("target", "name", "profile_scratch_size", "shared")),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_launch_with_attributes_is_left_to_triton(weights: Any, metadata: dict[str, Any]) -> None:
     assert packed(Compiled(weights)) is not None
     assert packed(Compiled(weights, **metadata)) is None
@@ -321,9 +326,11 @@ def allocator() -> Any:
 def patched(kernel: Counted) -> Any:
     stack = contextlib.ExitStack()
     for name, value in (
-        ("pack_launch", kernel.packed), ("_stream", lambda index: 7), ("_compiled", {}),
+        ("pack_launch", kernel.packed),
+        ("_stream", lambda index: 7),
+        ("_compiled", {}),
         ("_tapes", {}),
-    ):  # fmt: skip
+    ):
         stack.enter_context(mock.patch.object(host, name, value))
     return stack
 

@@ -88,11 +88,18 @@ else:
     @pytest.mark.parametrize(
         ("T", "values"),
         [
-            (24, [0, 8, 16]), (24, [5, 8, 16]), (24, [0, 16, 8, 24]), (24, [-3, 8, 99]),
-            (24, [30, -2, 50]), (24, [16, 8, 0]), (150, [0, 70, 130]), (150, [66, 10, 140, 140]),
-            (70, [2**40, -(2**40), 7]), (70, [0, 0, 0]),
+            (24, [0, 8, 16]),
+            (24, [5, 8, 16]),
+            (24, [0, 16, 8, 24]),
+            (24, [-3, 8, 99]),
+            (24, [30, -2, 50]),
+            (24, [16, 8, 0]),
+            (150, [0, 70, 130]),
+            (150, [66, 10, 140, 140]),
+            (70, [2**40, -(2**40), 7]),
+            (70, [0, 0, 0]),
         ],
-    )  # fmt: skip
+    )
     def test_values_that_no_host_has_read(
         T: int, values: list[int], states: bool, input_gate: str, normalize: bool
     ) -> None:
@@ -100,9 +107,11 @@ else:
 
     @settings(max_examples=12)
     @given(
-        st.integers(1, 50), st.lists(st.integers(-20, 70), min_size=2, max_size=6), st.booleans(),
+        st.integers(1, 50),
+        st.lists(st.integers(-20, 70), min_size=2, max_size=6),
+        st.booleans(),
         st.sampled_from([True, False]),
-    )  # fmt: skip
+    )
     @example(1, [1, 0], True, True)
     def test_any_values(T: int, values: list[int], states: bool, normalize: bool) -> None:
         check(values, T, states, normalize)
@@ -153,10 +162,13 @@ else:
 
         def call(cu: Tensor) -> Tensor:
             h, end = tfla.mlstm(
-                *leaves, input_gate=input_gate, cu_seqlens=cu, backend="triton",
+                *leaves,
+                input_gate=input_gate,
+                cu_seqlens=cu,
+                backend="triton",
                 initial_state=tfla.State(*memory) if states else None,
                 output_final_state=bool(states),
-            )  # fmt: skip
+            )
             return h if end is None else h + end.C.sum()
 
         torch._dynamo.reset()
@@ -243,12 +255,16 @@ else:
 
         def run(backend: str) -> list[Tensor]:
             h, end = tfla.mlstm(
-                *low, input_gate=input_gate, initial_state=state, output_final_state=True,
+                *low,
+                input_gate=input_gate,
+                initial_state=state,
+                output_final_state=True,
                 backend=backend,
-            )  # fmt: skip
+            )
             assert h.dtype == torch.bfloat16 and end.C.dtype == torch.float32
-            token = tfla.mlstm_step(*(t[:, 0] for t in low), state, input_gate=input_gate,
-                                    backend=backend)[0]  # fmt: skip
+            token = tfla.mlstm_step(
+                *(t[:, 0] for t in low), state, input_gate=input_gate, backend=backend
+            )[0]
             loss = h.float().square().sum() + token.float().sum()
             return [h, end.C, token, *torch.autograd.grad(loss, low)]
 

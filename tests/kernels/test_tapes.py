@@ -71,9 +71,13 @@ if not INTERPRETED:
         leaves = [t for t in (*x, C, n, m) if t is not None]
         state = None if C is None else tfla.State(C, n, m)
         h, end = tfla.mlstm(
-            *x, input_gate=gate, initial_state=state, output_final_state=final, backend="triton",
+            *x,
+            input_gate=gate,
+            initial_state=state,
+            output_final_state=final,
+            backend="triton",
             cu_seqlens=cu_seqlens,
-        )  # fmt: skip
+        )
         outs = [h] if end is None else [h, end.C]
         grads = torch.autograd.grad(outs, leaves, [dh, *(torch.ones_like(t) for t in outs[1:])])
         return [*outs, *grads]
@@ -118,9 +122,12 @@ if not INTERPRETED:
         with contextlib.ExitStack() as stack:
             device = DEVICES["cuda", 90]
             for name, value in (
-                ("host._compiled", log), ("host._tapes", {}), ("host._stream", lambda index: 7),
-                ("grid._plans", {}), ("grid.device_of", lambda x: device),
-            ):  # fmt: skip
+                ("host._compiled", log),
+                ("host._tapes", {}),
+                ("host._stream", lambda index: 7),
+                ("grid._plans", {}),
+                ("grid.device_of", lambda x: device),
+            ):
                 stack.enter_context(mock.patch(f"tfla.kernels.{name}", value))
             stack.enter_context(mock.patch("tfla.checks.why_not_triton", lambda q: None))
             # `Kept` is to see what the operators do, and not them.
@@ -220,9 +227,16 @@ else:
         return sum(isinstance(found, host._Tape) for found in shelf.values())
 
     def problem(
-        seed: int, T: int = 40, B: int = 1, H: int = 1, K: int = 12, V: int = 20, N: int = 0,
-        dtype: torch.dtype = torch.float32, gate_dtype: torch.dtype = torch.float32,
-    ) -> list[Tensor]:  # fmt: skip
+        seed: int,
+        T: int = 40,
+        B: int = 1,
+        H: int = 1,
+        K: int = 12,
+        V: int = 20,
+        N: int = 0,
+        dtype: torch.dtype = torch.float32,
+        gate_dtype: torch.dtype = torch.float32,
+    ) -> list[Tensor]:
         """q, k, v, i, f, dh, and with N the state and its cotangent (C, n, m, dC, dn)."""
         g = torch.Generator().manual_seed(seed)
 
@@ -246,9 +260,13 @@ else:
             cotangents += x[9 : 11 if gate == "exp" else 10]
             state = tfla.State(*start) if gate == "exp" else tfla.State(*start, None, None)
         h, end = tfla.mlstm(
-            *leaves[:5], input_gate=gate, initial_state=state, backend="triton",
-            output_final_state=state is not None, **options,
-        )  # fmt: skip
+            *leaves[:5],
+            input_gate=gate,
+            initial_state=state,
+            backend="triton",
+            output_final_state=state is not None,
+            **options,
+        )
         out = [h] if end is None else [h, *(t for t in end[:2] if t is not None)]
         grads = torch.autograd.grad(out, leaves, cotangents)
         return [*out, *([] if end is None or end.m is None else [end.m]), *grads]
@@ -400,9 +418,20 @@ else:
         def function(options: Any, x: Tensor) -> tuple[Tensor]:
             y = torch.empty_like(x)
             host.launch(
-                gates._weights_kernel, (1,), (4, 2), (x, x, None, None, y, y), *[0] * 6, 1, 1, 1,
-                1.0, L=16, LOG_I=gates.FORMS["exp"].log_i, SIGMOID_F=False, PACKED=False,
-            )  # fmt: skip
+                gates._weights_kernel,
+                (1,),
+                (4, 2),
+                (x, x, None, None, y, y),
+                *[0] * 6,
+                1,
+                1,
+                1,
+                1.0,
+                L=16,
+                LOG_I=gates.FORMS["exp"].log_i,
+                SIGMOID_F=False,
+                PACKED=False,
+            )
             calls.append(1)
             with contextlib.suppress(RuntimeError):  # of the truth of many numbers
                 return (other(x, y),)

@@ -109,9 +109,15 @@ def everything(
 def truth(gate: str, lengths: tuple[int, ...] | None = None) -> Callable[..., object]:
     def run(q, k, v, i, f, memory):  # type: ignore[no-untyped-def]
         return oracle.linear_attention(
-            q, k, v, F.logsigmoid(f), LOG_I[gate](i), memory=oracle.Memory(*memory),
-            normalize=gates.INPUT_GATES[gate].normalize, lengths=lengths,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            F.logsigmoid(f),
+            LOG_I[gate](i),
+            memory=oracle.Memory(*memory),
+            normalize=gates.INPUT_GATES[gate].normalize,
+            lengths=lengths,
+        )
 
     return run
 
@@ -129,9 +135,16 @@ def test_a_toy_gate_forward_and_backward(gate: str) -> None:
 
     def run(q, k, v, i, f, memory):  # type: ignore[no-untyped-def]
         return tfla.mlstm(
-            q, k, v, i, f, input_gate=gate, initial_state=tfla.State(*memory),
-            output_final_state=True, backend=BACKEND,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            i,
+            f,
+            input_gate=gate,
+            initial_state=tfla.State(*memory),
+            output_final_state=True,
+            backend=BACKEND,
+        )
 
     assert_same(everything(p, DTYPE, run), everything(p, torch.float64, truth(gate)))
 
@@ -144,9 +157,17 @@ def test_a_toy_gate_over_packed_sequences(gate: str) -> None:
 
     def run(q, k, v, i, f, memory):  # type: ignore[no-untyped-def]
         return tfla.mlstm(
-            q, k, v, i, f, input_gate=gate, initial_state=tfla.State(*memory),
-            output_final_state=True, cu_seqlens=offsets, backend=BACKEND,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            i,
+            f,
+            input_gate=gate,
+            initial_state=tfla.State(*memory),
+            output_final_state=True,
+            cu_seqlens=offsets,
+            backend=BACKEND,
+        )
 
     assert_same(everything(p, DTYPE, run), everything(p, torch.float64, truth(gate, lengths)))
     # Without states sequences may be computed as one.
@@ -155,9 +176,12 @@ def test_a_toy_gate_over_packed_sequences(gate: str) -> None:
     grads = torch.autograd.grad(h, leaves, p.dh.to(DTYPE))
     plain = [x.clone().requires_grad_() for x in p.inputs]
     right, _ = oracle.linear_attention(
-        *plain[:3], F.logsigmoid(plain[4]), LOG_I[gate](plain[3]), lengths=lengths,
+        *plain[:3],
+        F.logsigmoid(plain[4]),
+        LOG_I[gate](plain[3]),
+        lengths=lengths,
         normalize=gates.INPUT_GATES[gate].normalize,
-    )  # fmt: skip
+    )
     found = [x.detach().double() for x in (h, *grads)]
     assert_same(found, [right.detach(), *torch.autograd.grad(right, plain, p.dh)])
 

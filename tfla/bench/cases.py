@@ -176,9 +176,15 @@ def _nxai(name: str, function: str, kernel: str, *, chunk: int, **fields: Any) -
 
     pip = "pip install mlstm_kernels (NXAI Community License)"
     return Implementation(
-        f"mlstm_kernels {name}", function, call, "mlstm_kernels", pip, heads_first=True,
-        multiple=chunk, **fields,
-    )  # fmt: skip
+        f"mlstm_kernels {name}",
+        function,
+        call,
+        "mlstm_kernels",
+        pip,
+        heads_first=True,
+        multiple=chunk,
+        **fields,
+    )
 
 
 def _fla(name: str, function: str, path: str, *, note: str, **fields: Any) -> Implementation:
@@ -210,8 +216,9 @@ def _ssd(x: Leaves) -> Tensor:
 
 _HEADS = "other heads for the same number of channels"
 _HALF: dict[str, Any] = {
-    "detached": True, "note": "its backward leaves out the gradient of the normaliser"
-}  # fmt: skip
+    "detached": True,
+    "note": "its backward leaves out the gradient of the normaliser",
+}
 _CPU: dict[str, Any] = {"devices": ("cpu",), "note": "its plain PyTorch form, for CPUs"}
 _XL = {"exp": "chunkwise--triton_xl_chunk", "sigmoid": "chunkwise--triton_xl_chunk_siging"}
 
@@ -229,11 +236,14 @@ IMPLEMENTATIONS: list[Implementation] = [
     _attention("attention cudnn", "cuda", SDPBackend.CUDNN_ATTENTION),
     _attention("attention flash", "cuda", SDPBackend.FLASH_ATTENTION),
     Implementation(
-        "mamba2 ssd", "ssd", _ssd, "mamba_ssm",
+        "mamba2 ssd",
+        "ssd",
+        _ssd,
+        "mamba_ssm",
         "pip install mamba-ssm --no-build-isolation (compiles, needs nvcc)",
         note=f"heads of 64, state 128, one group; {_HEADS}",
     ),
-]  # fmt: skip
+]
 
 
 def chosen(peers: str) -> list[Implementation]:
@@ -255,8 +265,9 @@ def with_chunks(implementations: list[Implementation], chunks: list[int]) -> lis
             if x.name.startswith("mlstm_kernels xl"):
                 other = replace(
                     _nxai("", x.function, _XL[x.function], chunk=chunk),
-                    detached=x.detached, note=x.note,
-                )  # fmt: skip
+                    detached=x.detached,
+                    note=x.note,
+                )
             if other is not x or x.ours:
                 found.append(replace(other, name=f"{x.name} @{chunk}", chunk=chunk))
     return found

@@ -197,9 +197,14 @@ def transfer(
     shape = Shape(1, tokens, 1, head_dim, head_dim)
     for name in VARIANTS:
         session.add(
-            "transfer", shape, [name], study="gain", input_gates=gates[0], forget_gates=gates[1],
+            "transfer",
+            shape,
+            [name],
+            study="gain",
+            input_gates=gates[0],
+            forget_gates=gates[1],
             epsilons=epsilons,
-        )  # fmt: skip
+        )
 
 
 @_measures_without("peers", "dtype", "repeats", "seconds")
@@ -224,9 +229,11 @@ def bias(
     of each gate, from one seed, on the same tokens.
     """
     model = {
-        "hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads,
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
         "norm_eps": eps,
-    }  # fmt: skip
+    }
     options = {"steps": steps, "context": context, "batch": batch, "lr": lr, "seed": seed}
     check_options(model, options)
     for path in paths or ():
@@ -408,9 +415,17 @@ class _Session:
     """The tasks of a command, and what is printed and written of them."""
 
     def __init__(
-        self, command: str, *, peers: str, dtype: str, repeats: int, seconds: float, limit: float,
-        device: str, out: Path,
-    ) -> None:  # fmt: skip
+        self,
+        command: str,
+        *,
+        peers: str,
+        dtype: str,
+        repeats: int,
+        seconds: float,
+        limit: float,
+        device: str,
+        out: Path,
+    ) -> None:
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -449,11 +464,16 @@ class _Session:
             raise RunError(f"the machine's own limits could not be measured: {first['reason']}")
         rows: list[dict[str, Any]] = []
         result = {
-            "format": report.FORMAT, "command": self.command, "tfla": tfla.__version__,
-            "commit": measure.commit(), "machine": first["machine"], "ceiling": first["ceiling"],
-            "options": self.options, "missing": {n: why for n, why in self.missing.items() if why},
+            "format": report.FORMAT,
+            "command": self.command,
+            "tfla": tfla.__version__,
+            "commit": measure.commit(),
+            "machine": first["machine"],
+            "ceiling": first["ceiling"],
+            "options": self.options,
+            "missing": {n: why for n, why in self.missing.items() if why},
             "rows": rows,
-        }  # fmt: skip
+        }
         print(report.head(result), flush=True)
         for why in dict.fromkeys(result["missing"].values()):
             names = [name for name, reason in result["missing"].items() if reason == why]

@@ -151,11 +151,14 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 def machine(device: torch.device) -> dict[str, Any]:
     """What a reader must know to judge or to repeat a number; no names of hosts or people."""
     info: dict[str, Any] = {
-        "device": _cpu() if device.type == "cpu" else str(device), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(), "torch": torch.__version__,
+        "device": _cpu() if device.type == "cpu" else str(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "fp32_products": torch.get_float32_matmul_precision(),
-    }  # fmt: skip
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         info |= {

@@ -101,17 +101,29 @@ def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> 
     rows = p.B, p.T, p.H
     full = [new(*rows, of=torch.float32) for _ in "if"]
     x = Inputs(
-        q=new(*rows, p.K), k=new(*rows, p.K), v=new(*rows, p.V), i=full[0], f=full[1], C=None,
-        n=None, m=None, cu_seqlens=None,
-    )  # fmt: skip
+        q=new(*rows, p.K),
+        k=new(*rows, p.K),
+        v=new(*rows, p.V),
+        i=full[0],
+        f=full[1],
+        C=None,
+        n=None,
+        m=None,
+        cu_seqlens=None,
+    )
     dh = new(*rows, p.V)
     kind = input_gate(gate)
     with torch.no_grad(), _planned(device) as backend:
         options = Options(
-            scale=1.0, input_gate=kind.name, sigmoid_f=True, normalize=kind.normalize,
-            final_state=False, needs_grad=True,
-            backend=backend, precision=p.precision,
-        )  # fmt: skip
+            scale=1.0,
+            input_gate=kind.name,
+            sigmoid_f=True,
+            normalize=kind.normalize,
+            final_state=False,
+            needs_grad=True,
+            backend=backend,
+            precision=p.precision,
+        )
         spec = CallSpec.of(x, options)
         tokens = x.q, x.k, x.v, x.i, x.f
         with _Allocations(*tokens) as forward:

@@ -19,14 +19,22 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours and neighbours of them; ours blue, attention orange, as elsewhere.
 COLOURS = {
-    "tfla exp": "#0072B2", "tfla sigmoid": "#56B4E9",
-    "mlstm_kernels xl exp": "#009E73", "mlstm_kernels xl sigmoid": "#7BC8A4",
-    "mlstm_kernels limit exp": "#00573F", "mlstm_kernels torch exp": "#4D7F3A",
+    "tfla exp": "#0072B2",
+    "tfla sigmoid": "#56B4E9",
+    "mlstm_kernels xl exp": "#009E73",
+    "mlstm_kernels xl sigmoid": "#7BC8A4",
+    "mlstm_kernels limit exp": "#00573F",
+    "mlstm_kernels torch exp": "#4D7F3A",
     "mlstm_kernels step exp": "#009E73",
-    "fla simple_gla": "#CC79A7", "fla gla": "#882255", "fla lightning": "#AA4499",
-    "fla torch simple_gla": "#E5A8CB", "mamba2 ssd": "#555555",
-    "attention": "#D55E00", "attention cudnn": "#D55E00", "attention flash": "#E69F00",
-}  # fmt: skip
+    "fla simple_gla": "#CC79A7",
+    "fla gla": "#882255",
+    "fla lightning": "#AA4499",
+    "fla torch simple_gla": "#E5A8CB",
+    "mamba2 ssd": "#555555",
+    "attention": "#D55E00",
+    "attention cudnn": "#D55E00",
+    "attention flash": "#E69F00",
+}
 LIMIT = "#222222"
 BIAS_COLOURS = ("#D55E00", "#E69F00", "#009E73", "#332288", "#CC79A7", "#555555")
 LINES = ("solid", "dashed", "dashdot", "dotted")
@@ -161,9 +169,15 @@ def _errors(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
         for marker, fill, label in (("o", _colour(name), "h"), ("D", "white", "worst gradient")):
             worst = max(e for errors in found for n, e in errors if (n == "h") == (label == "h"))
             ax.plot(
-                worst, place, marker, color=_colour(name), markersize=9, markerfacecolor=fill,
-                markeredgewidth=2, label=label if place == len(names) - 1 else None,
-            )  # fmt: skip
+                worst,
+                place,
+                marker,
+                color=_colour(name),
+                markersize=9,
+                markerfacecolor=fill,
+                markeredgewidth=2,
+                label=label if place == len(names) - 1 else None,
+            )
     limit = check.bound("h", DTYPES[rows[0]["dtype"]])
     ax.axvline(limit, color=LIMIT, ls="--", label=f"bound for ours: {limit:.1e}")
     limit = check.bound("df", DTYPES[rows[0]["dtype"]])
@@ -225,9 +239,13 @@ def _borders(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
             gain = ([row["before"]] + row["after"])[number][index]
             style = "-" if "not" in row["implementation"] else "--"
             ax.plot(
-                row["i"], gain, color=COLOURS[_plain(row)], linestyle=style, linewidth=2.4,
+                row["i"],
+                gain,
+                color=COLOURS[_plain(row)],
+                linestyle=style,
+                linewidth=2.4,
                 label=_gate_and_norm(row),
-            )  # fmt: skip
+            )
             if "expected" in row:
                 exact = row["expected"][index]
                 if number:
@@ -277,9 +295,14 @@ def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
 
 
 def rooflines(
-    kernels: Sequence[roofline.Kernel], machine: roofline.Machine, dtype: str, K: int, V: int,
-    L: int | None, path: Path,
-) -> list[Path]:  # fmt: skip
+    kernels: Sequence[roofline.Kernel],
+    machine: roofline.Machine,
+    dtype: str,
+    K: int,
+    V: int,
+    L: int | None,
+    path: Path,
+) -> list[Path]:
     """Left: each scan of the plan under the machine's roof. Right: intensity over the chunk of the
     paper's scheme, with its best chunk, beside ours."""
     figure, [[left, right]] = _panels(1, 2)
@@ -309,9 +332,7 @@ def rooflines(
     if L is not None:
         forward = next(k for k in kernels if k.name == "h")
         text = f"our h: chunk {L}, state on chip"
-        right.plot(
-            L, forward.intensity, "s", color=COLOURS["tfla exp"], markersize=9, label=text
-        )  # fmt: skip
+        right.plot(L, forward.intensity, "s", color=COLOURS["tfla exp"], markersize=9, label=text)
     right.axhline(ridge, color=LIMIT, ls="--", label=f"the machine: {ridge:,.0f} FLOP/byte")
     right.set_xscale("log", base=2)
     right.set_xticks(chunks, [str(chunk) for chunk in chunks])
@@ -348,10 +369,15 @@ def _curves(ax: Axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
         points = sorted((x(r), report.median(r) or 0) for r in rows if r["implementation"] == name)
         ours, style = name.startswith("tfla"), ":" if "graph" in name else "-"
         ax.plot(
-            *zip(*points, strict=True), color=_colour(name.split(",")[0]), linestyle=style,
-            marker="o" if ours else "s", markersize=6, linewidth=2.6 if ours else 1.6, label=name,
+            *zip(*points, strict=True),
+            color=_colour(name.split(",")[0]),
+            linestyle=style,
+            marker="o" if ours else "s",
+            markersize=6,
+            linewidth=2.6 if ours else 1.6,
+            label=name,
             zorder=3 if ours else 2,
-        )  # fmt: skip
+        )
 
 
 def _plain_log(ax: Axes, which: str = "y") -> None:

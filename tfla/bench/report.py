@@ -17,23 +17,53 @@ from tfla.xlstm.files import RunError
 FORMAT = 1
 COLUMNS = {
     "kernels": [
-        "", "ms", "± %", "TFLOP/s", "GB/s", "% bytes\nlimit", "% arith\nlimit", "peak\nMiB",
-        "host\nµs", "first\ns", "error\nh", "error\ngrads",
+        "",
+        "ms",
+        "± %",
+        "TFLOP/s",
+        "GB/s",
+        "% bytes\nlimit",
+        "% arith\nlimit",
+        "peak\nMiB",
+        "host\nµs",
+        "first\ns",
+        "error\nh",
+        "error\ngrads",
     ],
     "decode": ["", "ms", "± %", "GB/s", "% bytes\nlimit", "host\nµs", "error\nh"],
     "model": [
-        "", "ms", "± %", "tokens/s", "TFLOP/s", "% arith\nlimit", "% bytes\nlimit", "peak\nMiB",
+        "",
+        "ms",
+        "± %",
+        "tokens/s",
+        "TFLOP/s",
+        "% arith\nlimit",
+        "% bytes\nlimit",
+        "peak\nMiB",
     ],
     "bias": [
-        "", "bias of i", "ms a step", "norm\nfirst 10", "norm\nlargest", "loss\nfirst",
-        "loss\nlast", "held-out\nbits/byte",
+        "",
+        "bias of i",
+        "ms a step",
+        "norm\nfirst 10",
+        "norm\nlargest",
+        "loss\nfirst",
+        "loss\nlast",
+        "held-out\nbits/byte",
     ],
     "transfer": ["", "s a draw", "draws", "error\nh", "standard\nerror %", "off\n%", "border"],
-}  # fmt: skip
+}
 ROOFLINE_COLUMNS = [
-    "kernel", "launches", "GFLOP", "MB", "MB via\nL2", "FLOP/\nbyte", "ms by\nbytes",
-    "ms by\narith", "bound by",
-]  # fmt: skip
+    "kernel",
+    "launches",
+    "GFLOP",
+    "MB",
+    "MB via\nL2",
+    "FLOP/\nbyte",
+    "ms by\nbytes",
+    "ms by\narith",
+    "bound by",
+]
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
@@ -156,19 +186,28 @@ def _transfer_cells(row: Row, ms: float) -> list[str]:
     borders = [transfer.border(row["i"], gain[index]) for gain in row["after"]]
     errors = row["errors"]["h"], row.get("standard_error"), row.get("expected_off")
     return [
-        row["implementation"], _three(ms / 1e3), str(row["draws"]), _number(errors[0], 1, ".0e"),
-        _number(errors[1], 100, ".1f"), _number(errors[2], 100, ".1f"),
+        row["implementation"],
+        _three(ms / 1e3),
+        str(row["draws"]),
+        _number(errors[0], 1, ".0e"),
+        _number(errors[1], 100, ".1f"),
+        _number(errors[2], 100, ".1f"),
         " | ".join(_number(x, 1, ".1f") for x in borders),
-    ]  # fmt: skip
+    ]
 
 
 def _bias_cells(row: Row, ms: float) -> list[str]:
     norms, loss = row["gradient_norm"], row["loss"]
     return [
-        row["implementation"], f"{row['bias']:g}", _three(ms),
-        _three(statistics.median(norms[:10])), _three(max(norms)), _three(loss[0]),
-        _three(statistics.median(loss[-10:])), _number(row.get("bits_per_byte"), 1, ".3f"),
-    ]  # fmt: skip
+        row["implementation"],
+        f"{row['bias']:g}",
+        _three(ms),
+        _three(statistics.median(norms[:10])),
+        _three(max(norms)),
+        _three(loss[0]),
+        _three(statistics.median(loss[-10:])),
+        _number(row.get("bits_per_byte"), 1, ".3f"),
+    ]
 
 
 def shown_forget_gate(row: Row) -> tuple[int, float]:

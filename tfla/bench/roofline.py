@@ -199,8 +199,11 @@ def reference_kernels(p: Problem, normalize: bool) -> list[Kernel]:
     found = []
     for name, A, X in (
         *([("nu", p.K, 1)] if normalize else []),
-        ("h", p.K, p.V), ("dv", p.K, p.V), ("dq", p.V, p.K), ("dk", p.V, p.K),
-    ):  # fmt: skip
+        ("h", p.K, p.V),
+        ("dv", p.K, p.V),
+        ("dq", p.V, p.K),
+        ("dk", p.V, p.K),
+    ):
         moved = 2 * (2 * A + X) + 3 * (A + X) + 8 * L + 6 * A * X // L + 5 * X
         moved *= tokens * FP32
         backward = name not in ("nu", "h")

@@ -61,17 +61,29 @@ def cost(config: XLSTMConfig, gpus: int, tokens: int, machine: Machine) -> Cost:
 
 
 COLUMNS = [
-    "GPUs", "shards ms", "of step", "exchange MB", "exchange ms", "of layer", "GB a GPU", "tokens"
-]  # fmt: skip
+    "GPUs",
+    "shards ms",
+    "of step",
+    "exchange MB",
+    "exchange ms",
+    "of layer",
+    "GB a GPU",
+    "tokens",
+]
 
 
 def cells(costs: list[Cost], tokens: int) -> list[list[str]]:
     """Rows of a table."""
     return [
         [
-            f"{c.gpus:,}", f"{c.shards * 1e3:.1f}", f"{c.shards / c.compute:.1%}",
-            f"{c.exchange_bytes / 1e6:,.1f}", f"{c.exchange * 1e3:.2f}",
-            f"{c.exchange / c.layer:.1%}", f"{c.memory / 1e9:.1f}", f"{c.gpus * tokens:,}",
+            f"{c.gpus:,}",
+            f"{c.shards * 1e3:.1f}",
+            f"{c.shards / c.compute:.1%}",
+            f"{c.exchange_bytes / 1e6:,.1f}",
+            f"{c.exchange * 1e3:.2f}",
+            f"{c.exchange / c.layer:.1%}",
+            f"{c.memory / 1e9:.1f}",
+            f"{c.gpus * tokens:,}",
         ]
         for c in costs
-    ]  # fmt: skip
+    ]

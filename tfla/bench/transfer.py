@@ -176,9 +176,14 @@ def _cell(variant: Variant, inputs: Sequence[Tensor], i: Sequence[float], f: flo
     gates = torch.tensor(i, dtype=torch.float32, device=q.device).expand(q.shape[:3])
     gate, normalize = variant
     return tfla.mlstm(
-        q, k, v, gates, torch.full_like(gates, f),
-        input_gate=gate, normalize=normalize,  # type: ignore[arg-type]
-    )[0]  # fmt: skip
+        q,
+        k,
+        v,
+        gates,
+        torch.full_like(gates, f),
+        input_gate=gate,
+        normalize=normalize,  # type: ignore[arg-type]
+    )[0]
 
 
 def _grid(task: Task, variant: Variant, inputs: Sequence[Tensor]) -> Tensor:

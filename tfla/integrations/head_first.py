@@ -20,24 +20,48 @@ CLOSED = 1e4  # a gate at +-1e4 passes exactly 1 or exactly 0, in any floating d
 
 
 def sequence(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c: Tensor | None = None,
-    n: Tensor | None = None, m: Tensor | None = None, *, input_gate: InputGate = "exp",
-    normalize: bool = True, states: bool = True,
-) -> tuple[Tensor, States | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c: Tensor | None = None,
+    n: Tensor | None = None,
+    m: Tensor | None = None,
+    *,
+    input_gate: InputGate = "exp",
+    normalize: bool = True,
+    states: bool = True,
+) -> tuple[Tensor, States | None]:
     """``tfla.mlstm``: h (B, H, T, V), and with `states` (c, n, m) after the last token, in fp32."""
     h, after = tfla.mlstm(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), i.transpose(1, 2),
-        f.transpose(1, 2), input_gate=input_gate, normalize=normalize,
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        i.transpose(1, 2),
+        f.transpose(1, 2),
+        input_gate=input_gate,
+        normalize=normalize,
         initial_state=None if c is None else _state(c, n, m, normalize, q),
         output_final_state=states,
-    )  # fmt: skip
+    )
     return h.transpose(1, 2), None if after is None else _three(after, n, m)
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c: Tensor, n: Tensor, m: Tensor, *,
-    input_gate: InputGate = "exp", normalize: bool = True, inplace: bool = False,
-) -> tuple[Tensor, States]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c: Tensor,
+    n: Tensor,
+    m: Tensor,
+    *,
+    input_gate: InputGate = "exp",
+    normalize: bool = True,
+    inplace: bool = False,
+) -> tuple[Tensor, States]:
     """``tfla.mlstm_step``: q, k (B, H, K), v (B, H, V), i, f (B, H, 1); h (B, H, V) and the states.
 
     `inplace` updates c, n and m where they lie, if their dtypes allow it, and returns them.
@@ -49,9 +73,16 @@ def step(
     if not inplace:
         state = _state(c, n, m, normalize, q, low=True)
     h, after = tfla.mlstm_step(
-        q, k, v, i[..., 0], f[..., 0], state, input_gate=input_gate, normalize=normalize,
+        q,
+        k,
+        v,
+        i[..., 0],
+        f[..., 0],
+        state,
+        input_gate=input_gate,
+        normalize=normalize,
         inplace=inplace,
-    )  # fmt: skip
+    )
     return h, (c, n, m) if inplace else _three(after, n, m)
 
 

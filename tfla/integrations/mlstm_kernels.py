@@ -78,11 +78,20 @@ def _replace(registry: MutableMapping[str, Any], name: str, function: Any) -> No
 
 
 def chunkwise_exp(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c_initial: Tensor | None = None,
-    n_initial: Tensor | None = None, m_initial: Tensor | None = None,
-    return_last_states: bool = False, eps: float = 1e-6, chunk_size: int = 64,
-    autocast_kernel_dtype: torch.dtype = torch.float32, **tuning: Any
-) -> Output:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None,
+    m_initial: Tensor | None = None,
+    return_last_states: bool = False,
+    eps: float = 1e-6,
+    chunk_size: int = 64,
+    autocast_kernel_dtype: torch.dtype = torch.float32,
+    **tuning: Any,
+) -> Output:
     """h (B, H, T, V), or h and (c, n, m), of the mLSTM with exponential input gate."""
     h, states = _run(
         (q, k, v, i, f, c_initial, n_initial, m_initial),
@@ -93,11 +102,21 @@ def chunkwise_exp(
 
 
 def chunkwise_siging(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c_initial: Tensor | None = None,
-    n_initial: Tensor | None = None, m_initial: Tensor | None = None,
-    return_last_states: bool = False, eps: float = 1e-6, normalize: bool = True,
-    chunk_size: int = 64, autocast_kernel_dtype: torch.dtype = torch.float32, **tuning: Any
-) -> Output:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None,
+    m_initial: Tensor | None = None,
+    return_last_states: bool = False,
+    eps: float = 1e-6,
+    normalize: bool = True,
+    chunk_size: int = 64,
+    autocast_kernel_dtype: torch.dtype = torch.float32,
+    **tuning: Any,
+) -> Output:
     """h (B, H, T, V), or h and (c, n), of the mLSTM with sigmoid input gate.
 
     There is no m: c and n are in the gauge m = 0.
@@ -105,9 +124,12 @@ def chunkwise_siging(
     if c_initial is not None:
         m_initial = torch.zeros_like(c_initial[..., 0, :1], dtype=torch.float32)
     h, states = _run(
-        (q, k, v, i, f, c_initial, n_initial, m_initial), autocast_kernel_dtype,
-        states=return_last_states, input_gate="sigmoid", normalize=normalize,
-    )  # fmt: skip
+        (q, k, v, i, f, c_initial, n_initial, m_initial),
+        autocast_kernel_dtype,
+        states=return_last_states,
+        input_gate="sigmoid",
+        normalize=normalize,
+    )
     if states is None:
         return h
     c, n, m = states
@@ -115,11 +137,19 @@ def chunkwise_siging(
 
 
 def sequence(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c_initial: Tensor | None = None,
-    n_initial: Tensor | None = None, m_initial: Tensor | None = None,
-    return_last_states: bool = False, eps: float = 1e-6, dtype_state: torch.dtype = torch.float32,
-    **tuning: Any
-) -> Output:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None,
+    m_initial: Tensor | None = None,
+    return_last_states: bool = False,
+    eps: float = 1e-6,
+    dtype_state: torch.dtype = torch.float32,
+    **tuning: Any,
+) -> Output:
     """As ``chunkwise_exp``; c and n come back in dtype_state."""
     h, states = head_first.sequence(
         q, k, v, i, f, c_initial, n_initial, m_initial, states=return_last_states
@@ -128,9 +158,18 @@ def sequence(
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, c: Tensor, n: Tensor, m: Tensor,
-    eps: float = 1e-6, dtype_state: torch.dtype = torch.float32, **tuning: Any
-) -> tuple[Tensor, head_first.States]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c: Tensor,
+    n: Tensor,
+    m: Tensor,
+    eps: float = 1e-6,
+    dtype_state: torch.dtype = torch.float32,
+    **tuning: Any,
+) -> tuple[Tensor, head_first.States]:
     """One token: q, k (B, H, K), v (B, H, V), i, f (B, H, 1). c, n come back in dtype_state."""
     h, states = head_first.step(q, k, v, i, f, c, n, m)
     return h, _in(dtype_state, states)
@@ -143,16 +182,23 @@ class _Inference:
         self.before = before
 
     def __call__(
-        self, mlstm_chunkwise_kernel: Callable[..., Any], mlstm_sequence_kernel: Callable[..., Any],
-        mlstm_step_kernel: Callable[..., Any], return_last_states: bool = True,
-        dtype_state: torch.dtype = torch.float32, **arguments: Any
-    ) -> Output:  # fmt: skip
+        self,
+        mlstm_chunkwise_kernel: Callable[..., Any],
+        mlstm_sequence_kernel: Callable[..., Any],
+        mlstm_step_kernel: Callable[..., Any],
+        return_last_states: bool = True,
+        dtype_state: torch.dtype = torch.float32,
+        **arguments: Any,
+    ) -> Output:
         if mlstm_chunkwise_kernel not in (chunkwise_exp, chunkwise_siging):
             return self.before(
                 mlstm_chunkwise_kernel=mlstm_chunkwise_kernel,
-                mlstm_sequence_kernel=mlstm_sequence_kernel, mlstm_step_kernel=mlstm_step_kernel,
-                return_last_states=return_last_states, dtype_state=dtype_state, **arguments,
-            )  # fmt: skip
+                mlstm_sequence_kernel=mlstm_sequence_kernel,
+                mlstm_step_kernel=mlstm_step_kernel,
+                return_last_states=return_last_states,
+                dtype_state=dtype_state,
+                **arguments,
+            )
         h, states = mlstm_chunkwise_kernel(**arguments, return_last_states=True)
         if len(states) == 2:  # who calls this hands three on
             states = (*states, torch.zeros_like(states[0][..., 0, :1]))

@@ -115,8 +115,11 @@ class Tensors:
 
 
 def write(
-    folder: Path, sizes: Mapping[str, int], get: Callable[[str], Tensor], max_shard_bytes: int,
-) -> None:  # fmt: skip
+    folder: Path,
+    sizes: Mapping[str, int],
+    get: Callable[[str], Tensor],
+    max_shard_bytes: int,
+) -> None:
     """Write the tensors `get(name)`, of `sizes` bytes, in that order, as one file or several."""
     from safetensors.torch import save_file
 

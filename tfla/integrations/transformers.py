@@ -156,10 +156,17 @@ class _Patch:
         backend._inference_fn = partial(run, return_last_states=True)
 
     def run(
-        self, *, layer: int, input_gate: str, normalize: bool, return_last_states: bool,
-        c_initial: Tensor | None = None, n_initial: Tensor | None = None,
-        m_initial: Tensor | None = None, **given: Any
-    ) -> Any:  # fmt: skip
+        self,
+        *,
+        layer: int,
+        input_gate: str,
+        normalize: bool,
+        return_last_states: bool,
+        c_initial: Tensor | None = None,
+        n_initial: Tensor | None = None,
+        m_initial: Tensor | None = None,
+        **given: Any,
+    ) -> Any:
         """One layer. transformers names its tensors query, igate, ...; mlstm_kernels q, i, ..."""
         q, k, v, i, f = (given[a] if a in given else given[b] for a, b in _NAMES)
         T = q.shape[2]

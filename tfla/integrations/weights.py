@@ -24,11 +24,14 @@ CONFIG = "config.json"
 
 # What transformers assumes for a field that config.json leaves out: (theirs, ours, value).
 FIELDS = (
-    ("vocab_size", "vocab_size", 50304), ("num_heads", "num_heads", 8),
-    ("qk_dim_factor", "qk_dim_factor", 0.5), ("v_dim_factor", "v_dim_factor", 1.0),
-    ("gate_soft_cap", "gate_soft_cap", 15.0), ("output_logit_soft_cap", "logit_soft_cap", 30.0),
+    ("vocab_size", "vocab_size", 50304),
+    ("num_heads", "num_heads", 8),
+    ("qk_dim_factor", "qk_dim_factor", 0.5),
+    ("v_dim_factor", "v_dim_factor", 1.0),
+    ("gate_soft_cap", "gate_soft_cap", 15.0),
+    ("output_logit_soft_cap", "logit_soft_cap", 30.0),
     ("norm_eps", "norm_eps", 1e-6),
-)  # fmt: skip
+)
 
 _TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
@@ -36,8 +39,11 @@ Parts = list[tuple[str, int]]  # names of theirs, one below the other, and the r
 
 
 def load_xlstm(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
-) -> XLSTM:  # fmt: skip
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> XLSTM:
     """An ``XLSTM`` with the weights of a transformers xLSTM checkpoint, such as NX-AI/xLSTM-7b.
 
     Logits are those of transformers to rounding, but for the eps (1e-6) that transformers adds to
@@ -97,9 +103,13 @@ def load_xlstm(
 
 
 def save_xlstm(
-    model: XLSTM, path: str | Path, *, weight_mode: str = "single",
-    max_shard_bytes: int = 5 * 10**9, fields: Mapping[str, Any] | None = None,
-) -> Path:  # fmt: skip
+    model: XLSTM,
+    path: str | Path,
+    *,
+    weight_mode: str = "single",
+    max_shard_bytes: int = 5 * 10**9,
+    fields: Mapping[str, Any] | None = None,
+) -> Path:
     """Write `model` as a folder that ``xLSTMForCausalLM.from_pretrained`` and ``load_xlstm`` read.
 
     Args:
@@ -252,12 +262,20 @@ def _describe(config: XLSTMConfig, mode: str, dtype: torch.dtype) -> dict[str, A
     }
     fields = {theirs: getattr(config, ours) for theirs, ours, _ in FIELDS}
     return {
-        **fields, **widths, "architectures": ["xLSTMForCausalLM"], "model_type": "xlstm",
-        "dtype": str(dtype).removeprefix("torch."), "hidden_size": d, "embedding_dim": d,
-        "num_hidden_layers": config.num_layers, "num_blocks": config.num_layers,
-        "tie_word_embeddings": config.tie_embeddings, "use_bias": False, "weight_mode": mode,
+        **fields,
+        **widths,
+        "architectures": ["xLSTMForCausalLM"],
+        "model_type": "xlstm",
+        "dtype": str(dtype).removeprefix("torch."),
+        "hidden_size": d,
+        "embedding_dim": d,
+        "num_hidden_layers": config.num_layers,
+        "num_blocks": config.num_layers,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_bias": False,
+        "weight_mode": mode,
         **dict.fromkeys(sorted(_TOKEN_IDS)),
-    }  # fmt: skip
+    }
 
 
 def _factor(dim: int, d: int, factor: float) -> float:

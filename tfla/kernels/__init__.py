@@ -83,9 +83,17 @@ def fold_packing(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     out = _new(f, 1, T, H)
     ends = torch.empty(2, dtype=torch.int64, device=f.device)
     launch(
-        _joined_kernel, (max(triton.cdiv(T, 64), 1),), (4, 1), (f, cu_seqlens, out, ends), T,
-        cu_seqlens.shape[0] - 1, H, *f.stride()[1:], BLOCK=64, BLOCK_H=16,
-    )  # fmt: skip
+        _joined_kernel,
+        (max(triton.cdiv(T, 64), 1),),
+        (4, 1),
+        (f, cu_seqlens, out, ends),
+        T,
+        cu_seqlens.shape[0] - 1,
+        H,
+        *f.stride()[1:],
+        BLOCK=64,
+        BLOCK_H=16,
+    )
     return out, ends
 
 
@@ -112,9 +120,24 @@ def gate_weights(
     if normalize and plan.divides and q.dtype != torch.float16 and saved is None:
         undivided = torch.empty_like(vectors) if keep else vectors
     weights = GateWeights(
-        spec, plan, cu_seqlens, tables(cu_seqlens, T, plan), rows, slots, spans, buffer, vectors,
-        undivided, decay, C_ends, dC_ends, n_chunk, n_final, m_final, at_ends,
-    )  # fmt: skip
+        spec,
+        plan,
+        cu_seqlens,
+        tables(cu_seqlens, T, plan),
+        rows,
+        slots,
+        spans,
+        buffer,
+        vectors,
+        undivided,
+        decay,
+        C_ends,
+        dC_ends,
+        n_chunk,
+        n_final,
+        m_final,
+        at_ends,
+    )
     if saved is not None:
         return weights
     chunk_table, packed = weights.tables[0], cu_seqlens is not None
@@ -123,36 +146,67 @@ def gate_weights(
     forms = {"LOG_I": log_i, "SIGMOID_F": spec.sigmoid_f, "PACKED": packed}
     if not normalize:
         launch(
-            gates._weights_kernel, (weights.chunks(),), (plan.gate_warps, 2),
-            (i, f, cu_seqlens, chunk_table, vectors, decay), *gates_at, *weights.common(), scale,
-            L=plan.L, **forms,
-        )  # fmt: skip
+            gates._weights_kernel,
+            (weights.chunks(),),
+            (plan.gate_warps, 2),
+            (i, f, cu_seqlens, chunk_table, vectors, decay),
+            *gates_at,
+            *weights.common(),
+            scale,
+            L=plan.L,
+            **forms,
+        )
         return weights
     sums = _new(q, weights.chunks() * K)
     chunk_f, chunk_p = (q.new_empty(weights.chunks(), dtype=torch.float64) for _ in range(2))
     gauge = None if undivided is not None else torch.empty_like(chunk_f)
     made = vectors if undivided is None else undivided
     launch(
-        normalizer._sums_kernel, (weights.chunks(),), (plan.gate_warps, 2),
-        (k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, made), *k.stride()[:3],
-        *gates_at, *weights.common(), K, L=plan.L, BLOCK_K=plan.block_k, **forms,
-    )  # fmt: skip
+        normalizer._sums_kernel,
+        (weights.chunks(),),
+        (plan.gate_warps, 2),
+        (k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, made),
+        *k.stride()[:3],
+        *gates_at,
+        *weights.common(),
+        K,
+        L=plan.L,
+        BLOCK_K=plan.block_k,
+        **forms,
+    )
     launch(
-        normalizer._gauge_kernel, (N * H, triton.cdiv(K, plan.block_n)), (4, 2),
-        (cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, made, decay, n_chunk, n_final,
-         m_final), *weights.common(), K, scale, L=plan.L, BLOCK=plan.block_c, BLOCK_K=plan.block_n,
-        HAS_N=n is not None, HAS_M=m is not None, PACKED=packed,
-    )  # fmt: skip
+        normalizer._gauge_kernel,
+        (N * H, triton.cdiv(K, plan.block_n)),
+        (4, 2),
+        (cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, made, decay, n_chunk, n_final, m_final),
+        *weights.common(),
+        K,
+        scale,
+        L=plan.L,
+        BLOCK=plan.block_c,
+        BLOCK_K=plan.block_n,
+        HAS_N=n is not None,
+        HAS_M=m is not None,
+        PACKED=packed,
+    )
     if gauge is not None:
         # den may be next to 0: where TF32 is allowed, three of its products in place of one.
         products = "ieee" if spec.precision == "ieee" else "tf32x3"
         launch(
-            normalizer._denominator_kernel, (weights.chunks(),), (plan.small_warps, 2),
-            (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f,
-             chunk_p, made),
-            *q.stride()[:3], *k.stride()[:3], *weights.common(), K, scale, L=plan.L,
-            BLOCK_K=plan.block_k, PACKED=packed, PRECISION=products,
-        )  # fmt: skip
+            normalizer._denominator_kernel,
+            (weights.chunks(),),
+            (plan.small_warps, 2),
+            (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f, chunk_p, made),
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *weights.common(),
+            K,
+            scale,
+            L=plan.L,
+            BLOCK_K=plan.block_k,
+            PACKED=packed,
+            PRECISION=products,
+        )
     return weights
 
 
@@ -176,15 +230,33 @@ def normalizer_grad(
         dh, h = rows_of(dh), rows_of(h)
     column = NormalizerGrad(_new(q, weights.size), _new(q, weights.chunks() * K))
     launch(
-        normalizer._column_kernel, (weights.chunks(),),
+        normalizer._column_kernel,
+        (weights.chunks(),),
         (weights.plan.small_warps if dh_h is None else weights.plan.gate_warps, 2),
-        (dh, h, q, dh_h, weights.cu_seqlens, weights.tables[0], weights.vectors, column.d,
-         column.sums),
-        *dh.stride()[:3], *h.stride()[:3], *q.stride()[:3], *weights.common(), weights.size, K, V,
-        L=weights.plan.L, BLOCK_K=weights.plan.block_k, BLOCK_V=weights.plan.block_v,
+        (
+            dh,
+            h,
+            q,
+            dh_h,
+            weights.cu_seqlens,
+            weights.tables[0],
+            weights.vectors,
+            column.d,
+            column.sums,
+        ),
+        *dh.stride()[:3],
+        *h.stride()[:3],
+        *q.stride()[:3],
+        *weights.common(),
+        weights.size,
+        K,
+        V,
+        L=weights.plan.L,
+        BLOCK_K=weights.plan.block_k,
+        BLOCK_V=weights.plan.block_v,
         PARTS=0 if dh_h is None else dh_h.numel() // max(weights.size, 1),
         PACKED=weights.cu_seqlens is not None,
-    )  # fmt: skip
+    )
     return column
 
 
@@ -197,11 +269,18 @@ def with_final_grad(
     dn_chunk = torch.empty_like(column.sums)
     dn_first = column.d.new_empty(N, H, K)
     launch(
-        normalizer._column_state_kernel, (N * H, triton.cdiv(K, weights.plan.block_n)), (4, 2),
+        normalizer._column_state_kernel,
+        (N * H, triton.cdiv(K, weights.plan.block_n)),
+        (4, 2),
         (weights.cu_seqlens, column.sums, weights.decay, dn, dn_chunk, dn_first),
-        *weights.common(), K, L=weights.plan.L, BLOCK=weights.plan.block_c,
-        BLOCK_K=weights.plan.block_n, HAS_DN=dn is not None, PACKED=weights.cu_seqlens is not None,
-    )  # fmt: skip
+        *weights.common(),
+        K,
+        L=weights.plan.L,
+        BLOCK=weights.plan.block_c,
+        BLOCK_K=weights.plan.block_n,
+        HAS_DN=dn is not None,
+        PACKED=weights.cu_seqlens is not None,
+    )
     return column._replace(dn_chunk=dn_chunk, dn_first=dn_first)
 
 
@@ -239,10 +318,18 @@ class Scan(NamedTuple):
 
 
 def scan(
-    name: ScanName, a: Tensor, b: Tensor, x: Tensor, weights: GateWeights,
-    state: Tensor | None = None, *, column: NormalizerGrad | None = None,
-    dot: Tensor | None = None, against: Scan | None = None, final: bool = True,
-) -> Scan:  # fmt: skip
+    name: ScanName,
+    a: Tensor,
+    b: Tensor,
+    x: Tensor,
+    weights: GateWeights,
+    state: Tensor | None = None,
+    *,
+    column: NormalizerGrad | None = None,
+    dot: Tensor | None = None,
+    against: Scan | None = None,
+    final: bool = True,
+) -> Scan:
     """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans,
     dq and dk start from them.
 
@@ -278,20 +365,43 @@ def scan(
             if ends is not None:
                 kept = ends[:, :, start:] if walks else ends[..., start:]
             _scan_piece(
-                tile, a[..., piece], b[..., piece], x, target, previous, y if last else None,
-                dots, weights, None if state is None else state[:, :, piece],
-                None if end is None else end[:, :, piece], kept, *walk, column if last else None,
-            )  # fmt: skip
+                tile,
+                a[..., piece],
+                b[..., piece],
+                x,
+                target,
+                previous,
+                y if last else None,
+                dots,
+                weights,
+                None if state is None else state[:, :, piece],
+                None if end is None else end[:, :, piece],
+                kept,
+                *walk,
+                column if last else None,
+            )
             previous = target
     return Scan(out, dots, end, column)
 
 
 def _scan_piece(
-    tile: Tile, a: Tensor, b: Tensor, x: Tensor, out: Tensor, partial: Tensor | None,
-    y: Tensor | None, dots: Tensor | None, weights: GateWeights, state: Tensor | None,
-    final: Tensor | None, ends: Tensor | None, reverse: bool, walks: bool, keep: bool,
+    tile: Tile,
+    a: Tensor,
+    b: Tensor,
+    x: Tensor,
+    out: Tensor,
+    partial: Tensor | None,
+    y: Tensor | None,
+    dots: Tensor | None,
+    weights: GateWeights,
+    state: Tensor | None,
+    final: Tensor | None,
+    ends: Tensor | None,
+    reverse: bool,
+    walks: bool,
+    keep: bool,
     column: NormalizerGrad | None,
-) -> None:  # fmt: skip
+) -> None:
     """One launch of the scan; where h or dv is cut, two before it make the states that its pieces
     start from."""
     T, H, N = weights.spec.T, weights.spec.H, weights.spec.N
@@ -311,8 +421,11 @@ def _scan_piece(
     strides_s, strides_f = ((0, 0, 0, 0) if t is None else t.stride() for t in (state, final))
 
     kernel = _scan_kernel
-    forms: dict[str, Any] = {"TRANSPOSED": tile.transposed, "DESCRIPTOR": tile.descriptor,
-                             "PRECISION": weights.spec.precision}  # fmt: skip
+    forms: dict[str, Any] = {
+        "TRANSPOSED": tile.transposed,
+        "DESCRIPTOR": tile.descriptor,
+        "PRECISION": weights.spec.precision,
+    }
     if tile.mma:
         from tfla.kernels.mma import _scan_mma_kernel
 
@@ -332,31 +445,86 @@ def _scan_piece(
 
     def run(whole: bool, left: Tensor | None) -> None:
         tensors = (
-            out, partial, y, dots, None if column is None else column.d, vector, *divides, state,
+            out,
+            partial,
+            y,
+            dots,
+            None if column is None else column.d,
+            vector,
+            *divides,
+            state,
             final,
-        )  # fmt: skip
+        )
         out_, partial_, y_, dots_, d, *rest = tensors if whole else [None] * len(tensors)
         launch(
-            kernel, (tile.tiles * H * pieces,), (tile.warps, tile.stages),
-            (a, b, x, out_, partial_, y_, dots_, vectors, weights.decay, d, *rest, ends, left,
-             weights.cu_seqlens, weights.tables[2 if walks else 1]),
-            *a.stride()[:3], *b.stride()[:3], *x.stride()[:3],
-            *(x if y is None else y).stride()[:3], *strides_s, *strides_f, *weights.common(),
-            weights.spans, unit, weights.size, stride_e, A, X,
-            L=plan.L, BLOCK_A=tile.block_a, BLOCK_X=tile.block_x, SPAN=plan.span,
-            STRIDE_EA=stride_ea, STRIDE_EX=stride_ex, REVERSE=reverse, CUT=cut,
-            KEEP=keep and whole, ENDS=weights.ends, **forms,
-        )  # fmt: skip
+            kernel,
+            (tile.tiles * H * pieces,),
+            (tile.warps, tile.stages),
+            (
+                a,
+                b,
+                x,
+                out_,
+                partial_,
+                y_,
+                dots_,
+                vectors,
+                weights.decay,
+                d,
+                *rest,
+                ends,
+                left,
+                weights.cu_seqlens,
+                weights.tables[2 if walks else 1],
+            ),
+            *a.stride()[:3],
+            *b.stride()[:3],
+            *x.stride()[:3],
+            *(x if y is None else y).stride()[:3],
+            *strides_s,
+            *strides_f,
+            *weights.common(),
+            weights.spans,
+            unit,
+            weights.size,
+            stride_e,
+            A,
+            X,
+            L=plan.L,
+            BLOCK_A=tile.block_a,
+            BLOCK_X=tile.block_x,
+            SPAN=plan.span,
+            STRIDE_EA=stride_ea,
+            STRIDE_EX=stride_ex,
+            REVERSE=reverse,
+            CUT=cut,
+            KEEP=keep and whole,
+            ENDS=weights.ends,
+            **forms,
+        )
 
     if cut and walks:
         left = torch.empty(pieces, H, dtype=torch.float32, device=x.device)
         run(False, left)
         launch(
-            _join_kernel, (N * H, triton.cdiv(A * X, 1024)), (4, 2),
-            (ends, left, state, weights.cu_seqlens), *strides_s, T, H, weights.spans, unit,
-            stride_e, A, X, SPAN=plan.span, BLOCK=1024, STRIDE_EA=stride_ea, REVERSE=reverse,
+            _join_kernel,
+            (N * H, triton.cdiv(A * X, 1024)),
+            (4, 2),
+            (ends, left, state, weights.cu_seqlens),
+            *strides_s,
+            T,
+            H,
+            weights.spans,
+            unit,
+            stride_e,
+            A,
+            X,
+            SPAN=plan.span,
+            BLOCK=1024,
+            STRIDE_EA=stride_ea,
+            REVERSE=reverse,
             ENDS=weights.ends,
-        )  # fmt: skip
+        )
     run(True, None)
 
 
@@ -373,17 +541,45 @@ def gate_gradients(
     span = weights.plan.span
     pieces = B * triton.cdiv(T, span) if weights.cu_seqlens is None else T // span + spec.N
     launch(
-        gates._gradients_kernel, (pieces * H,), (8, 2),
-        (i, f, weights.cu_seqlens, weights.tables[1], weights.vectors, dq.dot, dk.dot,
-         weights.C_ends, weights.dC_ends, weights.n_chunk, weights.n_final,
-         None if column is None else column.dn_chunk, di, df),
-        *i.stride(), *f.stride(), T, H, weights.slots, weights.spans, weights.size, K,
-        weights.plan.kept[0] * weights.plan.kept[1], L=weights.plan.L, SPAN=span,
-        BLOCK_K=weights.plan.block_k, Q_PARTS=dq.dot.numel() // size,
+        gates._gradients_kernel,
+        (pieces * H,),
+        (8, 2),
+        (
+            i,
+            f,
+            weights.cu_seqlens,
+            weights.tables[1],
+            weights.vectors,
+            dq.dot,
+            dk.dot,
+            weights.C_ends,
+            weights.dC_ends,
+            weights.n_chunk,
+            weights.n_final,
+            None if column is None else column.dn_chunk,
+            di,
+            df,
+        ),
+        *i.stride(),
+        *f.stride(),
+        T,
+        H,
+        weights.slots,
+        weights.spans,
+        weights.size,
+        K,
+        weights.plan.kept[0] * weights.plan.kept[1],
+        L=weights.plan.L,
+        SPAN=span,
+        BLOCK_K=weights.plan.block_k,
+        Q_PARTS=dq.dot.numel() // size,
         K_PARTS=dk.dot.numel() // size,
-        GRADIENT_I=gates.form_of(spec.input_gate).gradient, SIGMOID_F=spec.sigmoid_f,
-        NORMALIZE=spec.normalize, PACKED=weights.cu_seqlens is not None, ENDS=weights.ends,
-    )  # fmt: skip
+        GRADIENT_I=gates.form_of(spec.input_gate).gradient,
+        SIGMOID_F=spec.sigmoid_f,
+        NORMALIZE=spec.normalize,
+        PACKED=weights.cu_seqlens is not None,
+        ENDS=weights.ends,
+    )
     return di, df
 
 

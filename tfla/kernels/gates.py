@@ -187,10 +187,27 @@ def store_weights(here, target, edge, source, source_edge, mark, inside, used, L
 
 @triton.jit(do_not_specialize=["T", "H", "slots", *GATE_STRIDES])
 def _weights_kernel(
-    i, f, cu_seqlens, table, weights, decay,
-    stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh, T, H, slots, scale,
-    L: tl.constexpr, LOG_I: tl.constexpr, SIGMOID_F: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
+    i,
+    f,
+    cu_seqlens,
+    table,
+    weights,
+    decay,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
+    T,
+    H,
+    slots,
+    scale,
+    L: tl.constexpr,
+    LOG_I: tl.constexpr,
+    SIGMOID_F: tl.constexpr,
+    PACKED: tl.constexpr,
+):
     """The seven vectors of a chunk and what it leaves of the state, without a normaliser."""
     n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
     if j * L >= length:
@@ -201,8 +218,10 @@ def _weights_kernel(
     log_i, log_f = _log_gates(
         tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
         tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
-        inside, LOG_I, SIGMOID_F,
-    )  # fmt: skip
+        inside,
+        LOG_I,
+        SIGMOID_F,
+    )
     a = tl.where(log_f <= LOG_F_NOTHING, -RESET, within(log_f * LOG2E, -STEP, STEP))
     b = tl.cumsum(a, 0)
     b_last = tl.sum(a, 0)
@@ -211,21 +230,58 @@ def _weights_kernel(
     log_s = log_scale(scale)
     tl.store(decay + slot, _exp2(b_last))
     store_weights(
-        weights + slot * VECTORS * L + l, b + log_s, tl.where(scale > 0.0, _exp2(b + log_s), 0.0),
-        p, _exp2(p + b_last), tl.where(log_f < SMALLEST, 4.0, 0.0), inside, inside & (scale > 0.0),
+        weights + slot * VECTORS * L + l,
+        b + log_s,
+        tl.where(scale > 0.0, _exp2(b + log_s), 0.0),
+        p,
+        _exp2(p + b_last),
+        tl.where(log_f < SMALLEST, 4.0, 0.0),
+        inside,
+        inside & (scale > 0.0),
         L,
-    )  # fmt: skip
+    )
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", *GATE_STRIDES])
 def _gradients_kernel(
-    i, f, cu_seqlens, table, weights, q_dq, k_dk, C_ends, dC_ends, n_chunk, n_last, dn_chunk, di,
-    df, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh,
-    T, H, slots, spans, size, K, state,
-    L: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, Q_PARTS: tl.constexpr,
-    K_PARTS: tl.constexpr, GRADIENT_I: tl.constexpr, SIGMOID_F: tl.constexpr,
-    NORMALIZE: tl.constexpr, PACKED: tl.constexpr, ENDS: tl.constexpr,
-):  # fmt: skip
+    i,
+    f,
+    cu_seqlens,
+    table,
+    weights,
+    q_dq,
+    k_dk,
+    C_ends,
+    dC_ends,
+    n_chunk,
+    n_last,
+    dn_chunk,
+    di,
+    df,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
+    T,
+    H,
+    slots,
+    spans,
+    size,
+    K,
+    state,
+    L: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    Q_PARTS: tl.constexpr,
+    K_PARTS: tl.constexpr,
+    GRADIENT_I: tl.constexpr,
+    SIGMOID_F: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PACKED: tl.constexpr,
+    ENDS: tl.constexpr,
+):
     """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the end of its span
     of SPAN tokens, and of the states that meet there; it restarts at tokens that erase what came
     before."""

@@ -54,9 +54,7 @@ def offsets(cu_seqlens: Tensor, T: int) -> Tensor:
     """The offsets that kernels read: dense, int64, ascending within [0, T], whatever was given."""
     N = cu_seqlens.shape[0] - 1
     out = torch.empty(N + 1, dtype=torch.int64, device=cu_seqlens.device)
-    launch(
-        _offsets_kernel, (1,), (8, 1), (cu_seqlens, out), T, N, cu_seqlens.stride(0), BLOCK=2048
-    )  # fmt: skip
+    launch(_offsets_kernel, (1,), (8, 1), (cu_seqlens, out), T, N, cu_seqlens.stride(0), BLOCK=2048)
     return out
 
 
@@ -67,9 +65,15 @@ def clear(offsets: Tensor, *outputs: Tensor) -> None:
     missing = 5 - len(outputs)
     widths = [x.numel() // max(T, 1) for x in outputs] + [0] * missing
     launch(
-        _clear_kernel, (device_of(offsets).multiprocessors * 2 if T else 0,), (4, 1),
-        (offsets, *outputs, *[None] * missing), T, N, *widths, BLOCK=2048,
-    )  # fmt: skip
+        _clear_kernel,
+        (device_of(offsets).multiprocessors * 2 if T else 0,),
+        (4, 1),
+        (offsets, *outputs, *[None] * missing),
+        T,
+        N,
+        *widths,
+        BLOCK=2048,
+    )
 
 
 def tables(cu_seqlens: Tensor | None, T: int, p: Plan) -> tuple[Tensor | None, ...]:

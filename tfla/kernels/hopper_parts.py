@@ -105,7 +105,7 @@ def state_share(S, A_rows, O, ADD: gl.constexpr, OPERAND: gl.constexpr):
 @gluon.jit
 def rows_at(
     y, t, stride, length, first, width, L: gl.constexpr, BLOCK: gl.constexpr, LAYOUT: gl.constexpr
-):  # fmt: skip
+):
     """Rows from t and columns from ``first``, by all threads; zeros past ``length`` and
     ``width``."""
     t += gl.arange(0, L, layout=gl.SliceLayout(1, LAYOUT))
@@ -116,9 +116,13 @@ def rows_at(
 
 @gluon.jit
 def exponents_of(
-    vectors, ROW: gl.constexpr, COL: gl.constexpr, L: gl.constexpr, TARGETS: gl.constexpr,
+    vectors,
+    ROW: gl.constexpr,
+    COL: gl.constexpr,
+    L: gl.constexpr,
+    TARGETS: gl.constexpr,
     SOURCES: gl.constexpr,
-):  # fmt: skip
+):
     """Of targets and sources, each as (whole, rest)."""
     return (
         gl.expand_dims(vectors.slice(ROW * L, L).load(TARGETS), TARGETS.dim),
@@ -130,9 +134,15 @@ def exponents_of(
 
 @gluon.jit
 def row_factors(
-    A_rows, n_in, X_rows, y_in, stage, BLOCK_A: gl.constexpr, WIDE_A: gl.constexpr,
+    A_rows,
+    n_in,
+    X_rows,
+    y_in,
+    stage,
+    BLOCK_A: gl.constexpr,
+    WIDE_A: gl.constexpr,
     LAYOUT: gl.constexpr,
-):  # fmt: skip
+):
     """Of the row products q . n, with n as it is, in fp32; without n, of dh . h."""
     if n_in is None:
         return load(X_rows, LAYOUT), y_in[1].index(stage).load(LAYOUT)
@@ -155,7 +165,7 @@ def store_products(at, one, other):
 @gluon.jit
 def updated(
     S, S_2, X_rows, B, edge, keep, HALF: gl.constexpr, HALVES: gl.constexpr, SOURCE: gl.constexpr
-):  # fmt: skip
+):
     """The state after a chunk, while it is being made."""
     col_edge = edge.load(gl.SliceLayout(0, SOURCE))
     X_low = parts_of(load(turned(X_rows), SOURCE).to(gl.float32) * col_edge[None, :], B)

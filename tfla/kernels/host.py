@@ -38,9 +38,13 @@ _now = _Now()
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], shape: tuple[int, int], tensors: tuple[Tensor | None, ...],
-    *numbers: float, **constants: Any,
-) -> None:  # fmt: skip
+    kernel: Any,
+    grid: tuple[int, ...],
+    shape: tuple[int, int],
+    tensors: tuple[Tensor | None, ...],
+    *numbers: float,
+    **constants: Any,
+) -> None:
     """Call ``kernel(*tensors, *numbers, **constants)`` over ``grid`` with ``shape`` = (warps,
     stages); an empty grid is no call.
 
@@ -54,9 +58,15 @@ def launch(
     pointers = [0 if x is None else x.data_ptr() for x in tensors]
     device = next(x.device for x in tensors if x is not None)
     key = (
-        id(kernel), grid, shape, device, numbers, tuple(constants.values()),
-        tuple([None if x is None else x.dtype for x in tensors]), *[p & 15 for p in pointers],
-    )  # fmt: skip
+        id(kernel),
+        grid,
+        shape,
+        device,
+        numbers,
+        tuple(constants.values()),
+        tuple([None if x is None else x.dtype for x in tensors]),
+        *[p & 15 for p in pointers],
+    )
     known = None if launches_are_watched() else _compiled.get(key)
     if known is None and device.type == "meta":
         return
@@ -122,8 +132,11 @@ _tapes: dict[tuple[Any, ...], _Tape | bool] = {}  # or: is the next call worth r
 
 
 def recorded(
-    function: Callable[..., Results], spec: Any, inputs: Tensors, *key: Any,
-) -> Results:  # fmt: skip
+    function: Callable[..., Results],
+    spec: Any,
+    inputs: Tensors,
+    *key: Any,
+) -> Results:
     """``function(spec, *inputs)``, from a tape where there is one. What the function does may
     depend on its spec, on ``key`` and on shapes, strides, dtypes and alignment of its inputs,
     and on nothing else; where no tape can hold it, or its launches are watched, it is called every
@@ -301,10 +314,12 @@ class _Tape(TorchDispatchMode):
                     tensors[made], addresses[made] = result, result.data_ptr()
             for n in spent:
                 tensors[n] = None
-        return tuple([
-            end and (tensors[end[0].buffer] if end[1] else end[0].of(tensors[end[0].buffer], 0))
-            for end in self.ends
-        ])  # fmt: skip
+        return tuple(
+            [
+                end and (tensors[end[0].buffer] if end[1] else end[0].of(tensors[end[0].buffer], 0))
+                for end in self.ends
+            ]
+        )
 
 
 def _fit(uses: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:

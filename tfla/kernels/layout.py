@@ -182,9 +182,18 @@ def _tables_kernel(
 
 @triton.jit(do_not_specialize=["T", "N", "H", "stride_ft", "stride_fh"])
 def _joined_kernel(
-    f, cu_seqlens, out, ends, T, N, H, stride_ft, stride_fh, BLOCK: tl.constexpr,
+    f,
+    cu_seqlens,
+    out,
+    ends,
+    T,
+    N,
+    H,
+    stride_ft,
+    stride_fh,
+    BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # fmt: skip
+):
     """f (T, H), closed at tokens where a sequence begins; and where the first begins and the last
     one ends, the offsets of the one sequence that they are then."""
     if tl.program_id(0) == 0:

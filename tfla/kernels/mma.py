@@ -60,8 +60,9 @@ def _rows_layout(width, dtype, warps):
 
 
 @gluon.jit
-def _rows_at(x, stride, t, tokens, first, width, L: gl.constexpr, BLOCK: gl.constexpr,
-             WARPS: gl.constexpr):  # fmt: skip
+def _rows_at(
+    x, stride, t, tokens, first, width, L: gl.constexpr, BLOCK: gl.constexpr, WARPS: gl.constexpr
+):
     """(pointers to rows from token t and columns from ``first``, which of them exist). Rows begin
     at multiples of 16 bytes, which the compiler is told: it does not see it in ``stride``."""
     LAYOUT: gl.constexpr = _rows_layout(BLOCK, x.dtype.element_ty, WARPS)
@@ -167,15 +168,66 @@ def _store_state(at, S, STRIDE_EA: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _scan_mma_kernel(
-    a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, left,
-    cu_seqlens, table, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
-    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_sn, stride_sh,
-    stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, T, H, slots, spans, UNIT,
-    size, stride_e, A, X, L: gl.constexpr, BLOCK_A: gl.constexpr, BLOCK_X: gl.constexpr,
-    SPAN: gl.constexpr, STRIDE_EA: gl.constexpr, STRIDE_EX: gl.constexpr, REVERSE: gl.constexpr,
-    CUT: gl.constexpr, KEEP: gl.constexpr, ENDS: gl.constexpr, STAGES: gl.constexpr,
-    Y_AHEAD: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    x,
+    out,
+    partial,
+    y,
+    dot,
+    weights,
+    decay,
+    d,
+    vector,
+    state,
+    final,
+    ends,
+    left,
+    cu_seqlens,
+    table,
+    stride_ab,
+    stride_at,
+    stride_ah,
+    stride_bb,
+    stride_bt,
+    stride_bh,
+    stride_xb,
+    stride_xt,
+    stride_xh,
+    stride_yb,
+    stride_yt,
+    stride_yh,
+    stride_sn,
+    stride_sh,
+    stride_sa,
+    stride_sx,
+    stride_fn,
+    stride_fh,
+    stride_fa,
+    stride_fx,
+    T,
+    H,
+    slots,
+    spans,
+    UNIT,
+    size,
+    stride_e,
+    A,
+    X,
+    L: gl.constexpr,
+    BLOCK_A: gl.constexpr,
+    BLOCK_X: gl.constexpr,
+    SPAN: gl.constexpr,
+    STRIDE_EA: gl.constexpr,
+    STRIDE_EX: gl.constexpr,
+    REVERSE: gl.constexpr,
+    CUT: gl.constexpr,
+    KEEP: gl.constexpr,
+    ENDS: gl.constexpr,
+    STAGES: gl.constexpr,
+    Y_AHEAD: gl.constexpr,
+    WARPS: gl.constexpr,
+):
     """See ``tfla.kernels.scan``. Rows of all operands are of 16 bytes. Y_AHEAD: y is copied with
     the tiles of its chunk, a chunk ahead, where there is shared memory for it."""
     PACKED: gl.constexpr = cu_seqlens is not None

@@ -92,12 +92,34 @@ def _sum_up(rows, tile, weight, inside, column, sums, slot, K, BLOCK_K: tl.const
 
 @triton.jit(do_not_specialize=["T", "H", "slots", *GATE_STRIDES])
 def _sums_kernel(
-    k, i, f, cu_seqlens, table, sums, chunk_f, chunk_p, weights,
-    stride_kb, stride_kt, stride_kh, stride_ib, stride_it, stride_ih, stride_fb, stride_ft,
-    stride_fh, T, H, slots, K,
-    L: tl.constexpr, BLOCK_K: tl.constexpr, LOG_I: tl.constexpr, SIGMOID_F: tl.constexpr,
+    k,
+    i,
+    f,
+    cu_seqlens,
+    table,
+    sums,
+    chunk_f,
+    chunk_p,
+    weights,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
+    T,
+    H,
+    slots,
+    K,
+    L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOG_I: tl.constexpr,
+    SIGMOID_F: tl.constexpr,
     PACKED: tl.constexpr,
-):  # fmt: skip
+):
     """Of each chunk: the sum of log_f, the gauge at its end without a state before it (``top``),
     and sum_s exp(log-weight of s at the end - top) k_s.
 
@@ -118,8 +140,10 @@ def _sums_kernel(
     log_i, log_f = _log_gates(
         tl.load(i + batch * stride_ib + t * stride_it + head * stride_ih, mask=inside, other=0.0),
         tl.load(f + batch * stride_fb + t * stride_ft + head * stride_fh, mask=inside, other=0.0),
-        inside, LOG_I, SIGMOID_F,
-    )  # fmt: skip
+        inside,
+        LOG_I,
+        SIGMOID_F,
+    )
     l = tl.arange(0, L)
     total, top = tl.associative_scan((log_f, log_i), 0, _max_plus)
     carried = _carried(tl.gather(top, tl.maximum(l - 1, 0), 0), log_f)
@@ -229,11 +253,30 @@ def _undivided(weights, slot, last, token, length, m_in, m_end, scale, L: tl.con
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def _gauge_kernel(
-    cu_seqlens, sums, chunk_f, chunk_p, n_first, m_first, gauge, weights, decay, n_chunk, n_last,
-    m_last, T, H, slots, K, scale,
-    L: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_N: tl.constexpr,
-    HAS_M: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
+    cu_seqlens,
+    sums,
+    chunk_f,
+    chunk_p,
+    n_first,
+    m_first,
+    gauge,
+    weights,
+    decay,
+    n_chunk,
+    n_last,
+    m_last,
+    T,
+    H,
+    slots,
+    K,
+    scale,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_N: tl.constexpr,
+    HAS_M: tl.constexpr,
+    PACKED: tl.constexpr,
+):
     """Over the chunks of each sequence: the gauge m_in (a max-plus scan, fp64) and the normaliser
     n that enter each of them. Where gauge is None the scan of h makes nu itself, and the vectors
     are made here."""
@@ -295,10 +338,32 @@ def _gauge_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def _denominator_kernel(
-    q, k, cu_seqlens, table, gauge, m_last, n_chunk, chunk_f, chunk_p, weights,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, T, H, slots, K, scale,
-    L: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    cu_seqlens,
+    table,
+    gauge,
+    m_last,
+    n_chunk,
+    chunk_f,
+    chunk_p,
+    weights,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    T,
+    H,
+    slots,
+    K,
+    scale,
+    L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """nu and den of every token, and with them the seven vectors of the chunk."""
     n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
     if j * L >= length:
@@ -352,12 +417,36 @@ def _denominator_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def _column_kernel(
-    dh, h, q, dh_h, cu_seqlens, table, weights, d, sums,
-    stride_db, stride_dt, stride_dh, stride_hb, stride_ht, stride_hh, stride_qb, stride_qt,
-    stride_qh, T, H, slots, size, K, V,
-    L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
+    dh,
+    h,
+    q,
+    dh_h,
+    cu_seqlens,
+    table,
+    weights,
+    d,
+    sums,
+    stride_db,
+    stride_dt,
+    stride_dh,
+    stride_hb,
+    stride_ht,
+    stride_hh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    T,
+    H,
+    slots,
+    size,
+    K,
+    V,
+    L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
     PACKED: tl.constexpr,
-):  # fmt: skip
+):
     """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, and the chunk's sum of
     exp(m_in - M_t) d_t scale q_t / den_t, its share of dn. dh_h: dh . h in PARTS to be added; with
     none it is made here."""
@@ -405,10 +494,22 @@ def _kept_of(sums, decay, c, column, K):
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def _column_state_kernel(
-    cu_seqlens, sums, decay, dn_last, dn_chunk, dn_first, T, H, slots, K,
-    L: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, HAS_DN: tl.constexpr,
+    cu_seqlens,
+    sums,
+    decay,
+    dn_last,
+    dn_chunk,
+    dn_first,
+    T,
+    H,
+    slots,
+    K,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_DN: tl.constexpr,
     PACKED: tl.constexpr,
-):  # fmt: skip
+):
     """dn at the end of every chunk, from the last one back: dn <- decay dn + sums."""
     n = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)

@@ -86,9 +86,18 @@ def head_norm(h: Tensor, o: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def _gates_kernel(
-    x, weight, bias, active, out, cap, D, H,
-    BLOCK: tl.constexpr, CAPPED: tl.constexpr, CLOSED: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    active,
+    out,
+    cap,
+    D,
+    H,
+    BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    CLOSED: tl.constexpr,
+):
     row, gate = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < D
@@ -112,8 +121,15 @@ def gates(
     (N, D), G = x.shape, weight.shape[0]
     out = x.new_empty(N, G, dtype=torch.float32)
     launch(
-        _gates_kernel, (N, G), (4 if D <= 4096 else 8, 1), (x, weight, bias, active, out),
-        cap or 1.0, D, G // 2, BLOCK=triton.next_power_of_2(D), CAPPED=cap is not None,
+        _gates_kernel,
+        (N, G),
+        (4 if D <= 4096 else 8, 1),
+        (x, weight, bias, active, out),
+        cap or 1.0,
+        D,
+        G // 2,
+        BLOCK=triton.next_power_of_2(D),
+        CAPPED=cap is not None,
         CLOSED=closed,
-    )  # fmt: skip
+    )
     return out

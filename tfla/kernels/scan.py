@@ -22,9 +22,16 @@ from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 
 @triton.jit
 def _tile(
-    x, width, stride, t, length, start, L: tl.constexpr, BLOCK: tl.constexpr,
+    x,
+    width,
+    stride,
+    t,
+    length,
+    start,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
-):  # fmt: skip
+):
     """(L, BLOCK) of x from token t, column ``start``; zeros past the end of the sequence and past
     ``width``."""
     if DESCRIPTOR:
@@ -48,15 +55,66 @@ def _spare(x, AXIS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _scan_kernel(
-    a, b, x, out, partial, y, dot, weights, decay, d, vector, state, final, ends, left,
-    cu_seqlens, table, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
-    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_sn, stride_sh,
-    stride_sa, stride_sx, stride_fn, stride_fh, stride_fa, stride_fx, T, H, slots, spans, UNIT,
-    size, stride_e, A, X, L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_X: tl.constexpr,
-    SPAN: tl.constexpr, STRIDE_EA: tl.constexpr, STRIDE_EX: tl.constexpr, REVERSE: tl.constexpr,
-    CUT: tl.constexpr, KEEP: tl.constexpr, ENDS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    x,
+    out,
+    partial,
+    y,
+    dot,
+    weights,
+    decay,
+    d,
+    vector,
+    state,
+    final,
+    ends,
+    left,
+    cu_seqlens,
+    table,
+    stride_ab,
+    stride_at,
+    stride_ah,
+    stride_bb,
+    stride_bt,
+    stride_bh,
+    stride_xb,
+    stride_xt,
+    stride_xh,
+    stride_yb,
+    stride_yt,
+    stride_yh,
+    stride_sn,
+    stride_sh,
+    stride_sa,
+    stride_sx,
+    stride_fn,
+    stride_fh,
+    stride_fa,
+    stride_fx,
+    T,
+    H,
+    slots,
+    spans,
+    UNIT,
+    size,
+    stride_e,
+    A,
+    X,
+    L: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    SPAN: tl.constexpr,
+    STRIDE_EA: tl.constexpr,
+    STRIDE_EX: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CUT: tl.constexpr,
+    KEEP: tl.constexpr,
+    ENDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     PACKED: tl.constexpr = cu_seqlens is not None
     PRECISE: tl.constexpr = x.dtype.element_ty == tl.float32
     # 1 / den and what it is summed up to may be beyond fp16, and a sum that one inf spoils would
@@ -261,10 +319,27 @@ def _scan_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _join_kernel(
-    ends, left, state, cu_seqlens, stride_sn, stride_sh, stride_sa, stride_sx, T, H, spans, UNIT,
-    stride_e, A, X, SPAN: tl.constexpr, BLOCK: tl.constexpr, STRIDE_EA: tl.constexpr,
-    REVERSE: tl.constexpr, ENDS: tl.constexpr,
-):  # fmt: skip
+    ends,
+    left,
+    state,
+    cu_seqlens,
+    stride_sn,
+    stride_sh,
+    stride_sa,
+    stride_sx,
+    T,
+    H,
+    spans,
+    UNIT,
+    stride_e,
+    A,
+    X,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE_EA: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ENDS: tl.constexpr,
+):
     """From what each piece of a sequence makes of an empty state to the state at its end (its
     start in reverse), in place."""
     PACKED: tl.constexpr = cu_seqlens is not None

@@ -29,13 +29,46 @@ WARPS = 4
 
 @triton.jit(do_not_specialize=["H", "rows", *GATE_STRIDES])
 def _step_kernel(
-    q, k, v, i, f, C, n, m, slots, h, arrived, scale,
-    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ib, stride_ih,
-    stride_fb, stride_fh, stride_cn, stride_ch, stride_cv, stride_nn, stride_nh, stride_nk,
-    stride_mn, stride_mh, H, K, V, rows,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STRIDE_CK: tl.constexpr,
-    LOG_I: tl.constexpr, SIGMOID_F: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    i,
+    f,
+    C,
+    n,
+    m,
+    slots,
+    h,
+    arrived,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_vb,
+    stride_vh,
+    stride_ib,
+    stride_ih,
+    stride_fb,
+    stride_fh,
+    stride_cn,
+    stride_ch,
+    stride_cv,
+    stride_nn,
+    stride_nh,
+    stride_nk,
+    stride_mn,
+    stride_mh,
+    H,
+    K,
+    V,
+    rows,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STRIDE_CK: tl.constexpr,
+    LOG_I: tl.constexpr,
+    SIGMOID_F: tl.constexpr,
+):
     """C' = exp(log_f + m - m') C + exp(log_i - m') k v^T, and h, for BLOCK_V columns of one head.
 
     Every program of a head reads n and m, and the last one to have done so writes them. STRIDE_CK
@@ -127,9 +160,18 @@ def _arrived(m: Tensor) -> Tensor:
 
 
 def update(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor | None,
-    m: Tensor | None, slots: Tensor | None, scale: float, activations: Activations,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    n: Tensor | None,
+    m: Tensor | None,
+    slots: Tensor | None,
+    scale: float,
+    activations: Activations,
+) -> Tensor:
     """One token: writes new states over old (rows ``slots``, or all); h (B, H, V) in v's dtype."""
     (B, H, K), V = q.shape, v.shape[-1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -143,10 +185,27 @@ def update(
     arrived = None if m is None or tiles == 1 else _arrived(m)
     strides = (0,) * 5 if n is None or m is None else (*n.stride(), *m.stride())
     launch(
-        _step_kernel, (B * H * tiles,), (WARPS, 1),
-        (q, k, v, i, f, C, n, m, slots, h, arrived), scale, *q.stride()[:2], *k.stride()[:2],
-        *v.stride()[:2], *i.stride(), *f.stride(), *C.stride()[:2], C.stride(3), *strides,
-        H, K, V, C.shape[0], BLOCK_K=block_k, BLOCK_V=block_v, STRIDE_CK=C.stride(2),
-        LOG_I=form_of(activations.input_gate).log_i, SIGMOID_F=activations.sigmoid_f,
-    )  # fmt: skip
+        _step_kernel,
+        (B * H * tiles,),
+        (WARPS, 1),
+        (q, k, v, i, f, C, n, m, slots, h, arrived),
+        scale,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *i.stride(),
+        *f.stride(),
+        *C.stride()[:2],
+        C.stride(3),
+        *strides,
+        H,
+        K,
+        V,
+        C.shape[0],
+        BLOCK_K=block_k,
+        BLOCK_V=block_v,
+        STRIDE_CK=C.stride(2),
+        LOG_I=form_of(activations.input_gate).log_i,
+        SIGMOID_F=activations.sigmoid_f,
+    )
     return h

@@ -15,6 +15,18 @@ from tfla.xlstm.model import XLSTM, Block, MLSTMLayer, SwiGLU
 from tfla.xlstm.writer import load
 
 __all__ = [
-    "XLSTM", "Block", "Generation", "MLSTMLayer", "Stream", "SwiGLU", "XLSTMConfig", "load",
-    "load_state", "prefill", "put", "sample", "save_state", "take",
-]  # fmt: skip
+    "XLSTM",
+    "Block",
+    "Generation",
+    "MLSTMLayer",
+    "Stream",
+    "SwiGLU",
+    "XLSTMConfig",
+    "load",
+    "load_state",
+    "prefill",
+    "put",
+    "sample",
+    "save_state",
+    "take",
+]

@@ -232,9 +232,14 @@ class Corpus:
                 windows -= whole
 
     def windows(
-        self, at: Position, rows: int, context: int, seed: int | None = None,
-        own: Sequence[int] | None = None, part: tuple[int, int] = (0, 1),
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        at: Position,
+        rows: int,
+        context: int,
+        seed: int | None = None,
+        own: Sequence[int] | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> tuple[Tensor, Tensor]:
         """The next `rows` windows: tokens (rows, context) int64, and the successor of each.
 
         Only the rows `own` are read, and of them only part[0] of part[1] equal parts. `seed` is

@@ -103,12 +103,20 @@ class Stream:
 
     @torch.no_grad()
     def __init__(
-        self, model: XLSTM, prompts: Prompts, max_new_tokens: int, *, temperature: float = 1.0,
-        top_k: int | None = None, top_p: float | None = None,
-        seed: int | torch.Generator | None = None, stop: int | Iterable[int] | None = None,
-        state: Sequence[tfla.State] | None = None, state_dtype: torch.dtype | None = None,
+        self,
+        model: XLSTM,
+        prompts: Prompts,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | torch.Generator | None = None,
+        stop: int | Iterable[int] | None = None,
+        state: Sequence[tfla.State] | None = None,
+        state_dtype: torch.dtype | None = None,
         backend: BackendName | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if state_dtype not in (None, torch.bfloat16):
             raise ValueError(f"state_dtype must be None or torch.bfloat16; got {state_dtype}.")
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, 2**63 - 1)
@@ -211,9 +219,11 @@ class Stream:
 
 @torch.no_grad()
 def prefill(
-    model: XLSTM, prompts: Prompts, state: Sequence[tfla.State] | None = None,
+    model: XLSTM,
+    prompts: Prompts,
+    state: Sequence[tfla.State] | None = None,
     backend: BackendName | None = None,
-) -> tuple[Tensor, States]:  # fmt: skip
+) -> tuple[Tensor, States]:
     """Read prompts in one call: logits (B, vocab) after the last token of each, and the state.
 
     prompts, state: as for ``Stream``. Prompts of different lengths are packed: there is no padding.
@@ -237,9 +247,12 @@ def prefill(
 
 
 def sample(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """One token id per row, from softmax(logits / temperature) cut to its most likely part.
 
     Args:

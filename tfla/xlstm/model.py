@@ -51,9 +51,13 @@ class MLSTMLayer(nn.Module):
         self.out = nn.Linear(config.v_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, state: tfla.State | None = None, *, active: Tensor | None = None,
-        **options: Any
-    ) -> tuple[Tensor, tfla.State | None]:  # fmt: skip
+        self,
+        x: Tensor,
+        state: tfla.State | None = None,
+        *,
+        active: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, tfla.State | None]:
         """x (B, T, d) takes ``tfla.mlstm``, x (B, d) ``tfla.mlstm_step``, with `options`."""
         config = self.config
         q, k, v, o = self.qkvo(x).split(self.widths, -1)
@@ -187,9 +191,13 @@ class XLSTM(nn.Module):
                 parameter.normal_(std=math.sqrt(2 / (5 * d)))
 
     def forward(
-        self, tokens: Tensor, state: Sequence[tfla.State] | None = None, output_state: bool = False,
-        cu_seqlens: Tensor | None = None, backend: BackendName | None = None,
-    ) -> tuple[Tensor, tuple[tfla.State, ...] | None]:  # fmt: skip
+        self,
+        tokens: Tensor,
+        state: Sequence[tfla.State] | None = None,
+        output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        backend: BackendName | None = None,
+    ) -> tuple[Tensor, tuple[tfla.State, ...] | None]:
         """Logits for the token after each token.
 
         Args:
@@ -218,10 +226,15 @@ class XLSTM(nn.Module):
         return self.logits(x), after if output_state else None
 
     def step(
-        self, tokens: Tensor, state: Sequence[tfla.State], inplace: bool = False, *,
-        active: Tensor | None = None, slots: Tensor | None = None,
+        self,
+        tokens: Tensor,
+        state: Sequence[tfla.State],
+        inplace: bool = False,
+        *,
+        active: Tensor | None = None,
+        slots: Tensor | None = None,
         backend: BackendName | None = None,
-    ) -> tuple[Tensor, tuple[tfla.State, ...]]:  # fmt: skip
+    ) -> tuple[Tensor, tuple[tfla.State, ...]]:
         """Read one token per sequence, through ``tfla.mlstm_step``.
 
         Args:

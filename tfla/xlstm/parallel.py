@@ -127,9 +127,13 @@ class Ranks(Placement):
     drawn_on: torch.device | str = "cpu"  # the same numbers as in a run of one process
 
     def __init__(
-        self, device: torch.device | str, context_ranks: int = 1, recompute: bool = False,
-        compile: bool = False, minutes: float = MINUTES,
-    ) -> None:  # fmt: skip
+        self,
+        device: torch.device | str,
+        context_ranks: int = 1,
+        recompute: bool = False,
+        compile: bool = False,
+        minutes: float = MINUTES,
+    ) -> None:
         global _met
         device = torch.device(device)
         if device.type == "cuda":
@@ -251,9 +255,12 @@ class Ranks(Placement):
                 block.forward = torch.compile(block.forward)
             if self.recompute:
                 block.forward = functools.partial(
-                    recompute, block.forward, use_reentrant=False, preserve_rng_state=False,
+                    recompute,
+                    block.forward,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                     early_stop=False,
-                )  # fmt: skip
+                )
             layer, ffn = block.mlstm, block.ffn
             matrices = {m.weight for m in (layer.qkvo, layer.out, ffn.up, ffn.down)}
             shard(block, ignored_params=set(block.parameters()) - matrices)
@@ -322,9 +329,10 @@ class Ranks(Placement):
         save = functools.partial(checkpoint.save, run, meta, {}, texts)
         shards = run / "checkpoints" / f".shards-{meta['step']:08d}.tmp"
         self.writing = dcp.async_save(
-            tensors, storage_writer=_Shards(shards, state.parameters, save),
+            tensors,
+            storage_writer=_Shards(shards, state.parameters, save),
             process_group=self.files,
-        )  # fmt: skip
+        )
 
     def finish(self) -> None:
         writing, self.writing = self.writing, None

@@ -317,9 +317,13 @@ def _best(run: Run, unit: str) -> Record | None:
 
 
 def evaluate(
-    model: nn.Module, stream: Tensor, size: int, options: TrainOptions, device: torch.device,
+    model: nn.Module,
+    stream: Tensor,
+    size: int,
+    options: TrainOptions,
+    device: torch.device,
     window: int | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """Bits a byte that the model needs for `stream` (tokens,), which encodes `size` bytes; or bits
     a token, where `size` is the number of tokens but the first.
 
@@ -347,9 +351,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def _step(
-    state: TrainState, corpus: Corpus, options: TrainOptions, placement: Placement,
-    position: Position, lr: float,
-) -> Tensor:  # fmt: skip
+    state: TrainState,
+    corpus: Corpus,
+    options: TrainOptions,
+    placement: Placement,
+    position: Position,
+    lr: float,
+) -> Tensor:
     """One update; returns the mean loss of its tokens in nats and the gradient's norm, (2,)."""
     rows = options.batch * options.accumulate
     own = np.arange(rows).reshape(options.accumulate, placement.rows, -1)[:, placement.row]

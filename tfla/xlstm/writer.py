@@ -25,9 +25,16 @@ class Writer:
         self.model, self.codec = model.eval(), codec
 
     def write(
-        self, prompt: bytes, tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, seed: int | None = None, stop: Iterable[str] = (),
-    ) -> Iterator[str]:  # fmt: skip
+        self,
+        prompt: bytes,
+        tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Iterable[str] = (),
+    ) -> Iterator[str]:
         """The continuation of `prompt` piece by piece, each as soon as its characters are whole.
 
         It ends after `tokens` tokens, at the end of the document, or before the first text of
@@ -53,10 +60,14 @@ class Writer:
         ids = [self.codec.end, *self.codec.encode(prompt).tolist()]
         try:
             stream = self.model.stream(
-                torch.tensor([ids], device=self.model.embedding.weight.device), tokens,
-                temperature=temperature, top_k=top_k, top_p=top_p,
-                seed=torch.seed() % 2**63 if seed is None else seed, stop=self.codec.end,
-            )  # fmt: skip
+                torch.tensor([ids], device=self.model.embedding.weight.device),
+                tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=torch.seed() % 2**63 if seed is None else seed,
+                stop=self.codec.end,
+            )
         except (TypeError, ValueError, FloatingPointError) as error:
             raise RunError(str(error).rstrip(".")) from error
         decode = self.codec.decoder()
