@@ -104,8 +104,8 @@ def train(
     resume: Annotated[
         bool,
         _run(
-            "Continue the run in --out from its last checkpoint, with the options it had; those given "
-            "again replace them. Without a checkpoint it starts at the beginning.",
+            "Continue the run in --out from its last checkpoint, with the options it had; those "
+            "given again replace them. Without a checkpoint it starts at the beginning.",
             "--resume",
         ),
     ] = False,
@@ -132,15 +132,16 @@ def train(
     recompute: Annotated[
         bool,
         _run(
-            "Under torchrun: keep only what enters the blocks for the backward pass, compute the rest "
-            "again.",
+            "Under torchrun: keep only what enters the blocks for the backward pass, compute the "
+            "rest again.",
             "--recompute",
         ),
     ] = False,
     compile: Annotated[
         bool,
         _run(
-            "Compile the blocks of the model: some time at the start, more tokens a second after it.",
+            "Compile the blocks of the model: some time at the start, more tokens a second "
+            "after it.",
             "--compile",
         ),
     ] = False,
