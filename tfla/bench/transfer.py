@@ -181,8 +181,8 @@ def _cell(variant: Variant, inputs: Sequence[Tensor], i: Sequence[float], f: flo
         v,
         gates,
         torch.full_like(gates, f),
-        input_gate=gate,
-        normalize=normalize,  # type: ignore[arg-type]
+        input_gate=gate,  # type: ignore[arg-type]
+        normalize=normalize,
     )[0]
 
 
