@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -20,8 +21,10 @@ help:  ## this list
 demo: $(VENV)/.installed-train
 	$(BIN)/tfla demo
 
+# Triton interprets kernels for a whole process or not at all, so those tests are a step of their own.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(PYTEST)
+	$(if $(filter Linux,$(shell uname)),TRITON_INTERPRET=1 $(PYTEST) tests/interpreter)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

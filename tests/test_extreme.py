@@ -1,5 +1,5 @@
 """Gates of any size, what is not finite, and the smallest of scales, on the backend "reference"
-and in the specification; kernels/test_extreme_kernels.py runs the same on "triton"."""
+and in the specification; interpreter/test_extreme_kernels.py runs the same on "triton"."""
 
 import math
 

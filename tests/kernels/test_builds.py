@@ -68,7 +68,6 @@ def check(launch: Launch, target: tuple[str, int | str], stack: int) -> None:
         assert used.wgmma > 0, f"{launch}: no warp-group products, {used}"
 
 
-@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 @pytest.mark.parametrize("target", DEVICES, ids=lambda t: f"{t[0]}{t[1]}")
 def test_the_scans_build(target: tuple[str, int | str]) -> None:
     scans = [x for x in launches(DEVICES[target], *MAIN) if x.kernel in SCANS]
@@ -89,7 +88,6 @@ ON_MMA: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 @pytest.mark.parametrize("name", ON_MMA)
 @pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 86)], ids=lambda t: f"{t[0]}{t[1]}")
 def test_whatever_a_call_has_runs_on_tensor_cores(target: tuple[str, int], name: str) -> None:
@@ -109,7 +107,6 @@ def test_whatever_a_call_has_runs_on_tensor_cores(target: tuple[str, int], name:
         assert f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}" in built.asm["ptx"]
 
 
-@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 def test_the_small_kernels_build() -> None:
     target = ("cuda", 90)
     for launch in launches(DEVICES[target], *MAIN):
@@ -117,7 +114,6 @@ def test_the_small_kernels_build() -> None:
             check(launch, target, STACK[target])
 
 
-@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 def test_fp32_with_tf32_allowed_builds() -> None:
     """Three warp-group products for one, and no conversion of single numbers, which would take as
     long as they do."""
@@ -141,7 +137,6 @@ def test_fp32_with_tf32_allowed_builds() -> None:
     check(den, target, STACK[target])
 
 
-@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
 def test_a_forward_without_a_backward_builds(gate: str) -> None:
     target = ("cuda", 90)
@@ -150,7 +145,6 @@ def test_a_forward_without_a_backward_builds(gate: str) -> None:
             check(launch, target, STACK[target])
 
 
-@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 @pytest.mark.parametrize("target", DEVICES, ids=lambda t: f"{t[0]}{t[1]}")
 def test_what_lies_between_matrix_products_builds(target: tuple[str, int | str]) -> None:
     """At the sizes of xLSTM 7B."""
@@ -204,7 +198,6 @@ def test_short_documents_keep_no_states() -> None:
         assert kept(10_000, ends=True) > 10_000 * 2
 
 
-@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gate", INPUT_GATES)
 @pytest.mark.parametrize(
@@ -257,7 +250,6 @@ def test_a_step_builds(target: tuple[str, int | str], B: int, gate: str, state: 
 
 
 @pytest.mark.aot
-@pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("target", DEVICES, ids=lambda t: f"{t[0]}{t[1]}")
 def test_everything_builds(target: tuple[str, int | str], name: str) -> None:
