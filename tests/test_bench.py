@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import recurrence as oracle
 import torch
-from checks import one_thread  # noqa: F401
 from torch import Tensor
 
 import tfla

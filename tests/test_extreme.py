@@ -6,15 +6,12 @@ import math
 import extreme
 import pytest
 import torch
-from checks import assert_close, one_thread
+from checks import assert_close
 from extreme import EXTREMES, GATES, INF, check, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfla import reference
-
-__all__ = ["one_thread"]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("how", ["whole", "split", "steps"])
