@@ -2,6 +2,7 @@
 kernel is decorated, so they are a step of their own: TRITON_INTERPRET=1 pytest tests/interpreter"""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in own:
         for warning in WARNINGS:
             item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture(autouse=True)
+def _short_scans() -> Iterator[None]:
+    from planned import short_scans  # imports Triton
+
+    with short_scans():
+        yield

@@ -12,6 +12,20 @@ from tfla.plan import Plan, Tile
 
 
 @contextlib.contextmanager
+def short_scans() -> Iterator[None]:
+    """Plans as they are, but for the length of the scans of gates, over 4 chunks in place of 64 and
+    64 tokens in place of 256: the interpreter runs them number by number, beyond the end too."""
+    real = kernels.plan_of
+
+    def short(*args: object) -> Plan:
+        p = real(*args)  # type: ignore[arg-type]
+        return dataclasses.replace(p, block_c=4, span=min(p.span, 64))
+
+    with mock.patch.object(kernels, "plan_of", short):
+        yield
+
+
+@contextlib.contextmanager
 def planned(tile: dict[str, object] | None = None, **fields: object) -> Iterator[None]:
     """Pin fields of the plan: short chunks and spans, so that small problems have many of them."""
     real = kernels.plan_of

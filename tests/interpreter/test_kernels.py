@@ -27,15 +27,15 @@ SMALL = {"T": 53, "B": 1, "H": 1, "K": 12, "V": 20, "backend": "triton", "dtype"
 def test_every_variant(input_gate: str, normalize: bool | None) -> None:
     with planned():
         checks.check_against_recurrence(
-            Case(**SMALL | {"T": 37, "B": 2, "H": 2}, input_gate=input_gate, normalize=normalize)
+            Case(**SMALL | {"T": 37, "B": 2}, input_gate=input_gate, normalize=normalize)
         )
 
 
-@pytest.mark.parametrize("lengths", [(53,), (300, 0, 7, 140)])
+@pytest.mark.parametrize("lengths", [(53,), (100, 0, 7, 40)])
 def test_vectors_without_den_are_those_with_it_but_for_den(lengths: tuple[int, ...]) -> None:
     """Where the scan of h makes nu, its launch with the gauge makes the vectors. With q = 0
     den is its floor."""
-    T, H, K = sum(lengths), 2, 40
+    T, H, K = sum(lengths), 2, 16
     g = torch.Generator().manual_seed(0)
     i, f = (torch.randn(1, T, H, generator=g) * 3 for _ in range(2))
     i[:, 5:9], f[:, 20:23] = -float("inf"), -float("inf")
@@ -124,16 +124,16 @@ def test_packed_with_empty_ones(gate: str, segment: int, states: tuple[bool, boo
 
 
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
-@pytest.mark.parametrize("silent", [-1e6, -float("inf"), -2e5])
-def test_short_documents_as_one_sequence(gate: str, silent: float) -> None:
+def test_short_documents_as_one_sequence(gate: str) -> None:
     """What wants no states at the ends equals what does, where some documents begin with
     tokens that weigh nothing."""
     lengths = [1, 2, 1, 5, 3, 1, 1, 1, 30, 9, 1, 4, 2, 1]
     ends = torch.tensor([0, *lengths]).cumsum(0)
     g = torch.Generator().manual_seed(5)
     shapes = [(12,), (12,), (20,), (), (), (20,)]
-    *x, dh = (torch.randn(1, sum(lengths), 2, *d, generator=g) for d in shapes)
-    x[3][:, ends[3:10]] = silent
+    *x, dh = (torch.randn(1, sum(lengths), 1, *d, generator=g) for d in shapes)
+    for n, at in enumerate(ends[3:10]):
+        x[3][:, at] = (-1e6, -float("inf"), -2e5)[n % 3]
     found = []
     with planned():
         for final in (False, True):
@@ -214,7 +214,10 @@ def test_the_forget_gate_of_a_long_span() -> None:
     call = functools.partial(tfla.mlstm, input_gate="exp", backend="triton")
     x = dataclasses.replace(x, call=lambda leaves: call(**leaves)[0])
     torch.manual_seed(3)
-    with mock.patch.object(bench, "CPU_TOKENS", 2048):
+    with (
+        planned(L=32, span=256, segment=1024),
+        mock.patch.object(bench, "CPU_TOKENS", 2048),
+    ):
         errors = bench.judge(
             x, cases.Shape(1, 2048, 1, 32, 32), torch.float16, torch.device("cpu"), 3
         ).errors

@@ -1,7 +1,8 @@
 """Time, memory and the machine: everything that is measured is measured here.
 
-Runs are timed in turns (A B A B), so that a slow moment of the machine meets all of them, each
-with the last-level cache flushed and inputs other than the turn before.
+Runs are timed in turns (A B B A A B), so that a slow moment of the machine meets all of them and
+none is always the first, each with the last-level cache flushed and inputs other than the turn
+before.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def in_turns(
             break
         if turn == warm:
             began = time.perf_counter()
-        for name, run in runs.items():
+        for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
             if name in failed:
                 continue
             try:
@@ -96,6 +97,25 @@ def host_us(run: Run, device: torch.device, repeats: int = 20) -> float | None:
         times.append(time.perf_counter() - began)
     torch.cuda.synchronize(device)
     return statistics.median(times) * 1e6
+
+
+def by_launch(run: Callable[[], object], calls: int = 8) -> list[tuple[str, float]]:
+    """(kernel, median microseconds) of the launches of a call on a GPU, in order."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    events = [e for e in seen.events() if e.device_type == on_device]
+    events.sort(key=lambda e: e.time_range.start)
+    each = len(events) // calls
+    return [
+        (events[n].name, statistics.median(e.time_range.elapsed_us() for e in events[n::each]))
+        for n in range(each)
+    ]
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
