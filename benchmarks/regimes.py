@@ -108,12 +108,12 @@ def compare(names: list[str], shape: Shape, dtype: torch.dtype, graph: bool = Fa
 
 def one_after_the_other(run: Callable[[], object], calls: int = 50) -> float:
     """Milliseconds a call when the device waits for the host, or the host for the device."""
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(calls):
-        run()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / calls * 1e3
+
+    def all_calls() -> None:
+        for _ in range(calls):
+            run()
+
+    return measure.until_done(all_calls, DEVICE, 1, 0)[0] / calls
 
 
 def replay(run: Callable[[], object]) -> float:

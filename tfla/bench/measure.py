@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -85,6 +86,37 @@ def in_turns(
     return {name: failed.get(name, times[name]) for name in runs}
 
 
+def until_done(
+    call: Callable[[], object],
+    device: torch.device,
+    repeats: int,
+    warm: int,
+    *,
+    seconds: float = math.inf,
+    before: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Milliseconds by the clock of each call until the device is done: what a user waits for.
+
+    `repeats` calls after `warm` that do not count; once `seconds` have passed, 2 after 1 are
+    enough. `before` is called ahead of each, outside of the clock.
+    """
+    times: list[float] = []
+    first = time.perf_counter()
+    for turn in range(warm + repeats):
+        before()
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        now = time.perf_counter()
+        late = now - first > seconds
+        if turn >= (min(warm, 1) if late else warm):
+            times.append((now - began) * 1e3)
+        if late and len(times) >= 2:
+            break
+    return times
+
+
 def host_us(run: Run, device: torch.device, repeats: int = 20) -> float | None:
     """Until a call returns to the host, the device idle before: None where the host computes."""
     if device.type != "cuda":
@@ -116,6 +148,23 @@ def by_launch(run: Callable[[], object], calls: int = 8) -> list[tuple[str, floa
         (events[n].name, statistics.median(e.time_range.elapsed_us() for e in events[n::each]))
         for n in range(each)
     ]
+
+
+def by_kernel(call: Callable[[], object], device: torch.device) -> list[tuple[str, int, float]]:
+    """What the device (on a CPU: torch) spends most on in a call: name, launches, milliseconds."""
+    cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CPU, activity.CUDA] if cuda else [activity.CPU]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        synchronize(device)
+    where = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    found = [
+        (e.key, e.count, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3)
+        for e in profile.key_averages()
+        if e.device_type == where
+    ]
+    return sorted(found, key=lambda row: -row[2])
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
