@@ -18,7 +18,7 @@ def test_gates_of_any_size(name: str, how: str) -> None:
     check(i, f, torch.float32, how, "triton", 3e-5)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     gates=st.lists(
         st.tuples(st.sampled_from(EXTREMES), st.sampled_from(EXTREMES)),

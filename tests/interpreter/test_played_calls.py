@@ -186,7 +186,7 @@ def test_a_loss_of_a_sum_has_other_strides() -> None:
 def test_memory_that_two_inputs_share_is_true_of_one_call(addresses: bool) -> None:
     with taped(addresses) as shelf:
         for call in range(5):
-            x = problem(call, T=20, K=16, V=16)
+            x = problem(call, K=16, V=16)
             if call in (1, 3):  # recorded, played
                 x[1] = x[2] = x[0]
                 x[3] = x[4]
@@ -197,8 +197,8 @@ def test_memory_that_two_inputs_share_is_true_of_one_call(addresses: bool) -> No
 def test_slices_of_one_projection_may_be_tensors_of_their_own() -> None:
     with taped(addresses=True) as shelf:
         for call in range(4):
-            x = problem(call, T=20, K=16, V=16)
-            base = torch.randn(1, 20, 48, generator=torch.Generator().manual_seed(call))
+            x = problem(call, K=16, V=16)
+            base = torch.randn(1, 40, 48, generator=torch.Generator().manual_seed(call))
             if call == 1:
                 x[:3] = (y.unflatten(-1, (1, 16)) for y in base.split(16, -1))
             else:  # strides of 48, too
@@ -217,17 +217,17 @@ def test_another_call_has_another_tape() -> None:
         lambda x: (x, {}),
         lambda x: (x, {"scale": 0.5}),
         lambda x: (x, {"normalize": False}),
-        lambda x: (x, {"cu_seqlens": torch.tensor([0, 20])}),
-        lambda x: (x, {"cu_seqlens": torch.tensor([0, 20], dtype=torch.int32)}),
+        lambda x: (x, {"cu_seqlens": torch.tensor([0, 40])}),
+        lambda x: (x, {"cu_seqlens": torch.tensor([0, 40], dtype=torch.int32)}),
         lambda x: ([x[0], shifted(x[1]), *x[2:]], {}),
         lambda x: ([*x[:2], torch.cat([x[2]] * 2, -1)[..., :20], *x[3:]], {}),
         lambda x: ([*x[:3], x[3].half(), *x[4:]], {}),
-        lambda x: ([*(y[:, :19] for y in x[:5]), x[5][:, :19].contiguous()], {}),
+        lambda x: ([*(y[:, :39] for y in x[:5]), x[5][:, :39].contiguous()], {}),
     ]
     with taped(addresses=True) as shelf:
         for turn in range(3):
             for n, change in enumerate(changes):
-                x, options = change(problem(turn, T=20))
+                x, options = change(problem(turn))
                 seen = results(x, **options)
                 if turn == 1:
                     assert tapes(shelf) == 2 * (n + 1)
@@ -240,7 +240,7 @@ def test_a_pinned_plan_has_tapes_of_its_own() -> None:
     with taped(addresses=True) as shelf:
         for segment in (32, 0):
             for call in range(3):
-                x = problem(call, T=20)
+                x = problem(call)
                 with planned(segment=segment):
                     same(results(x), plain(x))
         assert len(shelf) == 12  # a plan for each of the calls
