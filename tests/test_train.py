@@ -305,6 +305,7 @@ def test_progress_is_the_limit_that_is_nearer() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.slow  # ranks train compiled blocks in test_train_parallel.py
 def test_compiled_blocks_learn_the_same(text: Path, tmp_path: Path) -> None:
     few = {"steps": 3, "eval_every": 3, "save_every": 3}
     plain = go(tmp_path / "plain", text, **few)
