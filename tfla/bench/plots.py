@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tfla
 from tfla import render
-from tfla.bench import check, report, roofline, transfer
+from tfla.bench import check, language_study, report, roofline, transfer
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.runs import Row
 from tfla.xlstm import files
@@ -52,7 +53,10 @@ def _colour(name: str) -> str:
 PASSES = {"forward": "Forward", "forward+backward": "Forward + backward"}
 
 
-STUDIES = ("length", "heads", "chunk", "batch", "errors", "gain", "border", "bias")
+STUDIES = (
+    *("length", "heads", "chunk", "batch", "errors", "gain", "border", "bias"),
+    *("tokens", "positions", "rates"),
+)
 
 
 def check_room(folder: Path, command: str) -> None:
@@ -66,7 +70,10 @@ def check_room(folder: Path, command: str) -> None:
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Every figure that the rows of a result are enough for; the files written."""
     made = []
-    drawings = (_lengths, _heads, _chunks, _batches, _errors, _gains, _borders, _biases)
+    drawings = (
+        *(_lengths, _heads, _chunks, _batches, _errors, _gains, _borders, _biases),
+        *(_learning, _by_position, _rates),
+    )
     figures = zip(STUDIES, drawings, strict=True)
     for study, figure in figures:
         rows = [r for r in result["rows"] if r["study"] == study and report.median(r)]
@@ -74,6 +81,8 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
             rows = [r for r in result["rows"] if r["kind"] == "kernels" and r.get("errors")]
         if study == "border":
             rows = [r for r in result["rows"] if r["kind"] == "transfer" and report.median(r)]
+        if study in ("tokens", "positions", "rates"):
+            rows = [r for r in result["rows"] if language_study.is_trained(r)]
         if len(rows) > 1:
             about = f"{rows[0]['dtype']}, {result['machine']['device']}"
             drawn = figure(rows, result["ceiling"], about)
@@ -292,6 +301,108 @@ def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
                 _plain_log(ax)
     eps = rows[0]["model"]["norm_eps"]
     return _finish(figure, axes, f"Early training, norm eps {eps:g}, {about}")
+
+
+def _learning(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Bits a byte of the tuning text over tokens and over seconds of training, each model at its
+    best learning rate: the mean over the seeds, in a band from the lowest to the highest."""
+    figure, [axes] = _panels(1, 2)
+    late: list[float] = []  # what is after the first evaluations decides the scale
+    for name, best in _best(rows).items():
+        mean, low, high = _over_seeds(row["curve"] for row in best)
+        late += [*low[1:], *high[1:]]
+        seconds = _over_seeds(row["seconds"] for row in best)[0]
+        for ax, x in zip(axes, (best[0]["tokens"], seconds), strict=True):
+            _band(ax, name, len(best), x, mean, low, high)
+    for ax, x in zip(axes, ("tokens of training", "seconds of training"), strict=True):
+        if late:
+            ax.set_ylim(min(late) - 0.05, max(late) + 0.05)
+        ax.set_xlim(left=0)
+        _name(ax, "", x, "held-out bits a byte" if ax is axes[0] else "")
+    return _finish(figure, [axes], f"{_models(rows)}, {about}")
+
+
+def _by_position(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Bits a byte by position in windows longer than those of training."""
+    figure, [[ax]] = _panels(1, 1)
+    edges = rows[0]["positions"]
+    middle = [(max(a, 1) * b) ** 0.5 for a, b in pairwise(edges)]
+    later: list[float] = []
+    for name, best in _best(rows).items():
+        mean, low, high = _over_seeds(row["by_position"] for row in best)
+        later += [*low[1:], *high[1:]]
+        _band(ax, name, len(best), middle, mean, low, high)
+    context = rows[0]["context"]
+    text = f"windows of training: {context:,} tokens"
+    ax.axvline(context, color=LIMIT, ls="--", label=text)
+    ax.set_xscale("log", base=2)
+    ticks = [t for t in (2**n for n in range(3, 20)) if t <= edges[-1]]
+    ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    if later:
+        ax.set_ylim(min(later) - 0.05, max(later) + 0.05)
+    _name(ax, "", "position in the window, tokens", "held-out bits a byte")
+    return _finish(figure, [[ax]], f"{_models(rows)}\n{about}")
+
+
+def _rates(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """The sweep of learning rates: bits a byte of the tuning text at the end of each training."""
+    figure, [[ax]] = _panels(1, 1)
+    for name, best in _best(rows).items():
+        swept = sorted(
+            (r["lr"], r["curve"][-1]) for r in rows if r["implementation"] == name and r["swept"]
+        )
+        colour = _colour(name)
+        ax.plot(
+            *zip(*swept, strict=True), color=colour, marker="o", linewidth=2, label=_mixer(name)
+        )
+        bits = dict(swept)[best[0]["lr"]]
+        ax.plot(best[0]["lr"], bits, "o", markersize=13, markerfacecolor="none", color=colour)
+    rates = sorted({row["lr"] for row in rows if row["swept"]})
+    ax.set_xscale("log")
+    ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    _name(ax, "", "learning rate at its peak", "held-out bits a byte at the end")
+    text = "Every learning rate with one seed; in a ring the one that is taken"
+    return _finish(figure, [[ax]], f"{_models(rows)}\n{text}, {about}")
+
+
+def _best(rows: list[Row]) -> dict[str, list[Row]]:
+    """By model the trainings at its best learning rate, one a seed."""
+    found = {name: language_study.chosen(rows, name) for name in language_study.NAMES}
+    return {name: best for name, best in found.items() if best}
+
+
+def _over_seeds(curves: Iterable[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
+    """Mean, lowest and highest of curves with the same points."""
+    columns = list(zip(*curves, strict=True))
+    means = [sum(column) / len(column) for column in columns]
+    return means, [min(column) for column in columns], [max(column) for column in columns]
+
+
+def _band(
+    ax: Axes,
+    name: str,
+    seeds: int,
+    x: Sequence[float],
+    mean: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+) -> None:
+    of = f", mean and range of {seeds} seeds" if seeds > 1 else ""
+    colour = _colour(name)
+    ax.plot(x, mean, color=colour, linewidth=2, marker="o", markersize=4, label=_mixer(name) + of)
+    if seeds > 1:
+        ax.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+
+
+def _mixer(name: str) -> str:
+    gate = language_study.NAMES[name]
+    return f"mLSTM, input gate {gate}" if gate else "attention, rotary positions"
+
+
+def _models(rows: list[Row]) -> str:
+    sizes = sorted({row["parameters"] for row in rows})
+    between = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+    return f"Language models of {between} parameters, {rows[0]['tokens'][-1]:,} tokens"
 
 
 def rooflines(
