@@ -260,8 +260,8 @@ def position_edges(context: int) -> list[int]:
     """Ranges of positions in a window of LONG times the context: half octaves, which end there and
     at the context; and all that is before FIRST_POSITIONS as one."""
     last = LONG * context
-    count = 2 * math.log2(max(2.0, last / FIRST_POSITIONS))
-    inner = {round(last / 2 ** (number / 2)) for number in range(math.floor(count) + 1)}
+    count = math.floor(2 * math.log2(last / min(FIRST_POSITIONS, context)))
+    inner = {round(last / 2 ** (number / 2)) for number in range(count + 1)}
     return sorted({0} | inner)
 
 

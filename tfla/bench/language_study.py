@@ -38,6 +38,7 @@ LONG = 8  # times the context of training: the windows in which bits by position
 EVALUATIONS = 12  # of a training, evenly spread
 MOST_EPOCHS = 2  # of the text in a training: what is read more often is learnt by heart
 FEWEST_STEPS = 10
+SAVE_SECONDS = 30.0  # between two checkpoints of a training
 USED = 0.97  # share of the minutes that is planned
 
 
@@ -125,7 +126,7 @@ class Asked:
             "log_every": log_every,
             "eval_every": 4 * log_every,
             "save_every": 2**31,
-            "save_every_seconds": 30.0,
+            "save_every_seconds": SAVE_SECONDS,
             "precision": self.precision,
         }
 

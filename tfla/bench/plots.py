@@ -309,9 +309,9 @@ def _learning(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     figure, [axes] = _panels(1, 2)
     late: list[float] = []  # what is after the first evaluations decides the scale
     for name, best in _best(rows).items():
-        mean, low, high = _over_seeds(row["curve"] for row in best)
+        mean, low, high = over_seeds(row["curve"] for row in best)
         late += [*low[1:], *high[1:]]
-        seconds = _over_seeds(row["seconds"] for row in best)[0]
+        seconds = over_seeds(row["seconds"] for row in best)[0]
         for ax, x in zip(axes, (best[0]["tokens"], seconds), strict=True):
             _band(ax, name, len(best), x, mean, low, high)
     for ax, x in zip(axes, ("tokens of training", "seconds of training"), strict=True):
@@ -329,7 +329,7 @@ def _by_position(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure
     middle = [(max(a, 1) * b) ** 0.5 for a, b in pairwise(edges)]
     later: list[float] = []
     for name, best in _best(rows).items():
-        mean, low, high = _over_seeds(row["by_position"] for row in best)
+        mean, low, high = over_seeds(row["by_position"] for row in best)
         later += [*low[1:], *high[1:]]
         _band(ax, name, len(best), middle, mean, low, high)
     context = rows[0]["context"]
@@ -371,7 +371,7 @@ def _best(rows: list[Row]) -> dict[str, list[Row]]:
     return {name: best for name, best in found.items() if best}
 
 
-def _over_seeds(curves: Iterable[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
+def over_seeds(curves: Iterable[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
     """Mean, lowest and highest of curves with the same points."""
     columns = list(zip(*curves, strict=True))
     means = [sum(column) / len(column) for column in columns]

@@ -265,7 +265,7 @@ def _language_plan_cells(row: Row, ms: float) -> list[str]:
         _three(ms),
         f"{100 * spread(row['samples_ms']):.0f}",
         f"{row['tokens'] / ms * 1e3:,.0f}",
-        _number(row["peak_bytes"], 2**-20, ",.0f"),
+        _number(row["peak_bytes"], 2**-20, ",.1f"),
         _number(row["errors"]["logits"], 1, ".0e"),
     ]
 
@@ -301,7 +301,7 @@ def language_summary(rows: Sequence[Row]) -> list[list[str]]:
                 str(len(best)),
                 *(_range([row[key] for row in best]) for key in ("bits", "bits_long")),
                 f"{best[0]['context'] * best[0]['batch'] / speed * 1e3:,.0f}",
-                _number(best[0]["peak_bytes"], 2**-20, ",.0f"),
+                _number(best[0]["peak_bytes"], 2**-20, ",.1f"),
             ]
         )
     return lines
