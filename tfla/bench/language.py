@@ -51,7 +51,7 @@ from tfla.xlstm.train import Placement, autocast, evaluate, token_nats, train
 
 TIMED = 12  # steps of the training by which the speed is measured
 PROFILED = 2  # of them the one whose memory is counted, which takes longer
-SAMPLE = 240  # tokens
+SAMPLE = 200  # tokens
 TEMPERATURE = 0.8
 FIRST_POSITIONS = 8  # tokens of the first range of positions
 CHECKED = 64  # tokens whose logits are held against fp64
@@ -113,6 +113,8 @@ def plan(task: Task, device: torch.device, tell: Tell) -> None:
             except Exception as error:
                 measured[name] = {"status": "failed", "reason": reason_of(error)}
         good = {name: row for name, row in measured.items() if row["status"] == "ok"}
+        if not good:
+            raise RunError(f"no model could be timed: {measured[task.names[0]]['reason']}")
         check_sizes({name: row["parameters"] for name, row in good.items()})
         found = plan_of(study, corpus, good, torch.get_num_threads())
         study.save_plan(found)
@@ -150,7 +152,6 @@ def _measured(asked: Asked, corpus: Corpus, name: str, device: torch.device) -> 
         "status": "ok",
         "parameters": sum(p.numel() for p in placement.model.parameters()),
         "samples_ms": [1e3 * seconds for seconds in steps],
-        "tokens": asked.context * asked.batch,
         "step_s": statistics.median(steps),
         "beside_s": beside + evaluations,
         "peak_bytes": placement.peak_bytes,

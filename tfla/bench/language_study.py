@@ -35,7 +35,7 @@ from tfla.xlstm.run import TrainOptions
 NAMES = {"tfla exp": "exp", "tfla sigmoid": "sigmoid", "attention": None}  # and their input gate
 SAME_SIZE = 0.01  # by how much the numbers of parameters may differ
 LONG = 8  # times the context of training: the windows in which bits by position are measured
-EVALUATIONS = 12  # of a training, evenly spread
+EVALUATIONS = 8  # of a training, evenly spread
 MOST_EPOCHS = 2  # of the text in a training: what is read more often is learnt by heart
 FEWEST_STEPS = 10
 SAVE_SECONDS = 30.0  # between two checkpoints of a training
@@ -74,8 +74,8 @@ class Size:
 
 # Heads of the mLSTM are few and wide, as in xLSTM 7B; those of attention have 32 or 64 channels.
 SIZES = {
-    "0.1m": Size(64, 2, 2, 2, 256, 8, (2e-3, 5e-3, 1.2e-2), 16384, 131072),
-    "1m": Size(128, 4, 4, 4, 256, 8, (1e-3, 2.5e-3, 6e-3), 16384, 131072),
+    "0.1m": Size(64, 2, 2, 2, 256, 4, (3e-3, 1e-2, 3e-2), 16384, 65536),
+    "1m": Size(128, 4, 4, 4, 256, 8, (1.5e-3, 4e-3, 1e-2), 16384, 65536),
     "8m": Size(256, 10, 4, 4, 1024, 32, (1e-3, 2e-3, 4e-3), 65536, 262144),
     "30m": Size(512, 9, 4, 8, 1024, 64, (5e-4, 1e-3, 2e-3), 65536, 262144),
 }

@@ -305,43 +305,35 @@ def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
 
 def _learning(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     """Bits a byte of the tuning text over tokens and over seconds of training, each model at its
-    best learning rate: the mean over the seeds, in a band from the lowest to the highest."""
+    best learning rate."""
     figure, [axes] = _panels(1, 2)
-    late: list[float] = []  # what is after the first evaluations decides the scale
+    late = []
     for name, best in _best(rows).items():
-        mean, low, high = over_seeds(row["curve"] for row in best)
-        late += [*low[1:], *high[1:]]
         seconds = over_seeds(row["seconds"] for row in best)[0]
         for ax, x in zip(axes, (best[0]["tokens"], seconds), strict=True):
-            _band(ax, name, len(best), x, mean, low, high)
+            late += _band(ax, name, x, [row["curve"] for row in best])
     for ax, x in zip(axes, ("tokens of training", "seconds of training"), strict=True):
-        if late:
-            ax.set_ylim(min(late) - 0.05, max(late) + 0.05)
+        _scale(ax, late)
         ax.set_xlim(left=0)
         _name(ax, "", x, "held-out bits a byte" if ax is axes[0] else "")
-    return _finish(figure, [axes], f"{_models(rows)}, {about}")
+    return _finish(figure, [axes], f"{_models(rows)}, {_spread(rows)}\n{about}")
 
 
 def _by_position(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     """Bits a byte by position in windows longer than those of training."""
     figure, [[ax]] = _panels(1, 1)
-    edges = rows[0]["positions"]
+    edges, context = rows[0]["positions"], rows[0]["context"]
     middle = [(max(a, 1) * b) ** 0.5 for a, b in pairwise(edges)]
-    later: list[float] = []
+    late = []
     for name, best in _best(rows).items():
-        mean, low, high = over_seeds(row["by_position"] for row in best)
-        later += [*low[1:], *high[1:]]
-        _band(ax, name, len(best), middle, mean, low, high)
-    context = rows[0]["context"]
-    text = f"windows of training: {context:,} tokens"
-    ax.axvline(context, color=LIMIT, ls="--", label=text)
+        late += _band(ax, name, middle, [row["by_position"] for row in best])
+    _scale(ax, late)
+    ax.axvline(context, color=LIMIT, ls=":", label=f"windows of training: {context:,} tokens")
     ax.set_xscale("log", base=2)
     ticks = [t for t in (2**n for n in range(3, 20)) if t <= edges[-1]]
     ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
-    if later:
-        ax.set_ylim(min(later) - 0.05, max(later) + 0.05)
     _name(ax, "", "position in the window, tokens", "held-out bits a byte")
-    return _finish(figure, [[ax]], f"{_models(rows)}\n{about}")
+    return _finish(figure, [[ax]], f"{_models(rows)}\n{_spread(rows)}, {about}")
 
 
 def _rates(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
@@ -351,17 +343,14 @@ def _rates(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
         swept = sorted(
             (r["lr"], r["curve"][-1]) for r in rows if r["implementation"] == name and r["swept"]
         )
-        colour = _colour(name)
-        ax.plot(
-            *zip(*swept, strict=True), color=colour, marker="o", linewidth=2, label=_mixer(name)
-        )
-        bits = dict(swept)[best[0]["lr"]]
-        ax.plot(best[0]["lr"], bits, "o", markersize=13, markerfacecolor="none", color=colour)
+        ax.plot(*zip(*swept, strict=True), marker="o", **_line(name))
+        ring = {"markersize": 13, "markerfacecolor": "none", "color": _colour(name)}
+        ax.plot(best[0]["lr"], dict(swept)[best[0]["lr"]], "o", **ring)
     rates = sorted({row["lr"] for row in rows if row["swept"]})
     ax.set_xscale("log")
     ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
     _name(ax, "", "learning rate at its peak", "held-out bits a byte at the end")
-    text = "Every learning rate with one seed; in a ring the one that is taken"
+    text = "Every learning rate with one seed; the one that is taken has a ring"
     return _finish(figure, [[ax]], f"{_models(rows)}\n{text}, {about}")
 
 
@@ -379,24 +368,33 @@ def over_seeds(curves: Iterable[Sequence[float]]) -> tuple[list[float], list[flo
 
 
 def _band(
-    ax: Axes,
-    name: str,
-    seeds: int,
-    x: Sequence[float],
-    mean: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
-) -> None:
-    of = f", mean and range of {seeds} seeds" if seeds > 1 else ""
-    colour = _colour(name)
-    ax.plot(x, mean, color=colour, linewidth=2, marker="o", markersize=4, label=_mixer(name) + of)
-    if seeds > 1:
-        ax.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+    ax: Axes, name: str, x: Sequence[float], curves: Iterable[Sequence[float]]
+) -> list[float]:
+    """The mean of curves and their range; what is beyond the first points, for the scale."""
+    mean, low, high = over_seeds(curves)
+    ax.plot(x, mean, marker="o", markersize=4, **_line(name))
+    ax.fill_between(x, low, high, color=_colour(name), alpha=0.2, linewidth=0)
+    return [*low[1:], *high[1:]] or mean
+
+
+def _scale(ax: Axes, values: Sequence[float]) -> None:
+    room = 0.05 * (max(values) - min(values)) or 0.05
+    ax.set_ylim(min(values) - room, max(values) + room)
+
+
+def _line(name: str) -> dict[str, Any]:
+    """Of a curve; a dashed one hides no other that it lies on."""
+    style = "--" if name == "tfla sigmoid" else "-"
+    return {"color": _colour(name), "linestyle": style, "linewidth": 2, "label": _mixer(name)}
 
 
 def _mixer(name: str) -> str:
     gate = language_study.NAMES[name]
     return f"mLSTM, input gate {gate}" if gate else "attention, rotary positions"
+
+
+def _spread(rows: list[Row]) -> str:
+    return f"mean and range of {len({row['seed'] for row in rows})} seeds"
 
 
 def _models(rows: list[Row]) -> str:

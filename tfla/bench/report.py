@@ -264,7 +264,7 @@ def _language_plan_cells(row: Row, ms: float) -> list[str]:
         f"{row['parameters']:,}",
         _three(ms),
         f"{100 * spread(row['samples_ms']):.0f}",
-        f"{row['tokens'] / ms * 1e3:,.0f}",
+        f"{row['context'] * row['batch'] / ms * 1e3:,.0f}",
         _number(row["peak_bytes"], 2**-20, ",.1f"),
         _number(row["errors"]["logits"], 1, ".0e"),
     ]
@@ -320,7 +320,14 @@ def show_summary(rows: Sequence[Row]) -> None:
     table("Held-out bits a byte of the reported text", SUMMARY_COLUMNS, lines)
     for name in language_study.NAMES:
         for row in language_study.chosen(rows, name)[:1]:
-            print(f"{name} writes:\n{row['sample']}\n")
+            print(f"{name} writes:\n{_printable(row['sample'])}\n")
+
+
+def _printable(text: str) -> str:
+    """Without what would command a terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def shown_forget_gate(row: Row) -> tuple[int, float]:
