@@ -344,7 +344,7 @@ def _rates(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
             (r["lr"], r["curve"][-1]) for r in rows if r["implementation"] == name and r["swept"]
         )
         ax.plot(*zip(*swept, strict=True), marker="o", **_line(name))
-        ring = {"markersize": 13, "markerfacecolor": "none", "color": _colour(name)}
+        ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "color": _colour(name)}
         ax.plot(best[0]["lr"], dict(swept)[best[0]["lr"]], "o", **ring)
     rates = sorted({row["lr"] for row in rows if row["swept"]})
     ax.set_xscale("log")
