@@ -320,7 +320,7 @@ def test_further_seeds_of_a_sweep_that_failed_say_so(study: Study) -> None:
 def test_a_model_that_was_not_timed_is_not_trained(study: Study, tmp_path: Path) -> None:
     other = open_study(tmp_path / "other", study.asked, False, 0.0)
     row = row_of(Training(other, 1e-3, 0), "attention")
-    assert row["status"] == "failed" and "could not be measured" in row["reason"]
+    assert row["status"] == "failed" and "has no plan" in row["reason"]
 
 
 def test_a_study_is_taken_up_with_its_own_options_alone(study: Study) -> None:
@@ -330,9 +330,12 @@ def test_a_study_is_taken_up_with_its_own_options_alone(study: Study) -> None:
         open_study(folder, asked, False, 0.0)
     with pytest.raises(RunError, match="--seeds is 3, the study in .* was started with 2"):
         open_study(folder, dataclasses.replace(asked, seeds=3), True, 0.0)
+    (folder / "plan.json").unlink()  # without a plan nothing has been trained
+    again = open_study(folder, dataclasses.replace(asked, seeds=3), False, 0.0)
+    assert again.asked.seeds == 3 and again.fingerprint == study.fingerprint
     (folder / "data" / "train.bin").write_bytes(b"other")
     with pytest.raises(RunError, match="not the corpus"):
-        open_study(folder, asked, True, 0.0)
+        open_study(folder, again.asked, True, 0.0)
 
 
 def test_tuning_bits_are_those_of_training(study: Study) -> None:
@@ -432,7 +435,7 @@ def test_of_several_seeds_the_mean_and_the_range_are_told() -> None:
         ("--seeds 0", "--seeds is 0, wanted 1 or more"),
         ("--steps 0", "--steps is 0, wanted above 0"),
         ("--rates x", "--rates is x, wanted numbers"),
-        ("--rates=1e-3,0", "--lr is 0"),
+        ("--rates=1e-3,0", "--rates is 0.001, 0, wanted different numbers above 0"),
         ("--rates 1e-3,1e-3", "wanted different numbers"),
         ("--context=-1", "--context is -1"),
         ("--batch=-1", "--batch is -1"),

@@ -136,13 +136,13 @@ class Asked:
             raise RunError(f"--minutes is {self.minutes:g}, wanted above 0")
         if self.seeds < 1:
             raise RunError(f"--seeds is {self.seeds}, wanted 1 or more")
-        if len(set(self.rates)) < len(self.rates):
-            raise RunError("--rates has a learning rate twice, wanted different numbers")
+        if len(set(self.rates)) < len(self.rates) or min(self.rates) <= 0:
+            words = ", ".join(f"{lr:g}" for lr in self.rates)
+            raise RunError(f"--rates is {words}, wanted different numbers above 0")
         for path in map(Path, self.paths):
             if not path.exists():
                 raise RunError(f"{path} does not exist; give files and folders of texts, or none")
-        for lr in self.rates:
-            TrainOptions(**self.options(1 if self.steps is None else self.steps, lr, 0))
+        TrainOptions(**self.options(1 if self.steps is None else self.steps, self.rates[0], 0))
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ class Training:
 def open_study(folder: Path, asked: Asked, resume: bool, began: float) -> Study:
     """A new study in `folder`, whose corpus is written here; or the one that stands there.
 
-    RunError when there is one and `resume` is False, when there is none of these options, and when
-    the texts are too few.
+    RunError when one that has a plan stands there and `resume` is False, when it has other options
+    than `asked`, and when the texts are too few.
     """
     known = folder / "study.json"
     if resume and known.exists():
@@ -233,7 +233,7 @@ def open_study(folder: Path, asked: Asked, resume: bool, began: float) -> Study:
         study = Study(folder, said["fingerprint"], asked, began)
         study.corpus()
         return study
-    if known.exists():
+    if (folder / "plan.json").exists():
         raise RunError(
             f"{folder} holds a study already; add --resume to go on with it, or take another --out"
         )
@@ -338,4 +338,13 @@ def _plain(asked: Asked) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    files.write(path, (json.dumps(content, indent=1) + "\n").encode(), files.nobodys)
+    files.write(path, (json.dumps(content, indent=1) + "\n").encode(), _is_study)
+
+
+def _is_study(path: Path) -> bool:
+    """Whether `open_study` has written this file: the one of a study that was not planned gives way
+    to another's."""
+    try:
+        return {"asked", "fingerprint"} == json.loads(path.read_text("utf-8")).keys()
+    except (ValueError, AttributeError, RecursionError):
+        return False
