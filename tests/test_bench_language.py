@@ -315,12 +315,14 @@ def test_further_seeds_take_the_rate_that_is_best_on_the_tuning_text(study: Stud
 def test_further_seeds_of_a_sweep_that_failed_say_so(study: Study) -> None:
     row = row_of(Training(study, None, 1), "attention")
     assert row["status"] == "failed" and "no learning rate" in row["reason"]
+    assert "Seed 1, each at its best learning rate" in report.title(row)
 
 
 def test_a_model_that_was_not_timed_is_not_trained(study: Study, tmp_path: Path) -> None:
     other = open_study(tmp_path / "other", study.asked, False, 0.0)
     row = row_of(Training(other, 1e-3, 0), "attention")
     assert row["status"] == "failed" and "has no plan" in row["reason"]
+    assert "Seed 0, learning rate 0.001" in report.title(row)
 
 
 def test_a_study_is_taken_up_with_its_own_options_alone(study: Study) -> None:

@@ -211,8 +211,9 @@ class Training:
     seed: int
 
     def describe(self) -> Row:
-        """As for Study; "swept": does its learning rate come from the sweep?"""
-        return {**self.study.describe(), "seed": self.seed, "swept": self.lr is not None}
+        """As for Study; "swept": is it one of the sweep?"""
+        swept = self.lr is not None
+        return {**self.study.describe(), "lr": self.lr, "seed": self.seed, "swept": swept}
 
 
 def open_study(folder: Path, asked: Asked, resume: bool, began: float) -> Study:

@@ -441,7 +441,9 @@ def compare(
         if was is None and now is None:
             continue
         shape = f", {Shape(**row['shape'])}" if row["shape"] else ""
-        named = [f"{name} {row[name]:g}" for name in ("bias", "lr", "seed") if name in row]
+        named = [
+            f"{name} {row[name]:g}" for name in ("bias", "lr", "seed") if row.get(name) is not None
+        ]
         what = f"{row['implementation']} {row.get('pass', '')}{', '.join(named)}{shape}"
         verdict, change = "", "-"
         if now is None:
