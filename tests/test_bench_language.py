@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checks import one_thread  # noqa: F401
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from tfla.bench import language, language_study, plots, report
@@ -207,6 +208,43 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(study: Study) -
     expected = math.log2(257) * (len(stream) - 1) / size
     for bits in (found["bits"], found["bits_long"], *found["by_position"]):
         assert bits == pytest.approx(expected, rel=1e-5)
+
+
+def trained_tokenizer(texts: Path, lower: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if lower:
+        tokenizer.normalizer = normalizers.Lowercase()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train([str(path) for path in sorted(texts.iterdir())], trainer)
+    return tokenizer
+
+
+def test_bits_are_by_byte_with_a_tokenizer_too(texts: Path, asked: Asked, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    trained_tokenizer(texts, lower=False).save(str(path))
+    study = open_study(tmp_path / "a", dataclasses.replace(asked, tokenizer=str(path)), False, 0.0)
+    corpus = study.corpus()
+    model, bits = table_model(corpus)
+    found = language.judged(model, corpus, study.asked, CPU)
+    stream, size = language_study.reported_text(corpus, study.asked.sized)
+    assert size > 1.5 * len(stream)
+    each = bits[stream[:-1], stream[1:]]
+    assert found["bits"] == pytest.approx(each.sum().item() / size, rel=1e-5)
+    assert found["sample"]
+
+
+def test_a_tokenizer_that_loses_text_is_refused(texts: Path, asked: Asked, tmp_path: Path) -> None:
+    path, shouted = tmp_path / "tokenizer.json", tmp_path / "shouted"
+    shouted.mkdir()
+    for text in texts.iterdir():
+        (shouted / text.name).write_text(text.read_text().upper())
+    trained_tokenizer(texts, lower=True).save(str(path))
+    other = dataclasses.replace(asked, tokenizer=str(path), paths=(str(shouted),))
+    with pytest.raises(RunError, match="nothing can be said in bits a byte"):
+        open_study(tmp_path / "a", other, False, 0.0)
 
 
 def test_the_reported_text_is_none_that_rates_are_chosen_by(study: Study) -> None:
