@@ -109,6 +109,7 @@ def save_xlstm(
     weight_mode: str = "single",
     max_shard_bytes: int = 5 * 10**9,
     fields: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `model` as a folder that ``xLSTMForCausalLM.from_pretrained`` and ``load_xlstm`` read.
 
@@ -119,6 +120,7 @@ def save_xlstm(
         max_shard_bytes: start another file when one would grow beyond this.
         fields: further fields for config.json, e.g. {"eos_token_id": 2}. Without them the ids of
             the beginning, the end and of padding are null, not transformers' 0, 2 and 1.
+        texts: further files of the folder, name: content; those of a tokenizer, say.
 
     Returns:
         The folder.
@@ -162,7 +164,9 @@ def save_xlstm(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as temporary:
         shards.write(temporary, sizes, lambda name: pieces[name].clone(), max_shard_bytes)
-        (temporary / CONFIG).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
+        config = json.dumps(body, indent=2, sort_keys=True) + "\n"
+        for name, text in ({**(texts or {}), CONFIG: config}).items():
+            (temporary / name).write_text(text, "utf-8")
     return folder
 
 
