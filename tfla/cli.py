@@ -296,9 +296,8 @@ def train(
             try:
                 with received.held():
                     records = training.train(run, place)
-                    if place.main:
-                        records = render.redrawn(records, draw)
-                    render.watch(records, console, per_token)
+                    seen = render.redrawn(records, draw) if place.main else records
+                    render.watch(seen, console, per_token)
             except (signals.Interrupted, KeyboardInterrupt) as error:
                 status = signals.exit_status(error)
         if not place.main:

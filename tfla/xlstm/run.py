@@ -175,7 +175,7 @@ def start(
             values.get("paths") or [],
             folder / "data",
             tokenizer=values.get("tokenizer"),
-            codec=base and base.codec,
+            codec=None if base is None else base.codec,
             held_out=values.get("held_out", HELD_OUT),
             include=values.get("include") or (),
         )
