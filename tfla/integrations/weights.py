@@ -220,8 +220,8 @@ def _config(file: Path, fields: Mapping[str, Any]) -> XLSTMConfig:
     """The configuration that config.json describes, or an error that names the field."""
     if fields.get("model_type") != "xlstm":
         raise ValueError(
-            f"{file} describes model_type {short(fields.get('model_type'))}; wanted is 'xlstm', a model "
-            "that transformers' xLSTMForCausalLM has saved."
+            f"{file} describes model_type {short(fields.get('model_type'))}; wanted is 'xlstm', a "
+            "model that transformers' xLSTMForCausalLM has saved."
         )
     named = fields.get("architectures") or ["xLSTMForCausalLM"]
     for name in named if isinstance(named, list) else [named]:
@@ -235,8 +235,8 @@ def _config(file: Path, fields: Mapping[str, Any]) -> XLSTMConfig:
         )
     if "siging" in str(fields.get("chunkwise_kernel")):
         raise ValueError(
-            f"{file} has chunkwise_kernel {short(fields['chunkwise_kernel'])}, a sigmoid gate with a "
-            "normaliser; tfla.xlstm has the exponential one, or the sigmoid without normaliser."
+            f"{file} has chunkwise_kernel {short(fields['chunkwise_kernel'])}, a sigmoid gate with "
+            "a normaliser; tfla.xlstm has the exponential one, or the sigmoid without normaliser."
         )
     d = _either(file, fields, "hidden_size", "embedding_dim", 4096)
     layers = _either(file, fields, "num_hidden_layers", "num_blocks", 32)
