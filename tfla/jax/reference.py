@@ -209,9 +209,11 @@ def step(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     log_gates = gates.log_gates(i.astype(dtype), f.astype(dtype), options)
     u, a = (y.reshape(B, G, H // G, 1) for y in log_gates)
-    C, n, m = (  # in fp32 or fp64, by group
-        y if y is None else y.astype(dtype).reshape(B, G, H // G, *y.shape[2:]) for y in state
-    )
+
+    def by_group(y: Any) -> Any:
+        return None if y is None else y.astype(dtype).reshape(B, G, H // G, *y.shape[2:])
+
+    C, n, m = map(by_group, state)
     q, k, v = q.astype(dtype) * options.scale, k.astype(dtype), v.astype(dtype)
     if m is not None:
         u, a, m = gates.stabilize(u, a, m)
