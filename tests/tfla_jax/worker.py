@@ -6,7 +6,9 @@ Both are pickles of lists. A call is a dict of plain values and NumPy arrays, an
 NumPy arrays; arrays whose dtype NumPy does not know travel in fp64, beside its name.
 """
 
+import inspect
 import pickle
+import runpy
 import sys
 from typing import Any
 
@@ -85,10 +87,57 @@ def steps(call: dict[str, Any]) -> Arrays:
     return {name: np.asarray(x.astype(jnp.float64)) for name, x in out.items() if x is not None}
 
 
+def signatures(call: dict[str, Any]) -> Arrays:
+    """Names, kinds and defaults of the parameters of each public function."""
+    functions = {name: getattr(tfla.jax, name) for name in call["names"]}
+    return {
+        name: [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        for name, function in functions.items()
+    }
+
+
+def errors(call: dict[str, Any]) -> Arrays:
+    """The type and the text of the error of a call, or None where there is none."""
+
+    def made(x: Any) -> Any:
+        if isinstance(x, tuple):
+            kind, *values = x
+            if kind == "zeros":
+                shape, dtype = values
+                return jnp.zeros(shape, dtype)
+            return tfla.jax.State(*map(made, values))
+        return np.asarray(x) if isinstance(x, list) else x
+
+    arguments = {name: made(x) for name, x in call["arguments"].items()}
+    try:
+        getattr(tfla.jax, call["name"])(**arguments)
+    except Exception as error:
+        return {"type": type(error).__name__, "text": str(error)}
+    return {"type": None, "text": ""}
+
+
+def training(call: dict[str, Any]) -> Arrays:
+    """The example's model in fp64: its first weights, its batches and its losses."""
+    from flax import nnx
+
+    example = runpy.run_path(call["path"])
+    model = example["Model"](*call["sizes"], nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(model, nnx.Param)))
+    weights = {
+        ".".join(map(str, path)): np.asarray(x[...])
+        for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    batches = example["pieces"](bytes(range(200)) * 3, *call["batches"])
+    losses = example["train"](model, batches, call["rate"])
+    return {"weights": weights, "batches": np.asarray(batches), "losses": np.asarray(losses)}
+
+
 def main() -> None:
     answers = []
+    functions = (sequence, steps, signatures, errors, training)
+    known = {function.__name__: function for function in functions}
     for call in pickle.load(sys.stdin.buffer):
-        answers.append({"sequence": sequence, "steps": steps}[call["function"]](call))
+        answers.append(known[call["function"]](call))
     assert "triton" not in sys.modules
     pickle.dump(answers, sys.stdout.buffer)
 

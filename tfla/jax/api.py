@@ -203,9 +203,9 @@ def mlstm_step(
     """
     by_gate = checks.input_gate(input_gate)
     normalize = by_gate if normalize is None else normalize
-    checks.flags(normalize=normalize, inplace=inplace)
     checks.array("i", i)
     checks.array("f", f)
+    checks.flags(normalize=normalize, inplace=inplace)
     q, k, v = checks.operands(q, k, v, ("B", "H"))
     (B, _, K), (H, V) = q.shape, v.shape[1:]
     i, f = checks.gate("i", i, v), checks.gate("f", f, v)
