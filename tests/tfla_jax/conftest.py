@@ -24,6 +24,8 @@ except ImportError as error:
 else:
     WHY_NOT = None
     jax.config.update("jax_num_cpu_devices", 4)  # before the first array: for shard_map
+    # Compilation takes nearly all of the time. What programs run, test_against_torch.py runs.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 # These have torch in their process, and JAX in another one if need be.
 OF_TORCH = {"test_against_torch.py"}

@@ -5,7 +5,6 @@ Python may be another one: TFLA_JAX_PYTHON names that interpreter. Without it th
 both.
 """
 
-import dataclasses
 import functools
 import inspect
 import os
@@ -70,7 +69,7 @@ def tensors(answer: dict[str, Any]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- a case, on both sides
 
 
-def call_of(case: Case, inputs: Inputs, c: Tensor | None, **options: object) -> dict[str, Any]:
+def call_of(case: Case, inputs: Inputs, c: Tensor | None) -> dict[str, Any]:
     leaves = inputs.leaves()
     fixed = {"dh": inputs.dh.double(), "G_C": inputs.G_C, "G_n": inputs.G_n, "c": c}
     if case.lengths is not None:
@@ -85,7 +84,7 @@ def call_of(case: Case, inputs: Inputs, c: Tensor | None, **options: object) -> 
             "normalize": case.normalize,
             "scale": case.scale,
             "output_final_state": case.final,
-            **options,
+            "reverse": case.reverse,
         },
     }
 
@@ -116,6 +115,9 @@ CASES = [
         for gates in ("ordinary", *EXTREME, *RESETS, "initial")
     ),
     packed(0, 70, 0, 3, dtype=torch.float32),
+    Case(T=70, H=4, groups=2, reverse=True),
+    packed(0, 33, 0, 37, H=4, groups=2, reverse=True),
+    Case(T=70, H=4, groups=1, dtype=torch.bfloat16, gate_dtype=torch.float32),
 ]
 
 
@@ -150,31 +152,7 @@ def test_values_states_and_gradients(case: Case) -> None:
     assert not broken, f"{case}\n" + "\n".join(broken)
 
 
-# ---------------------------------------------------------------- groups, the mirror, the family
-
-
-@pytest.mark.parametrize("lengths", [None, (0, 33, 0, 37)], ids=["rows", "packed"])
-def test_groups_and_the_mirror(lengths: tuple[int, ...] | None) -> None:
-    """As repeating q and k, and flipping every sequence, makes of them."""
-    case = packed(*lengths, H=4) if lengths else Case(T=70, H=4)
-    inputs = make_inputs(case)
-    inputs = dataclasses.replace(inputs, q=inputs.q[:, :, :2], k=inputs.k[:, :, :2])
-
-    def flip(x: Tensor) -> Tensor:
-        return torch.cat([part.flip(1) for part in x.split(lengths or case.T, 1)], 1)
-
-    names = ("q", "k", "v", "i", "f", "dh")
-    mirrored = {name: flip(getattr(inputs, name)) for name in names}
-    mirrored |= {name: mirrored[name].repeat_interleave(2, 2) for name in "qk"}
-    truth, c = run_recurrence(case, dataclasses.replace(inputs, **mirrored), torch.float64)
-    for name in ("h", "dq", "dk", "dv", "di", "df"):
-        truth[name] = flip(truth[name])
-    for name in ("dq", "dk"):
-        truth[name] = truth[name].unflatten(2, (2, 2)).sum(3)
-    (answer,) = answers([call_of(case, inputs, c, reverse=True)])
-    for name, x in tensors(answer).items():
-        if name != "m":
-            assert_close(x, truth[name], 1e-10, name)
+# ---------------------------------------------------------------- a token
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -186,7 +164,8 @@ def test_steps(input_gate: str, normalize: bool | None, dtype: torch.dtype) -> N
     inputs = make_inputs(case)
     truth, c = run_recurrence(case, inputs, torch.float64)
     call = call_of(case, inputs, c)
-    del call["options"]["output_final_state"]
+    for name in ("output_final_state", "reverse"):
+        del call["options"][name]
     (answer,) = answers([call | {"function": "steps"}])
     ours = tensors(answer)
     if "m" in ours:
@@ -194,7 +173,9 @@ def test_steps(input_gate: str, normalize: bool | None, dtype: torch.dtype) -> N
         ours["C"], ours["n"] = ours["C"] * size[..., None, None], ours["n"] * size[..., None]
     plain = run_recurrence(case, inputs, dtype, c)[0] if dtype == torch.float32 else None
     known = {name: truth[name] for name in ("h", "C", "n") if name in truth}
-    assert not failures(ours, known, plain, case, inputs, 0.0)
+    floor_eps = torch.finfo(dtype).eps  # swings: see CANCELLING
+    broken = failures(ours, known, plain, case, inputs, floor_eps)
+    assert not broken, "\n".join(broken)
 
 
 # ---------------------------------------------------------------- one interface

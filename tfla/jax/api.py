@@ -68,9 +68,9 @@ def mlstm(
             along T; B must be 1. Traced offsets, and those on a GPU or TPU, are not read by the
             host: there an offset out of range or below an earlier one counts as the nearest that is
             not, and tokens before the first and behind the last get zeros, in h and in gradients.
-        reverse: token t sees t, t + 1, ... in place of t, t - 1, ...: the same as flipping T of
-            every input and of h; packed sequences are mirrored each by itself. The final state is
-            the one behind the last token that is read, which is token 0.
+        reverse: token t sees t, t + 1, ... in place of t, t - 1, ...: the same as T flipped in
+            every input and in h, of packed sequences each by itself. The states are then those
+            behind a sequence's last token and before its first.
         group: None; T is not split over processes here.
         backend: None or "reference", which runs on all that JAX runs on. "triton" is not there yet.
 

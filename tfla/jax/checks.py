@@ -76,15 +76,16 @@ def operands(q: Any, k: Any, v: Any, axes: Sequence[str]) -> tuple[Array, Array,
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}; got {what(k)}.")
     if 0 in (*q.shape[-2:], *v.shape[-2:]):
         raise ValueError(f"H, K and V must be at least 1; got q {what(q)} and v {what(v)}.")
+    if v.shape[:-2] != q.shape[:-2]:
+        sizes = ", ".join([*(str(size) for size in q.shape[:-2]), "H", "V"])
+        raise ValueError(
+            f"v must be ({', '.join(axes)}, V) = ({sizes}) beside q {what(q)}; got {what(v)}."
+        )
     G, H = q.shape[-2], v.shape[-2]
-    if v.shape[:-2] == q.shape[:-2] and H % G:
+    if H % G:
         raise ValueError(
             f"the heads of v, H, must be a multiple of those of q and k, G; got H = {H} of v "
             f"{what(v)} and G = {G} of q {what(q)}."
-        )
-    if v.shape[:-2] != q.shape[:-2]:
-        raise ValueError(
-            f"v must be ({', '.join(axes)}, V) with {tuple(q.shape[:-1])} as in q; got {what(v)}."
         )
     return q, k, v
 

@@ -22,7 +22,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from tfla.jax.spec import Options
 from tfla.limits import EMPTY, FOLLOWED, LIMIT, LOG_F_NOTHING, LOG_I_NOTHING
@@ -63,14 +63,10 @@ def stabilize(log_i: Array, log_f: Array, m: Array) -> tuple[Array, Array, Array
     No result depends on the gauges, so derivatives take them for constants, but for the one that
     comes in: du = dlog_i, da = dlog_f, and da_1 = dlog_f_1 + dm.
     """
-
-    def follow(early: tuple[Array, Array], late: tuple[Array, Array]) -> tuple[Array, Array]:
-        # A chunk makes max(m + total, top) of a gauge m.
-        return early[0] + late[0], jnp.maximum(early[1] + late[0], late[1])
-
     m = jnp.clip(m, EMPTY, -EMPTY)
-    total, top = lax.associative_scan(follow, (log_f, log_i), axis=-1)
-    m_t = jnp.maximum(jnp.maximum(m[..., None] + total, top), EMPTY)
+    is_past, sums = _sums(log_f)
+    top = jnp.max(jnp.where(is_past, log_i[..., None, :] + sums, EMPTY), -1)
+    m_t = jnp.maximum(jnp.maximum(m[..., None] + jnp.cumsum(log_f, -1), top), EMPTY)
     before = jnp.concatenate([m[..., None], m_t[..., :-1]], -1)
     # log_f + before - m_t, with what rounding takes from the first sum: a gauge of 1e5 has steps of
     # 0.008 in fp32. (Two-sum, Knuth.)
@@ -97,11 +93,15 @@ def final_gauge(m: Array) -> Array:
 
 def chunk_weights(u: Array, a: Array) -> tuple[Array, Array]:
     """(D, w) of u, a (..., L): D (..., L, L) of token s at token t, w (..., L) of the state."""
-    L = u.shape[-1]
-    t, s = jnp.arange(L)[:, None], jnp.arange(L)
-    sums = jnp.cumsum(jnp.where(s < t, a[..., :, None], 0.0), -2)
-    D = _exp(u[..., None, :] + sums, s <= t)
-    return D, _exp(jnp.cumsum(a, -1), True)
+    is_past, sums = _sums(a)
+    return _exp(u[..., None, :] + sums, is_past), _exp(jnp.cumsum(a, -1), True)
+
+
+def _sums(a: Array) -> tuple[Array, Array]:
+    """Of a (..., L), for each token t and each s: is s <= t, (L, L), and the sum of those behind s
+    up to t, (..., L, L)."""
+    t, s = jnp.arange(a.shape[-1])[:, None], jnp.arange(a.shape[-1])
+    return s <= t, jnp.cumsum(jnp.where(s < t, a[..., :, None], 0.0), -2)
 
 
 def _exp(x: Array, keep: Array | bool) -> Array:
