@@ -89,34 +89,33 @@ def call_of(case: Case, inputs: Inputs, c: Tensor | None) -> dict[str, Any]:
     }
 
 
-VARIED = [dict(input_gate=gate, normalize=normalize) for gate, normalize in VARIANTS]
-LOW = (torch.float32, torch.bfloat16, torch.float16)
-# Cases of one shape and variant share a compilation, which takes seconds: so there are many of few.
+EXP, EXP_BARE, SIGMOID, SIGMOID_NORMALIZED = (
+    dict(input_gate=gate, normalize=normalize) for gate, normalize in VARIANTS
+)
+REGIMES = [
+    *((EXP, gates) for gates in ("ordinary", *EXTREME, *RESETS, "initial", "infinite")),
+    *((SIGMOID, gates) for gates in ("ordinary", "f=-1e5", "f=-12", "i=-30", *RESETS, "infinite")),
+    *((EXP_BARE, gates) for gates in ("ordinary", "i=+30", "resets 50%", "infinite")),
+    *((SIGMOID_NORMALIZED, gates) for gates in ("ordinary", "f=-1000", "i=-95", "swings")),
+]
+# Cases of one shape, variant and dtype share a compilation, which takes seconds.
 CASES = [
-    *(Case(T=130, **variant) for variant in VARIED),
-    *(
-        Case(T=130, gates=gates, **variant)
-        for variant in VARIED
-        for gates in (*EXTREME, *RESETS, "initial", "infinite")
-    ),
-    *(Case(T=T) for T in (0, 1, 64)),
-    Case(B=0, T=20),
-    Case(T=70, K=1, V=33, B=1, state=False, final=False),
-    Case(T=70, scale=-0.7, state=False, input_gate="sigmoid"),
-    Case(T=130, state=False, gates="infinite"),
+    *(Case(T=70, gates=gates, **variant) for variant, gates in REGIMES),
+    *(Case(T=T) for T in (0, 1)),
+    Case(T=130, K=1, V=33, B=1, state=False, final=False),
+    Case(T=70, scale=-0.7, state=False, gates="infinite"),
     packed(0, 70, 0, 3, 0),
     packed(0, 70, 0, 3, 0, gates="resets 50%"),
     packed(64, 1, 130, state=False, final=False, input_gate="sigmoid"),
-    packed(0, 0),
-    *(Case(T=130, dtype=dtype, gate_dtype=torch.float32, **VARIED[0]) for dtype in LOW),
-    *(
-        Case(T=130, dtype=torch.float32, gates=gates, **variant)
-        for variant in (VARIED[0], VARIED[2])
-        for gates in ("ordinary", *EXTREME, *RESETS, "initial")
-    ),
-    packed(0, 70, 0, 3, dtype=torch.float32),
     Case(T=70, H=4, groups=2, reverse=True),
     packed(0, 33, 0, 37, H=4, groups=2, reverse=True),
+    *(
+        Case(T=70, gates=gates, dtype=torch.float32, **variant)
+        for variant, gates in REGIMES
+        if variant in (EXP, SIGMOID) and gates != "infinite"
+    ),
+    packed(0, 70, 0, 3, dtype=torch.float32),
+    Case(T=70, dtype=torch.float16, gate_dtype=torch.float32),
     Case(T=70, H=4, groups=1, dtype=torch.bfloat16, gate_dtype=torch.float32),
 ]
 
