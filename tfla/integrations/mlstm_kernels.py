@@ -7,7 +7,7 @@
 Written for mlstm_kernels 2.0.6. Its own Triton kernels are not called, so these names also work
 where it cannot run them: without a GPU, without Triton, with Triton 3.9. Gradients are those of the
 function; ``eps``, ``chunk_size`` and all that tunes kernels is accepted and left alone; m stays
-fp32 where ``dtype_state`` asks for less. docs/integrations.md says what that changes.
+fp32 where ``dtype_state`` asks for less. docs/migrate/mlstm_kernels.md says what that changes.
 """
 
 from __future__ import annotations
