@@ -14,10 +14,20 @@ PEERS = "transformers|xlstm|mlstm_kernels|fla|mamba_ssm|jax"
 
 def blocks(page: Path, language: str) -> list[str]:
     """What stands between ```language and ```, in lists too; without a language: language=""."""
-    found = re.findall(
-        rf"^( *)```{language}\n(.*?)^ *```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
-    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
+    found: list[str] = []
+    fence = None
+    lines: list[str] = []
+    for line in page.read_text("utf-8").splitlines():
+        match = re.fullmatch(r"( *)```(.*)", line)
+        if match and fence is None:
+            fence, lines = match, []
+        elif match and fence:
+            if fence[2] == language:
+                found.append("".join(f"{x.removeprefix(fence[1])}\n" for x in lines))
+            fence = None
+        else:
+            lines.append(line)
+    return found
 
 
 def peers(program: str) -> set[str]:
