@@ -200,7 +200,7 @@ BACKWARD = [
 
 def passes() -> Drawing:
     """The launches of both passes for the exponential gate, and the buffers between them."""
-    d = Drawing(760, 640)
+    d = Drawing(760, 656)
     x, w = 210, 330
 
     def column(title: str, rows: list[tuple[str, str, str]], y: float) -> float:
