@@ -35,3 +35,9 @@ def test_make_targets_exist() -> None:
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)\b", text, re.MULTILINE))
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     assert {"demo", "test", "docs"} <= named <= targets
+
+
+def test_table_of_gpus_is_that_of_the_documentation() -> None:
+    table = re.search(r"^\| GPU \|.*\n(?:\|.*\n)+", README, re.MULTILINE)
+    assert table
+    assert table[0] in (ROOT / "docs/performance/other_gpus.md").read_text("utf-8")
