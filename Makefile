@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs notebooks clean
 
 help:  ## this list
 	@echo "make demo    train a small xLSTM, let it write, draw two plots (under 5 minutes on 2 cores)"
@@ -33,6 +33,10 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/figures/draw.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
+
+# Run anew, with the outputs stored in them: after a change of a notebook.
+notebooks: $(VENV)/.installed-docs
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
