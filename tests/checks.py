@@ -15,7 +15,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import pytest
 import recurrence as oracle
 import torch
 from problems import Case, Inputs, make_inputs, offsets
@@ -27,15 +26,6 @@ EXACT = 1e-9  # relative, in fp64
 RATIO = 2.0  # below fp64: this many times the error of the plain recurrence in the same dtype
 CANCELLING = ("f=-12", "swings")  # regimes that need an absolute floor: see `cancellation`
 OUTLIER = 16.0  # the same for rows that are ill-conditioned by chance
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For modules that import it: on tensors this small more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # h, C and n (as C e^(m-c), n e^(m-c)), m, and a gradient d<leaf> for every leaf; fp64, on the CPU.

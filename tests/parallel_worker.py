@@ -1,5 +1,6 @@
 """One rank of tests/test_parallel.py: T split over ranks against one process, in fp64."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -309,4 +310,10 @@ def checks(world: int) -> dict[str, Callable[[Any], None]]:
 
 
 if __name__ == "__main__":
-    ranks.main(checks(int(os.environ["WORLD_SIZE"])))
+    plans: Any = contextlib.nullcontext()
+    if os.environ.get("TRITON_INTERPRET"):
+        from interpreter.planned import short_scans
+
+        plans = short_scans()
+    with plans:
+        ranks.main(checks(int(os.environ["WORLD_SIZE"])))

@@ -6,14 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checks import check_against_recurrence, one_thread
+from checks import check_against_recurrence
 from problems import Case, make_inputs, offsets, packed, variants
 from torch import Tensor
 
 import tfla
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-__all__ = ["one_thread"]
 
 SHAPES = {
     "one group": Case(H=4, groups=1),

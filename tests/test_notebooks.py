@@ -30,12 +30,3 @@ def test_notebook_runs(notebook: Path, tmp_path: Path) -> None:
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_stored_in_the_order_of_the_cells(notebook: Path) -> None:
-    """`make notebooks` stores them; none is an error."""
-    cells = code(notebook)
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    kinds = [output["output_type"] for cell in cells for output in cell["outputs"]]
-    assert kinds and "error" not in kinds
