@@ -166,7 +166,7 @@ sequences the host decides; a CUDA graph leaves it out.
 
 {chr(10).join(steps)}
 
-{picture("gpu-decode", "Bytes a second of a decode step over the number of sequences")}
+{picture("gpu-decode", "Time of a decode step over the number of sequences; lower is better")}
 ## On a CPU
 
 2,048 tokens in fp32 on one thread, beside PyTorch's attention, on a virtual machine that was busy
