@@ -211,23 +211,47 @@ def _joined(x: Tensor | None, more: Tensor | None, rows: int) -> Tensor | None:
     return torch.cat([x, more[rows:]])
 
 
-def _carry(
+def _added(S: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+    """S + k^T v, in place. A product of one column is slower than a sum."""
+    if v.shape[-1] > 1:
+        return torch.bmm(k.mT, v) if S is None else S.baddbmm_(k.mT, v)
+    total = (k * v).sum(-2)[..., None]
+    return total if S is None else S.add_(total)
+
+
+def _next(S: Tensor | None, k: Tensor, v: Tensor, weight: Tensor, separable: bool) -> Tensor:
+    """The state behind a chunk, in place of that before it. k, with its weights: (R, L, K). v:
+    (R, L, V). weight: (1, R) of a state for the next one; of a separable chunk also of what the
+    chunk adds."""
+    weight = weight.view(-1, 1, 1)
+    if separable:
+        return _added(S, k, v).mul_(weight)
+    return _added(None if S is None else _kept(S, weight).mul_(weight), k, v)
+
+
+def _next_of(
     S: Tensor | None, k: Tensor, v: Tensor, weight: Tensor, separable: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Along the chunks of a block: (the states that enter each (R, K, V), that after the last).
+    """(S, the state behind the chunk), which does not take its place."""
+    return S, _next(None if S is None else S.clone(), k, v, weight, separable)
 
-    S: (rows, K, V). k, v: (R, L, ...), k with its weights. weight: (number, rows) of a state for
-    the next one; of a separable chunk also of what the chunk adds."""
+
+def _before(worth: Tensor | None, q: Tensor, dh: Tensor, weight: Tensor, separable: bool) -> Tensor:
+    """What the state before a chunk was worth, in place of what the chunk's k^T v was. dh has its
+    weights."""
+    if worth is not None and not separable:
+        worth = _kept(worth, weight.view(-1, 1, 1)).mul_(weight.view(-1, 1, 1))
+    return _added(worth, q, dh)
+
+
+def _walk(
+    S: Tensor | None, k: Tensor, v: Tensor, weight: Tensor, separable: bool
+) -> tuple[Tensor, Tensor]:
+    """The same along several chunks: (the states that enter each, that behind the last). weight:
+    (number, rows)."""
     number, rows = weight.shape
     weight = weight.view(number, rows, 1, 1)
-    if number == 1:
-        if S is None:
-            new = torch.bmm(k.mT, v)
-            return S, new.mul_(weight[0]) if separable else new
-        if separable:
-            return S, torch.baddbmm(S, k.mT, v).mul_(weight[0])
-        return S, (_kept(S, weight[0]) * weight[0]).baddbmm_(k.mT, v)
-    after = torch.bmm(k.mT, v).view(number, rows, k.shape[-1], v.shape[-1])
+    after = _added(None, k, v).view(number, rows, k.shape[-1], v.shape[-1])
     before = S
     for c in range(number):
         if separable:
@@ -241,38 +265,31 @@ def _carry(
     return torch.cat([first[None], after[:-1]]).flatten(0, 1), after[-1]
 
 
-def _carry_back(
+def _walk_back(
     dS: Tensor | None, q: Tensor, dh: Tensor, weight: Tensor, separable: bool
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The same in reverse: (what each chunk's k^T v was worth, what the state before the first
     was). dh has its weights."""
     number, rows = weight.shape
     weight = weight.view(number, rows, 1, 1)
-    if number == 1:
-        if dS is None:
-            return None, torch.bmm(q.mT, dh)
-        if separable:
-            worth = dS * weight[0]
-            return worth, torch.baddbmm(worth, q.mT, dh)
-        return dS, (_kept(dS, weight[0]) * weight[0]).baddbmm_(q.mT, dh)
-    before = torch.bmm(q.mT, dh).view(number, rows, q.shape[-1], dh.shape[-1])
-    worths = torch.empty_like(before)
+    before = _added(None, q, dh).view(number, rows, q.shape[-1], dh.shape[-1])
+    worth = torch.empty_like(before)
     for c in reversed(range(number)):
         if dS is None:
-            worths[c].zero_()
+            worth[c].zero_()
         elif separable:
-            torch.mul(dS, weight[c], out=worths[c])
-            before[c].add_(worths[c])
+            torch.mul(dS, weight[c], out=worth[c])
+            before[c].add_(worth[c])
         else:
-            worths[c].copy_(dS)
+            worth[c].copy_(dS)
             before[c].addcmul_(_kept(dS, weight[c]), weight[c])
         dS = before[c]
-    return worths.flatten(0, 1), before[0]
+    return worth.flatten(0, 1), before[0]
 
 
 def _ones(x: Tensor) -> Tensor:
     """(R, L, X) -> (R, L, 1), what the normaliser has in the place of v."""
-    return x.new_ones(*x.shape[:-1], 1)
+    return x.new_ones(1, 1, 1).expand(*x.shape[:-1], 1)
 
 
 def _kept(S: Tensor, weight: Tensor) -> Tensor:
@@ -355,13 +372,13 @@ def _forward_pass(
             kr = k_ if simple else k_ * r[..., None]
             weight = weights.carried(block)
             active = S.rows(0, rows)
-            n, n_after = active.n, None
-            if spec.normalize:
-                n, n_after = _carry(active.n, kr, _ones(kr), weight, simple)
-            entering, C_after = active.C, None
-            if final or block.number > 1 or block is not group.blocks[-1]:
-                entering, C_after = _carry(active.C, kr, v_, weight, simple)
-            states = _State(entering, n)
+            C, n, C_after, n_after = *active, None, None
+            needed = final or block is not group.blocks[-1]
+            if block.number > 1:
+                C, C_after = _walk(C, kr, v_, weight, simple)
+                if spec.normalize:
+                    n, n_after = _walk(n, kr, _ones(kr), weight, simple)
+            states = _State(C, n)
             if simple:
                 y, d = _separable_outputs(q_, k_, v_, states, spec.normalize)
                 sums.append(y.sum())
@@ -383,6 +400,10 @@ def _forward_pass(
                 layout.store(y, out, block)
             if d is not None and nu is not None:
                 nu[block.chunks, :, : block.size] = d.view(-1, H, block.size)
+            if block.number == 1 and needed:
+                C_after = _next(C, kr, v_, weight, simple)
+            if block.number == 1 and spec.normalize:
+                n_after = _next(n, kr, _ones(kr), weight, simple)
             S = _State(_joined(C_after, S.C, rows), _joined(n_after, S.n, rows))
         if any(separable) and not _is_finite(torch.stack(sums), S.C, S.n):
             return None
@@ -404,7 +425,7 @@ def _separable_outputs(
     if states.C is not None:
         y.baddbmm_(q, states.C)
     if nu is not None and states.n is not None:
-        nu.add_(torch.bmm(q, states.n).squeeze(-1))
+        nu.add_((q * states.n.mT).sum(-1))
     return y, nu
 
 
@@ -427,7 +448,7 @@ def _outputs(
     if states.C is not None:
         y.add_(_weighted(torch.bmm(q, states.C), w[..., None], select))
     if nu is not None and states.n is not None:
-        from_n = torch.bmm(q, states.n).squeeze(-1)
+        from_n = (q * states.n.mT).sum(-1)
         nu.add_(_weighted(from_n, w, select))
     return y, nu
 
@@ -495,11 +516,16 @@ def _backward_pass(t: _Backward, weights: GateWeights, dq: Scan, dv: Scan) -> Sc
             d_ = None if d is None else layout.of_block(d, block)
             wd = None if d_ is None else d_ * w
             wdh = dh if simple else dh * w[..., None]
-            worth_C, before_C = _carry_back(dS.C, q, wdh, weight, simple)
-            worth_n, before_n = None, None
-            if wd is not None:
-                worth_n, before_n = _carry_back(dS.n, q, wd[..., None], weight, simple)
-            worth, dS = _State(worth_C, worth_n), _State(before_C, before_n)
+            before_C, before_n = None, None
+            worth = dS
+            if block.number > 1:
+                worth_C, before_C = _walk_back(dS.C, q, wdh, weight, simple)
+                worth_n = None
+                if wd is not None:
+                    worth_n, before_n = _walk_back(dS.n, q, wd[..., None], weight, simple)
+                worth = _State(worth_C, worth_n)
+            elif simple:
+                worth = _State(*(None if x is None else x.mul_(weight.view(-1, 1, 1)) for x in dS))
             if simple:
                 g = _separable_gradients(q, k, v, dh, wd, states, worth)
                 sums += [g.dq.sum(), g.dk.sum(), g.dv.sum()]
@@ -517,6 +543,11 @@ def _backward_pass(t: _Backward, weights: GateWeights, dq: Scan, dv: Scan) -> Sc
             dlog_f[block.chunks, :, : block.size] = df.view(-1, H, block.size)
             if simple:
                 sums.append(df.sum())
+            if block.number == 1:
+                before_C = _before(worth.C, q, wdh, weight, simple)
+                if wd is not None:
+                    before_n = _before(worth.n, q, wd[..., None], weight, simple)
+            dS = _State(before_C, before_n)
         dS = _grown(dS, ends, (group.ranks.stop - group.ranks.start) * H)
         if sums and not _is_finite(torch.stack(sums), dS.C, dS.n):
             return None
@@ -542,10 +573,11 @@ def _entering(
             break
         k = layout.operand(t.k, dtype, block, layout.of_block(weights.source, block))
         v, weight = layout.operand(t.v, dtype, block), weights.carried(block)
-        C, C_after = _carry(active.C, k, v, weight, simple)
+        advance = _walk if block.number > 1 else _next_of
+        C, C_after = advance(active.C, k, v, weight, simple)
         n_, n_after = None, None
         if t.column is not None:
-            n_, n_after = _carry(active.n, k, _ones(k), weight, simple)
+            n_, n_after = advance(active.n, k, _ones(k), weight, simple)
         found.append(_State(C, n_))
         S = _State(C_after, n_after)
     return found
@@ -556,7 +588,7 @@ def _grown(dS: _State, ends: _State, rows: int) -> _State:
     parts = []
     for x, end in zip(dS, ends, strict=True):
         if x is None or len(x) == 0:
-            parts.append(None if end is None else end[:rows])
+            parts.append(None if end is None else end[:rows].clone())
         elif len(x) < rows:
             more = x.new_zeros(rows - len(x), *x.shape[1:]) if end is None else end[len(x) : rows]
             parts.append(torch.cat([x, more]))

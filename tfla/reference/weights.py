@@ -144,7 +144,7 @@ def gate_weights(
         spec,
         layout,
         separable,
-        source=put(source).exp2_(),
+        source=put(source.exp2_()),
         target=target,
         carry=put((e.end[0] - h + behind + e.end[1]).exp2()),
         enter=put(h.exp2()),
