@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from array import array
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from tfla import gates
-from tfla.gates import Activations
 from tfla.reference.recurrence import step
+from tfla.spec import StepInputs, StepOptions
 
 # For so many heads of all rows Python's own numbers are faster than tensors of gates, each of whose
 # operations takes 1 us; and a pass over a state of so many numbers takes longer than its call, so
@@ -21,45 +21,36 @@ FEW_HEADS, LARGE = 64, 2**15
 ORDINARY, LEAST_SCALE, MOST_SCALE = 1e4, 2.0**-60, 2.0**60
 
 
-def update(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    slots: Tensor | None,
-    scale: float,
-    activations: Activations,
-) -> Tensor:
+def update(x: StepInputs, options: StepOptions) -> Tensor:
     """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    log_i = activations.gate.log_i(i.to(dtype))
-    f = f.to(dtype)
-    log_f = torch.nn.functional.logsigmoid(f) if activations.sigmoid_f else f
-    if slots is None and C.dtype == dtype and C.device.type == "cpu":
-        h = _few(*(x.to(dtype) for x in (q, k, v)), log_i, log_f, C, n, m, scale)
+    dtype = torch.promote_types(x.q.dtype, torch.float32)
+    q, k, v, f = x.q.to(dtype), x.k.to(dtype), x.v.to(dtype), x.f.to(dtype)
+    log_i = options.activations.gate.log_i(x.i.to(dtype))
+    log_f = logsigmoid(f) if options.sigmoid_f else f
+    token = Token(q, k, v, log_i, log_f)
+    if x.slots is None and x.C.dtype == dtype and x.C.device.type == "cpu":
+        h = _few(token, x.C, x.n, x.m, options.scale)
         if h is not None:
-            return h.to(v.dtype)
-    return _any(q, k, v, log_i, log_f, C, n, m, slots, scale, dtype)
+            return h.to(x.v.dtype)
+    return _any(token, x.C, x.n, x.m, x.slots, options.scale).to(x.v.dtype)
+
+
+class Token(NamedTuple):
+    """A token in the dtype that it is computed in; log-gates have no limits yet."""
+
+    q: Tensor  # (B, H, K)
+    k: Tensor
+    v: Tensor  # (B, H, V)
+    log_i: Tensor  # (B, H)
+    log_f: Tensor
 
 
 def _few(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_i: Tensor,
-    log_f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    scale: float,
+    token: Token, C: Tensor, n: Tensor | None, m: Tensor | None, scale: float
 ) -> Tensor | None:
     """``recurrence.step`` in place for few heads and ordinary gates; else None, and nothing is
     done. Gates in fp64, and one pass over a large state."""
-    B, H, K, V = C.shape
+    (q, k, v, log_i, log_f), (B, H, K, V) = token, C.shape
     R = B * H
     usual = 0 < R <= FEW_HEADS and LEAST_SCALE < scale < MOST_SCALE and C.is_contiguous()
     if not usual or (n is not None and not n.is_contiguous()):
@@ -116,29 +107,24 @@ def _exp(x: float) -> float:
 
 
 def _any(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_i: Tensor,
-    log_f: Tensor,
+    token: Token,
     C: Tensor,
     n: Tensor | None,
     m: Tensor | None,
     slots: Tensor | None,
     scale: float,
-    dtype: torch.dtype,
 ) -> Tensor:
     """The step of any rows, gates, scale and device."""
     rows: Any = slice(None) if slots is None else slots.long().clamp(0, max(len(C) - 1, 0))
+    dtype = token.q.dtype
     states = [None if s is None else s[rows].to(dtype) for s in (C, n, m)]
     inplace = slots is None and C.dtype == dtype  # fresh memory takes five times the arithmetic
-    tokens = (x.to(dtype) for x in (q, k, v))
-    h, *new = step(*tokens, log_i, log_f, *states, scale, inplace)  # type: ignore
+    h, *new = step(*token, *states, scale, inplace)  # type: ignore
     if slots is not None and len(slots) > 0:
         known = (slots >= 0) & (slots < len(C))
         # Without waiting for a device: who has no row writes what the first who has one does, to
         # the same place, and nobody writes anything where there is none.
-        source = torch.where(known, torch.arange(len(known), device=q.device), known.int().argmax())
+        source = torch.where(known, torch.arange(len(known), device=h.device), known.int().argmax())
         rows = rows[source]
         for at, old in enumerate(states):
             if old is not None:
@@ -147,4 +133,4 @@ def _any(
     for state, value in zip((C, n, m), new, strict=True):
         if state is not None and value is not None and not (inplace and state is C):
             state[rows] = value.to(state.dtype)
-    return h.to(v.dtype)
+    return h
