@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -11,28 +12,16 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tfla.reference.recurrence import step
-from tfla.spec import StepInputs, StepOptions
+from tfla.spec import StepInputs, StepOptions, state_dtype
 
 # For so many heads of all rows Python's own numbers are faster than tensors of gates, each of whose
-# operations takes 1 us; and a pass over a state of so many numbers takes longer than its call, so
-# heads go one by one, each through a cache.
-FEW_HEADS, LARGE = 64, 2**15
+# operations takes 1 us.
+FEW_HEADS = 64
+# A pass over a head's memory of so many numbers takes longer than its call: heads go one by one,
+# each in two passes, of which the second one finds it in a cache.
+LARGE = 2**15
 # Log-gates and gauges that need none of the limits of ``tfla.gates``, and scales.
 ORDINARY, LEAST_SCALE, MOST_SCALE = 1e4, 2.0**-60, 2.0**60
-
-
-def update(x: StepInputs, options: StepOptions) -> Tensor:
-    """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
-    dtype = torch.promote_types(x.q.dtype, torch.float32)
-    q, k, v, f = x.q.to(dtype), x.k.to(dtype), x.v.to(dtype), x.f.to(dtype)
-    log_i = options.activations.gate.log_i(x.i.to(dtype))
-    log_f = logsigmoid(f) if options.sigmoid_f else f
-    token = Token(q, k, v, log_i, log_f)
-    if x.slots is None and x.C.dtype == dtype and x.C.device.type == "cpu":
-        h = _few(token, x.C, x.n, x.m, options.scale)
-        if h is not None:
-            return h.to(x.v.dtype)
-    return _any(token, x.C, x.n, x.m, x.slots, options.scale).to(x.v.dtype)
 
 
 class Token(NamedTuple):
@@ -45,60 +34,69 @@ class Token(NamedTuple):
     log_f: Tensor
 
 
+def update(x: StepInputs, options: StepOptions) -> Tensor:
+    """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
+    dtype = state_dtype(x.q.dtype)
+    q, k, v, i, f = (t if t.dtype == dtype else t.to(dtype) for t in x[:5])
+    log_i = options.activations.gate.log_i(i)
+    token = Token(q, k, v, log_i, logsigmoid(f) if options.sigmoid_f else f)
+    h = None
+    if x.slots is None and x.C.dtype == dtype and x.C.device.type == "cpu":
+        h = _few(token, x.C, x.n, x.m, options.scale)
+    if h is None:
+        h = _any(token, x.C, x.n, x.m, x.slots, options.scale)
+    return h if h.dtype == x.v.dtype else h.to(x.v.dtype)
+
+
 def _few(
     token: Token, C: Tensor, n: Tensor | None, m: Tensor | None, scale: float
 ) -> Tensor | None:
-    """``recurrence.step`` in place for few heads and ordinary gates; else None, and nothing is
-    done. Gates in fp64, and one pass over a large state."""
+    """``recurrence.step`` in place for few heads and ordinary gates, which are computed in fp64;
+    else None, and nothing is done."""
     (q, k, v, log_i, log_f), (B, H, K, V) = token, C.shape
     R = B * H
-    usual = 0 < R <= FEW_HEADS and LEAST_SCALE < scale < MOST_SCALE and C.is_contiguous()
-    if not usual or (n is not None and not n.is_contiguous()):
+    if not (0 < R <= FEW_HEADS and LEAST_SCALE < scale < MOST_SCALE and C.is_contiguous()):
         return None
-    pairs = list(zip(log_i.flatten().tolist(), log_f.flatten().tolist(), strict=True))
-    gauges = [0.0] * R if m is None else m.flatten().tolist()
-    numbers = [x for pair in pairs for x in pair] + gauges
-    if not (min(numbers) > -ORDINARY and max(numbers) < ORDINARY):  # nor with NaN
+    if n is not None and not n.is_contiguous():
         return None
-    if any(map(math.isnan, numbers)):
-        return None
+    writes, keeps = (list(chain.from_iterable(x.tolist())) for x in (log_i, log_f))
+    gauges = [0.0] * R if m is None else list(chain.from_iterable(m.tolist()))
+    for x in (*writes, *keeps, *gauges):
+        if not -ORDINARY < x < ORDINARY:  # nor where it is NaN
+            return None
+    after = gauges
     if m is not None:
-        after = [max(b + g, a) for (a, b), g in zip(pairs, gauges, strict=True)]
+        after = [max(b + g, a) for a, b, g in zip(writes, keeps, gauges, strict=True)]
         if m.dtype == torch.float32:
             after = array("f", after).tolist()  # as they will be read
-        m.copy_(torch.tensor(after, dtype=m.dtype).view(B, H))
-    else:
-        after = gauges
-    each = list(zip(pairs, gauges, after, strict=True))
-    decay = [_exp(b + g - g_next) for (_, b), g, g_next in each]
-    weight = [_exp(a - g_next) for (a, _), _, g_next in each]
-    C, q, k, v = C.view(R, K, V), q.reshape(R, K), k.reshape(R, K), v.reshape(R, V)
+    decay = [_exp(b + g - g_next) for b, g, g_next in zip(keeps, gauges, after, strict=True)]
+    weight = [_exp(a - g_next) for a, g_next in zip(writes, after, strict=True)]
+    numbers = torch.tensor([*decay, *weight, *after], dtype=C.dtype)
+    decays, weights, gauge = numbers.view(3, R, 1, 1).unbind()
+    q, k, v = q.reshape(R, 1, K), k.reshape(R, K, 1), v.reshape(R, 1, V)
+    C, k = C.view(R, K, V), k * weights
+    if 0.0 in decay:  # what is erased is 0, whatever it was
+        C.masked_fill_(decays == 0.0, 0.0)
     if K * V < LARGE:
-        factors = torch.tensor([decay, weight], dtype=C.dtype)[..., None]
-        k = k * factors[1]
-        if 0.0 in decay:  # what is erased is 0, whatever it was
-            C.masked_fill_(factors[0][..., None] == 0.0, 0.0)
-        C.mul_(factors[0][..., None]).addcmul_(k[..., None], v[:, None])
-        y = torch.bmm(q[:, None], C).view(R, V)
+        y = torch.bmm(q, C.mul_(decays).addcmul_(k, v))
     else:
-        y = torch.empty(R, V, dtype=C.dtype)
-        for r in range(R):
-            memory = C[r].addr_(k[r], v[r], beta=decay[r], alpha=weight[r])
-            torch.mv(memory.t(), q[r], out=y[r])
-        k = k * torch.tensor(weight, dtype=C.dtype)[:, None]
-        factors = torch.tensor([decay], dtype=C.dtype)[..., None] if n is not None else y
-    if n is None:
-        return y.mul_(scale).view(B, H, V)
-    n = n.view(R, K)
+        y = torch.empty(R, 1, V, dtype=C.dtype)
+        columns, rows = k.squeeze(-1).unbind(), v.squeeze(1).unbind()
+        heads = zip(C.unbind(), columns, rows, decay, q.unbind(), y.unbind(), strict=True)
+        for memory, column, row, kept, query, out in heads:
+            torch.mm(query, memory.addr_(column, row, beta=kept), out=out)
+    y.mul_(scale)
+    if n is None or m is None:
+        return y.view(B, H, V)
+    m.copy_(gauge.view(B, H))
+    n = n.view(R, K, 1)
     if 0.0 in decay:
-        n.masked_fill_(factors[0] == 0.0, 0.0)
-    n.mul_(factors[0]).add_(k)
-    info = torch.finfo(C.dtype)
-    most = -math.log(info.tiny)
+        n.masked_fill_(decays == 0.0, 0.0)
+    nu = torch.bmm(q, n.mul_(decays).add_(k)).flatten().tolist()
+    most = -math.log(torch.finfo(C.dtype).tiny)
     floors = [math.exp(min(max(-g, -most), most)) for g in after]
-    nus = (n * q).sum(-1).tolist()
-    den = [max(abs(x) * scale, floor) for x, floor in zip(nus, floors, strict=True)]
-    return y.mul_(scale).div_(torch.tensor(den, dtype=C.dtype)[:, None]).view(B, H, V)
+    den = [max(abs(x) * scale, floor) for x, floor in zip(nu, floors, strict=True)]
+    return y.div_(torch.tensor(den, dtype=C.dtype).view(R, 1, 1)).view(B, H, V)
 
 
 def _exp(x: float) -> float:
