@@ -9,12 +9,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint hub clean
 
 help:  ## this list
 	@echo "make demo    train a small xLSTM, let it write, draw two plots (under 5 minutes on 2 cores)"
 	@echo "make test    run the tests (under 10 minutes on 2 cores)"
 	@echo "make lint    ruff and mypy"
+	@echo "make hub     build/hub, a folder that the package kernels loads"
 	@echo "make clean   remove $(VENV), builds and caches"
 
 demo: $(VENV)/.installed-train
@@ -27,6 +28,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+hub: $(VENV)/.installed-train
+	$(BIN)/python -m tfla.integrations.hub build/hub
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
