@@ -62,12 +62,12 @@ def cost(config: XLSTMConfig, gpus: int, tokens: int, machine: Machine) -> Cost:
 
 COLUMNS = [
     "GPUs",
-    "shards ms",
-    "of step",
-    "exchange MB",
-    "exchange ms",
-    "of layer",
-    "GB a GPU",
+    "shards\nms",
+    "of\nstep",
+    "exchange\nMB",
+    "exchange\nms",
+    "of\nlayer",
+    "GB a\nGPU",
     "tokens",
 ]
 

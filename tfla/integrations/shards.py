@@ -54,6 +54,11 @@ class Tensors:
     def __getitem__(self, name: str) -> Tensor:
         return self._open[self._where[name]].get_tensor(name)
 
+    @property
+    def bytes(self) -> int:
+        """Of all files together."""
+        return sum(file.stat().st_size for file in self._open)
+
     def file(self, name: str) -> Path:
         """The file that holds `name`; for a tensor that none holds, the file that should say so."""
         default = self.folder / INDEX if len(self._open) > 1 else next(iter(self._open))
@@ -183,7 +188,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} must hold a JSON object; got {type(value).__name__}.")
@@ -211,7 +216,9 @@ def _damage(file: Path) -> str | None:
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
+        if not all(type(end) is int for end in ends.values()):
             return None
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
         if end > size:

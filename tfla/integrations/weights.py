@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ def load_xlstm(
     with shards.Tensors(folder) as source:
         if fields.get("tie_word_embeddings") and "lm_head.weight" not in source:
             config = dataclasses.replace(config, tie_embeddings=True)
+        if 2 * config.num_parameters() > source.bytes:  # a number has 16 bits at least
+            raise ValueError(
+                f"{folder / CONFIG} claims a model of {config.num_parameters():,} parameters; the "
+                f"files of its weights have {source.bytes:,} bytes."
+            )
         with torch.device("meta"):
             model = XLSTM(config)
         names, own = names_in_checkpoint(config, mode), dict(model.named_parameters())
@@ -117,6 +123,7 @@ def save_xlstm(
     weight_mode: str = "single",
     max_shard_bytes: int = 5 * 10**9,
     fields: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `model` as a folder that ``xLSTMForCausalLM.from_pretrained`` and ``load_xlstm`` read.
 
@@ -127,6 +134,7 @@ def save_xlstm(
         max_shard_bytes: start another file when one would grow beyond this.
         fields: further fields for config.json, e.g. {"eos_token_id": 2}. Without them the ids of
             the beginning, the end and of padding are null, not transformers' 0, 2 and 1.
+        texts: further files of the folder, name: content; those of a tokenizer, say.
 
     Returns:
         The folder.
@@ -170,7 +178,9 @@ def save_xlstm(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as temporary:
         shards.write(temporary, sizes, lambda name: pieces[name].clone(), max_shard_bytes)
-        (temporary / CONFIG).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
+        config = json.dumps(body, indent=2, sort_keys=True) + "\n"
+        for name, text in ({**(texts or {}), CONFIG: config}).items():
+            (temporary / name).write_text(text, "utf-8")
     return folder
 
 
@@ -225,13 +235,14 @@ def _config(file: Path, fields: Mapping[str, Any]) -> XLSTMConfig:
     untyped = "model_type" not in fields and {"embedding_dim", "num_heads"} <= fields.keys()
     if not untyped and fields.get("model_type") != "xlstm":
         raise ValueError(
-            f"{file} describes model_type {fields.get('model_type')!r}; wanted is 'xlstm', a model "
-            "that transformers' xLSTMForCausalLM has saved."
+            f"{file} describes model_type {short(fields.get('model_type'))}; wanted is 'xlstm', a "
+            "model that transformers' xLSTMForCausalLM has saved."
         )
-    for name in fields.get("architectures") or ["xLSTMForCausalLM"]:
+    named = fields.get("architectures") or ["xLSTMForCausalLM"]
+    for name in named if isinstance(named, list) else [named]:
         if name != "xLSTMForCausalLM":
             raise ValueError(
-                f"{file} describes architecture {name!r}; wanted is 'xLSTMForCausalLM'."
+                f"{file} describes architecture {short(name)}; wanted is 'xLSTMForCausalLM'."
             )
     if fields.get("use_bias"):
         raise ValueError(
@@ -239,8 +250,8 @@ def _config(file: Path, fields: Mapping[str, Any]) -> XLSTMConfig:
         )
     if "siging" in str(fields.get("chunkwise_kernel")):
         raise ValueError(
-            f"{file} has chunkwise_kernel {fields['chunkwise_kernel']!r}, a sigmoid gate with a "
-            "normaliser; tfla.xlstm has the exponential one, or the sigmoid without normaliser."
+            f"{file} has chunkwise_kernel {short(fields['chunkwise_kernel'])}, a sigmoid gate with "
+            "a normaliser; tfla.xlstm has the exponential one, or the sigmoid without normaliser."
         )
     d = _either(file, fields, "hidden_size", "embedding_dim", 4096)
     layers = _either(file, fields, "num_hidden_layers", "num_blocks", 32)
@@ -253,7 +264,7 @@ def _config(file: Path, fields: Mapping[str, Any]) -> XLSTMConfig:
         factor = factor if step == 64 else ffn / d
         values = {ours: fields.get(theirs, value) for theirs, ours, value in FIELDS}
         return XLSTMConfig(hidden_size=d, num_layers=layers, ffn_factor=factor, **values)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{file} describes no model that tfla.xlstm has: {error}") from error
 
 
@@ -303,21 +314,28 @@ def _factor(dim: int, d: int, factor: float) -> float:
 
 def _either(file: Path, fields: Mapping[str, Any], name: str, other: str, default: int) -> int:
     """A field that goes by two names."""
-    found = {fields[key] for key in (name, other) if fields.get(key) is not None}
-    if len(found) > 1:
+    found = {key: fields[key] for key in (name, other) if fields.get(key) is not None}
+    for key, value in found.items():
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise ValueError(
+                f"{file} has {key} {short(value)}; wanted is a whole number from 1 to 2^31 - 1."
+            )
+    if len(set(found.values())) > 1:
         raise ValueError(
             f"{file} has {name} {fields[name]} but {other} {fields[other]}; they are one."
         )
-    value = found.pop() if found else default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{file} has {name} {value!r}; wanted is a positive whole number.")
-    return value
+    return next(iter(found.values()), default)
+
+
+def short(value: Any) -> str:
+    """A value of a file in a message."""
+    return reprlib.repr(value)
 
 
 def _weight_mode(file: Path, fields: Mapping[str, Any]) -> str:
     mode = fields.get("weight_mode", "single")
     if mode not in ("single", "fused"):
-        raise ValueError(f"{file} has weight_mode {mode!r}; wanted is 'single' or 'fused'.")
+        raise ValueError(f"{file} has weight_mode {short(mode)}; wanted is 'single' or 'fused'.")
     return mode
 
 
