@@ -1,6 +1,8 @@
 """Tiled Flash Linear Attention, the mLSTM and the linear-attention family from one scan."""
 
+import signal
 import sys
+from contextlib import suppress
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,13 @@ def _is_command() -> bool:
         return sys.orig_argv[at + 1 : at + 2] == [__name__]
     return PurePath(*sys.argv[:1]).stem == __name__
 
+
+if _is_command():
+    # ctrl-C while the imports of the command run, before tfla.signals can see to it, ends the
+    # process as it ends any other, without a traceback through them.
+    with suppress(ValueError):  # another thread than the main one
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # The command's help comes without torch, whose import takes a second: there the public names are
 # imported when they are first asked for. A program that imports tfla has them, and the operators
