@@ -26,7 +26,7 @@ LAYERS = [
     {"tfla"},  # the package itself: its public face
     {"api"},
     {"dispatch"},
-    {"checks", "parallel"},
+    {"checks", "parallel", "shapes"},
     {"ops", "verdicts"},
     {"algorithm"},
     {"log"},

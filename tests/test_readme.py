@@ -9,6 +9,7 @@ import click
 import pytest
 import torch
 import typer
+from pages import blocks, execute, peers
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -17,18 +18,15 @@ from tfla import cli
 from tfla.xlstm import XLSTMConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGE = ROOT / "README.md"
+README = PAGE.read_text()
 
 
 # ------------------------------------------------------------------------------- programs
 
 
 # Those that import packages of others run in tests/integrations/test_docs.py.
-PROGRAMS = [p for p in blocks("python") if not re.search(r"^from (transformers|xlstm)", p, re.M)]
+PROGRAMS = [program for program in blocks(PAGE, "python") if not peers(program)]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
@@ -37,7 +35,7 @@ def test_program_runs(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     small = XLSTMConfig(vocab_size=50304, hidden_size=64, num_layers=2, num_heads=4)
     monkeypatch.setattr(XLSTMConfig, "xlstm_7b", lambda: small)
     monkeypatch.chdir(tmp_path)
-    exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
+    execute(program, PAGE)
 
 
 def test_first_program_comes_at_once() -> None:
@@ -55,7 +53,7 @@ def test_first_program_comes_at_once() -> None:
 
 def tree() -> dict[str, str]:
     """The files in the README's tree and what is said of each."""
-    (block,) = (b for b in blocks("text") if b.startswith("tfla/"))
+    (block,) = (b for b in blocks(PAGE, "text") if b.startswith("tfla/"))
     files, folders = {}, []
     for line in block.splitlines():
         indent, name, comment = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()
@@ -82,7 +80,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_make_targets_exist() -> None:
-    named = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(blocks(""))))
+    named = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(blocks(PAGE, ""))))
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
 

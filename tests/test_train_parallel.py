@@ -153,8 +153,16 @@ def test_another_rank_says_that_rank_0_was_killed(tmp_path: Path) -> None:
     ("words", "said"),
     [
         ("--context-ranks $((RANK+1))", "--context-ranks is 1 on rank 0 and 2 on rank 1"),
-        ("--lr 0.00$((RANK+1))", "--lr is 0.001 on rank 0 and 0.002 on rank 1"),
-        ("$([ $RANK = 1 ] && echo --recompute)", "--recompute is False on rank 0 and True on"),
+        pytest.param(
+            "--lr 0.00$((RANK+1))",
+            "--lr is 0.001 on rank 0 and 0.002 on rank 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "$([ $RANK = 1 ] && echo --recompute)",
+            "--recompute is False on rank 0 and True on",
+            marks=pytest.mark.slow,
+        ),
         ("--threads $((1-RANK))", "rank 1: --threads is 0"),
     ],
 )
@@ -170,7 +178,8 @@ def test_ranks_with_other_options_end_in_one_line(words: str, said: str, tmp_pat
         stderr=subprocess.STDOUT,
         env=os.environ | {"TERM": "dumb"},
     )
-    assert done.returncode != 0 and time.monotonic() - began < 60 + 60  # torchrun's own start too
+    # One that waits for another is given up after 600 s.
+    assert done.returncode != 0 and time.monotonic() - began < 500
     lines = [line for line in done.stdout.splitlines() if line.startswith("tfla: ")]
     assert len(lines) == 1 and said in lines[0], done.stdout
     assert "tfla/xlstm" not in done.stdout  # no traceback through ours

@@ -18,9 +18,8 @@ from torch.nn.functional import pad
 
 from tfla import gates
 from tfla.backend import Results, ScanName
-from tfla.gates import Activations
 from tfla.offsets import check_offsets
-from tfla.spec import CallSpec, Inputs
+from tfla.spec import CallSpec, Inputs, StepInputs, StepOptions
 
 # Tokens a chunk. On a CPU (AVX2, heads of 64) chunks of 32 and 128 take 1.5 and 1.4 times as long.
 L = 64
@@ -461,27 +460,16 @@ def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
     return dv.final, dk.column  # type: ignore[return-value]
 
 
-def update(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    slots: Tensor | None,
-    scale: float,
-    activations: Activations,
-) -> Tensor:
+def update(x: StepInputs, options: StepOptions) -> Tensor:
     """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
+    q, k, v, i, f, C, n, m, slots = x
     dtype = torch.promote_types(q.dtype, torch.float32)
-    log_i, log_f = gates.log_gates(i.to(dtype), f.to(dtype), activations)
+    log_i, log_f = gates.log_gates(i.to(dtype), f.to(dtype), options.activations)
     rows: Any = slice(None) if slots is None else slots.long().clamp(0, max(len(C) - 1, 0))
     states = [None if s is None else s[rows].to(dtype) for s in (C, n, m)]
     inplace = slots is None and C.dtype == dtype  # fresh memory takes five times the arithmetic
     tokens = (x.to(dtype) for x in (q, k, v))
-    h, *new = step(*tokens, log_i, log_f, *states, scale, inplace)  # type: ignore
+    h, *new = step(*tokens, log_i, log_f, *states, options.scale, inplace)  # type: ignore
     if slots is not None and len(slots) > 0:
         known = (slots >= 0) & (slots < len(C))
         # Without waiting for a device: who has no row writes what the first who has one does, to

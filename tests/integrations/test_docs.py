@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from pages import blocks, execute, peers
 
 import tfla.integrations.mlstm_kernels
 
@@ -14,16 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/integrations.md"
 
 
-def programs(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def peers(program: str) -> set[str]:
-    return set(re.findall(r"^from (transformers|xlstm)\b", program, re.MULTILINE))
-
-
-PROGRAMS = programs(PAGE)
-BRIDGES = [program for program in programs(ROOT / "README.md") if peers(program)]
+PROGRAMS = blocks(PAGE, "python")
+BRIDGES = [program for program in blocks(ROOT / "README.md", "python") if peers(program)]
 
 
 @pytest.mark.peers
@@ -40,7 +33,7 @@ def test_program_runs(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 pytest.skip(f"needs {name} and mlstm_kernels, of the extra peers")
     monkeypatch.chdir(tmp_path)
     try:
-        exec(compile(program, str(PAGE), "exec"), {"__name__": "__main__"})
+        execute(program, PAGE)
     finally:
         tfla.integrations.mlstm_kernels.uninstall()
 

@@ -26,9 +26,6 @@ import tfla
 from tfla import _compat, kernels
 from tfla.kernels import host
 
-# Triton 3.9 warns of a default of its own at the first kernel.
-pytestmark = pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
-
 SIZES = {"u64": 8, "s64": 8, "b64": 8, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "f32": 4}
 
 

@@ -34,7 +34,6 @@ class Study:
     bias: float
 
     def describe(self) -> Row:
-        """What of it belongs into a result: sizes, no paths."""
         return {"model": self.model, "options": self.options, "bias": self.bias}
 
 
@@ -72,8 +71,8 @@ class Watched(Placement):
 
 def bias(task: Task, device: torch.device, tell: Tell) -> None:
     """A row a gate: a training with the study's bias."""
-    study = task.bias
-    assert study is not None
+    study = task.work
+    assert isinstance(study, Study)
     for name in task.names:
         row = task.row(name, ours=True)
         placement = Watched(device, study.bias)

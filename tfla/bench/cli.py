@@ -17,6 +17,10 @@ from tfla.bench import COMMANDS, cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
 from tfla.bench.bias import NAMES, Study, check_options
 from tfla.bench.cases import DTYPES, Shape
+from tfla.bench.language_study import (
+    NAMES as MIXERS,
+)
+from tfla.bench.language_study import SIZES, Asked, Training, open_study, size_for
 from tfla.bench.memory import memory as counted_memory
 from tfla.bench.runs import Task, work_off
 from tfla.bench.transfer import VARIANTS
@@ -257,7 +261,71 @@ def bias(
     for name in NAMES:  # a task each, so that what is done is kept when a later one fails
         for number in numbers:
             study = Study(tuple(paths or ()), model, options, number)
-            session.add("bias", None, [name], study="bias", bias=study)
+            session.add("bias", None, [name], study="bias", work=study)
+
+
+@_measures_without("peers", "dtype", "repeats", "seconds")
+def language(
+    session: "_Session",
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Texts; without: the sources of Python's library.")
+    ] = None,
+    minutes: Annotated[float, _option("What all trainings together may take.")] = 10.0,
+    size: Annotated[
+        str, _option(f"Parameters: {', '.join(SIZES)}.", default="by --minutes and device")
+    ] = "",
+    rates: Annotated[
+        str, _option("Learning rates of the sweep, with commas.", default="three, by --size")
+    ] = "",
+    seeds: Annotated[int, _option("Trainings of each model at its best learning rate.")] = 3,
+    steps: Annotated[
+        int | None, _option("Of each training.", default="what fits into --minutes, 2 epochs")
+    ] = None,
+    context: Annotated[int, _option("Tokens in a window.", default="by --size")] = 0,
+    batch: Annotated[int, _option("Windows in a step.", default="by --size")] = 0,
+    tokenizer: Annotated[
+        Path | None, _option("A tokenizer.json; without: bytes.", default="")
+    ] = None,
+    include: Annotated[
+        list[str] | None, _option("Of folders only files that fit, '*.py'.", default="all")
+    ] = None,
+    resume: Annotated[
+        bool, _option("Go on with the study in --out, given the options of its start.", "--resume")
+    ] = False,
+) -> None:
+    """Language models of one size with mLSTMexp, mLSTMsig and causal attention, trained on the same
+    tokens in the same order: held-out bits a byte over tokens, seconds and positions, the sweep of
+    learning rates, speed, memory, and what each writes.
+    """
+    began, cuda = time.time(), session.options["device"] != "cpu"
+    size = size or size_for(minutes, cuda)
+    if size not in SIZES:
+        raise RunError(f"--size is {size}, wanted {', '.join(SIZES)}")
+    precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    asked = Asked(
+        paths=tuple(map(str, paths or ())),
+        include=tuple(include or ()),
+        tokenizer=str(tokenizer) if tokenizer else None,
+        device=session.options["device"],
+        precision=precision,
+        size=size,
+        context=context or SIZES[size].context,
+        batch=batch or SIZES[size].batch,
+        minutes=minutes,
+        steps=steps,
+        rates=_reals("rates", rates) if rates else SIZES[size].rates,
+        seeds=seeds,
+    )
+    asked.check()
+    session.take(precision, 1, math.inf)
+    session.check_room()
+    study = open_study(session.out / "language", asked, resume, began)
+    session.add("language_plan", None, list(MIXERS), study="plan", work=study)
+    trainings = [Training(study, lr, 0) for lr in asked.rates]
+    trainings += [Training(study, None, seed) for seed in range(1, seeds)]
+    for training in trainings:  # by turns, so that a slow moment of the machine meets all
+        for name in MIXERS:
+            session.add("language", None, [name], study="language", work=training)
 
 
 @bench.command()
@@ -489,9 +557,13 @@ class _Session:
         names = self.names if names is None else names
         self.tasks.append({"kind": kind, "shape": shape, "names": tuple(names), **fields})
 
+    def check_room(self) -> None:
+        """RunError where a result or a figure would be written over something of another."""
+        plots.check_room(self.out, self.command)
+
     def run(self) -> None:
         began = time.time()
-        plots.check_room(self.out, self.command)
+        self.check_room()
         [first] = work_off([Task("ceiling", **self.options)], self.limit)
         if first["status"] != "ok":
             raise RunError(f"the machine's own limits could not be measured: {first['reason']}")
@@ -523,6 +595,7 @@ class _Session:
                 shown = []
             shown.append(row)
         report.show(shown, result["ceiling"])
+        report.show_summary(rows)
         files = [file for file in plots.draw(result, self.out) if file.suffix == ".png"]
         print("results:", path, *files, f"(and SVG); took {time.time() - began:.0f} s")
         if any(row["status"] == "WRONG" and row.get("ours") for row in rows):

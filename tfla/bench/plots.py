@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tfla
 from tfla import render
-from tfla.bench import check, report, roofline, transfer
+from tfla.bench import check, language_study, report, roofline, transfer
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.runs import Row
 from tfla.xlstm import files
@@ -53,7 +54,10 @@ def _colour(name: str) -> str:
 PASSES = {"forward": "Forward", "forward+backward": "Forward + backward"}
 
 
-STUDIES = ("length", "heads", "chunk", "batch", "errors", "gain", "border", "bias")
+STUDIES = (
+    *("length", "heads", "chunk", "batch", "errors", "gain", "border", "bias"),
+    *("tokens", "positions", "rates"),
+)
 
 
 def check_room(folder: Path, command: str, result: Path | None = None) -> None:
@@ -69,7 +73,10 @@ def check_room(folder: Path, command: str, result: Path | None = None) -> None:
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Every figure that the rows of a result are enough for; the files written."""
     made = []
-    drawings = (_lengths, _heads, _chunks, _batches, _errors, _gains, _borders, _biases)
+    drawings = (
+        *(_lengths, _heads, _chunks, _batches, _errors, _gains, _borders, _biases),
+        *(_learning, _by_position, _rates),
+    )
     figures = zip(STUDIES, drawings, strict=True)
     for study, figure in figures:
         rows = [r for r in result["rows"] if r["study"] == study and report.median(r)]
@@ -77,6 +84,8 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
             rows = [r for r in result["rows"] if r["kind"] == "kernels" and r.get("errors")]
         if study == "border":
             rows = [r for r in result["rows"] if r["kind"] == "transfer" and report.median(r)]
+        if study in ("tokens", "positions", "rates"):
+            rows = [r for r in result["rows"] if language_study.is_trained(r)]
         if len(rows) > 1:
             about = f"{rows[0]['dtype']}, {result['machine']['device']}"
             drawn = figure(rows, result["ceiling"], about)
@@ -318,6 +327,106 @@ def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
                 _plain_log(ax)
     eps = rows[0]["model"]["norm_eps"]
     return _finish(figure, axes, f"Early training, norm eps {eps:g}, {about}")
+
+
+def _learning(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Bits a byte of the tuning text over tokens and over seconds of training, each model at its
+    best learning rate."""
+    figure, [axes] = _panels(1, 2)
+    late = []
+    for name, best in _best(rows).items():
+        seconds = over_seeds(row["seconds"] for row in best)[0]
+        for ax, x in zip(axes, (best[0]["tokens"], seconds), strict=True):
+            late += _band(ax, name, x, [row["curve"] for row in best])
+    for ax, x in zip(axes, ("tokens of training", "seconds of training"), strict=True):
+        _scale(ax, late)
+        ax.set_xlim(left=0)
+        _name(ax, "", x, "held-out bits a byte" if ax is axes[0] else "")
+    return _finish(figure, [axes], f"{_models(rows)}, {_spread(rows)}\n{about}")
+
+
+def _by_position(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Bits a byte by position in windows longer than those of training."""
+    figure, [[ax]] = _panels(1, 1)
+    edges, context = rows[0]["positions"], rows[0]["context"]
+    middle = [(max(a, 1) * b) ** 0.5 for a, b in pairwise(edges)]
+    late = []
+    for name, best in _best(rows).items():
+        late += _band(ax, name, middle, [row["by_position"] for row in best])
+    _scale(ax, late)
+    ax.axvline(context, color=LIMIT, ls=":", label=f"windows of training: {context:,} tokens")
+    ax.set_xscale("log", base=2)
+    ticks = [t for t in (2**n for n in range(3, 20)) if t <= edges[-1]]
+    ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    _name(ax, "", "position in the window, tokens", "held-out bits a byte")
+    return _finish(figure, [[ax]], f"{_models(rows)}\n{_spread(rows)}, {about}")
+
+
+def _rates(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """The sweep of learning rates: bits a byte of the tuning text at the end of each training."""
+    figure, [[ax]] = _panels(1, 1)
+    for name, best in _best(rows).items():
+        swept = sorted(
+            (r["lr"], r["curve"][-1]) for r in rows if r["implementation"] == name and r["swept"]
+        )
+        ax.plot(*zip(*swept, strict=True), marker="o", **_line(name))
+        ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "color": _colour(name)}
+        ax.plot(best[0]["lr"], dict(swept)[best[0]["lr"]], "o", **ring)
+    rates = sorted({row["lr"] for row in rows if row["swept"]})
+    ax.set_xscale("log")
+    ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    _name(ax, "", "learning rate at its peak", "held-out bits a byte at the end")
+    text = "Every learning rate with one seed; the one that is taken has a ring"
+    return _finish(figure, [[ax]], f"{_models(rows)}\n{text}, {about}")
+
+
+def _best(rows: list[Row]) -> dict[str, list[Row]]:
+    """By model the trainings at its best learning rate, one a seed."""
+    found = {name: language_study.chosen(rows, name) for name in language_study.NAMES}
+    return {name: best for name, best in found.items() if best}
+
+
+def over_seeds(curves: Iterable[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
+    """Mean, lowest and highest of curves with the same points."""
+    columns = list(zip(*curves, strict=True))
+    means = [sum(column) / len(column) for column in columns]
+    return means, [min(column) for column in columns], [max(column) for column in columns]
+
+
+def _band(
+    ax: Axes, name: str, x: Sequence[float], curves: Iterable[Sequence[float]]
+) -> list[float]:
+    """The mean of curves and their range; what is beyond the first points, for the scale."""
+    mean, low, high = over_seeds(curves)
+    ax.plot(x, mean, marker="o", markersize=4, **_line(name))
+    ax.fill_between(x, low, high, color=_colour(name), alpha=0.2, linewidth=0)
+    return [*low[1:], *high[1:]] or mean
+
+
+def _scale(ax: Axes, values: Sequence[float]) -> None:
+    room = 0.05 * (max(values) - min(values)) or 0.05
+    ax.set_ylim(min(values) - room, max(values) + room)
+
+
+def _line(name: str) -> dict[str, Any]:
+    """Of a curve; a dashed one hides no other that it lies on."""
+    style = "--" if name == "tfla sigmoid" else "-"
+    return {"color": _colour(name), "linestyle": style, "linewidth": 2, "label": _mixer(name)}
+
+
+def _mixer(name: str) -> str:
+    gate = language_study.NAMES[name]
+    return f"mLSTM, input gate {gate}" if gate else "attention, rotary positions"
+
+
+def _spread(rows: list[Row]) -> str:
+    return f"mean and range of {len({row['seed'] for row in rows})} seeds"
+
+
+def _models(rows: list[Row]) -> str:
+    sizes = sorted({row["parameters"] for row in rows})
+    between = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+    return f"Language models of {between} parameters, {rows[0]['tokens'][-1]:,} tokens"
 
 
 def rooflines(

@@ -34,6 +34,8 @@ FIELDS = (
     ("norm_eps", "norm_eps", 1e-6),
 )
 
+EMBEDDING = "backbone.embeddings.weight"  # xlstm_large says embedding.weight
+
 _TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 Parts = list[tuple[str, int]]  # names of theirs, one below the other, and the rows of each
@@ -45,14 +47,18 @@ def load_xlstm(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> XLSTM:
-    """An ``XLSTM`` with the weights of a transformers xLSTM checkpoint, such as NX-AI/xLSTM-7b.
+    """An ``XLSTM`` with the weights of a transformers xLSTM checkpoint, such as NX-AI/xLSTM-7b or
+    those of 160M to 7B parameters of the scaling laws (arXiv 2510.02228).
 
     Logits are those of transformers to rounding, but for the eps (1e-6) that transformers adds to
     the denominator of h and tfla does not.
 
     Args:
         path: a folder with config.json and model.safetensors, or its shards with
-            model.safetensors.index.json; weight_mode "single" or "fused".
+            model.safetensors.index.json; weight_mode "single" or "fused". Also a folder as the
+            scaling laws' are: shards model_0.safetensors, ... without an index, and xlstm_large's
+            names, ``embedding_dim`` and ``num_blocks`` in config.json and ``embedding.weight``.
+            ``save_xlstm`` then makes it one that transformers reads.
         dtype: of the parameters; None: what config.json states, else that of the embedding.
         device: where to put them. One parameter at a time passes through the CPU's memory.
 
@@ -84,6 +90,8 @@ def load_xlstm(
         with torch.device("meta"):
             model = XLSTM(config)
         names, own = names_in_checkpoint(config, mode), dict(model.named_parameters())
+        embedding = _embedding_name(source)
+        names["embedding.weight"] = [(embedding, config.vocab_size)]
         source.check(
             {
                 name: (rows, *own[key].shape[1:])
@@ -91,7 +99,7 @@ def load_xlstm(
                 for name, rows in parts
             }
         )
-        dtype = dtype or _stated_dtype(fields) or source["backbone.embeddings.weight"].dtype
+        dtype = dtype or _stated_dtype(fields) or source[embedding].dtype
         state = {}
         for key, parts in names.items():
             state[key] = torch.empty(own[key].shape, dtype=dtype, device=device)
@@ -203,9 +211,7 @@ def names_in_checkpoint(config: XLSTMConfig, mode: str = "single") -> dict[str, 
         "ffn.down.weight": [("proj_down.weight", d)],
     }
     inside = {"mlstm": "mlstm_layer.", "ffn": "ffn."}
-    names: dict[str, Parts] = {
-        "embedding.weight": [("backbone.embeddings.weight", config.vocab_size)]
-    }
+    names: dict[str, Parts] = {"embedding.weight": [(EMBEDDING, config.vocab_size)]}
     for n in range(config.num_layers):
         for own, parts in block.items():
             prefix = f"backbone.blocks.{n}.{inside.get(own.split('.')[0], '')}"
@@ -216,9 +222,18 @@ def names_in_checkpoint(config: XLSTMConfig, mode: str = "single") -> dict[str, 
     return names
 
 
+def _embedding_name(source: shards.Tensors) -> str:
+    """What a folder calls its embedding: transformers' name, or the one tensor that is named as an
+    embedding in its place (xlstm_large has embedding.weight)."""
+    others = [name for name in source if name.endswith(("embedding.weight", "embeddings.weight"))]
+    return EMBEDDING if EMBEDDING in source or len(others) != 1 else others[0]
+
+
 def _config(file: Path, fields: Mapping[str, Any]) -> XLSTMConfig:
     """The configuration that config.json describes, or an error that names the field."""
-    if fields.get("model_type") != "xlstm":
+    # The scaling laws' config.json is that of xlstm_large, which names no kind of model.
+    untyped = "model_type" not in fields and {"embedding_dim", "num_heads"} <= fields.keys()
+    if not untyped and fields.get("model_type") != "xlstm":
         raise ValueError(
             f"{file} describes model_type {short(fields.get('model_type'))}; wanted is 'xlstm', a "
             "model that transformers' xLSTMForCausalLM has saved."

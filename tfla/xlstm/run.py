@@ -134,6 +134,7 @@ def start(
     values: Mapping[str, Any],
     outputs: Outputs | None = None,
     base: Base | None = None,
+    corpus: Corpus | None = None,
 ) -> Run:
     """A new run in `folder`, from its seed or from `base`, whose shape and tokenizer it then has.
 
@@ -142,6 +143,7 @@ def start(
     `folder` holds a run already or is in use, when something of another stands in its way, or when
     a value is out of range. The folder is locked until `train` ends. `outputs` are further files
     that will be written to it, each with the proof that tfla wrote what stands in its place.
+    `corpus`, in place of paths, is one that several runs read; it stays where it is.
 
     Example:
         model = {"hidden_size": 64, "num_layers": 2, "num_heads": 2}
@@ -169,16 +171,17 @@ def start(
                 "--out"
             )
         _check_room(folder, outputs or {})
-        files.check_folder(folder / "data", data.written_files)
         checkpoint.sweep(folder)
-        corpus = prepare(
-            values.get("paths") or [],
-            folder / "data",
-            tokenizer=values.get("tokenizer"),
-            codec=None if base is None else base.codec,
-            held_out=values.get("held_out", HELD_OUT),
-            include=values.get("include") or (),
-        )
+        if corpus is None:
+            files.check_folder(folder / "data", data.written_files)
+            corpus = prepare(
+                values.get("paths") or [],
+                folder / "data",
+                tokenizer=values.get("tokenizer"),
+                codec=None if base is None else base.codec,
+                held_out=values.get("held_out", HELD_OUT),
+                include=values.get("include") or (),
+            )
         position = corpus.begin(options.seed, options.context)  # too small? It says so now.
         config = XLSTMConfig(**({"vocab_size": corpus.codec.vocab_size} | model))
         run = Run(folder, corpus, config, options, position=position, lock=lock)
@@ -188,12 +191,18 @@ def start(
         raise
 
 
-def resume(folder: Path, changes: Mapping[str, Any], outputs: Outputs | None = None) -> Run:
+def resume(
+    folder: Path,
+    changes: Mapping[str, Any],
+    outputs: Outputs | None = None,
+    corpus: Corpus | None = None,
+) -> Run:
     """The run in `folder` at its last checkpoint.
 
     `changes` may replace fields of TrainOptions; giving steps or seconds replaces both. RunError
     when something else in it is not as the run has it, when `folder` is in use, or when a file of
-    the run is damaged. The folder is locked until `train` ends. `outputs`: as for `start`.
+    the run is damaged. The folder is locked until `train` ends. `outputs` and `corpus`: as for
+    `start`.
     """
     if not folder.is_dir():
         checkpoint.load(folder)  # which says what is missing, and makes no folder
@@ -201,7 +210,7 @@ def resume(folder: Path, changes: Mapping[str, Any], outputs: Outputs | None = N
     try:
         _check_room(folder, outputs or {})
         checkpoint.sweep(folder)
-        run = _resumed(folder, changes)
+        run = _resumed(folder, changes, corpus)
     except BaseException:
         lock.release()
         raise
@@ -220,11 +229,14 @@ def _check_base(base: Base, model: Mapping[str, Any], tokenizer: Path | None) ->
         )
 
 
-def _resumed(folder: Path, changes: Mapping[str, Any]) -> Run:
+def _resumed(folder: Path, changes: Mapping[str, Any], corpus: Corpus | None) -> Run:
     saved = checkpoint.load(folder)
     step, elapsed = saved.position()
     config, before = saved.config(), _options(saved)
-    corpus = open_corpus(folder / "data", str(saved.meta.get("data")))
+    if corpus is None:
+        corpus = open_corpus(folder / "data", str(saved.meta.get("data")))
+    elif corpus.fingerprint != saved.meta.get("data"):
+        raise RunError(f"{corpus.folder} is not the corpus that the run in {folder} was started on")
     check_vocabulary(saved, config, corpus.codec)
     options = dataclasses.asdict(before)
     if changes.keys() & {"steps", "seconds"}:

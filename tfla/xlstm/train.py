@@ -49,6 +49,7 @@ class Placement:
     """
 
     main = True
+    keep_best = True  # is there a checkpoint after every evaluation that is the best so far?
     row, rows = 0, 1
     part = (0, 1)
     # Entered around every step: whoever starts a run may time its steps, or choose threads.
@@ -312,7 +313,7 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
                 best = {"step": step, unit: bits, **_judged(options)}
             yield record("eval", **{unit: bits})
         elapsed = clock()
-        is_best = best is not None and best["step"] == step
+        is_best = placement.keep_best and best is not None and best["step"] == step
         if step % options.save_every == 0 or due or is_best or done:
             yield save()
     placement.finish()
@@ -353,17 +354,28 @@ def evaluate(
 def total_nats(
     model: nn.Module, stream: Tensor, window: int, precision: str, device: torch.device
 ) -> float:
-    """The sum of -log p(token | its window) over all tokens of `stream` (tokens,) but the first, in
-    windows that begin with an empty state."""
+    """The sum of ``token_nats``."""
+    nats = token_nats(model, stream, window, precision, device)
+    return nats.sum(dtype=torch.float64).item()
+
+
+@torch.no_grad()
+def token_nats(
+    model: nn.Module, stream: Tensor, window: int, precision: str, device: torch.device
+) -> Tensor:
+    """-log p(token | its window), in nats, of every token of `stream` (tokens,) but the first:
+    (windows, window) fp32 on the CPU, with zeros after the last token. Every window begins with an
+    empty state."""
     rows = torch.split(stream[:-1], window), torch.split(stream[1:], window)
     inputs = nn.utils.rnn.pad_sequence(list(rows[0]), batch_first=True)
     targets = nn.utils.rnn.pad_sequence(list(rows[1]), batch_first=True, padding_value=-100)
-    nats = 0.0
-    with torch.no_grad(), autocast(precision, device):
+    found = []
+    with autocast(precision, device):
         for part in torch.arange(len(inputs), device="cpu").split(max(1, 4096 // window)):
             logits, _ = model(inputs[part].to(device))
-            nats += _nats(logits, targets[part].to(device), "sum").item()
-    return nats
+            nats = _nats(logits, targets[part].to(device), "none")
+            found.append(nats.view(len(part), -1).cpu())
+    return torch.cat(found)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
