@@ -202,6 +202,8 @@ def test_a_run_is_not_overwritten_and_not_changed(call: Call, trained: Path, tex
     is_one_line(call(f"train {text} --out {trained}"), "holds a run already; add --resume")
     other = call(f"train --out {trained} --resume --hidden-size 32")
     is_one_line(other, "--hidden-size is not what the run", "leave it out")
+    other = call(f"train {text / 'decoder.py'} --out {trained} --resume")
+    is_one_line(other, "tfla: the files to train on are not what the run", "leave them out")
     assert checkpoint.load(trained).path == before
 
 
