@@ -859,3 +859,20 @@ def test_the_table_of_sizes_is_of_the_models(root: Path) -> None:
                 size = {"M": 1e6, "G": 1e9}[night[-1]]
                 tokens = float(night[:-1].replace(",", "")) * size
                 assert tokens == pytest.approx(8 * 3600 * rate / number, rel=0.05), row[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*COMMANDS, "env", "roofline", "plan", "bench"]
+    + [f"bench {x}" for x in "kernels memory decode model transfer bias compare draw".split()],
+)
+def test_help_fits_80_columns_and_says_defaults_in_words(
+    name: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = call(f"{name} --help")
+    assert status == 0 and out
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+    shown = " ".join(out.replace("│", " ").split())
+    assert not re.findall(r"\[default: (\(|None|\])", shown)
+    assert "\\[" not in out
