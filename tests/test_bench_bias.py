@@ -29,7 +29,7 @@ def texts(tmp_path: Path) -> Path:
 
 def task_of(texts: Path, bias: float, **fields: Any) -> Task:
     study = Study((texts,), MODEL, OPTIONS | fields.pop("options", {}), bias)
-    return Task("bias", "cpu", "fp32", ("tfla exp", "tfla sigmoid"), bias=study, **fields)
+    return Task("bias", "cpu", "fp32", ("tfla exp", "tfla sigmoid"), work=study, **fields)
 
 
 def rows_of(task: Task) -> list[Row]:

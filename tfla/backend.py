@@ -13,8 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from tfla.gates import Activations
-from tfla.spec import CallSpec, Inputs
+from tfla.spec import CallSpec, Inputs, StepInputs, StepOptions
 
 ScanName = Literal["h", "dv", "dq", "dk"]
 Results = tuple[Tensor | None, ...]
@@ -117,20 +116,7 @@ class Backend(Protocol[W, D, S]):
     def fold_packing(self, f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Packed sequences as one: its forget gates, closed where sequences begin, and offsets."""
 
-    def update(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        i: Tensor,
-        f: Tensor,
-        C: Tensor,
-        n: Tensor | None,
-        m: Tensor | None,
-        slots: Tensor | None,
-        scale: float,
-        activations: Activations,
-    ) -> Tensor:
+    def update(self, x: StepInputs, options: StepOptions) -> Tensor:
         """One token: writes new states over old (in rows ``slots``, or all); h (B, H, V)."""
 
     def execute(

@@ -16,9 +16,8 @@ import tfla
 from tfla import kernels
 from tfla.bench import cases
 from tfla.bench import check as bench
-from tfla.gates import Activations
 from tfla.kernels import gates, pointwise
-from tfla.spec import CallSpec, Inputs, Options
+from tfla.spec import CallSpec, Inputs, Options, StepInputs, StepOptions
 
 SMALL = {"T": 53, "B": 1, "H": 1, "K": 12, "V": 20, "backend": "triton", "dtype": torch.float32}
 
@@ -364,11 +363,12 @@ def test_counters_of_a_step_go_with_the_memory_of_m() -> None:
 
     q, k, v = torch.randn(2, 2, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 48)
     i, f = torch.randn(2, 2, 2).unbind(0)
+    options = StepOptions(1.0, "exp", True, "triton")
     with mock.patch.object(kernels.step, "REGISTERS", 128):
         for slots in ([5, 0], [3, 3], [-1, 2]):  # right; twice the same; out of range
             arguments = torch.zeros(6, 2, 8, 48), torch.zeros(6, 2, 8), m, torch.tensor(slots)
             before = m.clone()
-            kernels.step.update(q, k, v, i, f, *arguments, 1.0, Activations("exp", True))
+            kernels.step.update(StepInputs(q, k, v, i, f, *arguments), options)
             used = [slot for slot in slots if slot >= 0]
             assert ((m != before).any(1).nonzero()[:, 0]).tolist() == sorted(set(used))
             assert not any(x.any() for x in counters)

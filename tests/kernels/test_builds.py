@@ -20,12 +20,12 @@ import triton
 from builds import DEVICES, Launch, binary, build, launches, record, resources
 
 from tfla import kernels
-from tfla.gates import INPUT_GATES, Activations
+from tfla.gates import INPUT_GATES
 from tfla.kernels import pointwise, step
 from tfla.kernels.hopper import _scan_hopper_kernel
 from tfla.kernels.mma import _scan_mma_kernel
 from tfla.kernels.scan import _scan_kernel
-from tfla.spec import CallSpec
+from tfla.spec import CallSpec, StepInputs, StepOptions
 
 SCANS = (_scan_kernel, _scan_hopper_kernel, _scan_mma_kernel)
 MMA = [target for target in DEVICES if target[0] == "cuda" and target[1] in (80, 86, 89, 120)]
@@ -235,18 +235,10 @@ def test_a_step_builds(target: tuple[str, int | str], B: int, gate: str, state: 
         mock.patch.object(step, "launch", recorder),
         mock.patch.object(step, "device_of", lambda _: DEVICES[target]),
     ):
+        C = new(B, H, K, V, of=state)
+        states = (C, n, m) if kind.normalize else (C, None, None)
         step.update(
-            q,
-            k,
-            v,
-            i,
-            f,
-            new(B, H, K, V, of=state),
-            n if kind.normalize else None,
-            m if kind.normalize else None,
-            None,
-            1.0,
-            Activations(gate, True),
+            StepInputs(q, k, v, i, f, *states, None), StepOptions(1.0, gate, True, "triton")
         )
     (launch,) = seen
     check(launch, target, STACK[target])

@@ -15,7 +15,9 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,30 +170,46 @@ def by_kernel(call: Callable[[], object], device: torch.device) -> list[tuple[st
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """The most that torch's allocator has handed out during a call over what it had before.
+    """The most that torch's allocator has handed out during a call over what it had before."""
+    with peak(device) as found:
+        kept = run(0)
+    del kept
+    return found.bytes
+
+
+@dataclass
+class Peak:
+    """What `peak` has found, once its block has ended."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[Peak]:
+    """The most that torch's allocator hands out within the block over what it had before.
 
     On a CPU from the allocator's own records, which the profiler collects: no other process and no
     page of the operating system is in it.
     """
+    found = Peak()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        run(0)
+        yield found
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        found.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        kept = run(0)
-    del kept
+        yield found
     events = profile.profiler.kineto_results.events()
-    now = peak = 0
+    now = 0
     moves = (event for event in events if event.name() == "[memory]")
     for event in sorted(moves, key=lambda event: event.start_ns()):
         now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+        found.bytes = max(found.bytes, now)
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
