@@ -255,6 +255,20 @@ def test_peers_are_chosen_by_parts_of_their_names() -> None:
     assert {x.name for x in cases.IMPLEMENTATIONS} <= plots.COLOURS.keys()
 
 
+def test_curves_carry_their_names() -> None:
+    """At their right ends, in their colours, none over another."""
+    result = report.load(Path(__file__).parents[1] / "docs/results/gpu-kernels.json")
+    rows = [row for row in result["rows"] if row["study"] == "length"]
+    figure = plots._lengths(rows, result["ceiling"], "")
+    assert len(figure.axes) == 4
+    for ax in figure.axes:
+        names = {text.get_text(): text for text in ax.texts}
+        assert names.keys() == {row["implementation"] for row in rows}
+        assert all(text.get_color() == plots.COLOURS[name] for name, text in names.items())
+        heights = sorted(text.xy[1] for text in names.values())
+        assert all(high - low > 0.05 for low, high in zip(heights, heights[1:], strict=False))
+
+
 # ------------------------------------------------------------------------------- tasks
 
 

@@ -161,8 +161,9 @@ def test_named_machines_name_every_dtype() -> None:
 
 @pytest.mark.parametrize(("gate", "both"), [("exp", 2401862144), ("sigmoid", 2378596352)])
 def test_memory_is_what_an_h200_was_seen_to_take(gate: str, both: int) -> None:
-    """docs/gpu-memory.json, spans of 2,048: peaks of forward and backward together over what was
-    there before, by torch's allocator. Passes that are played fit their buffers in another way."""
+    """docs/results/gpu-memory.json, spans of 2,048: peaks of forward and backward together over
+    what was there before, by torch's allocator. Passes that are played fit their buffers in another
+    way."""
     problem = Problem(8, 8192, 8, 256, 512, 8, False, 2, "ieee")
     m = memory(problem, H200.device, torch.bfloat16, gate)
     assert m.output == 8 * 8192 * 8 * 512 * 2
