@@ -14,7 +14,7 @@ CORE := mlstm step linear_attention states packed strides precision extreme oper
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-core lint docs notebooks clean
+.PHONY: help demo test test-core lint docs notebooks hub clean
 
 help:  ## this list
 	@echo "make demo       train a small xLSTM, let it write, draw two plots (under 5 minutes on 2 cores)"
@@ -22,6 +22,7 @@ help:  ## this list
 	@echo "make test-core  run those of the operator alone (about a minute)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       build the site into build/site; open build/site/index.html"
+	@echo "make hub        build/hub, a folder that the package kernels loads"
 	@echo "make clean      remove $(VENV), builds and caches"
 
 demo: $(VENV)/.installed-train
@@ -48,6 +49,9 @@ docs: $(VENV)/.installed-docs
 # Run anew, with the outputs stored in them: after a change of a notebook.
 notebooks: $(VENV)/.installed-docs
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
+
+hub: $(VENV)/.installed-train
+	$(BIN)/python -m tfla.integrations.hub build/hub
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ from tfla.bench import cases, check, measure, models, plots, report, runs
 from tfla.bench.cases import Implementation, Leaves, Shape
 from tfla.bench.runs import Row, Task
 from tfla.cli import run_command
+from tfla.reference import layout
 from tfla.spec import CallSpec, Inputs, Options
 
 CPU = torch.device("cpu")
@@ -215,12 +216,12 @@ def test_inputs_are_fresh_by_seed_and_laid_out_as_wanted() -> None:
 
 
 def test_a_pinned_chunk_is_taken_and_given_back() -> None:
-    before = tfla.reference.L  # type: ignore[attr-defined]
+    before = layout.L
     [x] = cases.with_chunks([OURS["exp"]], [16])
     leaves = x.leaves(SHAPE, torch.float32, CPU, 0)
     with x.pinned():
-        assert tfla.reference.L == 16  # type: ignore[attr-defined]
-    assert tfla.reference.L == before  # type: ignore[attr-defined]
+        assert layout.L == 16
+    assert layout.L == before
     torch.testing.assert_close(x.run(leaves), OURS["exp"].run(leaves), rtol=1e-4, atol=1e-5)
 
 

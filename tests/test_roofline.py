@@ -112,9 +112,9 @@ def test_kernels_of_both_variants_are_those_that_are_launched() -> None:
 def test_arithmetic_of_the_reference_grows_with_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(1, 1024, 1, 64, 64, 1, False, 4, "ieee")
     before = by_name(r.reference_kernels(problem, normalize=True))
-    monkeypatch.setattr(r.reference, "L", 2 * r.reference.L)
+    monkeypatch.setattr(r.layout, "L", 2 * r.layout.L)
     after = by_name(r.reference_kernels(problem, normalize=True))
-    L = r.reference.L // 2
+    L = r.layout.L // 2
     assert after["h"].flops - before["h"].flops == 1024 * 2 * L * (64 + 64)
     assert "nu" in after and "nu" not in by_name(r.reference_kernels(problem, normalize=False))
 
