@@ -509,7 +509,7 @@ def evaluate(
 ) -> None:
     """Print what a text costs with the model: bits per byte and per token, and perplexity, 2 to the
     power of the bits per token. The text is one stream, each file behind the token that ends a
-    document, read in windows as in training: the first tokens of a window are the dear ones.
+    document, read in windows as in training: the first tokens of a window cost most.
     """
     # fmt: on
     _require("rich", "numpy", "safetensors")
