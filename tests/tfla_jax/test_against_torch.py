@@ -21,7 +21,6 @@ from checks import (
     CANCELLING,
     assert_close,
     failures,
-    one_thread,  # noqa: F401
     run_one_digit_off,
     run_recurrence,
 )
@@ -120,7 +119,7 @@ CASES = [
 ]
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def solved() -> dict[Case, tuple[Inputs, Any, Tensor | None, dict[str, Tensor]]]:
     """Of each case its inputs, the truth, its gauge and what tfla.jax says."""
     python_with_jax()
@@ -134,9 +133,9 @@ def solved() -> dict[Case, tuple[Inputs, Any, Tensor | None, dict[str, Tensor]]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_states_and_gradients(case: Case) -> None:
+def test_values_states_and_gradients(case: Case, solved: dict[Case, Any]) -> None:
     """1e-9 in fp64; below it twice the error of the plain recurrence in the same dtype."""
-    inputs, truth, c, ours = solved()[case]
+    inputs, truth, c, ours = solved[case]
     assert all(torch.isfinite(t).all() for t in ours.values()), f"{case}: not finite"
     exact = case.dtype == torch.float64
     plain = None if exact else run_recurrence(case, inputs, case.dtype, c)[0]

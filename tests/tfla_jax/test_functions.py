@@ -209,6 +209,17 @@ def test_an_inplace_step_lies_where_its_state_lay() -> None:
     assert_close((h, after), expected)
 
 
+def test_a_state_is_not_donated_where_a_derivative_needs_it() -> None:
+    problem = Problem(T=1)
+    token, state = [y[:, 0] for y in problem.operands()], problem.state()
+
+    def grads(inplace: bool) -> State:
+        return jax.grad(lambda s: loss(parts(*mlstm_step(*token, s, inplace=inplace))))(state)
+
+    assert_close(grads(True), grads(False), 0.0)
+    assert not any(y.is_deleted() for y in state)
+
+
 def test_slots_are_rows_of_a_larger_state() -> None:
     problem = Problem(T=1, N=5)
     token, state = [y[:, 0] for y in problem.operands()], problem.state()

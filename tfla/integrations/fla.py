@@ -8,7 +8,8 @@
     fla.ops.linear_attn     chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
 
 All are C_t = exp(g_t) C_{t-1} + k_t v_t^T, o_t = C_t^T (scale q_t), with a g of their own. Written
-for fla-core 0.6.0. A call that tfla does not serve goes to fla as before. docs/fla.md says which.
+for fla-core 0.6.0. A call that tfla does not serve goes to fla as before. docs/migrate/fla.md says
+which.
 """
 
 from __future__ import annotations

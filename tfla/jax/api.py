@@ -180,8 +180,9 @@ def mlstm_step(
             given; m in fp32 (fp64).
         input_gate, normalize, scale, backend: as in ``mlstm``.
         inplace: donate ``state``: the one returned lies where it lay, and its arrays are deleted.
-            In a function that is traced (by ``jax.jit``, say) this changes nothing: there XLA
-            updates in place what is not used again, and the program donates its own arguments.
+            In a function that is traced (by ``jax.jit`` or ``jax.grad``, say) this changes nothing:
+            there XLA updates in place what is not used again, and a program donates its own
+            arguments.
         slots: (B,) int32 or int64: distinct rows of a larger state that the batch uses, and that
             come back in it; needs ``inplace=True``. Where the host does not read them (see
             ``cu_seqlens``), h is NaN for a row that does not exist, and no state is touched; where
@@ -215,8 +216,10 @@ def mlstm_step(
         slots = checks.slots(slots, B, state.C.shape[0], inplace)
     _pick_backend(backend)
     options = Options(checks.scale_of(scale, K), input_gate, True, normalize)
-    run = _run_step_inplace if inplace else _run_step
-    return run(*_alike(q, k, v, i, f, state, slots), options=options)
+    arrays = _alike(q, k, v, i, f, state, slots)
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
+    run = _run_step_inplace if inplace and not is_traced else _run_step
+    return run(*arrays, options=options)
 
 
 # ---------------------------------------------------------------- what the three share
@@ -289,6 +292,9 @@ def _alike(*arrays: Any) -> Any:
     """In ``jax.shard_map`` an array varies over some axes of the mesh or is the same on all of
     them; a loop wants to know it beforehand. Here all vary over the axes over which any does."""
     axes = {axis for x in jax.tree.leaves(arrays) for axis in jax.typeof(x).mat.varying}
+
+    if not axes:
+        return arrays
 
     def vary(x: Array) -> Array:
         new = tuple(axes - set(jax.typeof(x).mat.varying))
