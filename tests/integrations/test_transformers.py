@@ -242,6 +242,18 @@ def test_a_block_reads_a_token_as_transformers_has_it(
     assert relative(out[0], out[1]) < 1e-11
 
 
+def test_hidden_states_of_blocks_are_collected_from_single_tokens_too() -> None:
+    out = []
+    for model in pair(make()):
+        with torch.no_grad():
+            _, cache = go_on(model, tokens(2, 9), cache=None, use_cache=True)
+            options = {"use_cache": True, "output_hidden_states": True}
+            out.append(go_on(model, tokens(2, 1), cache=cache, **options)[0].hidden_states)
+    theirs, ours = out
+    assert len(ours) == len(theirs) == 3
+    assert all(relative(a, b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mode", ["single", "fused"])
