@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from checks import one_thread  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -126,8 +125,10 @@ def test_models_of_other_sizes_are_refused() -> None:
 class Watched(Mixing):
     """Keeps the windows that the model is trained on, and its first parameters."""
 
-    def build(self, config: XLSTMConfig, precision: str) -> torch.nn.Module:
-        model = super().build(config, precision)
+    def build(
+        self, config: XLSTMConfig, precision: str, weights: Path | None = None
+    ) -> torch.nn.Module:
+        model = super().build(config, precision, weights)
         self.windows: list[Tensor] = []
 
         def note(module: Any, inputs: tuple[Tensor]) -> None:
@@ -139,7 +140,6 @@ class Watched(Mixing):
         return model
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_all_models_read_the_same_tokens_in_the_same_order(study: Study, tmp_path: Path) -> None:
     read, placements = {}, {}
     corpus = study.corpus()
@@ -305,7 +305,6 @@ def test_a_plan_reads_the_text_twice_at_most(study: Study) -> None:
     assert 1.9 * len(corpus.train) < tokens <= 2 * len(corpus.train)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_that_was_cut_comes_to_the_same_result(
     name: str, study: Study, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
@@ -338,7 +337,6 @@ def test_a_training_that_was_cut_comes_to_the_same_result(
     assert not list((other.training_folder(name, 1e-3, 0) / "checkpoints").iterdir())
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_further_seeds_take_the_rate_that_is_best_on_the_tuning_text(study: Study) -> None:
     swept = [row_of(Training(study, lr, 0), "tfla sigmoid") for lr in study.asked.rates]
     bits = {row["lr"]: row["curve"][-1] for row in swept}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from train_worker import TRAIN, checks, names, values
+from train_worker import TRAIN, begin, checks, names, values
 
 from tfla import cli
 from tfla.xlstm import checkpoint
@@ -45,7 +45,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of one process, and some that stopped in the middle."""
     folder = tmp_path_factory.mktemp("runs")
     for name in TRAIN:
-        list(train(start(folder / name, values(name)), Placement("cpu")))
+        list(train(begin(folder / name, name), Placement("cpu")))
     for world in (2, 4):
         for record in train(start(folder / f"broken-{world}", values("data")), Placement("cpu")):
             if record["step"] == 3 and record["event"] == "save":

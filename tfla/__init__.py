@@ -52,7 +52,7 @@ _WITHOUT_TORCH = {"errors", "jax", "limits", "offsets"}
 if TYPE_CHECKING:
     from tfla.api import State, linear_attention, mlstm, mlstm_step
     from tfla.dispatch import supports
-elif "torch" in sys.modules:
+elif sys.modules.get("torch") is not None:
     _import_functions()
 else:
     sys.meta_path.insert(0, _AfterTorch())

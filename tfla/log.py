@@ -93,7 +93,12 @@ def _line(what: str, device: torch.device, dtype: torch.dtype, backend: str, pla
     if not chosen and device.type == "cpu":
         chosen, why = "reference", "CPU tensors"
     why = why if chosen == backend else "named by the caller"
-    line = f'tfla: {what}, on {device}: backend "{backend}"{plan}: {why}'
+    note(f'{what}, on {device}: backend "{backend}"{plan}: {why}')
+
+
+def note(what: str) -> None:
+    """A line of its own, once."""
+    line = f"tfla: {what}"
     if line not in _seen:
         _seen.add(line)
         with contextlib.suppress(OSError, ValueError):  # a closed stderr costs the line, no call

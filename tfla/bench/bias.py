@@ -55,8 +55,8 @@ class Watched(Placement):
         self.told: list[Tensor] = []
         self.times: list[float] = []
 
-    def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
-        model: Any = super().build(config, precision)
+    def build(self, config: XLSTMConfig, precision: str, weights: Path | None = None) -> nn.Module:
+        model: Any = super().build(config, precision, weights)
         with torch.no_grad():
             for block in model.blocks:
                 block.mlstm.gates.bias[: config.num_heads] = self.bias  # rows: i, then f

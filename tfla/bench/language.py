@@ -70,7 +70,8 @@ class Mixing(Placement):
         self.size = asked.sized
         self.mixer, self.config = self.size.mixer(name), self.size.config(name)
 
-    def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
+    def build(self, config: XLSTMConfig, precision: str, weights: Path | None = None) -> nn.Module:
+        assert weights is None, "a study begins with a seed"
         with torch.device("cpu"):
             self.model = XLSTM(config, self.mixer).to(self.device)
         return self.model
@@ -278,7 +279,7 @@ def written(model: XLSTM, codec: Codec, count: int, precision: str, device: torc
     """The beginning of a document, at most `count` tokens. All that is written is read anew for
     each token, by every model, as attention keeps no state here."""
     generator = torch.Generator().manual_seed(0)
-    tokens, decode, text = [codec.end], codec.decoder(), ""
+    tokens, decoder, text = [codec.end], codec.decoder(), ""
     while len(tokens) <= count:
         with autocast(precision, device):
             x, _ = model.hidden(torch.tensor([tokens], device=device))
@@ -287,5 +288,5 @@ def written(model: XLSTM, codec: Codec, count: int, precision: str, device: torc
         if token == codec.end:
             break
         tokens.append(token)
-        text += decode(token)
-    return text
+        text += decoder.next(token)
+    return text + decoder.rest()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tfla
 from tfla.bench import check, measure, roofline
-from tfla.bench.cases import DTYPES, Shape
+from tfla.bench.cases import DTYPES, STEP_PEERS, Shape, peer_words
 from tfla.bench.runs import Row, Task, Tell, reason_of
 from tfla.gates import INPUT_GATES
 from tfla.xlstm import XLSTM, XLSTMConfig
@@ -27,9 +27,9 @@ def steps(cpu: bool, peers: str) -> list[str]:
     names = [f"tfla {gate}" for gate in INPUT_GATES]
     names += [] if cpu else [f"{name}, CUDA graph" for name in names]
     here = importlib.util.find_spec("mlstm_kernels") is not None
-    others = [*(["mlstm_kernels step exp"] if here else []), "attention"]
-    words = [word.strip() for word in peers.split(",")]
-    return names + [x for x in others if peers == "all" or any(word in x for word in words)]
+    others = [name for name in STEP_PEERS if here or not name.startswith("mlstm_kernels")]
+    words = peer_words(peers)
+    return names + [x for x in others if any(word in x for word in words)]
 
 
 def _gate(name: str) -> str:

@@ -375,26 +375,62 @@ def show(rows: Sequence[Row], ceiling: dict[str, Any]) -> None:
     if not rows:
         return
     above, below = remarks(rows, ceiling)
-    print("", *above, sep="\n")
+    say("", *above)
     timed = [cells(row, ceiling) for row in rows if median(row) is not None]
     table(title(rows[0]), COLUMNS[rows[0]["kind"]] if timed else [], timed)
-    print(*below, sep="\n", flush=True)
+    say(*below)
 
 
 def table(heading: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    from rich import box
+    """Print a table no wider than the console: what does not fit follows below it, each part with
+    the first column."""
     from rich.console import Console
-    from rich.table import Table
 
-    found = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", pad_edge=False)
-    for number, column in enumerate(columns):
-        side: Any = "right" if number else "left"
-        found.add_column(column, justify=side, vertical="bottom", no_wrap=True)
-    for line in lines:
-        found.add_row(*line)
     console = Console()
-    wide = max(console.width, 140) if not console.is_terminal else console.width
-    Console(width=wide).print(found if columns else heading, highlight=False)
+    say(*heading.splitlines())
+    left = list(range(1, len(columns)))
+    while left or len(columns) == 1:
+        part = [0]
+        while left and (
+            len(part) == 1 or _width(columns, lines, [*part, left[0]]) <= console.width
+        ):
+            part.append(left.pop(0))
+        console.print(_grid(columns, lines, part), highlight=False, no_wrap=True)
+        if len(columns) == 1:
+            break
+
+
+def _grid(columns: Sequence[str], lines: Sequence[Sequence[str]], part: Sequence[int]) -> Any:
+    """Some of the columns as a table."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for place in part:
+        side: Any = "right" if place else "left"
+        found.add_column(columns[place], justify=side, vertical="bottom", no_wrap=True)
+    for line in lines:
+        found.add_row(*(Text(line[place]) for place in part))
+    return found
+
+
+def _width(columns: Sequence[str], lines: Sequence[Sequence[str]], part: Sequence[int]) -> int:
+    """What a table of these columns takes: each at its widest, and the room between them."""
+
+    def widest(place: int) -> int:
+        texts = [*columns[place].splitlines(), *(line[place] for line in lines)]
+        return max(map(len, texts), default=0)
+
+    return sum(widest(place) for place in part) + 2 * len(part)
+
+
+def say(*lines: str) -> None:
+    """Print lines, folded between words where they are wider than the console."""
+    from rich.console import Console
+
+    for line in lines:
+        Console().print(line, markup=False, highlight=False)
 
 
 def roofline_cells(
