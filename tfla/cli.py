@@ -600,8 +600,8 @@ def plot(
     ] = None,
     over: Annotated[str, _option(None, "The horizontal axis: seconds or steps.")] = "seconds",
 ) -> None:
-    """Draw training and held-out loss of runs, also of one that is still going on, from their metrics.jsonl.
-    Several are drawn in one picture, each in its colour.
+    """Draw training and held-out loss of runs, also of one that is still going on, from their
+    metrics.jsonl. Several are drawn in one picture, each in its colour.
     """
     # fmt: on
     _require("matplotlib", "numpy", "safetensors")
