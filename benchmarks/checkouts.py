@@ -101,10 +101,14 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What one version has of a case. wrong: what is too far from fp64; empty if nothing is."""
+    """What one version has of a case. wrong: what is wrong in it; empty if nothing is."""
 
     call: Call
     wrong: str = ""
+
+
+def from_fp64(errors: str) -> str:
+    return f"off from fp64: {errors}" if errors else ""
 
 
 Case = Callable[[ModuleType, Setting], Entry]
@@ -129,7 +133,7 @@ def mlstm(gate: str, backward: bool) -> Case:
             return [h.detach(), *torch.autograd.grad(h, list(leaves.values()), dh)]
 
         wrong = (f"{name} {verdict.errors[name]:.1e}" for name in verdict.exceeded)
-        return Entry(both if backward else forward, ", ".join(wrong))
+        return Entry(both if backward else forward, from_fp64(", ".join(wrong)))
 
     return make
 
@@ -153,7 +157,7 @@ def step(gate: str) -> Case:
         C = C * rest[1].exp()[..., None, None] if rest else C
         off = [distance(a, b) for a, b in zip((h, C), truth, strict=True)]
         bad = not max(off) <= models.STEP_BOUND
-        return Entry(call, f"h {off[0]:.1e}, C {off[1]:.1e}" if bad else "")
+        return Entry(call, from_fp64(f"h {off[0]:.1e}, C {off[1]:.1e}") if bad else "")
 
     return make
 
@@ -171,7 +175,9 @@ def model(part: str) -> Case:
         off = models.step_error(net, tokens[:1, :64])
         run = models.parts(net, tokens)[part]
         bad = not off <= models.LOGITS_BOUND[at.dtype]
-        return Entry(lambda: run(0), f"a step from its sequence {off:.1e}" if bad else "")
+        return Entry(
+            lambda: run(0), f"steps are off from their sequence by {off:.1e}" if bad else ""
+        )
 
     return make
 
@@ -255,7 +261,7 @@ def compare(name: str, make: Case, versions: Mapping[str, ModuleType], options: 
         try:
             entries[version] = make(tfla, at)
             if entries[version].wrong:
-                row.wrong = f"{version} is off from fp64: {entries[version].wrong}"
+                row.wrong = f"{version}: {entries[version].wrong}"
         except (AttributeError, TypeError, ImportError) as error:
             row.reason = f"{version} does not have it: {type(error).__name__}: {error}"
             return row

@@ -20,6 +20,7 @@ from tfla.bench import cases, check, measure, models, plots, report, runs
 from tfla.bench.cases import Implementation, Leaves, Shape
 from tfla.bench.runs import Row, Task
 from tfla.cli import run_command
+from tfla.reference import layout
 from tfla.spec import CallSpec, Inputs, Options
 
 CPU = torch.device("cpu")
@@ -215,12 +216,12 @@ def test_inputs_are_fresh_by_seed_and_laid_out_as_wanted() -> None:
 
 
 def test_a_pinned_chunk_is_taken_and_given_back() -> None:
-    before = tfla.reference.L  # type: ignore[attr-defined]
+    before = layout.L
     [x] = cases.with_chunks([OURS["exp"]], [16])
     leaves = x.leaves(SHAPE, torch.float32, CPU, 0)
     with x.pinned():
-        assert tfla.reference.L == 16  # type: ignore[attr-defined]
-    assert tfla.reference.L == before  # type: ignore[attr-defined]
+        assert layout.L == 16
+    assert layout.L == before
     torch.testing.assert_close(x.run(leaves), OURS["exp"].run(leaves), rtol=1e-4, atol=1e-5)
 
 
@@ -252,6 +253,20 @@ def test_peers_are_chosen_by_parts_of_their_names() -> None:
     names = {x.name for x in cases.chosen("mamba, attention")}
     assert {"mamba2 ssd", "attention", "attention cudnn"} <= names and "fla gla" not in names
     assert {x.name for x in cases.IMPLEMENTATIONS} <= plots.COLOURS.keys()
+
+
+def test_curves_carry_their_names() -> None:
+    """At their right ends, in their colours, none over another."""
+    result = report.load(Path(__file__).parents[1] / "docs/results/gpu-kernels.json")
+    rows = [row for row in result["rows"] if row["study"] == "length"]
+    figure = plots._lengths(rows, result["ceiling"], "")
+    assert len(figure.axes) == 4
+    for ax in figure.axes:
+        names = {text.get_text(): text for text in ax.texts}
+        assert names.keys() == {row["implementation"] for row in rows}
+        assert all(text.get_color() == plots.COLOURS[name] for name, text in names.items())
+        heights = sorted(text.xy[1] for text in names.values())
+        assert all(high - low > 0.05 for low, high in zip(heights, heights[1:], strict=False))
 
 
 # ------------------------------------------------------------------------------- tasks

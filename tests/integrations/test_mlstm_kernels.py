@@ -414,3 +414,47 @@ def test_a_model_keeps_what_it_was_built_with_and_is_copied() -> None:
     x = tokens(2, 21)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(x)[0], model(x)[0])
+
+
+# ------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton_xl_chunk", "triton_limit_chunk", "native_autograd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_h_is_no_further_from_the_truth_than_theirs(name: str, dtype: torch.dtype) -> None:
+    """The truth is their plain function in fp64. Theirs multiply fp32 in TF32; ours in IEEE."""
+    B, H, T, K, V = 2, 4, 256, 64, 128
+    shapes = [(T, K), (T, K), (T, V), (T,), (T,)]
+    x = [torch.randn(B, H, *shape, device="cuda") for shape in shapes]
+    x[4] += 3
+    x = [y.to(dtype) for y in x]
+    truth = THEIRS["chunkwise"]["native_autograd"](*(y.double() for y in x), eps=0.0)
+    options = {"chunk_size": 64, "autocast_kernel_dtype": dtype}
+    both = (registry[name], THEIRS["chunkwise"][name])
+    off = [relative(f(*x, **options).double(), truth) for f in both]
+    assert off[0] <= 2 * off[1]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_backend_of_theirs_goes_on_token_by_token() -> None:
+    """As TiRex-2 configures it for GPUs: bf16, states in fp32."""
+    config = backend_module.mLSTMBackendConfig(
+        chunkwise_kernel="chunkwise--triton_limit_chunk",
+        sequence_kernel="native_sequence__triton",
+        step_kernel="triton",
+        mode="inference",
+    )
+    backend = backend_module.mLSTMBackend(config)
+    B, H, T, K, V = 2, 4, 70, 64, 64
+    shapes = [(T, K), (T, K), (T, V), (T,), (T,)]
+    x = [torch.randn(B, H, *shape, device="cuda").bfloat16() for shape in shapes]
+    with torch.no_grad():
+        whole, _ = backend(*x)
+        h, state = backend(*(y[:, :, :60] for y in x))
+        out = [h]
+        for t in range(60, T):
+            h, state = backend(*(y[:, :, t : t + 1] for y in x), *state)
+            out.append(h)
+    assert {s.dtype for s in state} == {torch.float32}
+    assert relative(torch.cat(out, 2).float(), whole.float()) < 0.02

@@ -238,6 +238,38 @@ def test_a_block_reads_a_token_as_transformers_has_it(
     assert relative(out[0], out[1]) < 1e-11
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mode", ["single", "fused"])
+def test_on_a_gpu_a_token_is_no_further_from_the_truth_by_the_short_way(
+    mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it goes through fused kernels; the truth is the same model in fp64."""
+    model = patch(exact(weight_mode=mode).to(dtype)).cuda()
+    wide = patch(copy.deepcopy(model).double())
+    x = tokens(3, 30).cuda()
+    truth = read(wide, x, 1)[0]
+    short = read(model, x, 1)[0]
+    monkeypatch.setattr(decode.BlockStep, "serves", lambda *_: False)
+    long = read(model, x, 1)[0]
+    off = [((y.double() - truth).norm() / truth.norm()).item() for y in (short, long)]
+    assert off[0] <= 2 * off[1]
+
+
+def test_a_graph_holds_a_patched_model() -> None:
+    """A prompt and a token, without a break."""
+    model, x = patch(make()), tokens(2, 20)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        out, cache = go_on(compiled, x, cache=None, use_cache=True)
+        assert torch.equal(out.logits, model(x).logits)
+        other = copy.deepcopy(cache)
+        one, _ = go_on(compiled, x[:, :1], cache=cache, use_cache=True)
+        two, _ = go_on(model, x[:, :1], cache=other, use_cache=True)
+    assert torch.equal(one.logits, two.logits)
+
+
 @pytest.mark.parametrize("name", ["norm_mlstm", "mlstm_layer.multihead_norm", "ffn", "mlstm_layer"])
 def test_what_hangs_on_a_module_acts_on_single_tokens_too(name: str) -> None:
     model, x = patch(make()), tokens(1, 6)

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tfla
-from tfla import reference
 from tfla.bench import roofline
 from tfla.errors import RunError
 from tfla.gates import INPUT_GATES
 from tfla.plan import Plan
+from tfla.reference import layout
 
 Leaves = dict[str, Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -138,7 +138,7 @@ class Implementation:
         if self.chunk is None or not self.ours:
             yield
             return
-        places: list[tuple[Any, str, Any]] = [(reference, "L", self.chunk)]
+        places: list[tuple[Any, str, Any]] = [(layout, "L", self.chunk)]
         if torch.cuda.is_available():
             kernels: Any = importlib.import_module("tfla.kernels")
             places.append((kernels, "plan_of", _plan_of(self)))

@@ -403,7 +403,7 @@ def roofline(
     problem = Problem(B, T, H, K, V, B, False, r.SIZES[kind], "ieee")
     L: int | None = None
     if machine.device is None:
-        found, chunk = r.reference_kernels(problem, normalize), r.reference.L
+        found, chunk = r.reference_kernels(problem, normalize), r.layout.L
         how = f'backend "reference": chunk {chunk}, computed in fp32, bytes estimated'
     else:
         planned = plan(problem, machine.device)

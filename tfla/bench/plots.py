@@ -38,6 +38,7 @@ COLOURS = {
     "attention flash": "#E69F00",
 }
 LIMIT = "#222222"
+TIME = "ms (lower is better)"
 BIAS_COLOURS = ("#D55E00", "#E69F00", "#009E73", "#332288", "#CC79A7", "#555555")
 LINES = ("solid", "dashed", "dashdot", "dotted")
 MOST_GAIN = 1e4  # the end of the colours; what is beyond has the last one
@@ -112,7 +113,8 @@ def _lengths(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
             ax.set_xscale("log", base=2)
             ax.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
             _plain_log(ax)
-            _name(ax, f"{name}, {H} heads {K}/{V}", "tokens in a sequence", "ms")
+            _label_ends(ax)
+            _name(ax, f"{name}, {H} heads {K}/{V}", "tokens in a sequence", TIME)
     tokens = max(row["shape"]["B"] * row["shape"]["T"] for row in rows)
     return _finish(figure, axes, f"{tokens:,} tokens at every length, {about}")
 
@@ -127,7 +129,8 @@ def _heads(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
         ax.set_xscale("log", base=2)
         ax.set_xticks([V for V, _ in dims], [f"{K}/{V}" for V, K in dims])
         ax.set_ylim(bottom=0)
-        _name(ax, name, "head dim of q, k / of v", "ms")
+        _label_ends(ax)
+        _name(ax, name, "head dim of q, k / of v", TIME)
     s = rows[0]["shape"]
     channels = f"{s['H'] * s['V']:,} channels, {s['B']} x {s['T']:,} tokens"
     return _finish(figure, [axes], f"{channels}, {about}")
@@ -156,9 +159,8 @@ def _chunks(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
                 last = a, b
         _plain_log(ax, "x")
         _plain_log(ax)
-        _name(
-            ax, f"input gate {gate}", "forward + backward, ms", "peak memory over the inputs, MiB"
-        )
+        y = "peak over the inputs, MiB (lower is better)"
+        _name(ax, f"input gate {gate}", f"forward + backward, {TIME}", y)
     for which in ("x", "y"):  # what is compared has one scale
         ends = [end for ax in axes for end in getattr(ax, f"get_{which}lim")()]
         for ax in axes:
@@ -182,8 +184,9 @@ def _batches(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [str(t) for t in ticks])
     _plain_log(ax)
+    _label_ends(ax)
     context = rows[0]["shape"]["T"]
-    _name(ax, "", "sequences in the batch", "µs a step")
+    _name(ax, "", "sequences in the batch", "µs a step (lower is better)")
     title = f"One token of every sequence; attention looks back at {context:,}\n{about}"
     return _finish(figure, [[ax]], title)
 
@@ -220,7 +223,7 @@ def _errors(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.set_xscale("log")
-    _name(ax, "", "relative error against fp64", "")
+    _name(ax, "", "relative error against fp64 (lower is better)", "")
     return _finish(figure, [[ax]], f"Errors, {about}")
 
 
@@ -513,6 +516,31 @@ def _curves(ax: Axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
             label=name,
             zorder=3 if ours else 2,
         )
+
+
+def _label_ends(ax: Axes) -> None:
+    """Write the name of each curve at its right end, in its colour, in place of the legend. Call it
+    when scales and limits are set: names that would overlap are moved apart."""
+    curves = [line for line in ax.get_lines() if len(line.get_xydata()) > 1]
+    curves = [line for line in curves if line.get_marker() not in ("None", "")]
+    to_axes = ax.transScale + ax.transLimits
+    heights = [float(to_axes.transform(line.get_xydata()[-1])[1]) for line in curves]
+    ends = sorted(zip(heights, curves, strict=True), key=lambda end: end[0])
+    place = -1.0
+    for height, line in ends:
+        place = max(height, place + 0.055)
+        ax.annotate(
+            str(line.get_label()),
+            (1.0, place),
+            xycoords="axes fraction",
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=line.get_color(),
+            va="center",
+            fontsize=10,
+            annotation_clip=False,
+        )
+        line.set_label(f"_{line.get_label()}")
 
 
 def _plain_log(ax: Axes, which: str = "y") -> None:

@@ -8,7 +8,8 @@
     fla.ops.linear_attn     chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
 
 All are C_t = exp(g_t) C_{t-1} + k_t v_t^T, o_t = C_t^T (scale q_t), with a g of their own. Written
-for fla-core 0.6.0. A call that tfla does not serve goes to fla as before. docs/fla.md says which.
+for fla-core 0.6.0. A call that tfla does not serve goes to fla as before. docs/migrate/fla.md says
+which.
 """
 
 from __future__ import annotations
@@ -462,8 +463,6 @@ def _linear_attend(
         return _attend(q, k, v, _Decay(None, None), scale, states, others=others)
     if why := _why_not(q, k, v, scale, others):
         return NotServed(why)
-    if q.shape[2] != v.shape[2]:
-        return NotServed("fewer heads of q and k than of v, normalised")
     pair = states.initial_state if isinstance(states.initial_state, tuple) else None
     C, z = pair or (states.initial_state, None)
     # Eight columns, of which one is used: rows of 16 bytes stay rows of 16 bytes.
@@ -518,16 +517,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor | None]:
     """``tfla.linear_attention`` on their tensors. They multiply in the dtype of q, k and v also
     under autocast."""
-    H, full = v.shape[2], torch.promote_types(q.dtype, torch.float32)
-    if q.shape[2] != H:
-        q, k = (x.repeat_interleave(H // q.shape[2], 2) for x in (q, k))
-    offsets = states.cu_seqlens
-    if states.reverse:
-        q, k, v = (x.flip(1) for x in (q, k, v))
-        log_f = log_f.flip(1) if log_f is not None and log_f.dim() == 3 else log_f
-        if offsets is not None:
-            offsets = q.shape[1] - offsets.flip(0)
-            start = None if start is None else start.flip(0)
+    full = torch.promote_types(q.dtype, torch.float32)
     kind = q.device.type
     on = torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if on else nullcontext():
@@ -539,10 +529,7 @@ def _scan(
             scale=scale,
             initial_state=None if start is None else tfla.State(start.to(full), None, None),
             output_final_state=states.output_final_state or output,
-            cu_seqlens=offsets,
+            cu_seqlens=states.cu_seqlens,
+            reverse=states.reverse,
         )
-    C = None if after is None else after.C
-    if states.reverse:
-        o = o.flip(1)
-        C = C.flip(0) if C is not None and offsets is not None else C
-    return o, C
+    return o, None if after is None else after.C

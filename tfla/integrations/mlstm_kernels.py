@@ -11,8 +11,8 @@
 Written for mlstm_kernels 2.0.6. None of its functions is called, so all names work on a CPU and on
 a GPU, without Triton and with Triton 3.9. Gradients are those of the function; ``eps``,
 ``chunk_size`` and all that tunes kernels is accepted and left alone; states are fp32, m also where
-``dtype_state`` asks for less. docs/mlstm_kernels.md says what that changes. Without mlstm_kernels,
-``tfla.integrations.mlstm_backend`` has its ``mLSTMBackend``.
+``dtype_state`` asks for less. docs/migrate/mlstm_kernels.md says what that changes. Without
+mlstm_kernels, ``tfla.integrations.mlstm_backend`` has its ``mLSTMBackend``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
     function; the cache keeps m in fp32 and can be reordered, which beam search needs; and what
     ``attention_mask`` masks leaves no trace. ``config.eps``, ``chunk_size``, ``mode`` and the names
     of kernels are left alone, but for "siging" in ``chunkwise_kernel``: a sigmoid input gate.
-    docs/transformers.md compares the two.
+    docs/migrate/transformers.md compares the two.
 
     Args:
         model: an xLSTMForCausalLM or xLSTMModel, or a module that contains one. It is changed in

@@ -169,6 +169,11 @@ def save_xlstm(
             "parametrizations keep it elsewhere. Put them into the weights first: "
             "merge_and_unload(), prune.remove or parametrize.remove_parametrizations."
         )
+    if strange := [key for key in names if type(own[key]) is not torch.nn.Parameter]:
+        raise ValueError(
+            f"model must hold {strange[0]} as a plain parameter; it is a quantized or wrapped one, "
+            f"{type(own[strange[0]]).__name__}. Save the model before it is quantized."
+        )
     pieces = {
         name: piece
         for key, parts in names.items()
