@@ -1,4 +1,4 @@
-"""Where tfla.nn.MLSTM is faster than nn.LSTM, and where it is not: a training step of each on a CPU.
+"""Where tfla.nn.MLSTM is faster than nn.LSTM, and where not: a training step of each on a CPU.
 
 First a batch as it comes from text or sensors: 32 sequences of 20 to 400 tokens, packed, read in
 both directions. Then what nn.LSTM is the better choice for: few tokens, a small layer, one
