@@ -417,7 +417,6 @@ def test_tuning_bits_are_those_of_training(study: Study) -> None:
 # ---------------------------------------------------------------- the command
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_by_command(
     texts: Path, asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
