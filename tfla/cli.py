@@ -17,6 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from tfla import signals
+
+if Path(sys.argv[0] or ".").stem == "tfla":  # the command, and no program that imports this file
+    signals.end_silently()
 try:
     import typer
 except ModuleNotFoundError:
@@ -24,7 +28,7 @@ except ModuleNotFoundError:
     raise SystemExit(2) from None
 
 import tfla
-from tfla import bench, signals
+from tfla import bench
 from tfla import threads as threads_
 from tfla.errors import RunError
 
