@@ -513,3 +513,20 @@ def test_what_cannot_be_is_one_line(
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
     assert not (out / "language.json").exists()
+
+
+def test_the_page_states_what_its_result_holds() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "performance/language.md").read_text()
+    rows = report.load(docs / "results/language.json")["rows"]
+    best = {name: language_study.chosen(rows, name) for name in NAMES}
+    for lr in sorted({row["lr"] for row in rows if row.get("swept")}):
+        swept = [row["curve"][-1] for row in rows if row.get("swept") and row["lr"] == lr]
+        cells = [f"{bits:.3f}" for bits in swept]
+        bold = [f"**{cell}**" for cell in cells]
+        assert any(f"| {' | '.join(words)} |" in page for words in (cells, bold))
+    for key in ("bits", "bits_long"):
+        values = [[row[key] for row in best[name]] for name in NAMES]
+        assert f"| {' | '.join(f'{sum(x) / len(x):.3f}' for x in values)} |" in page
+        assert f"| {' | '.join(f'{min(x):.3f} to {max(x):.3f}' for x in values)} |" in page
+    assert f"{best['attention'][0]['tokens'][-1]:,} bytes" in page
