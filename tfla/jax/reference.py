@@ -194,7 +194,8 @@ def _chunk(tokens: Tokens, memory: Memory, options: Options) -> tuple[Array, Mem
     if n is not None and m_t is not None:
         nu = scores.sum(-1) + gates.weighted(w, _product("rgtk,rgpk->rgpt", q, n))
         r = gates.inverse_denominator(nu, m_t)
-        scores, reads = scores * r[..., None], reads * r
+        # Where there is no weight, what comes back, dh_t . v_s, may be beyond the range: see _exp.
+        scores, reads = jnp.where(D != 0.0, scores * r[..., None], 0.0), reads * r
     from_state = gates.weighted(reads[..., None], _product("rgtk,rgpkv->rgptv", q, C))
     h = _product("rgpts,rgpsv->rgptv", scores, v) + from_state
 
