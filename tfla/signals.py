@@ -7,7 +7,7 @@ A signal that the process was started to ignore (`nohup tfla train ... &`) stays
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -29,6 +29,23 @@ def exit_status(error: BaseException) -> int:
     return 128 + getattr(error, "number", signal.SIGINT)
 
 
+def end_silently() -> None:
+    """Let ctrl-C end a process that is still importing, before any Signals, as it ends any other:
+    without a traceback through the imports."""
+    with suppress(ValueError):  # another thread than the main one
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def look() -> None:
+    """Raise Interrupted again when some library has swallowed it: the first import of torch, for
+    one, has places that catch whatever is raised."""
+    for number in (getattr(signal, name, None) for name in NAMES):
+        owner = getattr(signal.getsignal(number), "__self__", None) if number else None
+        if isinstance(owner, Signals) and owner.noted and not owner._held:
+            raise Interrupted(owner.noted)
+
+
 class Signals:
     """Within `with Signals() as signals:` each of the signals raises Interrupted.
 
@@ -43,6 +60,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
+        look()
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name, None) for name in NAMES):
                 # None: a handler that was not set from Python, which nobody could put back.
