@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
+from commands import Call
 from matplotlib.figure import Figure
 
 import tfla
@@ -26,35 +27,12 @@ from tfla.xlstm import XLSTMConfig, checkpoint
 from tfla.xlstm.run import TrainOptions
 from tfla.xlstm.train import read_metrics
 
-Call = Callable[..., tuple[int, str, str]]
 COMMANDS = ["train", "generate", "chat", "eval", "export", "plot", "demo"]
 FUNCTIONS = {"eval": "evaluate"}
 TINY = "--hidden-size 16 --num-layers 1 --num-heads 2 --context 32 --batch 2 --eval-bytes 500"
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Call:
-    """Exit status, standard output and standard error of the command, in this process."""
-
-    def run(line: str, *more: str) -> tuple[int, str, str]:
-        status = cli.run_command([*line.split(), *more])
-        return status, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parent.glob("*.py")):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+pytestmark = pytest.mark.usefixtures("wide")
 
 
 @pytest.fixture(scope="module")

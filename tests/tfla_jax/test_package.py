@@ -1,5 +1,6 @@
 """What surrounds the functions: imports, versions, the example, and the names of mlstm_kernels."""
 
+import os
 import re
 import subprocess
 import sys
@@ -70,8 +71,8 @@ def test_the_examples_of_the_docstrings_run() -> None:
 
 
 def test_the_programs_of_the_page_run() -> None:
-    """Those of docs/jax.md, one after the other."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "jax.md").read_text(), re.S)
+    """Those of docs/migrate/jax.md, one after the other."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/migrate/jax.md").read_text(), re.S)
     assert len(blocks) == 2
     run("\n".join(blocks))
 
@@ -83,6 +84,7 @@ def test_the_example_learns() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "examples/jax_nnx.py"],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

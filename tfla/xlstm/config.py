@@ -33,7 +33,7 @@ class XLSTMConfig:
         tie_embeddings: the head shares the weight of the embedding.
 
     Raises:
-        TypeError, ValueError: naming the field, what came and what is wanted.
+        TypeError, ValueError: naming the field, what came and what is expected.
 
     Example:
         >>> from tfla.xlstm import XLSTMConfig

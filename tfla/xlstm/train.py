@@ -359,7 +359,7 @@ def evaluate(
     a token, where `size` is the number of tokens but the first.
 
     The stream is read in windows, by default of the training context, from an empty state, so a
-    window's first tokens are the dear ones: sum over all tokens but the first of
+    window's first tokens cost most: sum over all tokens but the first of
     -log2 p(token | its window), over `size`.
     """
     nats = total_nats(model, stream, window or options.context, options.precision, device)
