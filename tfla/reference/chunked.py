@@ -319,8 +319,12 @@ def _weighted(x: Tensor, weight: Tensor, select: bool) -> Tensor:
 
 
 def _is_finite(*tensors: Tensor | None) -> bool:
-    """Nothing is inf or NaN (a sum may overflow too, which costs time only)."""
-    return all(x is None or (x.device.type == "cpu" and math.isfinite(x.sum())) for x in tensors)
+    """Nothing is inf or NaN (a sum may overflow too, which costs time only). Devices are not asked,
+    and where there are no values they are finite."""
+    return all(
+        x is None or x.is_meta or (x.device.type == "cpu" and math.isfinite(x.sum()))
+        for x in tensors
+    )
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
