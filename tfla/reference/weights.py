@@ -138,7 +138,7 @@ def gate_weights(
         den = torch.maximum(layout.chunks_of(saved, dtype).abs(), floor)
         # Of a token that weighs nothing, but finite: 1 / den may be 2^126, and inf times 0 is NaN.
         factor, target = ((x / den).clamp(max=info.max / 4) for x in (factor, target))
-        large = target.device.type == "cpu" and not target.amax() < LARGEST
+        large = target.device.type == "cpu" and not (target < LARGEST).all()
         if any(map(any, separable)) and large:
             return gate_weights(x, spec, at_ends, saved, may_separate=False)
     return GateWeights(
