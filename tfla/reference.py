@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tfla import gates
-from tfla.backend import Results, ScanName
+from tfla.backend import Exchange, Results, ScanName
 from tfla.gates import Activations
 from tfla.offsets import check_offsets
 from tfla.spec import CallSpec, Inputs
@@ -212,10 +212,9 @@ class GateWeights:
 
 
 def gate_weights(
-    x: Inputs, spec: CallSpec, at_ends: bool, saved: Tensor | None = None
+    x: Inputs[Tensor], spec: CallSpec, saved: Tensor | None = None
 ) -> GateWeights:
-    """The weights of every chunk. at_ends: may there be a dC where sequences end? saved: nu, (B, T,
-    H), of an earlier call, or None."""
+    """The weights of every chunk. saved: nu, (B, T, H), of an earlier call, or None."""
     q, i, f, n, m = x.q, x.i, x.f, x.n, x.m
     scale, normalize = spec.scale, spec.normalize
     numbers = spec.H * max(L, spec.K) * max(L, spec.V)
@@ -256,7 +255,7 @@ def saved(weights: GateWeights) -> Tensor:
     return weights.decay.new_empty(0) if weights.nu is None else weights.nu
 
 
-def saved_shape(spec: CallSpec, at_ends: bool) -> tuple[int, ...]:
+def saved_shape(spec: CallSpec) -> tuple[int, ...]:
     """The shape that ``saved`` will have."""
     return (spec.B, spec.T, spec.H) if spec.normalize else (0,)
 
@@ -442,9 +441,14 @@ def _is_finite(x: Tensor) -> bool:
 
 
 def gate_gradients(
-    i: Tensor, f: Tensor, dq: Scan, dk: Scan, weights: GateWeights
+    i: Tensor,
+    f: Tensor,
+    dq: Scan,
+    dk: Scan,
+    weights: GateWeights,
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor, Tensor]:
-    """(di, df) of (B, T, H), fp32 (fp64).
+    """(di, df) of (B, T, H), computed in fp32 (fp64), in these dtypes.
 
     With G_rs = D_rs (q_r . k_s) (dh_r . v_s + d_r), what flows from token s to token r,
     dlog_i_s = sum_{r>=s} G_rs = k_s . dk_s and dlog_f_t = sum_{r>=t>s} G_rs, summed as it stands:
@@ -453,12 +457,14 @@ def gate_gradients(
     dlog_f = dk.across + dq.dot.flip(-1).cumsum(-1).flip(-1)
     dlog_i, dlog_f = weights.join(torch.stack([dk.dot, dlog_f], -1)).unbind(-1)
     i, f = i.to(weights.dtype), f.to(weights.dtype)
-    return gates.gate_gradients(dlog_i, dlog_f, i, f, weights.spec.activations)
+    di, df = gates.gate_gradients(dlog_i, dlog_f, i, f, weights.spec.activations)
+    return di.to(dtypes[0]).contiguous(), df.to(dtypes[1]).contiguous()
 
 
 def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
     """(dC_0, dn_0): what the reverse scans leave at the start of the sequences."""
-    return dv.final, dk.column  # type: ignore[return-value]
+    assert dv.final is not None
+    return dv.final, dk.column
 
 
 def update(
@@ -505,9 +511,14 @@ def fold_packing(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError("this backend takes packed sequences one by one")
 
 
-def execute(function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]) -> Results:
+def execute(
+    function: Callable[..., Results],
+    spec: CallSpec,
+    tensors: tuple[Any, ...],
+    exchange: Exchange | None = None,
+) -> Results:
     """``function(spec, *tensors)``: nothing is kept from call to call."""
-    return function(spec, *tensors)
+    return function(spec, *tensors) if exchange is None else function(spec, *tensors, exchange)
 
 
 def offsets(cu_seqlens: Tensor, T: int) -> Tensor:

@@ -20,8 +20,8 @@ from tfla.kernels.gates import (
     limited,
     within,
 )
-from tfla.kernels.grid import device_of
-from tfla.kernels.host import launch
+from tfla.kernels.planning import device_of
+from tfla.kernels.runtime import launch
 
 REGISTERS = 16384  # fp32 entries of the state that one program holds, 128 a thread, or half of it
 WARPS = 4
