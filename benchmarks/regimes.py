@@ -32,7 +32,7 @@ from torch import Tensor
 import tfla
 from tfla.bench import cases, check, measure, roofline
 from tfla.bench.cases import Shape
-from tfla.kernels.grid import device_of
+from tfla.kernels.planning import device_of
 from tfla.plan import Plan, Problem, plan
 
 DEVICE = torch.device("cuda")

@@ -401,7 +401,7 @@ def show_plan(
         known = r.MACHINES[device.lower()].device
         assert known is not None
     elif torch.cuda.is_available():
-        from tfla.kernels.grid import device_of
+        from tfla.kernels.planning import device_of
 
         known = device_of(torch.empty(0, device="cuda"))
     else:
@@ -507,8 +507,8 @@ def _machine(name: str, dtype: str) -> tuple[Any, str]:
     found = measure.ceiling(device, kind)
     planned = None
     if device.type == "cuda":
-        grid: Any = importlib.import_module("tfla.kernels.grid")
-        planned = grid.device_of(torch.empty(0, device=device))
+        planning: Any = importlib.import_module("tfla.kernels.planning")
+        planned = planning.device_of(torch.empty(0, device=device))
     rates = {words: found["flops_per_s"]}
     described = measure.machine(device)["device"]
     return r.Machine(described, found["bytes_per_s"], rates, "measured", planned), words

@@ -1,12 +1,10 @@
-"""Memory of one call, counted: the call is carried out on tensors without memory, with the plan of
-the device, and every allocation of its forward and its backward pass is followed."""
+"""Memory of one call, counted: on "triton" the sizes in its Programs, on "reference" the
+allocations of the call on tensors without memory, followed one by one."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from tfla import _compat, ops
 from tfla.gates import input_gate
 from tfla.plan import Device, Problem, plan
+from tfla.programs import programs
 from tfla.spec import CallSpec, Inputs, Options
 
 LAUNCHES = 4096  # of a pass: beyond it nobody waits for the count
@@ -72,15 +71,11 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-@contextlib.contextmanager
-def _planned(device: Device | None) -> Iterator[str]:
-    """The backend of a device; on "triton" with its plans."""
-    if device is None:
-        yield "reference"
-        return
-    grid: Any = importlib.import_module("tfla.kernels.grid")
-    with grid.planned_for(device):
-        yield "triton"
+def _made(program: Any) -> int:
+    """Bytes that a Program allocates: what it leaves, and its workspace."""
+    program_of: Any = importlib.import_module("tfla.kernels.program")
+    left = sum(program.buffers[n].bytes for n in program.outputs)
+    return left + program_of.fit(program.workspace)[1]
 
 
 def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> Memory:
@@ -92,7 +87,7 @@ def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> 
         planned = plan(p, device)
         if max(planned.h.splits, planned.dq.splits) > LAUNCHES:
             raise RuntimeError(f"a pass takes more than {LAUNCHES} launches")
-    if not _compat.can_record():
+    elif not _compat.can_record():
         raise RuntimeError("this torch does not let allocations be followed")
 
     def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -113,19 +108,28 @@ def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> 
     )
     dh = new(*rows, p.V)
     kind = input_gate(gate)
-    with torch.no_grad(), _planned(device) as backend:
-        options = Options(
-            scale=1.0,
-            input_gate=kind.name,
-            sigmoid_f=True,
-            normalize=kind.normalize,
-            final_state=False,
-            needs_grad=True,
-            backend=backend,
-            precision=p.precision,
-        )
-        spec = CallSpec.of(x, options)
-        tokens = x.q, x.k, x.v, x.i, x.f
+    options = Options(
+        scale=1.0,
+        input_gate=kind.name,
+        sigmoid_f=True,
+        normalize=kind.normalize,
+        final_state=False,
+        needs_grad=True,
+        backend="reference" if device is None else "triton",
+        precision=p.precision,
+    )
+    spec = CallSpec.of(x, options)
+    tokens = x.q, x.k, x.v, x.i, x.f
+    if device is not None:
+        both = programs(spec, device)
+        assert both.backward is not None
+        buffers = both.forward.buffers
+        kept = [buffers[n] for n in both.forward.outputs]
+        saved_bytes = sum(buffer.bytes for buffer in kept if buffer.role == "saved")
+        output = sum(buffer.bytes for buffer in kept if buffer.role == "output")
+        passes = _made(both.forward), _made(both.backward)
+        return Memory(_bytes(*tokens), output, saved_bytes, *passes)
+    with torch.no_grad():
         with _Allocations(*tokens) as forward:
             h, C, n, m, saved = ops.forward(x, spec)
         del C, n, m

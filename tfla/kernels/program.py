@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from tfla.plan import Device
+from tfla.spec import CallSpec, Inputs
 
 Role = Literal["input", "output", "saved", "workspace"]
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8, "i32": 4, "i64": 8}
 SAVED = -1  # in place of a buffer: all that is saved
-NAMES = {
+DTYPES = {
     "float16": "fp16",
     "bfloat16": "bf16",
     "float32": "fp32",
@@ -33,6 +34,8 @@ NAMES = {
     "int32": "i32",
     "int64": "i64",
 }
+# What a forward pass takes, the first nine, and a backward pass, all of them.
+NAMES = (*Inputs._fields, "h", "saved", "dh", "dC", "dn")
 ALIGNMENT = 32  # numbers; parts of one allocation begin at multiples of it
 
 
@@ -172,7 +175,7 @@ class Symbol:
 
 def name_of(dtype: Any) -> str:
     """Ours of a dtype of torch or NumPy, a key of BYTES."""
-    return NAMES[str(dtype).rsplit(".", 1)[-1]]
+    return DTYPES[str(dtype).rsplit(".", 1)[-1]]
 
 
 class Layout(NamedTuple):
@@ -301,3 +304,83 @@ class Builder:
             made |= gives
             found.append(Program(tuple(self.buffers), part, takes, tuple(sorted(gives))))
         return found
+
+
+class Built(NamedTuple):
+    """What ``build`` makes of a pass."""
+
+    programs: list[Program]
+    symbols: list[Symbol | None]  # of the arrays that it takes
+    results: tuple[Symbol | None, ...]
+    saved: dict[int, int]  # buffers of what is saved: their first element in one allocation
+    saved_elements: int  # of that allocation
+    # With an exchange: what it begins with (weights and the normaliser's gradient), what it brings.
+    given: tuple[Any, Any]
+    arrived: list[Symbol]
+
+
+def build(
+    function: Callable[..., Any],
+    spec: CallSpec,
+    layouts: Mapping[str, Layout | None],
+    device: Device,
+    exchange: bool = False,
+) -> Built:
+    """The Programs of ``function(spec, *arrays)``, a pass of ``tfla.algorithm``, on a device.
+
+    layouts: of its arrays, in their order; of "saved" only whether it is there. exchange: the pass
+    is cut by one, see ``tfla.backend.Exchange``.
+    """
+    builder = Builder(device)
+    symbols = [
+        None if x is None else builder.whole if name == "saved" else builder.input(name, x)
+        for name, x in layouts.items()
+    ]
+    arrival = _Arrival(builder, spec)
+    results = function(spec, *symbols, *([arrival] if exchange else []))
+    leaving = [x for x in results if x is not None] + _written(arrival.given)
+    return Built(
+        builder.programs(leaving),
+        symbols,
+        results,
+        builder.saved,
+        builder.saved_elements,
+        arrival.given,
+        arrival.arrived,
+    )
+
+
+class _Arrival:
+    """An exchange between processes while a pass becomes Programs: it cuts them."""
+
+    def __init__(self, builder: Builder, spec: CallSpec) -> None:
+        self.builder, self.spec = builder, spec
+        self.given: tuple[Any, Any] = None, None
+        self.arrived: list[Symbol] = []
+
+    def __call__(self, weights: Any, column: Any) -> Callable[[], tuple[Any, Any]]:
+        self.builder.cut()
+        self.given = weights, column
+        return self._wait
+
+    def _wait(self) -> tuple[Symbol, Symbol | None]:
+        self.builder.cut()
+        s = self.spec
+        shapes = {"dC": (s.N, s.H, s.K, s.V)} | ({"dn": (s.N, s.H, s.K)} if s.normalize else {})
+        self.arrived = [
+            self.builder.input(name, Layout("fp32", shape, dense(shape)))
+            for name, shape in shapes.items()
+        ]
+        dC, *dn = self.arrived
+        return dC, dn[0] if dn else None
+
+
+def _written(value: Any) -> list[Symbol]:
+    """All symbols in a value that a launch has written already."""
+    if isinstance(value, Symbol):
+        launches = value.builder.launches
+        written = {n for x in launches for _, n in (*x.updates, *x.writes)}
+        return [value] if value.buffer in written else []
+    if isinstance(value, tuple):
+        return [symbol for item in value for symbol in _written(item)]
+    return []

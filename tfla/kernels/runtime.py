@@ -22,21 +22,22 @@ from tfla._compat import (
 from tfla.backend import Exchange, Results
 from tfla.kernels.planning import device_of, mode, plan_of
 from tfla.kernels.program import (
+    DTYPES,
     NAMES,
     SAVED,
-    Builder,
     Layout,
     Program,
     Symbol,
+    build,
     dense,
     fit,
     name_of,
 )
 from tfla.plan import Plan
-from tfla.spec import CallSpec, Inputs
+from tfla.spec import CallSpec
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, once for a kernel
-DTYPES = {name: getattr(torch, long) for long, name in NAMES.items()}
+TYPES = {name: getattr(torch, long) for long, name in DTYPES.items()}
 
 _compiled: dict[tuple[Any, ...], PackedLaunch] = {}
 _stream = current_stream
@@ -174,7 +175,7 @@ class _Player:
         self.parts = dict(parts)
         for n, offset in offsets.items():
             buffer = program.buffers[n]
-            self.parts[n] = _Part(last, offset, DTYPES[buffer.dtype], buffer.shape)
+            self.parts[n] = _Part(last, offset, TYPES[buffer.dtype], buffer.shape)
         self.scratch = 0
         # Each launch and where its tensors lie, once none needs Triton's launcher.
         self.steps: list[tuple[PackedLaunch, list[tuple[int, int]]]] | None = None
@@ -227,7 +228,6 @@ class _Player:
 # ---------------------------------------------------------------- calls
 
 
-NAMES_IN_ORDER = (*Inputs._fields, "h", "saved", "dh", "dC", "dn")  # of what a pass takes
 DENSE = ("n", "m", "dn")  # kernels know no strides of these
 ROWS = ("q", "k", "v", "h", "dh")  # nor of the last axis of these
 
@@ -260,87 +260,56 @@ def execute(
     return found.run(list(tensors), addresses, exchange)
 
 
-class _Arrival:
-    """The exchange of a pass that becomes Programs: what it is given, and what comes."""
-
-    def __init__(self, builder: Builder, spec: CallSpec) -> None:
-        self.builder, self.spec = builder, spec
-        self.given: tuple[Any, Any] = None, None
-        self.arrived: list[Symbol] = []
-
-    def __call__(self, weights: Any, column: Any) -> Callable[[], tuple[Any, Any]]:
-        self.builder.cut()
-        self.given = weights, column
-        return self._wait
-
-    def _wait(self) -> tuple[Symbol, Symbol | None]:
-        self.builder.cut()
-        s = self.spec
-        shapes = {"dC": (s.N, s.H, s.K, s.V)} | ({"dn": (s.N, s.H, s.K)} if s.normalize else {})
-        self.arrived = [
-            self.builder.input(name, Layout("fp32", shape, dense(shape)))
-            for name, shape in shapes.items()
-        ]
-        dC, *dn = self.arrived
-        return dC, dn[0] if dn else None
-
-
 class _Pass:
     """A forward or a backward pass for arrays of certain layouts: its Programs on a device."""
 
     def __init__(
         self, function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...], cut: bool
     ) -> None:
-        self.builder = builder = Builder(device_of(spec))
         plan, device = plan_of(spec), spec.device
-        symbols: list[Symbol | None] = []
-        self.copies: list[int] = []  # of the tensors, those that kernels cannot take as they are
+        names = NAMES[: len(tensors)]
+        # Of the tensors, those that kernels cannot take as they are.
+        self.copies = [
+            place
+            for place, (name, x) in enumerate(zip(names, tensors, strict=True))
+            if x is not None and is_copied(name, x, plan)
+        ]
+        layouts = [
+            None if x is None else _layout(x, place in self.copies)
+            for place, x in enumerate(tensors)
+        ]
+        built = build(function, spec, dict(zip(names, layouts, strict=True)), device_of(spec), cut)
+        self.programs, self.given = built.programs, built.given
         parts: dict[int, _Part] = {}
-        for place, (name, x) in enumerate(zip(NAMES_IN_ORDER, tensors, strict=False)):
-            symbol = None
-            if x is not None and name == "saved":
-                symbol = builder.whole
-            elif x is not None:
-                copied = is_copied(name, x, plan)
-                if copied:
-                    self.copies.append(place)
-                shape = tuple(x.shape)
-                strides = dense(shape) if copied else x.stride()
-                aligned = copied or x.data_ptr() % 16 == 0
-                symbol = builder.input(name, Layout(name_of(x.dtype), shape, strides, aligned))
-                parts[symbol.buffer] = _Part(place, 0, x.dtype, shape)
-            symbols.append(symbol)
-        self.exchange = _Arrival(builder, spec) if cut else None
-        results = function(spec, *symbols, *([self.exchange] if self.exchange else []))
-        leaving = [x for x in results if isinstance(x, Symbol)]
-        leaving += _symbols(self.exchange.given) if self.exchange else []
-        self.programs = builder.programs(leaving)
+        for place, symbol in enumerate(built.symbols):
+            if symbol is not None and symbol.buffer != SAVED:
+                parts[symbol.buffer] = _Part(place, 0, tensors[place].dtype, symbol.shape)
         # Behind the tensors that are given lie those that arrive, those that are made, and the
         # workspace.
         places = len(tensors)
         self.arrives = places
-        for symbol in self.exchange.arrived if self.exchange else []:
+        for symbol in built.arrived:
             parts[symbol.buffer] = _Part(places, 0, torch.float32, symbol.shape)
             places += 1
-        given = set(builder.given)
-        saved = NAMES_IN_ORDER.index("saved") if given.intersection(builder.saved) else None
+        saved = names.index("saved") if "saved" in names else None
         made: list[list[_Made]] = []
         for program in self.programs:
             made.append([])
             for n in program.outputs:
-                if n not in builder.saved:
+                if n not in built.saved:
                     buffer = program.buffers[n]
-                    dtype = DTYPES[buffer.dtype]
+                    dtype = TYPES[buffer.dtype]
                     parts[n] = _Part(places, 0, dtype, buffer.shape)
                     made[-1].append(_Made(places, buffer.shape, dtype))
                     places += 1
                 elif saved is None:
                     saved = places
-                    made[-1].append(_Made(places, builder.whole.shape, torch.float32))
+                    made[-1].append(_Made(places, (built.saved_elements,), torch.float32))
                     places += 1
-        for n, first in builder.saved.items():
+        buffers = built.programs[0].buffers
+        for n, first in built.saved.items():
             assert saved is not None
-            parts[n] = _Part(saved, 4 * first, torch.float32, builder.buffers[n].shape)
+            parts[n] = _Part(saved, 4 * first, torch.float32, buffers[n].shape)
         self.parts = parts
         self.blank = places + 1 - len(tensors)
         self.players = [
@@ -349,12 +318,12 @@ class _Pass:
         ]
         # Of each result its tensor, or the part of what is saved that is copied for it.
         self.results: list[int | _Part | None] = []
-        for x in results:
+        for x in built.results:
             if x is None or x.buffer == SAVED:
                 self.results.append(None if x is None else saved)
             else:
                 part = parts[x.buffer]
-                self.results.append(part if x.buffer in builder.saved else part.place)
+                self.results.append(part if x.buffer in built.saved else part.place)
 
     def run(self, tensors: list[Any], addresses: list[int], exchange: Exchange | None) -> Results:
         for n in self.copies:
@@ -374,10 +343,9 @@ class _Pass:
         )
 
     def _run_split(self, tensors: list[Any], addresses: list[int], exchange: Exchange) -> None:
-        assert self.exchange is not None
         begin, middle, end = self.players
         begin.play(tensors, addresses)
-        weights, column = self.exchange.given
+        weights, column = self.given
         wait = exchange(self._bound(weights, tensors), self._bound(column, tensors))
         middle.play(tensors, addresses)
         for n, x in enumerate([y for y in wait() if y is not None]):
@@ -398,16 +366,10 @@ class _Pass:
         return value
 
 
-def _symbols(value: Any) -> list[Symbol]:
-    """All in a value that a launch has written already."""
-    if isinstance(value, Symbol):
-        written = {
-            n for x in value.builder.launches for _, n in (*x.updates, *x.writes) if n is not None
-        }
-        return [value] if value.buffer in written else []
-    if isinstance(value, tuple):
-        return [symbol for item in value for symbol in _symbols(item)]
-    return []
+def _layout(x: Tensor, copied: bool) -> Layout:
+    shape = tuple(x.shape)
+    strides = dense(shape) if copied else x.stride()
+    return Layout(name_of(x.dtype), shape, strides, copied or x.data_ptr() % 16 == 0)
 
 
 def is_copied(name: str, x: Tensor, plan: Plan) -> bool:
