@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,11 +53,13 @@ def can_fold_packing(backend: Backend[X, W, D, S], spec: CallSpec) -> bool:
     return spec.sigmoid_f or not spec.normalize
 
 
-def _fold_packing(backend: Backend[X, W, D, S], x: Inputs[X], spec: CallSpec) -> tuple[Inputs[X], CallSpec]:
+def _fold_packing(
+    backend: Backend[X, W, D, S], x: Inputs[X], spec: CallSpec
+) -> tuple[Inputs[X], CallSpec]:
     if x.cu_seqlens is None or not can_fold_packing(backend, spec):
         return x, spec
     f, ends = backend.fold_packing(x.f, x.cu_seqlens)
-    folded = spec.but(N=1, gate_dtypes=(spec.gate_dtypes[0], f.dtype))
+    folded = spec.but(N=1, gate_dtypes=(spec.gate_dtypes[0], torch.float32))
     return x._replace(f=f, cu_seqlens=ends), folded
 
 
@@ -85,7 +86,7 @@ def forward(spec: CallSpec, *tensors: Any) -> Results:
     return _forward(backend_of(spec.backend), Inputs(*tensors), spec)
 
 
-def _forward(backend: Backend[X, W, D, S], x: Inputs[X], spec: CallSpec) -> Results:
+def _forward(backend: Backend[X, W, D, S], x: Inputs[X], spec: CallSpec) -> Results[X]:
     given = ordered(backend, x)
     x, one = _fold_packing(backend, given, spec)
     weights = backend.gate_weights(x, one)
@@ -125,7 +126,7 @@ def _backward(
     dC: X | None,
     dn: X | None,
     exchange: Exchange | None,
-) -> Results:
+) -> Results[X]:
     """dq needs no final state: an exchange begins before it, and ends after it with dC and dn."""
     given = ordered(backend, x)
     x, one = _fold_packing(backend, given, spec)

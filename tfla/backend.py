@@ -3,8 +3,8 @@
 The modules ``tfla.reference`` and ``tfla.kernels`` are backends; mypy holds them to this, where
 ``tfla.algorithm`` names them. X are the arrays that they work on: tensors, or symbols of them in a
 pass that becomes a ``Program``. Each has types of its own for the three values that pass between
-its functions: W, the weights of the tokens (``GateWeights``); D, the gradient of the division by the
-normaliser (``NormalizerGrad``); S, what a scan leaves behind (``Scan``).
+its functions: W, the weights of the tokens (``GateWeights``); D, the gradient of the division by
+the normaliser (``NormalizerGrad``); S, what a scan leaves behind (``Scan``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tfla.gates import Activations
 from tfla.spec import CallSpec, Inputs, X
 
 ScanName = Literal["h", "dv", "dq", "dk"]
-Results = tuple[Tensor | None, ...]
+Results = tuple[X | None, ...]
 
 
 X_co = TypeVar("X_co", covariant=True)
@@ -66,9 +66,7 @@ class Backend(Protocol[X, W, D, S]):
     def FOLDS_PACKING(self) -> bool:
         """Are packed sequences faster as one, made by ``fold_packing``?"""
 
-    def gate_weights(
-        self, x: Inputs[X], spec: CallSpec, saved: X | None = None
-    ) -> W:
+    def gate_weights(self, x: Inputs[X], spec: CallSpec, saved: X | None = None) -> W:
         """The weights D_ts of all tokens. saved: what ``saved`` gave in the forward pass, in the
         backward pass."""
 
@@ -95,9 +93,7 @@ class Backend(Protocol[X, W, D, S]):
         """out_t = sum_{s<=t} D_ts (a_t . b_s) x_s + w_t a_t^T state, "dv" and "dk" in reverse. See
         ``tfla.reference.scan``."""
 
-    def normalizer_grad(
-        self, dh: X, h: X, q: X, n: X | None, weights: W, dv: S | None
-    ) -> D:
+    def normalizer_grad(self, dh: X, h: X, q: X, n: X | None, weights: W, dv: S | None) -> D:
         """The gradient of the division by the normaliser; ``dv``: its scan, where it ran before."""
 
     def with_final_grad(self, column: D, dn: X | None, weights: W) -> D:

@@ -213,10 +213,10 @@ def forward(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
         inner = x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
         own_spec = spec.but(initial_state=True, final_state=spec.final_state and packed, split=True)
         h, C_last, n_last, m_last, saved = ops.forward(inner, own_spec)
-        ends = [h.new_empty(0, dtype=full) for _ in range(3)]
+        ends: list[Any] = [h.new_empty(0, dtype=full) for _ in range(3)]
         m_last = m_last if spec.normalize else C.new_zeros(N, H)
         if spec.final_state and packed:  # each is known where its sequence ends
-            own = [C_last, *([n_last, m_last] if spec.normalize else [])]
+            own = [C_last, n_last, m_last] if spec.normalize else [C_last]
             own = [_choose(part.ends, s, 0.0) for s in own]
             ends[: len(own)] = _reduce(own, group)
         elif spec.final_state:

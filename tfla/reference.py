@@ -211,9 +211,7 @@ class GateWeights:
         return out[:-1].view(B, T, H, *x.shape[3:])
 
 
-def gate_weights(
-    x: Inputs[Tensor], spec: CallSpec, saved: Tensor | None = None
-) -> GateWeights:
+def gate_weights(x: Inputs[Tensor], spec: CallSpec, saved: Tensor | None = None) -> GateWeights:
     """The weights of every chunk. saved: nu, (B, T, H), of an earlier call, or None."""
     q, i, f, n, m = x.q, x.i, x.f, x.n, x.m
     scale, normalize = spec.scale, spec.normalize

@@ -6,8 +6,9 @@ Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, N sequence
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,18 @@ BackendName = Literal["reference", "triton"]
 Precision = Literal["ieee", "tf32"]
 
 
-X = TypeVar("X")  # Tensor, or what a backend has in its place
+class Array(Protocol):
+    """A tensor, or what a backend has in its place."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def mT(self) -> Any:
+        """With its last two axes exchanged."""
+
+
+X = TypeVar("X", bound=Array)
 
 
 class Inputs(NamedTuple, Generic[X]):

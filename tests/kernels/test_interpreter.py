@@ -55,6 +55,7 @@ else:
     def planned(tile: dict[str, object] | None = None, **fields: object) -> Iterator[None]:
         """Pin fields of the plan: short chunks and spans, so that small problems have many of
         them."""
+
         def change(t: Tile) -> Tile:
             t = dataclasses.replace(t, **tile or {})  # type: ignore[arg-type]
             return dataclasses.replace(t, splits=-(-t.A // t.block_a))
@@ -273,7 +274,9 @@ else:
         t, head = tl.program_id(0) // H, tl.program_id(0) % H
         lanes = tl.arange(0, BLOCK)
         at = (t * H + head) * V + lanes
-        both = tl.load(dh + at, mask=lanes < V, other=0.0) * tl.load(h + at, mask=lanes < V, other=0.0)
+        both = tl.load(dh + at, mask=lanes < V, other=0.0) * tl.load(
+            h + at, mask=lanes < V, other=0.0
+        )
         place = dot + head * slots * L + t
         tl.store(place, 0.3 * tl.sum(both, 0))
         tl.store(place + rest, 0.7 * tl.sum(both, 0))

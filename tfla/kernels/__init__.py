@@ -88,9 +88,7 @@ def fold_packing(f: Symbol, cu_seqlens: Symbol) -> tuple[Symbol, Symbol]:
     return out, ends
 
 
-def gate_weights(
-    x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None
-) -> GateWeights:
+def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None) -> GateWeights:
     """The weights of every chunk, the denominator folded into the target side; see
     ``tfla.reference.gate_weights``."""
     plan, builder = plan_of(spec), x.q.builder
@@ -454,7 +452,7 @@ class _Scan(NamedTuple):
     def launch(self, part: _Slice) -> None:
         """One launch; where h or dv is cut, two before it make the states that its pieces start
         from."""
-        weights, plan, spec = self.weights, self.weights.plan, self.weights.spec
+        plan, spec = self.weights.plan, self.weights.spec
         T, N, H = spec.T, spec.N, spec.H
         unit = plan.segment if self.stores_states else plan.span
         cut = unit > 0 and self.ends is not None
@@ -496,9 +494,9 @@ class _Scan(NamedTuple):
         # Kept states are read where a piece starts from one, updated where it also stores some.
         starts = cut and self.ends is not None
         writes = {
+            "final": self.final,
             "out": part.out,
             "dot": self.dots if last else None,
-            "final": self.final,
             "left": None,
             **({"folded": folded} if tile.hopper else {}),
         }
@@ -522,7 +520,7 @@ class _Scan(NamedTuple):
             "cu_seqlens": weights.cu_seqlens,
             "table": weights.tables[2],
         }
-        writes = {"out": None, "dot": None, "final": None, "left": left}
+        writes = {"final": None, "out": None, "dot": None, "left": left}
         writes |= {"folded": None} if hopper else {}
         label = f"{self.name}: cut"
         self._launch(label, part, unit, True, pieces, reads, writes, False, False)
@@ -546,19 +544,20 @@ class _Scan(NamedTuple):
         starts: bool,
     ) -> None:
         weights, plan, spec, tile = self.weights, self.weights.plan, self.weights.spec, self.tile
-        # The kept states stand between what is read and what is written.
-        fresh = writes["out"] is None or (keep and not starts)
-        ends = {"ends": self.ends}
-        updates: dict[str, Symbol | None] = {}
-        if fresh:
-            writes = ends | writes
-        elif keep:
+        # Kept states and the last one stand between what is read and what is written: each slice
+        # adds its rows to those of the slices before it.
+        ends, updates = {"ends": self.ends}, dict[str, Symbol | None]()
+        is_first = not part.first
+        if not keep and writes["out"] is not None:
+            reads = reads | ends
+        elif starts or not is_first:
             updates = ends
         else:
-            reads = reads | ends
+            writes = ends | writes
+        if not is_first:
+            updates = updates | {"final": writes.pop("final")}
         X, y = self.x.shape[-1], self.y if part.is_last else None
         e = _state_strides(plan.kept, self.stores_states)
-        zeros = (0, 0, 0, 0)
         kernel, forms = _kernel_of(tile, spec.precision, self.stores_states and y is not None)
         self.a.builder.launch(
             label,

@@ -252,12 +252,24 @@ class Builder:
             if x is not None:
                 found = self.buffers[x.buffer]
                 self.buffers[x.buffer] = dataclasses.replace(found, updated=True)
-        places = [
-            tuple([(name, None if x is None else x.buffer) for name, x in side.items()])
-            for side in (reads, updates, writes)
-        ]
-        rest = tuple(numbers.items()), tuple(constants.items())
-        self.launches.append(Launch(label, kernel, grid, warps, stages, *places, *rest))
+
+        def places(side: Mapping[str, Symbol | None]) -> tuple[tuple[str, int | None], ...]:
+            return tuple([(name, None if x is None else x.buffer) for name, x in side.items()])
+
+        self.launches.append(
+            Launch(
+                label,
+                kernel,
+                grid,
+                warps,
+                stages,
+                places(reads),
+                places(updates),
+                places(writes),
+                tuple(numbers.items()),
+                tuple(constants.items()),
+            )
+        )
 
     def cut(self) -> None:
         """Here one Program ends and another begins."""

@@ -91,9 +91,7 @@ class GateWeights(NamedTuple):
 
 def strides(name: str, x: Symbol, axes: str = "bth") -> dict[str, int]:
     """The first strides of x as parameters of a kernel."""
-    return {
-        f"stride_{name}{axis}": step for axis, step in zip(axes, x.strides, strict=False)
-    }
+    return {f"stride_{name}{axis}": step for axis, step in zip(axes, x.strides, strict=False)}
 
 
 # ---------------------------------------------------------------- packed sequences
