@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Problem:
     N: int  # sequences: B, or as many as are packed
     packed: bool
     bytes: int  # of an element of q, k, v
-    precision: str  # of fp32 products: "ieee" or "tf32"; says nothing of 16-bit operands ("ieee")
+    # Of fp32 products; says nothing of 16-bit operands ("ieee").
+    precision: Literal["ieee", "tf32"]
 
 
 @dataclass(frozen=True)

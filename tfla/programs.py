@@ -8,12 +8,46 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tfla import algorithm
-from tfla.plan import Device
-from tfla.spec import CallSpec
+from tfla import algorithm, gates
+from tfla.plan import Device, Problem
+from tfla.spec import BackendName, CallSpec
 
 if TYPE_CHECKING:
     from tfla.kernels.program import Layout, Program
+
+
+def call_of(
+    problem: Problem,
+    dtype: torch.dtype,
+    input_gate: str,
+    *,
+    states: bool = False,
+    needs_grad: bool = True,
+    backend: BackendName = "triton",
+) -> CallSpec:
+    """A call of ``tfla.mlstm`` in integers, gates in fp32. states: one comes in, one goes out."""
+    p, gate = problem, gates.input_gate(input_gate)
+    return CallSpec(
+        B=p.B,
+        T=p.T,
+        H=p.H,
+        K=p.K,
+        V=p.V,
+        N=p.N,
+        packed=p.packed,
+        dtype=dtype,
+        gate_dtypes=(torch.float32, torch.float32),
+        device=torch.device("meta"),
+        initial_state=states,
+        scale=p.K**-0.5,
+        input_gate=gate.name,
+        sigmoid_f=True,
+        normalize=gate.normalize,
+        final_state=states,
+        needs_grad=needs_grad,
+        backend=backend,
+        precision=p.precision,
+    )
 
 
 class Programs(NamedTuple):

@@ -21,10 +21,9 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tfla import plan
-from tfla.gates import INPUT_GATES
 from tfla.kernels import planning
 from tfla.kernels.program import Program
-from tfla.programs import programs
+from tfla.programs import call_of, programs
 from tfla.spec import CallSpec, Precision, products_of
 
 DEVICES = {
@@ -145,27 +144,10 @@ def call(
     precision: Precision | None = None,
 ) -> CallSpec:
     """precision: of fp32 products; None: as torch is set."""
-    return CallSpec(
-        B=B,
-        T=T,
-        H=H,
-        K=K,
-        V=V,
-        N=packed or B,
-        packed=bool(packed),
-        dtype=dtype,
-        gate_dtypes=(torch.float32, torch.float32),
-        device=torch.device("meta"),
-        initial_state=state,
-        scale=K**-0.5,
-        input_gate=gate,
-        sigmoid_f=True,
-        normalize=INPUT_GATES[gate].normalize,
-        final_state=state,
-        needs_grad=backward,
-        backend="triton",
-        precision=precision or products_of(dtype),
-    )
+    products = precision or products_of(dtype)
+    packs = bool(packed)
+    problem = plan.Problem(B, T, H, K, V, packed or B, packs, dtype.itemsize, products)
+    return call_of(problem, dtype, gate, states=state, needs_grad=backward)
 
 
 def launches(

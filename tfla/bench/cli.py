@@ -12,15 +12,18 @@ import torch
 import typer
 
 import tfla
-from tfla import gates
+from tfla import _compat, gates
 from tfla.bench import COMMANDS, cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
 from tfla.bench.bias import NAMES, Study, check_options
 from tfla.bench.cases import DTYPES, Shape
+from tfla.bench.memory import LAUNCHES
 from tfla.bench.memory import memory as counted_memory
 from tfla.bench.runs import Task, work_off
 from tfla.bench.transfer import VARIANTS
 from tfla.plan import Problem, plan
+from tfla.programs import call_of, programs
+from tfla.spec import Precision
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
 
@@ -389,10 +392,13 @@ def show_plan(
     dtype: Annotated[str, _option("bf16, fp16 or fp32.")] = "bf16",
     tf32: Annotated[bool, _option("fp32 products in TF32, if torch is set to it.")] = False,
     packed: Annotated[int, _option("Sequences packed along T, with states; B is 1.")] = 0,
+    gate: Annotated[str, _option(f"{gates.described()}.")] = "exp",
 ) -> None:
     """Chunk, spans, segments and tiles of the kernels that serve a call: chosen from these integers
-    and the device's alone, never by trial.
+    and the device's alone, never by trial; then the launches of a forward and a backward pass.
     """
+    if gate not in gates.INPUT_GATES:
+        raise RunError(f"--gate is {gate}, wanted {' or '.join(gates.INPUT_GATES)}")
     if packed and B != 1:
         raise RunError(f"B is {B}, wanted 1 with --packed {packed}: the sequences lie along T")
     if device != "this" and device.lower() not in r.MACHINES:
@@ -407,8 +413,18 @@ def show_plan(
     else:
         raise RunError("there is no GPU here; name one: --device h200")
     size = DTYPES[_dtype(dtype, False)].itemsize
-    precision = "tf32" if tf32 and size == 4 else "ieee"
-    print(plan(Problem(B, T, H, K, V, packed or B, bool(packed), size, precision), known))
+    precision: Precision = "tf32" if tf32 and size == 4 else "ieee"
+    problem = Problem(B, T, H, K, V, packed or B, bool(packed), size, precision)
+    planned = plan(problem, known)
+    print(planned)
+    if error := _compat.triton_error():
+        print(f"launches: the kernels need Triton ({error})")
+    elif max(planned.h.splits, planned.dq.splits) > LAUNCHES:
+        print(f"launches: more than {LAUNCHES} a pass")
+    else:
+        spec = call_of(problem, DTYPES[_dtype(dtype, False)], gate, states=bool(packed))
+        for name, program in programs(spec, known)._asdict().items():
+            print(f"\n{name}: {program}")
 
 
 class _Session:

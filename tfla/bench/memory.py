@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from tfla import _compat, ops
-from tfla.gates import input_gate
 from tfla.plan import Device, Problem, plan
-from tfla.programs import programs
-from tfla.spec import CallSpec, Inputs, Options
+from tfla.programs import call_of, programs
+from tfla.spec import Inputs
 
 LAUNCHES = 4096  # of a pass: beyond it nobody waits for the count
 
@@ -90,45 +89,19 @@ def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> 
     elif not _compat.can_record():
         raise RuntimeError("this torch does not let allocations be followed")
 
-    def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
+    spec = call_of(p, dtype, gate, backend="reference" if device is None else "triton")
     rows = p.B, p.T, p.H
-    full = [new(*rows, of=torch.float32) for _ in "if"]
-    x = Inputs(
-        q=new(*rows, p.K),
-        k=new(*rows, p.K),
-        v=new(*rows, p.V),
-        i=full[0],
-        f=full[1],
-        C=None,
-        n=None,
-        m=None,
-        cu_seqlens=None,
-    )
-    dh = new(*rows, p.V)
-    kind = input_gate(gate)
-    options = Options(
-        scale=1.0,
-        input_gate=kind.name,
-        sigmoid_f=True,
-        normalize=kind.normalize,
-        final_state=False,
-        needs_grad=True,
-        backend="reference" if device is None else "triton",
-        precision=p.precision,
-    )
-    spec = CallSpec.of(x, options)
-    tokens = x.q, x.k, x.v, x.i, x.f
+    tokens = [torch.empty(*rows, D, dtype=dtype, device="meta") for D in (p.K, p.K, p.V)]
+    tokens += [torch.empty(*rows, dtype=torch.float32, device="meta") for _ in "if"]
     if device is not None:
         both = programs(spec, device)
         assert both.backward is not None
-        buffers = both.forward.buffers
-        kept = [buffers[n] for n in both.forward.outputs]
-        saved_bytes = sum(buffer.bytes for buffer in kept if buffer.role == "saved")
-        output = sum(buffer.bytes for buffer in kept if buffer.role == "output")
-        passes = _made(both.forward), _made(both.backward)
-        return Memory(_bytes(*tokens), output, saved_bytes, *passes)
+        made = [both.forward.buffers[n] for n in both.forward.outputs]
+        kept, output = (sum(b.bytes for b in made if b.role == x) for x in ("saved", "output"))
+        return Memory(_bytes(*tokens), output, kept, _made(both.forward), _made(both.backward))
+    q, k, v, i, f = tokens
+    x = Inputs(q, k, v, i, f, None, None, None, None)
+    dh = torch.empty_like(x.v)
     with torch.no_grad():
         with _Allocations(*tokens) as forward:
             h, C, n, m, saved = ops.forward(x, spec)
