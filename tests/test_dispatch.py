@@ -398,9 +398,9 @@ def found(label, name, harm, case, wanted):
     def broken(player, tensors, addresses):
         play(player, tensors, addresses)
         for launch in player.program.launches:
-            at = dict(launch.writes).get(name)
+            at = launch.parameters.writes.get(name)
             if launch.label == label and at in player.program.outputs:
-                x = player.parts[at].of(tensors)
+                x = player.parts[at].view(tensors)
                 exec(harm)
     runtime._Player.play = broken
     if not label:

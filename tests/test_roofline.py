@@ -115,9 +115,9 @@ def arithmetic(launch: Any, chunks: int) -> int:
     """FLOPs of a launch of a scan: of each chunk that one of its programs walks over, the scores,
     their product with the values and the state's share, unless it makes states alone; and the
     state's update."""
-    c, numbers = dict(launch.constants), dict(launch.numbers)
+    c, numbers = launch.parameters.constants, launch.parameters.numbers
     L, A, X = c["L"], c["BLOCK_A"], c["BLOCK_X"]
-    whole = dict(launch.writes)["out"] is not None
+    whole = launch.parameters.writes["out"] is not None
     once = 2 * L * A * X + (2 * L * L * (A + X) + 2 * L * A * X if whole else 0)
     return chunks * -(-numbers["X"] // X) * once
 
@@ -125,13 +125,13 @@ def arithmetic(launch: Any, chunks: int) -> int:
 def passes_over(launch: Any, name: str) -> float:
     """How often a launch goes over an argument: a slice of a contraction takes its part of a, b and
     kept states; what is updated is read and written, but kept states only where pieces start."""
-    numbers, c = dict(launch.numbers), dict(launch.constants)
+    numbers, c = launch.parameters.numbers, launch.parameters.constants
     if name == "ends" and "BLOCK_A" in c:
         rows = numbers["stride_e"] // c["STRIDE_EA"] if c["STRIDE_EX"] == 1 else c["STRIDE_EX"]
         return c["BLOCK_A"] / rows
     if name in ("a", "b") and numbers["first_a"] is not None:
         return numbers["A"] / numbers["stride_ah"]
-    return 2 if name in dict(launch.updates) else 1
+    return 2 if name in launch.parameters.updates else 1
 
 
 @pytest.mark.parametrize("machine", ["h200", "a100", "4090", "b200"])
@@ -158,7 +158,7 @@ def test_the_counts_are_those_of_the_program(
     assert device is not None
     B, T, H, K, V = shape
     problem = Problem(B, T, H, K, V, B, False, dtype.itemsize, "ieee")
-    planned = plan(problem, device)
+    planned = r.for_dtype(plan(problem, device), dtype)
     counted = by_name(r.kernels(problem, planned, gate == "exp"))
     both = programs(call_of(problem, dtype, gate), device)
     chunks, vector = B * H * T // planned.L, 4 * B * T * H
@@ -167,17 +167,18 @@ def test_the_counts_are_those_of_the_program(
         assert program is not None
         for launch in program.launches:
             one = found[launch.label]  # no launch that is not counted
-            scan = "BLOCK_X" in dict(launch.constants)
+            p = launch.parameters
+            scan = "BLOCK_X" in p.constants
             one[0] += 1
             one[1] += arithmetic(launch, chunks) if scan else 0
             one[2] += sum(
                 int(passes_over(launch, name) * program.buffers[n].bytes)
-                for name, n in (*launch.reads, *launch.updates, *launch.writes)
+                for name, n in (p.reads | p.updates | p.writes).items()
                 if n is not None
             )
     for name, (launches, flops, moved) in found.items():
         k = counted[name]
-        assert launches == k.launches if "cut" not in name else launches == 3 * k.launches // 2
+        assert launches == k.launches
         if name in ("h", "dv", "dq", "dk", "h: cut", "dv: cut"):
             assert flops == k.flops, name
         if "cut" in name:  # an estimate of what has not faded

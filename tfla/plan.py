@@ -185,30 +185,31 @@ def _chunk(shape: Shape, mean: int) -> int:
     return L
 
 
-def _programs(device: Device, p: Problem, shape: Shape) -> int:
+def _programs(device: Device, p: Problem, shape: Shape, h: Tile, dq: Tile) -> int:
     """As many as fill the machine. A multiprocessor has registers for two of four warps, or one of
     eight; of fp32 in hopper.py one by its shared memory."""
-    warps = max(_tile(p, device, shape, *dims).warps for dims in ((p.K, p.V), (p.V, p.K)))
-    one = (shape.hopper or shape.mma) and (p.bytes == 4 or warps == 8)
+    wide = max(h.warps, dq.warps) == 8
+    one = (shape.hopper or shape.mma) and (p.bytes == 4 or wide)
     return device.multiprocessors * (1 if one else 2)
 
 
-def _span(device: Device, p: Problem, shape: Shape) -> int:
+def _span(p: Problem, dq: Tile, programs: int) -> int:
     """Tokens between kept states: as many as leave enough pieces for dq and dk to fill the machine,
     2,048 at most and 256 at least."""
-    tiles, programs = _tile(p, device, shape, p.V, p.K).tiles, _programs(device, p, shape)
-    span = most = 2048
+    mean, span, most = _mean(p), 2048, 2048
     while most > 256:
-        pieces = -(-_mean(p) // most) * p.N * p.H * tiles
+        pieces = -(-mean // most) * p.N * p.H * dq.tiles
         most //= 2
         span -= most * (1 - is_at_least(pieces, programs))
     return span
 
 
-def _units(device: Device, p: Problem, shape: Shape) -> Units:
-    h = _tile(p, device, shape, p.K, p.V)
+def _units(device: Device, p: Problem, shape: Shape) -> tuple[Units, Tile, Tile]:
+    """With the tiles of h and of dq."""
+    h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
+    span = _span(p, dq, _programs(device, p, shape, h, dq))
     kept = h.splits * h.block_a, h.tiles * h.block_x
-    return Units(_chunk(shape, _mean(p)), _span(device, p, shape), kept)
+    return Units(_chunk(shape, _mean(p)), span, kept), h, dq
 
 
 def units(problem: Problem, device: Device) -> list[tuple[int, Units]]:
@@ -217,11 +218,11 @@ def units(problem: Problem, device: Device) -> list[tuple[int, Units]]:
     mean = _mean(problem)
     short, long = (_shape(problem, device, some) for some in (0, LONG))
     if short is long:
-        return [(1, _units(device, problem, short))]
+        return [(1, _units(device, problem, short)[0])]
     is_long = is_at_least(mean, LONG)
     return [
-        (is_long, _units(device, problem, long)),
-        (1 - is_long, _units(device, problem, short)),
+        (is_long, _units(device, problem, long)[0]),
+        (1 - is_long, _units(device, problem, short)[0]),
     ]
 
 
@@ -230,9 +231,8 @@ def plan(problem: Problem, device: Device) -> Plan:
     """The kernels that serve ``problem`` on ``device``."""
     p, mean = problem, _mean(problem)
     shape = _shape(p, device, mean)
-    h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
-    L, span, _ = _units(device, p, shape)
-    wanted = _programs(device, p, shape)
+    (L, span, _), h, dq = _units(device, p, shape)
+    wanted = _programs(device, p, shape, h, dq)
     # h and dv are cut where whole sequences leave more than a third of the machine idle.
     programs = max(p.N * p.H * h.tiles, 1)
     segment = 0

@@ -120,11 +120,14 @@ def of_program(program: Program) -> list[Launch]:
     """Its launches, as the compiler needs them."""
     found = []
     for x in program.launches:
-        given = dict((*x.reads, *x.updates, *x.writes))
-        buffers = {name: None if n is None else program.buffers[n] for name, n in given.items()}
+        p = x.parameters
+        buffers = {
+            name: None if n is None else program.buffers[n]
+            for name, n in (p.reads | p.updates | p.writes).items()
+        }
         named = {name: None if b is None else b.dtype for name, b in buffers.items()}
         aligned = [name for name, b in buffers.items() if b is not None and b.aligned]
-        rest = dict((*x.numbers, *x.constants))
+        rest = p.numbers | p.constants
         found.append(record(x.kernel, (x.warps, x.stages), {**named, **rest}, aligned))
     return found
 

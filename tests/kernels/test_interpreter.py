@@ -321,7 +321,8 @@ else:
             for one, other in zip(torch.autograd.grad(h, leaves, dh), wanted, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
         (column,) = (x for x in launches[0] if x.label == "column")
-        assert dict(column.reads)["dh"] is None and dict(column.reads)["h"] is None
+        reads = column.parameters.reads
+        assert reads["dh"] is None and reads["h"] is None
 
     def spread(x: torch.Tensor) -> torch.Tensor:
         """The same numbers with a gap after each: the last axis is not contiguous."""

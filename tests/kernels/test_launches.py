@@ -167,9 +167,9 @@ def test_a_launch_hands_over_its_own_arguments(gate: str) -> None:
         real = driver.cuLaunchKernelEx
         tensors = [
             None if n is None else torch.zeros(16, dtype=runtime.TYPES[program.buffers[n].dtype])
-            for n in x.arguments
+            for n in x.buffers
         ]
-        numbers = [value for _, value in x.numbers]
+        numbers, constants = x.numbers, x.parameters.constants
         shape = x.warps, x.stages
 
         def launch(*args: Any, real: Any = real) -> int:
@@ -183,10 +183,10 @@ def test_a_launch_hands_over_its_own_arguments(gate: str) -> None:
             mock.patch.object(runtime, "_stream", lambda index: 7),
             mock.patch.object(runtime, "_compiled", {}),
         ):
-            runtime.launch(built, x.grid, shape, tensors, *numbers, **dict(x.constants))
+            runtime.launch(built, x.grid, shape, tensors, *numbers, **constants)
             assert not driver.seen  # Triton's
             driver.sizes = built.sizes
-            runtime.launch(built, x.grid, shape, tensors, *numbers, **dict(x.constants))
+            runtime.launch(built, x.grid, shape, tensors, *numbers, **constants)
         ((*where, got),) = driver.seen
         assert where[:2] == [(*x.grid, 1, 1)[:3], (32 * shape[0], 1, 1)] and where[3:] == [7, 11]
         count = torch.Size(x.grid).numel()

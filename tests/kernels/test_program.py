@@ -63,7 +63,7 @@ if not INTERPRETED:
             known = set(p.inputs)
             for launch in p.launches:
                 reads, updates, writes = (
-                    {n for _, n in side if n is not None and 0 not in p.buffers[n].shape}
+                    {n for n in side if n is not None and 0 not in p.buffers[n].shape}
                     for side in (launch.reads, launch.updates, launch.writes)
                 )
                 assert reads | updates <= known, launch
@@ -73,11 +73,10 @@ if not INTERPRETED:
                     spare = p.buffers[n].role in ("workspace", "saved")
                     # The caller's own are updated where nothing else would do: where tokens belong
                     # to no sequence, and a state that slices of a contraction make row by row.
-                    assert spare or launch.label == "clear" or dict(launch.numbers)["first_a"]
+                    assert spare or launch.label == "clear" or launch.parameters.numbers["first_a"]
                     assert not spare or p.buffers[n].elements == 1 + _size(p.buffers[n].shape)
                 known |= writes
-                names = [name for name, _ in (*launch.reads, *launch.updates, *launch.writes)]
-                names += [name for name, _ in (*launch.numbers, *launch.constants)]
+                names = [name for side in launch.parameters for name in side]
                 assert names == launch.kernel.arg_names
             if shape[1]:
                 assert {n for n in p.outputs if 0 not in p.buffers[n].shape} <= known
@@ -229,7 +228,7 @@ if not INTERPRETED:
         bases: dict[int, int] = {}
         for (player, launch), (stream, scratch, addresses) in zip(launches, again, strict=True):
             assert stream == 7
-            buffers = [n for n in launch.arguments if n is not None]
+            buffers = [n for n in launch.buffers if n is not None]
             assert len(buffers) == len(addresses)
             for n, address in zip(buffers, addresses, strict=True):
                 buffer, part = player.program.buffers[n], player.parts[n]

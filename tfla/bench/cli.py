@@ -312,7 +312,7 @@ def roofline(
         found, chunk = r.reference_kernels(problem, normalize), r.reference.L
         how = f'backend "reference": chunk {chunk}, computed in fp32, bytes estimated'
     else:
-        planned = plan(problem, machine.device)
+        planned = r.for_dtype(plan(problem, machine.device), getattr(torch, kind))
         found, how = r.kernels(problem, planned, normalize), str(planned)
         chunk = L = planned.L
     bandwidth, rate = machine.bytes_per_s, machine.flops_per_s[kind]

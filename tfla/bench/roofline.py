@@ -11,8 +11,11 @@ splits that each repeat the product with the values, and both are filled up to w
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+
+import torch
 
 from tfla import reference
 from tfla.plan import Device, Plan, Problem
@@ -110,6 +113,11 @@ class Kernel:
 def limit_ms(kernels: list[Kernel], machine: Machine, dtype: str) -> float:
     """Kernels run one after the other, each at its own limit."""
     return sum(max(kernel.ms(machine, dtype)) for kernel in kernels)
+
+
+def for_dtype(plan: Plan, dtype: torch.dtype) -> Plan:
+    """The plan as calls of a dtype follow it: of fp16 the denominator has a launch of its own."""
+    return dataclasses.replace(plan, divides=plan.divides and dtype != torch.float16)
 
 
 def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list[Kernel]:

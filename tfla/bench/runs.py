@@ -262,7 +262,7 @@ def _plan(
     q = torch.empty(0, dtype=dtype, device=device)
     B, T, H, K, V = dataclasses.astuple(shape)
     problem = Problem(B, T, H, K, V, B, False, dtype.itemsize, products_of(dtype))
-    planned = x.planned(plan(problem, planning.device_of(q)))
+    planned = roofline.for_dtype(x.planned(plan(problem, planning.device_of(q))), dtype)
     found = roofline.kernels(problem, planned, input_gate(x.function).normalize, train=backward)
     moved, flops = sum(kernel.bytes for kernel in found), sum(kernel.flops for kernel in found)
     return {"plan": str(planned), "plan_bytes": moved, "plan_flops": flops}

@@ -14,7 +14,6 @@ updated, but only slices whose size is a multiple of 128 bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +38,7 @@ NAMES = (*Inputs._fields, "h", "saved", "dh", "dC", "dn")
 ALIGNMENT = 32  # numbers; parts of one allocation begin at multiples of it
 
 
-@dataclass(frozen=True)
-class Buffer:
+class Buffer(NamedTuple):
     """One array of a Program."""
 
     name: str
@@ -62,30 +60,45 @@ class Buffer:
         return self.elements * BYTES[self.dtype]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One call of a kernel. reads, updates and writes name the parameters and say which buffer of
-    the Program each is, or None; together with numbers and constants they are all parameters of the
-    kernel, in its order."""
+class Parameters(NamedTuple):
+    """The arguments of a launch by their names in the kernel."""
+
+    reads: dict[str, int | None]
+    updates: dict[str, int | None]
+    writes: dict[str, int | None]
+    numbers: dict[str, int | float | None]
+    constants: dict[str, Any]
+
+
+class Launch(NamedTuple):
+    """One call of a kernel. reads, updates and writes say which buffer of the Program each is, or
+    None; together with numbers and constants they are all parameters of the kernel, in its order.
+    """
 
     label: str  # what the pass calls it: "h", "dq", "weights", ...
     kernel: Any  # a Triton or Gluon function
     grid: tuple[int, ...]
     warps: int
     stages: int
-    reads: tuple[tuple[str, int | None], ...]
-    updates: tuple[tuple[str, int | None], ...]
-    writes: tuple[tuple[str, int | None], ...]
-    numbers: tuple[tuple[str, int | float | None], ...]
-    constants: tuple[tuple[str, Any], ...]
+    reads: tuple[int | None, ...]
+    updates: tuple[int | None, ...]
+    writes: tuple[int | None, ...]
+    numbers: tuple[int | float | None, ...]
+    constants: tuple[Any, ...]
 
     @property
-    def arguments(self) -> tuple[int | None, ...]:
-        """The buffers in the kernel's order."""
-        return tuple([at for _, at in (*self.reads, *self.updates, *self.writes)])
+    def buffers(self) -> tuple[int | None, ...]:
+        """In the kernel's order."""
+        return self.reads + self.updates + self.writes
+
+    @property
+    def parameters(self) -> Parameters:
+        names = iter(self.kernel.arg_names)
+        return Parameters(*[dict(zip(names, values, strict=False)) for values in self[5:]])
 
     def __str__(self) -> str:
-        shown = {k: v for k, v in self.constants if v is not None and v is not False}
+        constants = self.parameters.constants
+        shown = {k: v for k, v in constants.items() if v is not None and v is not False}
         words = " ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in shown.items())
         name = self.kernel.__name__.strip("_")
         return f"{self.label}: {name}{self.grid} {self.warps} warps {words}"
@@ -111,7 +124,7 @@ class Program:
         outside = {*self.inputs, *self.outputs}
         life: dict[int, tuple[int, int]] = {}
         for at, launch in enumerate(self.launches):
-            for n in launch.arguments:
+            for n in launch.buffers:
                 if n is not None and n not in outside:
                     life[n] = life.get(n, (at, at))[0], at
         return {n: (self.buffers[n].bytes, *ends) for n, ends in life.items()}
@@ -152,21 +165,27 @@ def fit(uses: Mapping[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
 # ---------------------------------------------------------------- how it is made
 
 
-@dataclass(frozen=True, eq=False)
 class Symbol:
     """An array without memory: a buffer of a Program that is being made, in whole."""
 
-    builder: Builder
-    buffer: int
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    __slots__ = ("buffer", "builder", "dtype", "shape", "strides")
+
+    def __init__(
+        self,
+        builder: Builder,
+        buffer: int,
+        dtype: str,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+    ) -> None:
+        self.builder, self.buffer, self.dtype = builder, buffer, dtype
+        self.shape, self.strides = shape, strides
 
     @property
     def mT(self) -> Symbol:
         """Its last two axes exchanged."""
         (*shape, a, b), (*strides, c, d) = self.shape, self.strides
-        return dataclasses.replace(self, shape=(*shape, b, a), strides=(*strides, d, c))
+        return Symbol(self.builder, self.buffer, self.dtype, (*shape, b, a), (*strides, d, c))
 
     @property
     def numel(self) -> int:
@@ -202,6 +221,8 @@ class Builder:
     def __init__(self, device: Device) -> None:
         self.device = device  # what is launched may depend on its size
         self.buffers: list[Buffer] = []
+        self.names: dict[str, int] = {}  # how many buffers have one
+        self.updated: set[int] = set()  # of the buffers
         self.launches: list[Launch] = []
         self.cuts: list[int] = []  # launches before each exchange
         self.given: list[int] = []  # the buffers that come in
@@ -209,11 +230,10 @@ class Builder:
         self.saved_elements = 0  # of that allocation
 
     def _add(self, buffer: Buffer) -> Symbol:
-        names = {other.name for other in self.buffers}
-        name, count = buffer.name, 2
-        while name in names:
-            name, count = f"{buffer.name} {count}", count + 1
-        self.buffers.append(dataclasses.replace(buffer, name=name))
+        count = self.names[buffer.name] = self.names.get(buffer.name, 0) + 1
+        if count > 1:
+            buffer = buffer._replace(name=f"{buffer.name} {count}")
+        self.buffers.append(buffer)
         at = len(self.buffers) - 1
         return Symbol(self, at, buffer.dtype, buffer.shape, buffer.strides)
 
@@ -248,13 +268,10 @@ class Builder:
             raise TypeError(f"{kernel.__name__} takes {wanted}; got {', '.join(given)}.")
         if 0 in grid:
             return
-        for x in updates.values():
-            if x is not None:
-                found = self.buffers[x.buffer]
-                self.buffers[x.buffer] = dataclasses.replace(found, updated=True)
+        self.updated.update(x.buffer for x in updates.values() if x is not None)
 
-        def places(side: Mapping[str, Symbol | None]) -> tuple[tuple[str, int | None], ...]:
-            return tuple([(name, None if x is None else x.buffer) for name, x in side.items()])
+        def places(side: Mapping[str, Symbol | None]) -> tuple[int | None, ...]:
+            return tuple([None if x is None else x.buffer for x in side.values()])
 
         self.launches.append(
             Launch(
@@ -266,8 +283,8 @@ class Builder:
                 places(reads),
                 places(updates),
                 places(writes),
-                tuple(numbers.items()),
-                tuple(constants.items()),
+                tuple(numbers.values()),
+                tuple(constants.values()),
             )
         )
 
@@ -296,16 +313,18 @@ class Builder:
     def programs(self, outputs: Iterable[Symbol]) -> list[Program]:
         """One, or with exchanges one more than there are cuts. outputs: what leaves the pass."""
         leaving = {x.buffer for x in outputs if x.buffer != SAVED}
-        for n in leaving:
-            if self.buffers[n].role == "workspace":
-                self.buffers[n] = dataclasses.replace(self.buffers[n], role="output")
-        given = set(self.given)
+        for n in leaving | self.updated:
+            found = self.buffers[n]
+            out = n in leaving and found.role == "workspace"
+            role: Role = "output" if out else found.role
+            self.buffers[n] = found._replace(role=role, updated=n in self.updated)
+        given, buffers = set(self.given), tuple(self.buffers)
         leaving |= {n for n in self.saved if n not in given}
         edges = [0, *self.cuts, len(self.launches)]
         parts = [tuple(self.launches[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
         outside, made = given, set[int]()
-        uses = [{n for x in part for n in x.arguments if n is not None} for part in parts]
-        found = []
+        uses = [{n for x in part for n in x.buffers if n is not None} for part in parts]
+        programs = []
         for at, part in enumerate(parts):
             used, later = uses[at], set[int]().union(*uses[at + 1 :])
             takes = tuple(sorted(used & (outside | made)))
@@ -314,8 +333,8 @@ class Builder:
             # What nothing writes (there are no tokens) is allocated at the end.
             gives = (fresh & (leaving | later)) | ((leaving - outside - made) if last else set())
             made |= gives
-            found.append(Program(tuple(self.buffers), part, takes, tuple(sorted(gives))))
-        return found
+            programs.append(Program(buffers, part, takes, tuple(sorted(gives))))
+        return programs
 
 
 class Built(NamedTuple):
@@ -391,7 +410,7 @@ def _written(value: Any) -> list[Symbol]:
     """All symbols in a value that a launch has written already."""
     if isinstance(value, Symbol):
         launches = value.builder.launches
-        written = {n for x in launches for _, n in (*x.updates, *x.writes)}
+        written = {n for x in launches for n in x.updates + x.writes}
         return [value] if value.buffer in written else []
     if isinstance(value, tuple):
         return [symbol for item in value for symbol in _written(item)]

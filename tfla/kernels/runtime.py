@@ -144,11 +144,6 @@ class _Part(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def of(self, tensors: Sequence[Any]) -> Tensor:
-        """As a kernel takes it: a pointer and a dtype."""
-        base: Tensor = tensors[self.place]
-        return base if base.dtype == self.dtype and self.offset == 0 else self.view(tensors)
-
     def view(self, tensors: Sequence[Any]) -> Tensor:
         flat: Tensor = tensors[self.place].view(-1).view(torch.uint8)
         size = math.prod(self.shape) * self.dtype.itemsize
@@ -204,21 +199,36 @@ class _Player:
         """One by one, by Triton's launcher where it was not seen before."""
         if self.device.type == "meta":
             return
+        pointers: dict[int, Tensor] = {}
+        shared = tensors[self.last]
+
+        def pointer(n: int) -> Tensor:
+            """As a kernel takes it: where it begins, and a dtype."""
+            found = pointers.get(n)
+            if found is None:
+                part = self.parts[n]
+                found = tensors[part.place]
+                if part.place == self.last:
+                    found = shared[part.offset :].view(part.dtype)
+                elif part.offset:
+                    found = found[part.offset // part.dtype.itemsize :]
+                pointers[n] = found
+            return found
+
         steps = []
         for x in self.program.launches:
-            parts = [None if n is None else self.parts[n] for n in x.arguments]
-            given = [None if part is None else part.of(tensors) for part in parts]
+            given = [None if n is None else pointer(n) for n in x.buffers]
             packed = _launch(
                 x.kernel,
                 x.grid,
                 (x.warps, x.stages),
                 self.device,
                 given,
-                [value for _, value in x.numbers],
-                dict(x.constants),
+                x.numbers,
+                x.parameters.constants,
             )
-            places = [(part.place, part.offset) for part in parts if part is not None]
-            steps.append((packed, places))
+            parts = [self.parts[n] for n in x.buffers if n is not None]
+            steps.append((packed, [(part.place, part.offset) for part in parts]))
         ready = [(packed, places) for packed, places in steps if packed is not None]
         if len(ready) == len(steps):
             self.scratch = max((packed.scratch for packed, _ in ready), default=0)
