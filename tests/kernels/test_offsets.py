@@ -186,7 +186,7 @@ else:
         grads = torch.autograd.grad(h.sum(), leaves)
         for name, cu in strided(CU).items():
             assert torch.equal(cu, CU)
-            # A call that comes again may be played from a record of it.
+            # A call that comes again is played by the Program that is known.
             for _ in range(3 if "column" in name and not compiled else 1):
                 again = fn(cu)
                 checks.assert_close(again.detach(), h.detach(), 1e-6, name)

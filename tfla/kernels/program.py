@@ -93,8 +93,12 @@ class Launch(NamedTuple):
 
     @property
     def parameters(self) -> Parameters:
-        names = iter(self.kernel.arg_names)
-        return Parameters(*[dict(zip(names, values, strict=False)) for values in self[5:]])
+        names, at = self.kernel.arg_names, 0
+        sides: list[dict[str, Any]] = []
+        for values in (self.reads, self.updates, self.writes, self.numbers, self.constants):
+            sides.append(dict(zip(names[at : at + len(values)], values, strict=True)))
+            at += len(values)
+        return Parameters(*sides)
 
     def __str__(self) -> str:
         constants = self.parameters.constants
