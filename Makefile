@@ -5,28 +5,53 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# Triton interprets kernels for a whole process or not at all, so those tests are a step of their own.
+INTERPRET := $(if $(filter Linux,$(shell uname)),TRITON_INTERPRET=1 $(PYTEST))
+CORE := mlstm step linear_attention states packed strides precision extreme operators errors \
+	errors_states spec defaults
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-core lint docs notebooks hub clean
 
 help:  ## this list
-	@echo "make demo    train a small xLSTM, let it write, draw two plots (under 5 minutes on 2 cores)"
-	@echo "make test    run the tests (under 10 minutes on 2 cores)"
-	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove $(VENV), builds and caches"
+	@echo "make demo       train a small xLSTM, let it write, draw two plots (under 5 minutes on 2 cores)"
+	@echo "make test       run the tests (about 7 minutes on 2 cores)"
+	@echo "make test-core  run those of the operator alone (about a minute)"
+	@echo "make lint       ruff and mypy"
+	@echo "make docs       build the site into build/site; open build/site/index.html"
+	@echo "make hub        build/hub, a folder that the package kernels loads"
+	@echo "make clean      remove $(VENV), builds and caches"
 
 demo: $(VENV)/.installed-train
 	$(BIN)/tfla demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(PYTEST)
+	$(if $(INTERPRET),$(INTERPRET) tests/interpreter)
+
+test-core: $(VENV)/.installed-dev
+	$(PYTEST) $(CORE:%=tests/test_%.py)
+	$(if $(INTERPRET),$(INTERPRET) tests/interpreter/test_kernels.py)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/figures/draw.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
+# Run anew, with the outputs stored in them: after a change of a notebook.
+notebooks: $(VENV)/.installed-docs
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
+
+hub: $(VENV)/.installed-train
+	$(BIN)/python -m tfla.integrations.hub build/hub
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

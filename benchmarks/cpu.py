@@ -7,35 +7,22 @@ if a bound is missed.
 """
 
 import argparse
-import gc
-import itertools
-import json
+import math
 import os
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import tfla
+from tfla.bench import measure, roofline
 
+CPU = torch.device("cpu")
 H, K, V = 4, 64, 64
-L = 64  # the reference's chunk, for the count of arithmetic
 SAME_TIME_A_TOKEN, FASTER_THAN_ATTENTION, SAME_BYTES_A_TOKEN = 1.5, 8.0, 1.25
-
-
-def flops_per_token(backward: bool) -> int:
-    """Of all heads: 2 L c + 2 L x + 4 c x a scan (contraction c, output x); backward is three."""
-
-    def scan(c: int, x: int) -> int:
-        return 2 * L * c + 2 * L * x + 4 * c * x
-
-    return H * (scan(K, V) + (2 * scan(V, K) + scan(K, V) if backward else 0))
 
 
 def inputs(B: int, T: int) -> list[Tensor]:
@@ -62,39 +49,19 @@ def attention(leaves: list[Tensor]) -> Callable[[], object]:
 
 
 def seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median of each, measured in turns so that a slow moment of the machine meets all of them."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            gc.collect()
-            start = time.perf_counter()
-            run()
-            if turn:  # the first turn warms up
-                samples[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
-def matmul_rate() -> float:
-    """fp32 FLOP/s of a large product: the arithmetic limit of this machine, as torch reaches it."""
-    a, b = torch.randn(2, 2048, 2048)
-    return 2 * 2048**3 / seconds({"matmul": lambda: a @ b}, 5)["matmul"]
+    """Median of each, measured in turns."""
+    turns = {name: (lambda _, run=run: run()) for name, run in runs.items()}
+    found = measure.in_turns(turns, CPU, repeats, math.inf, 1)
+    for times in found.values():
+        if isinstance(times, Exception):
+            raise times
+    return {name: statistics.median(times) / 1e3 for name, times in found.items()}
 
 
 def peak_bytes(input_gate: str, T: int) -> int:
     """The most bytes of tensors that forward plus backward hold at once, inputs left out."""
     run = mlstm(input_gate, inputs(1, T), True)
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # or the profiler writes into the table
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = [
-            e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"
-        ]
-    events.sort(key=lambda event: event["ts"])
-    return max(itertools.accumulate(event["args"]["Bytes"] for event in events))
+    return measure.peak_bytes(lambda _: run(), CPU)
 
 
 def time_table(tokens: int, lengths: list[int], repeats: int, limit: float) -> bool:
@@ -109,7 +76,8 @@ def time_table(tokens: int, lengths: list[int], repeats: int, limit: float) -> b
         cells = []
         for kind in kinds:
             times[kind].append(found[str(kind)] / tokens)
-            share = flops_per_token(kind[1]) / times[kind][-1] / limit
+            flops = roofline.function_flops(1, H, K, V, kind[1])
+            share = flops / times[kind][-1] / limit
             cells.append(f"{times[kind][-1] * 1e9:9.0f} ({share:4.0%})")
         print(f"{T:8,} {tokens // T:5}  " + " ".join(f"{cell:>16}" for cell in cells), flush=True)
     spread = max(max(t) / min(t) for t in times.values())
@@ -167,7 +135,7 @@ def main() -> int:
         "--quick", action="store_true", help="a quarter of the tokens, fewer lengths"
     )
     quick = parser.parse_args().quick
-    limit = matmul_rate()
+    limit = measure.ceiling(CPU, torch.float32)["flops_per_s"]
     print(
         f"torch {torch.__version__}, tfla {tfla.__version__}, {torch.get_num_threads()} threads of "
         f"{os.cpu_count()} cores, matmul fp32 {limit / 1e9:.0f} GFLOP/s"

@@ -108,12 +108,12 @@ def compare(names: list[str], shape: Shape, dtype: torch.dtype, graph: bool = Fa
 
 def one_after_the_other(run: Callable[[], object], calls: int = 50) -> float:
     """Milliseconds a call when the device waits for the host, or the host for the device."""
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(calls):
-        run()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / calls * 1e3
+
+    def all_calls() -> None:
+        for _ in range(calls):
+            run()
+
+    return measure.until_done(all_calls, DEVICE, 1, 0)[0] / calls
 
 
 def replay(run: Callable[[], object]) -> float:
@@ -205,7 +205,7 @@ def launches() -> list[Row]:
             x = known(f"tfla {gate}")
             leaves = x.leaves(shape, torch.bfloat16, DEVICE, 11)
             run = passes(x, leaves)[f"{x.name}|with backward"]
-            seen, found = by_launch(run), dict[str, float]()
+            seen, found = measure.by_launch(run), dict[str, float]()
             for label, (_, us) in zip(labels([k for k, _ in seen], planned), seen, strict=True):
                 found[label] = found.get(label, 0.0) + us
             moved = {k.name: k.bytes for k in roofline.kernels(problem, planned, gate == "exp")}
@@ -218,25 +218,6 @@ def launches() -> list[Row]:
             del leaves, run
             torch.cuda.empty_cache()
     return rows
-
-
-def by_launch(run: Callable[[], object], calls: int = 8) -> list[tuple[str, float]]:
-    """(kernel, median microseconds) of the launches of a call, in order."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    events = [e for e in seen.events() if e.device_type == on_device]
-    events.sort(key=lambda e: e.time_range.start)
-    each = len(events) // calls
-    return [
-        (events[n].name, statistics.median(e.time_range.elapsed_us() for e in events[n::each]))
-        for n in range(each)
-    ]
 
 
 def labels(kernels: list[str], planned: Plan) -> list[str]:

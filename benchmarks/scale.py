@@ -129,17 +129,17 @@ def timed_steps(
 
         def steps(number: int) -> float:
             """Seconds of each. As in training, the host does not wait for the device in between."""
-            nonlocal loss
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(number):
-                with autocast(options.precision, device):
-                    loss = mean_nats(state.model, windows[:, :-1], windows[:, 1:])
-                loss.backward()
-                loss = place.clip(state, loss.detach(), 1.0)[0]
-                state.step(1e-4)
-            synchronize(device)
-            return (time.perf_counter() - start) / number
+
+            def run() -> None:
+                nonlocal loss
+                for _ in range(number):
+                    with autocast(options.precision, device):
+                        loss = mean_nats(state.model, windows[:, :-1], windows[:, 1:])
+                    loss.backward()
+                    loss = place.clip(state, loss.detach(), 1.0)[0]
+                    state.step(1e-4)
+
+            return measure.until_done(run, device, 1, 0)[0] / 1e3 / number
 
         began, loss = time.monotonic(), torch.zeros(())
         first = steps(1)  # with it comes what is compiled and what is allocated
@@ -162,11 +162,6 @@ def timed_steps(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return row
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def speed(
@@ -202,6 +197,7 @@ def weak_scaling(session: Session) -> None:
     B, T = (2, 32) if session.tiny else session.options.batch
     config, world = session.config, session.world
     kinds = [(False, ""), (True, ", compiled")][not session.options.eager :]
+    kinds = kinds[:1] if session.tiny else kinds  # the compiler takes longer than all the rest
     limit = session.options.seconds / 12
 
     def single(compile: bool, name: str) -> Row:
@@ -353,16 +349,10 @@ def exchange(session: Session) -> None:
 
 
 def milliseconds(session: Session, call: Callable[[], object]) -> float:
-    """The median of 20 calls, after 5."""
-    times = []
-    for _ in range(25):
-        dist.barrier()
-        synchronize(session.device)
-        start = time.perf_counter()
-        call()
-        synchronize(session.device)
-        times.append((time.perf_counter() - start) * 1e3)
-    return round(statistics.median(times[5:]), 4)
+    """The median of 20 calls, after 5, that all ranks begin together."""
+    return round(
+        statistics.median(measure.until_done(call, session.device, 20, 5, before=dist.barrier)), 4
+    )
 
 
 def main() -> None:

@@ -81,40 +81,6 @@ SIZES = {
 # ------------------------------------------------------------------------------------- measurements
 
 
-def timed(call: Callable[[], object], device: torch.device) -> list[float]:
-    """Milliseconds by the clock, each until the device is done: what a user waits for."""
-    times: list[float] = []
-    measure.synchronize(device)
-    first = time.perf_counter()
-    for turn in range(WARM + REPEATS):
-        began = time.perf_counter()
-        call()
-        measure.synchronize(device)
-        now = time.perf_counter()
-        if turn >= (WARM if now - first < LONG else 1):
-            times.append((now - began) * 1e3)
-        if now - first > LONG and len(times) >= 2:
-            break
-    return times
-
-
-def kernels(call: Callable[[], object], device: torch.device) -> list[tuple[str, int, float]]:
-    """What the device (on a CPU: torch) spends most on in a call: name, launches, ms."""
-    cuda = device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity
-    kinds = [activity.CPU, activity.CUDA] if cuda else [activity.CPU]
-    with torch.profiler.profile(activities=kinds) as profile:
-        call()
-        measure.synchronize(device)
-    where = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    found = [
-        (e.key, e.count, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3)
-        for e in profile.key_averages()
-        if e.device_type == where
-    ]
-    return sorted(found, key=lambda row: -row[2])
-
-
 def read(stack: Stack, tokens: Tensor) -> Prepared:
     return Prepared(lambda: stack.prefill(tokens), 1, stack.prefill(tokens).float().cpu())
 
@@ -384,7 +350,8 @@ class Run:
     def measure(self, row: dict[str, Any], part: Part, stack: Stack, tokens: Tensor) -> None:
         with torch.set_grad_enabled(part.function is train):
             call, count, check = part.function(stack, tokens)
-            times = [ms / count for ms in timed(call, self.device)]
+            found = measure.until_done(call, self.device, REPEATS, WARM, seconds=LONG)
+            times = [ms / count for ms in found]
             row["off"] = off(check, self.wanted.setdefault(part.name, check))
             row["wrong"] = check.is_floating_point() and not row["off"] <= OFF[self.size.dtype]
             number = part.shape[0] if part.function is decode else tokens[:, 1:].numel()
@@ -393,8 +360,8 @@ class Run:
                 row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
             row |= {"ms": statistics.median(times), "samples_ms": times}
             if self.profile and row["stack"] == OURS:
-                found = kernels(call, self.device)
-                row["kernels"] = [(name, n / count, ms / count) for name, n, ms in found]
+                spent_on = measure.by_kernel(call, self.device)
+                row["kernels"] = [(name, n / count, ms / count) for name, n, ms in spent_on]
 
     def clear(self) -> None:
         gc.collect()

@@ -15,7 +15,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import pytest
 import recurrence as oracle
 import torch
 from problems import Case, Inputs, make_inputs, offsets
@@ -27,15 +26,6 @@ EXACT = 1e-9  # relative, in fp64
 RATIO = 2.0  # below fp64: this many times the error of the plain recurrence in the same dtype
 CANCELLING = ("f=-12", "swings")  # regimes that need an absolute floor: see `cancellation`
 OUTLIER = 16.0  # the same for rows that are ill-conditioned by chance
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For modules that import it: on tensors this small more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # h, C and n (as C e^(m-c), n e^(m-c)), m, and a gradient d<leaf> for every leaf; fp64, on the CPU.
@@ -78,8 +68,11 @@ def run_recurrence(
         for name, x in inputs.leaves().items()
     }
     memory = inputs.memory and oracle.Memory(*(leaves.get(f"{x}0") for x in "Cnm"))  # type: ignore[arg-type]
+    tokens = {x: mirrored(leaves[x], case) for x in "qkvif"}
+    for x in "qk":  # by every head of v in turn
+        tokens[x] = tokens[x].repeat_interleave(case.H // tokens[x].shape[2], 2)
     h, end = oracle.mlstm(
-        *(leaves[x] for x in "qkvif"),
+        **tokens,
         input_gate=case.input_gate,
         normalize=case.normalize,
         scale=case.scale,
@@ -89,7 +82,15 @@ def run_recurrence(
     )
     if c is None and end.m is not None:
         c = end.m.detach().double()
-    return _results(inputs, leaves, h, end if case.final else None, c), c
+    return _results(inputs, leaves, mirrored(h, case), end if case.final else None, c), c
+
+
+def mirrored(x: Tensor, case: Case) -> Tensor:
+    """x (B, T, ...) with every document in the order in which the case runs through it."""
+    if not case.reverse:
+        return x
+    documents = x.split(case.lengths, 1) if case.lengths else [x]
+    return torch.cat([document.flip(1) for document in documents], 1)
 
 
 def run_tfla(case: Case, inputs: Inputs, c: Tensor | None) -> Results:
@@ -106,6 +107,7 @@ def run_tfla(case: Case, inputs: Inputs, c: Tensor | None) -> Results:
         initial_state=state,
         output_final_state=case.final,
         cu_seqlens=None if case.lengths is None else offsets(case.lengths, device=case.device),
+        reverse=case.reverse,
         backend=case.backend,
     )
     assert h.dtype == case.dtype and h.shape == inputs.v.shape
@@ -124,7 +126,8 @@ def rows(name: str, x: Tensor, case: Case) -> list[Tensor]:
     if not over_tokens:  # (N,H,...)
         return list(x.reshape(case.rows * case.H, -1)) if x.numel() else []
     documents = x.split(case.lengths, 1) if case.lengths else x.split(1)
-    return [document[:, :, head].flatten() for document in documents for head in range(case.H)]
+    heads = range(x.shape[2])
+    return [document[:, :, head].flatten() for document in documents for head in heads]
 
 
 def cancellation(
@@ -149,7 +152,8 @@ def cancellation(
             for (t, slope), end in zip(pairs, final_terms(case, inputs, truth), strict=True)
         ]
     if name == "df":
-        terms = rows("dq", (inputs.q.double() * truth["dq"]).abs(), case)
+        products = (inputs.q.double() * truth["dq"]).abs()
+        terms = rows("dq", products.repeat_interleave(case.H // products.shape[2], 2), case)
         T = [len(row) for row in rows("df", truth["df"], case)]
         return [t.sum().item() * math.sqrt(n) for t, n in zip(terms, T, strict=True)]
     if name == "dm0":

@@ -1,9 +1,7 @@
 """What every test shares. Nothing here imports Triton, so a test decides itself how it runs."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread a worker and a child: those of many workers would wait for each other's cores without
@@ -23,6 +21,16 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("default")
+
+# Triton reads the variable when a kernel is decorated: a process interprets all kernels or none.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = [] if INTERPRETED else ["interpreter"]
+
+
+def pytest_report_header() -> str:
+    if INTERPRETED:
+        return "kernels: run in Triton's interpreter"
+    return "kernels: not run here, tests/interpreter is left out; it needs TRITON_INTERPRET=1"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -51,21 +59,3 @@ def _one_thread() -> Iterator[None]:
 def root() -> Path:
     """The repository's root folder."""
     return Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def interpret() -> Callable[[str], None]:
-    """Run the tests of a file where Triton interprets its kernels on the CPU: it reads the variable
-    when a kernel is decorated, hence a process of its own, whose report is the caller's."""
-
-    def run(path: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-        )
-        print(done.stdout[-6000:])
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-    return run

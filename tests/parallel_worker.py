@@ -1,5 +1,6 @@
 """One rank of tests/test_parallel.py: T split over ranks against one process, in fp64."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -50,6 +51,7 @@ def results(
             initial_state=state,
             output_final_state=case.final,
             cu_seqlens=cu,
+            reverse=case.reverse,
             backend=case.backend,
             group=group,
         )
@@ -94,6 +96,7 @@ def gauge_of(case: Case, inputs: Inputs) -> Tensor | None:
         initial_state=state,
         output_final_state=True,
         cu_seqlens=cu,
+        reverse=case.reverse,
     )
     return end.m
 
@@ -254,6 +257,13 @@ CASES = {
     "packed, many": packed(*[7] * 27, 3),
     "packed, sigmoid": packed(70, 0, 100, 22, input_gate="sigmoid"),
     "packed, no states": packed(70, 0, 100, 22, state=False, final=False),
+    "groups": dataclasses.replace(BASE, H=4, groups=2),
+    "mirrored": dataclasses.replace(BASE, reverse=True),
+    "mirrored, sigmoid": dataclasses.replace(BASE, reverse=True, input_gate="sigmoid"),
+    "mirrored, no states": dataclasses.replace(BASE, reverse=True, state=False, final=False),
+    "mirrored, packed": packed(100, 3, 60, 29, reverse=True),
+    "mirrored, packed, borders": packed(48, 48, 0, 48, 48, 0, reverse=True),
+    "mirrored, packed, groups": packed(1, 190, 1, H=4, groups=1, reverse=True),
 }
 CHECKS = {name: agrees(case) for name, case in CASES.items()}
 for kind in ("initial", "infinite", "resets 50%", "swings", "f=-1e5", "f=+30", "i=-95", "i=+95"):
@@ -267,6 +277,7 @@ for gate in ("exp", "sigmoid"):
     CHECKS[f"recomputed, {gate}"] = agrees(case, recomputed)
     CHECKS[f"compiled, {gate}"] = agrees(case, compiled)
 CHECKS["compiled, packed"] = agrees(packed(40, 23, 17), compiled)
+CHECKS["compiled, mirrored"] = agrees(packed(40, 23, 17, reverse=True), compiled)
 CHECKS |= {
     "uneven": uneven,
     "other heads": other_heads,
@@ -299,4 +310,10 @@ def checks(world: int) -> dict[str, Callable[[Any], None]]:
 
 
 if __name__ == "__main__":
-    ranks.main(checks(int(os.environ["WORLD_SIZE"])))
+    plans: Any = contextlib.nullcontext()
+    if os.environ.get("TRITON_INTERPRET"):
+        from interpreter.planned import short_scans
+
+        plans = short_scans()
+    with plans:
+        ranks.main(checks(int(os.environ["WORLD_SIZE"])))

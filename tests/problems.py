@@ -19,7 +19,8 @@ normalized = pytest.mark.parametrize(("input_gate", "normalize"), NORMALIZED)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A problem from a seed. `lengths` packs documents (then B must be 1 and T their sum)."""
+    """A problem from a seed. `lengths` packs documents (then B must be 1 and T their sum); `groups`
+    are the heads of q and k (None: H)."""
 
     T: int = 65
     B: int = 2
@@ -32,6 +33,8 @@ class Case:
     state: bool = True
     final: bool = True
     lengths: tuple[int, ...] | None = None
+    groups: int | None = None
+    reverse: bool = False
     scale: float | None = None
     dtype: torch.dtype = torch.float64
     gate_dtype: torch.dtype | None = None
@@ -140,7 +143,8 @@ def make_inputs(case: Case) -> Inputs:
     def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
-    q, k, v, dh = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V), normal(B, T, H, V)
+    G = H if case.groups is None else case.groups
+    q, k, v, dh = normal(B, T, G, K), normal(B, T, G, K), normal(B, T, H, V), normal(B, T, H, V)
     gate_dtype = case.gate_dtype or case.dtype
     i, f = (x.to(gate_dtype) for x in gate_values(case.gates, (B, T, H), g))
     memory = None

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import xlstm_models
-from checks import one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from xlstm_models import SMALL, draw

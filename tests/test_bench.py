@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import pytest
 import recurrence as oracle
 import torch
-from checks import one_thread  # noqa: F401
 from torch import Tensor
 
 import tfla
@@ -20,6 +20,7 @@ from tfla.bench import cases, check, measure, models, plots, report, runs
 from tfla.bench.cases import Implementation, Leaves, Shape
 from tfla.bench.runs import Row, Task
 from tfla.cli import run_command
+from tfla.reference import layout
 from tfla.spec import CallSpec, Inputs, Options
 
 CPU = torch.device("cpu")
@@ -29,6 +30,11 @@ ATTENTION = next(x for x in cases.IMPLEMENTATIONS if x.name == "attention")
 
 
 # ------------------------------------------------------------------------------- the gate
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
 
 
 def row_of_leaves(x: Implementation, shape: Shape = SHAPE) -> tuple[Leaves, Tensor]:
@@ -144,7 +150,7 @@ def test_a_constant_normaliser_is_recognised() -> None:
 
 @pytest.mark.parametrize("function", ["exp", "sigmoid"])
 def test_the_truth_of_a_step_is_a_step(function: str) -> None:
-    x, state = models._step_inputs(replace(SHAPE, T=1), torch.float32, CPU, function)
+    x, state = models.step_inputs(replace(SHAPE, T=1), torch.float32, CPU, function)
     h, C = check.step_truth(function, x, state)
     full = {name: t.double() for name, t in x.items()}
     wide = tfla.State(*(None if t is None else t.double() for t in state))
@@ -166,7 +172,7 @@ def test_runs_are_timed_in_turns() -> None:
         seconds=60,
         warm=1,
     )
-    assert calls == [(name, turn) for turn in range(5) for name in "ab"]
+    assert calls == [(name, turn) for turn in range(5) for name in ("ba" if turn % 2 else "ab")]
     assert all(isinstance(times, list) and len(times) == 4 for times in found.values())
 
 
@@ -210,12 +216,12 @@ def test_inputs_are_fresh_by_seed_and_laid_out_as_wanted() -> None:
 
 
 def test_a_pinned_chunk_is_taken_and_given_back() -> None:
-    before = tfla.reference.L  # type: ignore[attr-defined]
+    before = layout.L
     [x] = cases.with_chunks([OURS["exp"]], [16])
     leaves = x.leaves(SHAPE, torch.float32, CPU, 0)
     with x.pinned():
-        assert tfla.reference.L == 16  # type: ignore[attr-defined]
-    assert tfla.reference.L == before  # type: ignore[attr-defined]
+        assert layout.L == 16
+    assert layout.L == before
     torch.testing.assert_close(x.run(leaves), OURS["exp"].run(leaves), rtol=1e-4, atol=1e-5)
 
 
@@ -247,6 +253,20 @@ def test_peers_are_chosen_by_parts_of_their_names() -> None:
     names = {x.name for x in cases.chosen("mamba, attention")}
     assert {"mamba2 ssd", "attention", "attention cudnn"} <= names and "fla gla" not in names
     assert {x.name for x in cases.IMPLEMENTATIONS} <= plots.COLOURS.keys()
+
+
+def test_curves_carry_their_names() -> None:
+    """At their right ends, in their colours, none over another."""
+    result = report.load(Path(__file__).parents[1] / "docs/results/gpu-kernels.json")
+    rows = [row for row in result["rows"] if row["study"] == "length"]
+    figure = plots._lengths(rows, result["ceiling"], "")
+    assert len(figure.axes) == 4
+    for ax in figure.axes:
+        names = {text.get_text(): text for text in ax.texts}
+        assert names.keys() == {row["implementation"] for row in rows}
+        assert all(text.get_color() == plots.COLOURS[name] for name, text in names.items())
+        heights = sorted(text.xy[1] for text in names.values())
+        assert all(high - low > 0.05 for low, high in zip(heights, heights[1:], strict=False))
 
 
 # ------------------------------------------------------------------------------- tasks
@@ -462,6 +482,23 @@ def test_cost_of_many_gpus_by_command(capsys: pytest.CaptureFixture[str]) -> Non
         ("bench kernels --lengths 1,x", "whole numbers from 1 on"),
         ("bench kernels --device tpu", "--device is tpu"),
         ("bench model --size 9b", "--size is 9b, wanted tiny"),
+        ("bench kernels --peers nobody", "--peers is 'nobody', wanted all, none, or parts of"),
+        ("bench decode --peers attention,nobody", "--peers is 'attention,nobody'"),
+        ("bench kernels --repeats -1", "--repeats is -1, wanted 1 or more"),
+        ("bench kernels --seconds nan", "--seconds is nan, wanted 0 or more"),
+        ("bench kernels --limit -1", "--limit is -1, wanted 1 or more"),
+        ("bench kernels --tokens -1", "--tokens is -1, wanted 1 or more"),
+        ("bench kernels --studies lengths", "--studies is lengths"),
+        ("bench memory --tokens -5", "--tokens is -5, wanted 1 or more"),
+        ("bench decode --context -1", "--context is -1, wanted 1 or more"),
+        ("bench model --batch -1", "--batch is -1, wanted 1 or more"),
+        ("bench transfer --seconds nan", "--seconds is nan, wanted 0 or more"),
+        ("bench transfer --step nan", "--step is nan"),
+        ("bench bias --seconds -1", "--seconds is -1, wanted 0 or more"),
+        ("bench bias --lr nan", "--lr is nan"),
+        ("bench compare a b --threshold nan", "--threshold is nan, wanted 0 or more"),
+        ("bench draw none.json", "none.json"),
+        ("roofline --gpus 99999999999", "wanted 2 to 2^20"),
         ("bench compare none.json none.json", "none.json"),
         ("roofline 1 1 1 8 8 --device b1000", "wanted this, a100"),
         ("roofline 1 1 1 8 0 --device h100", "'V'"),
@@ -473,6 +510,40 @@ def test_what_cannot_be_is_said_in_a_line(
     assert run_command(words.split()) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["4 16384 16 128 256 --device h100", "--gpus 1024"])
+def test_nothing_is_wider_than_the_console(
+    words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = {}
+    for width in (300, 80, 50):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert run_command(["roofline", *words.split()]) == 0
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= width and "…" not in out
+        shown[width] = sorted(re.findall(r"\d[\d,.]*", out))
+    # Only the first column is repeated in what follows below.
+    assert not Counter(shown[300]) - Counter(shown[50])
+    assert shown[80] == shown[300]
+
+
+def test_a_result_is_drawn_again(root: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["bench", "draw", str(root / "docs" / "gpu-decode.json"), "--out", str(tmp_path)]
+    assert run_command(words) == 0
+    assert (tmp_path / "decode-batch.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "odd.json").write_text('{"format": 1, "rows": [{"study": "batch"}]}')
+    assert run_command(["bench", "draw", str(tmp_path / "odd.json"), "--out", str(tmp_path)]) == 2
+    assert "is not a whole result of tfla bench" in capsys.readouterr().err
+
+
+def test_the_forget_gates_error_stands_apart() -> None:
+    """Its bound is another, so the worst of all gradients would say nothing."""
+    fields = {"h": 1e-3, "dq": 2e-3, "dk": 3e-3, "dv": 1e-3, "di": 4e-3, "df": 2e-2}
+    row = {"implementation": "tfla exp", "errors": fields, "dtype": "bf16"}
+    [axes] = plots._errors([row, row], {}, "").axes
+    places = {line.get_xdata()[0] for line in axes.lines if len(line.get_xdata())}
+    assert places == {1e-3, 4e-3, 2e-2, 2.0**-7, 2.0**-5}
 
 
 def test_peers_are_listed_with_what_brings_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from checks import one_thread  # noqa: F401
 
 from tfla.bench import bias as trainings
 from tfla.bench import report, runs
@@ -30,7 +29,7 @@ def texts(tmp_path: Path) -> Path:
 
 def task_of(texts: Path, bias: float, **fields: Any) -> Task:
     study = Study((texts,), MODEL, OPTIONS | fields.pop("options", {}), bias)
-    return Task("bias", "cpu", "fp32", ("tfla exp", "tfla sigmoid"), bias=study, **fields)
+    return Task("bias", "cpu", "fp32", ("tfla exp", "tfla sigmoid"), work=study, **fields)
 
 
 def rows_of(task: Task) -> list[Row]:
@@ -55,7 +54,6 @@ def test_only_the_bias_of_the_input_gate_differs(gate: str) -> None:
         torch.testing.assert_close(value.detach(), expected, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_each_row_has_every_step(texts: Path) -> None:
     rows = [row for number in (0.0, -10.0) for row in rows_of(task_of(texts, number))]
     order = [(row["implementation"], row["bias"]) for row in rows]
@@ -70,7 +68,6 @@ def test_each_row_has_every_step(texts: Path) -> None:
     assert first[2] == pytest.approx(first[3], rel=1e-3)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_norm_is_that_of_all_gradients_before_clipping(texts: Path) -> None:
     """A smaller limit leaves the first norm as it is."""
     wide, tight = (rows_of(task_of(texts, -2.0, options={"clip": clip}))[0] for clip in (1e6, 1e-3))

@@ -252,7 +252,10 @@ def test_rows_of_a_process_that_died_have_a_table() -> None:
 
 def test_the_page_states_what_its_result_holds() -> None:
     docs = Path(__file__).parents[1] / "docs"
-    page, rows = (docs / "transfer.md").read_text(), report.load(docs / "transfer.json")["rows"]
+    page, rows = (
+        (docs / "performance/transfer.md").read_text(),
+        report.load(docs / "results/transfer.json")["rows"],
+    )
     for row in rows:
         index, _ = report.shown_forget_gate(row)
         borders = [transfer.border(row["i"], after[index]) for after in row["after"]]

@@ -21,12 +21,14 @@ from matplotlib.figure import Figure
 
 import tfla
 from tfla import cli, demo, render
-from tfla.xlstm import checkpoint
+from tfla.errors import RunError
+from tfla.xlstm import XLSTMConfig, checkpoint
 from tfla.xlstm.run import TrainOptions
 from tfla.xlstm.train import read_metrics
 
 Call = Callable[..., tuple[int, str, str]]
-COMMANDS = ["train", "generate", "demo"]
+COMMANDS = ["train", "generate", "chat", "eval", "export", "plot", "demo"]
+FUNCTIONS = {"eval": "evaluate"}
 TINY = "--hidden-size 16 --num-layers 1 --num-heads 2 --context 32 --batch 2 --eval-bytes 500"
 
 
@@ -74,7 +76,9 @@ def test_help_explains_every_option_and_gives_an_example(name: str, call: Call) 
     assert status == 0
     assert f"Example: tfla {name}" in out
     shown = " ".join(out.replace("│", " ").split())
-    parameters = inspect.signature(getattr(cli, name), eval_str=True).parameters
+    parameters = inspect.signature(
+        getattr(cli, FUNCTIONS.get(name, name)), eval_str=True
+    ).parameters
     for parameter in parameters.keys() - {"command"}:
         [option] = parameters[parameter].annotation.__metadata__
         assert len(option.help.split()) >= 3, f"{parameter} is not explained"
@@ -160,6 +164,20 @@ def is_one_line(result: tuple[int, str, str], *parts: str) -> None:
         ("generate RUN x --top-p 1.5", ["top_p must be in (0, 1]"]),
         ("generate RUN x --tokens 0", ["--tokens is 0, wanted at least 1"]),
         (f"generate RUN x --seed {2**63}", [f"--seed is {2**63}, wanted from 0"]),
+        ("generate tiny x", ["tiny holds no checkpoint"]),
+        ("eval RUN nowhere", ["nowhere does not exist"]),
+        ("eval RUN empty", ["no text in the files that are named"]),
+        ("eval RUN --include *.py", ["--include is for the files of folders"]),
+        ("eval RUN tiny --context 0", ["--context is 0, wanted from 1"]),
+        ("eval RUN tiny --precision int8", ["--precision is int8, wanted auto, fp32 or bf16"]),
+        ("export RUN new", ["qk_dim_factor is 8", "multiple of 64"]),
+        ("export RUN tiny", ["tiny is not an empty folder"]),
+        ("plot empty", ["empty holds no metrics.jsonl of a run"]),
+        ("plot RUN --over tokens", ["--over is tokens, wanted seconds or steps"]),
+        ("plot RUN --out tiny/text", ["tiny/text is not a file that tfla wrote"]),
+        ("train --size huge", ["--size is huge, wanted tiny, small, medium, large, xl"]),
+        ("train tiny --init nowhere", ["nowhere does not exist; name the folder"]),
+        ("train tiny --init RUN --size small", ["--hidden-size is not what", "leave it out"]),
         ("demo --seconds 0", ["--seconds is 0.0, wanted above 0"]),
         ("demo --out RUN", ["holds a run already"]),
     ],
@@ -223,7 +241,7 @@ main()
         capture_output=True,
         text=True,
     )
-    is_one_line((done.returncode, done.stdout, done.stderr), package, 'pip install "tfla[train]"')
+    is_one_line((done.returncode, done.stdout, done.stderr), package, "pip install '.[train]'")
     assert not (tmp_path / "run").exists()
 
 
@@ -299,7 +317,7 @@ def test_resume_without_a_checkpoint_says_that_it_starts(
 def test_an_interrupted_run_says_how_to_go_on(
     call: Call, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(records: Iterator[object], console: object) -> None:
+    def interrupted(records: Iterator[object], *_: object) -> None:
         for _ in range(3):
             next(records)
         raise KeyboardInterrupt
@@ -517,6 +535,168 @@ def test_a_tokenizer_works_from_files_to_text(call: Call, text: Path, tmp_path: 
     (tmp_path / "moved.json").write_text(file.name)
     changed = call(f"train --out {out} --resume --tokenizer {tmp_path / 'moved.json'}")
     is_one_line(changed, "--tokenizer is not what the run")
+
+
+# ------------------------------------------------------------------------------- what comes after
+
+
+@pytest.fixture(scope="module")
+def exported(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run whose widths transformers can hold, and its export."""
+    out = tmp_path_factory.mktemp("wide") / "run"
+    line = f"train {text} --out {out} {TINY} --hidden-size 128 --steps 20 --eval-every 10"
+    assert cli.run_command([*line.split(), "--log-every", "10"]) == 0
+    assert cli.run_command(["export", str(out), str(out.parent / "exported")]) == 0
+    return out, out.parent / "exported"
+
+
+def test_an_exported_run_writes_and_is_scored_as_the_run(
+    call: Call, text: Path, exported: tuple[Path, Path]
+) -> None:
+    written, scored = [], []
+    for folder in exported:
+        assert call(f"generate {folder} --tokens 30 --seed 1", "größer ")[0] == 0
+        written.append(call(f"generate {folder} --tokens 30 --seed 1", "def ")[1])
+        scored.append(call(f"eval {folder} {text} --context 32 --each"))
+    assert written[0] == written[1] and scored[0] == scored[1]
+    status, out, err = scored[0]
+    names = sorted(path.name for path in text.iterdir())
+    rows = [line.split() for line in out.splitlines()]
+    assert (status, err) == (0, "")
+    assert [row[0] for row in rows[1:-1]] == [*names, "all"]
+    bits = {row[0]: float(row[3]) for row in rows[1:-1]}
+    sizes = {path.name: path.stat().st_size for path in text.iterdir()}
+    mean = sum(bits[name] * sizes[name] for name in names) / sum(sizes.values())
+    assert bits["all"] == pytest.approx(mean, abs=2e-3) and 2 < mean < 8
+    assert "no run and holds no text" in call(f"eval {exported[1]}")[2]
+
+
+def test_eval_without_files_is_of_the_text_that_was_held_out(
+    call: Call, exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As the run was judged, whose evaluations read as much as there is."""
+    run = exported[0]
+    shutil.copytree(run, tmp_path / "run")
+    line = f"train --out {tmp_path / 'run'} --resume --steps 22 --eval-bytes 1000000"
+    assert call(line)[0] == 0
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["bits_per_byte"]
+    status, out, _ = call(f"eval {tmp_path / 'run'}")
+    assert status == 0 and "in windows of 32 tokens" in out
+    assert float(out.splitlines()[1].split()[-3]) == pytest.approx(last, abs=0.02)
+
+
+def test_chat_goes_on_with_each_line_and_forgets_at_new(
+    call: Call, exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(lines: bytes) -> str:
+        stdin = SimpleNamespace(buffer=io.BytesIO(lines), isatty=lambda: False)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, out, err = call(f"chat {exported[0]} --tokens 12 --temperature 0")
+        assert (status, err) == (0, "")
+        return out
+
+    first = talk(b"import os\n")
+    assert first.endswith("\n") and len(first) > 5
+    again = talk(b"import os\n/new\nimport os\n")
+    assert again == first * 2
+    assert talk(b"import os\nimport os\n").startswith(first)
+    assert talk(b"") == ""
+
+
+def test_fine_tuning_starts_where_the_other_run_ended(
+    call: Call, text: Path, exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for number, source in enumerate(exported):
+        out = tmp_path / f"{number}"
+        line = f"train {text} --out {out} --init {source} --steps 2 --context 32 --batch 2"
+        assert call(line)[0] == 0
+        saved = checkpoint.load(out)
+        assert saved.meta["config"]["hidden_size"] == 128 and saved.meta["init"] == str(source)
+        assert call(f"train --out {out} --resume --steps 3")[0] == 0
+        assert call(f"generate {out} x --tokens 5")[0] == 0
+
+
+def test_a_size_is_a_shape_and_an_option_beside_it_counts(
+    call: Call, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    line = f"train {text} --out {out} --size medium --num-layers 1 --num-heads 8 --hidden-size 64"
+    assert call(f"{line} --steps 1 --context 16 --batch 1 --eval-bytes 100")[0] == 0
+    config = checkpoint.load(out).meta["config"]
+    assert [config[x] for x in ("hidden_size", "num_layers", "num_heads")] == [64, 1, 8]
+    for name, (shape, words) in cli.SIZES.items():
+        number = XLSTMConfig(vocab_size=257, **shape).num_parameters() / 1e6
+        assert float(words.removesuffix("M")) == pytest.approx(number, rel=0.03), name
+
+
+def test_the_curve_is_drawn_at_evaluations(
+    call: Call, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, finish = [], render._finish
+
+    def counted(figure: Figure, path: Path) -> None:
+        drawn.append(len(read_metrics(tmp_path / "run" / "metrics.jsonl")))
+        finish(figure, path)
+
+    monkeypatch.setattr(render, "_finish", counted)
+    monkeypatch.setattr(render, "REDRAWING", 1e9)
+    line = f"train {text} --out {tmp_path / 'run'} {TINY} --steps 3 --eval-every 1"
+    assert call(f"{line} --log-every 1")[0] == 0
+    assert drawn == [2, 4, 6, 6]  # records that it shows; the last one when the run has ended
+
+
+def test_drawing_takes_little_of_the_time() -> None:
+    """On a clock that steps and drawings move."""
+    now, drawn = [0.0], []
+
+    def draw() -> None:
+        now[0] += 1.0
+        drawn.append(now[0])
+
+    def records() -> Iterator[dict[str, str]]:
+        for _ in range(1000):
+            now[0] += 1.0
+            yield {"event": "eval"}
+            yield {"event": "train"}
+
+    assert len(list(render.redrawn(records(), draw, lambda: now[0]))) == 2000
+    assert drawn[0] == 2.0  # the first one at once
+    assert 1000 * render.REDRAWING * 0.8 < len(drawn) <= 1000 * render.REDRAWING + 1
+
+
+def test_losses_of_a_line_have_one_unit(call: Call, text: Path, tmp_path: Path) -> None:
+    _, out, _ = call(f"train {text} --out {tmp_path / 'run'} {TINY} --steps 4 --eval-every 4")
+    [words] = [line for line in out.splitlines() if line.startswith("step 4")]
+    losses = re.findall(r"(training|held-out) (\d+\.\d{3}) bits/byte", words)
+    assert [name for name, _ in losses] == ["training", "held-out"]
+    loss = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss"] / 0.693147
+    assert float(losses[0][1]) == pytest.approx(loss, abs=2e-3)
+
+
+def test_plot_draws_one_run_and_several(
+    call: Call, trained: Path, exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    runs = f"{trained} {exported[0]}"
+    target = tmp_path / "both.png"
+    assert call(f"plot {runs} --out {target}")[:2] == (0, f"{target}\n")
+    first = target.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    assert call(f"plot {runs} --out {target} --over steps")[0] == 0
+    assert target.read_bytes() != first
+    shutil.copytree(trained, tmp_path / "one $a_{")
+    assert call("plot", str(tmp_path / "one $a_{"))[0] == 0
+
+
+def test_runs_of_two_units_are_not_drawn_in_one(tmp_path: Path) -> None:
+    def curve(unit: str) -> render.LossCurve:
+        common = {"step": 1, "progress": 1.0, "elapsed": 1.0}
+        return render.LossCurve(unit, [{"event": "eval", **common, unit: 3.0}], 1.0)
+
+    pair = [curve("bits_per_byte"), curve("bits_per_token")]
+    with pytest.raises(RunError, match="bits_per_byte is in bits per byte and bits_per_token is"):
+        render.loss_curves(pair, tmp_path / "x.png")
+    for one in pair:
+        render.loss_curves([one, one], tmp_path / "x.png")
 
 
 # ------------------------------------------------------------------------------- demo

@@ -4,7 +4,6 @@ import pytest
 import torch
 from checks import (
     assert_close,
-    one_thread,  # noqa: F401
     results,
     sequence,
 )

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from tfla import cli
-from tfla.xlstm import checkpoint
-from tfla.xlstm.data import _fingerprint
+from tfla.integrations.text import export_run
+from tfla.xlstm import XLSTM, XLSTMConfig, checkpoint
+from tfla.xlstm.data import Codec, _fingerprint
 
 TINY = "--hidden-size 16 --num-layers 1 --num-heads 2 --context 16 --batch 2 --eval-bytes 200"
 TINY += " --steps 2 --log-every 1 --device cpu --threads 1"
@@ -127,6 +128,14 @@ FILES: dict[str, tuple[Callable[[bytes, random.Random], bytes], ...]] = {
     "metrics.jsonl": (flip, cut),
 }
 CASES = 12
+VALUES = 4  # of OTHERS, for each field of config.json
+# Of a folder in transformers' format, and what it is read for.
+FOLDER: dict[str, tuple[Callable[[bytes, random.Random], bytes], ...]] = {
+    "config.json": (harm_json, harm_json, harm_json, flip, cut),
+    "generation_config.json": (harm_json, harm_json, flip, cut),
+    "tokenizer.json": (harm_json, flip, cut),
+    "model.safetensors": (harm_header, harm_header, flip, cut),
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -144,14 +153,56 @@ def test_whatever_a_file_says(
         for words in (
             ["generate", str(run), "these ", "--tokens", "3", "--device", "cpu"],
             ["train", "--out", str(run), "--resume", "--steps", "3", "--device", "cpu"],
+            ["plot", str(run)],
         ):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    status = cli.run_command(words)
-                except BaseException as error:
-                    raise AssertionError(f"{name}, case {case}, {harm.__name__}") from error
-            said = [line for line in capfd.readouterr().err.splitlines() if line]
-            lines = [line for line in said if line.startswith("tfla: ")]
-            assert status in (0, 2) and len(lines) == (status == 2) or "warning" in str(lines), said
+            one_line_or_well(words, f"{name}, case {case}, {harm.__name__}", capfd)
         shutil.rmtree(run)
+
+
+def one_line_or_well(words: list[str], case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The command does what it should, or says in one line why it does not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            status = cli.run_command(words)
+        except BaseException as error:
+            raise AssertionError(case) from error
+    said = [line for line in capfd.readouterr().err.splitlines() if line]
+    lines = [line for line in said if line.startswith("tfla: ")]
+    assert status in (0, 2) and len(lines) == (status == 2) or "warning" in str(lines), said
+
+
+@pytest.mark.parametrize("name", FOLDER)
+def test_whatever_a_folder_of_transformers_says(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = XLSTMConfig(vocab_size=257, hidden_size=128, num_layers=1, num_heads=2)
+    whole = export_run(XLSTM(config), Codec(), tmp_path / "whole")
+    (tmp_path / "text").write_text("these words are read by the model\n" * 20)
+    draw = random.Random(name)
+    for case in range(CASES):
+        folder = tmp_path / f"{case}"
+        shutil.copytree(whole, folder)
+        harm = FOLDER[name][case % len(FOLDER[name])]
+        (folder / name).write_bytes(harm((folder / name).read_bytes(), draw))
+        about = f"{name}, case {case}, {harm.__name__}"
+        one_line_or_well(["generate", str(folder), "these ", "--tokens", "3"], about, capfd)
+        out = ["--out", str(tmp_path / "run"), "--init", str(folder)]
+        size = ["--steps", "1", "--context", "8", "--batch", "1", "--eval-bytes", "50"]
+        one_line_or_well(["train", str(tmp_path / "text"), *out, *size], about, capfd)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.rmtree(folder)
+
+
+def test_whatever_a_field_of_config_json_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = XLSTMConfig(vocab_size=257, hidden_size=128, num_layers=1, num_heads=2)
+    folder = export_run(XLSTM(config), Codec(), tmp_path / "whole")
+    fields = json.loads((folder / "config.json").read_text())
+    draw = random.Random(0)
+    for name in (*fields, "use_bias", "chunkwise_kernel", "torch_dtype"):
+        for value in draw.sample(OTHERS, VALUES):
+            (folder / "config.json").write_text(json.dumps(fields | {name: value}))
+            words = ["generate", str(folder), "x", "--tokens", "1"]
+            one_line_or_well(words, f"{name} {value!r:.50}", capfd)

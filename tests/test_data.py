@@ -220,8 +220,8 @@ def test_a_tokenizer_shortens_the_stream_and_decodes_it(tokenizer: Path, tmp_pat
     assert corpus.codec.vocab_size == 401
     assert corpus.info["held_out"]["bytes"] == plain.info["held_out"]["bytes"]
     stream, raw = corpus.held_out(10**9)
-    decode = corpus.codec.decoder()
-    assert "".join(map(decode, stream.tolist())) == raw.decode()
+    decoder = corpus.codec.decoder()
+    assert "".join(map(decoder.next, stream.tolist())) + decoder.rest() == raw.decode()
     again = open_corpus(tmp_path / "data", corpus.fingerprint)
     assert again.codec.vocab_size == 401
 
@@ -232,10 +232,34 @@ def test_streamed_text_comes_in_whole_characters(kind: str, tokenizer: Path) -> 
     text = "naïve 漢字 😀 end"
     ids = codec.encode(text.encode()).tolist()
     assert len(ids) > len(text) or kind == "tokenizer"
-    decode = codec.decoder()
-    pieces = [decode(token) for token in [*ids, codec.end]]
-    assert "".join(pieces) == text
+    decoder = codec.decoder()
+    pieces = [decoder.next(token) for token in [*ids, codec.end]]
+    assert "".join(pieces) == text and decoder.rest() == ""
     assert "\ufffd" not in "".join(pieces)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "tokenizer"])
+def test_text_that_ends_within_a_character_keeps_its_last_bytes(kind: str, tokenizer: Path) -> None:
+    """They are no character, but something stood there."""
+    codec = Codec(tokenizer.read_text() if kind == "tokenizer" else None)
+    ids = codec.encode("end \U0001f600".encode()).tolist()
+    assert len(ids) > 3  # the character is several tokens
+    for cut in range(1, 4):
+        decoder = codec.decoder()
+        text = "".join(map(decoder.next, ids[:-cut]))
+        assert text == "end " and set(decoder.rest()) == {"\ufffd"} and decoder.rest() == ""
+
+
+def test_a_character_that_a_prompt_begins_is_completed() -> None:
+    codec = Codec()
+    whole = "é漢\U0001f600".encode()
+    for size in range(len(whole) + 1):
+        begun = codec.unfinished(whole[:size])
+        decoder = codec.decoder(begun)
+        text = whole[: size - len(begun)].decode()
+        assert text + "".join(map(decoder.next, whole[size:])) == whole.decode()
+        assert not decoder.rest()
+    assert codec.unfinished(b"\xff\xfe") == b"" and codec.unfinished(b"") == b""
 
 
 # ------------------------------------------------------------------------------- errors

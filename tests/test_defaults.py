@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import one_thread  # noqa: F401
 from problems import Case, make_inputs, offsets
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence

@@ -27,9 +27,12 @@ def digits(out: str) -> None:
 
 
 CHECKS = {"quickstart": quickstart, "digits": digits}
+OF_JAX = {"jax_nnx"}  # run by tests/tfla_jax
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in EXAMPLES if path.stem not in OF_JAX], ids=lambda path: path.stem
+)
 def test_example_shows_what_it_says(path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", str(path)], capture_output=True, text=True, timeout=1800

@@ -1,20 +1,17 @@
 """Gates of any size, what is not finite, and the smallest of scales, on the backend "reference"
-and in the specification; kernels/test_extreme_kernels.py runs the same on "triton"."""
+and in the specification; interpreter/test_extreme_kernels.py runs the same on "triton"."""
 
 import math
 
 import extreme
 import pytest
 import torch
-from checks import assert_close, one_thread
+from checks import assert_close
 from extreme import EXTREMES, GATES, INF, check, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfla import reference
-
-__all__ = ["one_thread"]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("how", ["whole", "split", "steps"])

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "tfla"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"bench", "demo", "environment", "integrations"},
+    {"bench", "demo", "environment", "integrations", "jax"},
     {"render"},
     {"threads"},
     {"nn", "selftest", "xlstm"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"tfla"},  # the package itself: its public face
     {"api"},
     {"dispatch"},
-    {"checks", "parallel"},
+    {"checks", "parallel", "shapes"},
     {"ops", "programs", "verdicts"},
     {"algorithm"},
     {"log"},
@@ -34,9 +34,12 @@ LAYERS = [
     {"backend"},
     {"spec"},
     {"errors", "gates", "offsets", "plan", "signals"},
-    {"_compat"},
+    {"_compat", "limits"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
+# What needs no torch: that is for who has JAX.
+WITHOUT_TORCH = {"errors", "jax", "limits", "offsets"}
+NEEDED_BY_JAX = {"jax", "jaxlib", "numpy"}
 CORE = {unit for units in LAYERS[LAYERS.index({"tfla"}) :] for unit in units}
 # What reads every format of weights, tfla.xlstm.load, calls the reader of transformers' one.
 UPWARD = {"xlstm/writer.py": {"integrations"}}
@@ -102,7 +105,10 @@ def test_imports_point_down(path: Path) -> None:
 def test_other_packages_are_imported_where_they_belong(path: Path) -> None:
     others = others_imported(path.read_text())
     unit = unit_of(path)
-    if unit in CORE:
+    if unit in WITHOUT_TORCH:
+        used = units_imported(path.read_text(), ".".join(path.relative_to(ROOT).parts[:-1]))
+        assert used <= WITHOUT_TORCH and others <= (NEEDED_BY_JAX if unit == "jax" else set())
+    elif unit in CORE:
         assert others <= {"torch"} | BESIDE_TORCH.get(unit, set())
     else:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
@@ -156,6 +162,56 @@ print(" ".join(sorted(new - sys.stdlib_module_names)))
 print("triton" in sys.modules)
 """
     assert run(code).splitlines() == ["tfla", "False"]
+
+
+# A module that is there for its name alone: the public names must come whatever is imported first.
+FIRST = ["tfla.gates", "tfla.api", "tfla.nn", "tfla.integrations", "tfla.cli"]
+
+
+@pytest.mark.parametrize("first", ["tfla", *FIRST])
+def test_the_public_names_come_with_torch_or_when_they_are_asked_for(first: str) -> None:
+    code = f"""
+import sys, {first}
+import tfla
+print("torch" in sys.modules)
+assert set(tfla.__all__) <= set(dir(tfla))
+from tfla import State, mlstm
+assert tfla.mlstm is mlstm and tfla.State is State and callable(tfla.supports)
+assert all(name in vars(tfla) for name in tfla.__all__)
+try:
+    tfla.nothing
+except AttributeError as error:
+    print(error)
+"""
+    asked, error = run(code).splitlines()
+    assert asked == str(first not in ("tfla", "tfla.cli"))
+    assert error == "module 'tfla' has no attribute 'nothing'"
+
+
+@pytest.mark.parametrize("order", ["tfla, torch", "torch, tfla"])
+def test_torch_knows_of_tfla_whichever_is_imported_first(order: str) -> None:
+    """An exported program names the operators, and a saved State its type: neither asks for a name
+    of tfla."""
+    code = f"""
+import io, sys, {order}
+print(all(name in vars(tfla) for name in tfla.__all__), type(torch.__spec__.loader).__name__)
+print(torch.ops.tfla.forward, tfla.State in torch.serialization.get_safe_globals())
+print(any(type(finder).__module__ == "tfla" for finder in sys.meta_path))
+"""
+    assert run(code).split() == [*"True SourceFileLoader tfla.forward True False".split()]
+
+
+def test_without_torch_its_functions_say_what_they_need() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+import tfla, tfla.limits, tfla.offsets
+try:
+    tfla.mlstm
+except ImportError as error:
+    print(error)
+"""
+    assert "tfla.mlstm needs PyTorch" in run(code) and "pip install torch" in run(code)
 
 
 def test_the_core_works_with_every_optional_package_missing() -> None:

@@ -5,7 +5,6 @@ import recurrence as oracle
 import torch
 from checks import (
     assert_close,
-    one_thread,  # noqa: F401
     true_size,
 )
 from problems import Case, make_inputs, offsets, packed

@@ -6,7 +6,6 @@ import torch
 from checks import (
     assert_close,
     check_against_recurrence,
-    one_thread,  # noqa: F401
     poisoned_buffers,
     run_recurrence,
     run_tfla,

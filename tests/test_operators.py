@@ -13,7 +13,6 @@ import pytest
 import torch
 from checks import (
     assert_close,
-    one_thread,  # noqa: F401
     poisoned_buffers,
     results,
     sequence,

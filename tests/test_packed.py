@@ -5,7 +5,6 @@ import torch
 from checks import (
     assert_close,
     check_against_recurrence,
-    one_thread,  # noqa: F401
 )
 from problems import EXTREME, RESETS, Case, make_inputs, offsets, packed, variants
 from torch import Tensor

@@ -8,7 +8,6 @@ from checks import (
     assert_close,
     check_against_recurrence,
     failures,
-    one_thread,  # noqa: F401
     run_recurrence,
     run_tfla,
     sixteen_bits,

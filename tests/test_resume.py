@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,6 @@ from tfla.xlstm.writer import load_writer
 MODEL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
 SMALL = MODEL | {"context": 24, "batch": 2, "log_every": 1, "eval_every": 100, "save_every": 4}
 SMALL |= {"eval_bytes": 500, "steps": 4}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On models this small a second thread only makes the first one wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

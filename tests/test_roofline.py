@@ -191,9 +191,9 @@ def test_the_counts_are_those_of_the_program(
 def test_arithmetic_of_the_reference_grows_with_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(1, 1024, 1, 64, 64, 1, False, 4, "ieee")
     before = by_name(r.reference_kernels(problem, normalize=True))
-    monkeypatch.setattr(r.reference, "L", 2 * r.reference.L)
+    monkeypatch.setattr(r.layout, "L", 2 * r.layout.L)
     after = by_name(r.reference_kernels(problem, normalize=True))
-    L = r.reference.L // 2
+    L = r.layout.L // 2
     assert after["h"].flops - before["h"].flops == 1024 * 2 * L * (64 + 64)
     assert "nu" in after and "nu" not in by_name(r.reference_kernels(problem, normalize=False))
 
@@ -240,8 +240,9 @@ def test_named_machines_name_every_dtype() -> None:
 
 @pytest.mark.parametrize(("gate", "both"), [("exp", 2401862144), ("sigmoid", 2378596352)])
 def test_memory_is_what_an_h200_was_seen_to_take(gate: str, both: int) -> None:
-    """docs/gpu-memory.json, spans of 2,048: peaks of forward and backward together over what was
-    there before, by torch's allocator. Passes that are played fit their buffers in another way."""
+    """docs/results/gpu-memory.json, spans of 2,048: peaks of forward and backward together over
+    what was there before, by torch's allocator. Passes that are played fit their buffers in another
+    way."""
     problem = Problem(8, 8192, 8, 256, 512, 8, False, 2, "ieee")
     m = memory(problem, H200.device, torch.bfloat16, gate)
     assert m.output == 8 * 8192 * 8 * 512 * 2

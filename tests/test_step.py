@@ -6,7 +6,6 @@ import torch
 from checks import (
     assert_close,
     distance,
-    one_thread,  # noqa: F401
     true_size,
 )
 from problems import EXTREME, NORMALIZED, RESETS, Case, Inputs, make_inputs, variants

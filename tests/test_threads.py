@@ -445,28 +445,3 @@ def test_generation_imports_what_it_uses(text: Path, tmp_path: Path) -> None:
         "tfla.render",
     }
     assert not found & unused
-
-
-def test_the_public_names_are_there_at_once_and_under_the_command_when_asked_for() -> None:
-    code = """
-import sys
-sys.argv = [{!r}]
-import tfla
-print("torch" in sys.modules, sorted(set(tfla.__all__) & set(vars(tfla))))
-from tfla import State, mlstm
-assert tfla.mlstm is mlstm and tfla.State is State and callable(tfla.linear_attention)
-try:
-    tfla.nothing
-except AttributeError as error:
-    print(error)
-"""
-
-    def said(program: str) -> list[str]:
-        command = [sys.executable, "-W", "error", "-c", code.format(program)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return done.stdout.splitlines()
-
-    names = "['State', '__version__', 'linear_attention', 'mlstm', 'mlstm_step', 'supports']"
-    error = "module 'tfla' has no attribute 'nothing'"
-    assert said("program.py") == [f"True {names}", error]
-    assert said("/opt/bin/tfla") == ["False ['__version__']", error]

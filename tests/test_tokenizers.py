@@ -130,10 +130,10 @@ def test_every_id_has_a_row_and_the_end_has_its_own(kind: Callable[[], Tokenizer
     assert codec.end == max(plain.get_vocab().values()) + 1 not in ids
     assert codec.vocab_size == codec.end + 1
     assert np.asarray([codec.end], codec.dtype)[0] == codec.end
-    decode = codec.decoder()
-    assert "".join(map(decode, ids.tolist())).split() == ["a", "h", "b"]
+    decoder = codec.decoder()
+    assert "".join(map(decoder.next, ids.tolist())).split() == ["a", "h", "b"]
     gap = next((n for n in range(codec.end) if plain.id_to_token(n) is None), codec.end)
-    assert codec.decoder()(gap) == codec.decoder()(codec.end) == ""
+    assert codec.decoder().next(gap) == codec.decoder().next(codec.end) == ""
 
 
 @pytest.mark.parametrize("kind", [gaps, far_gap, few_and_large, added_special, padded])

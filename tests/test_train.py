@@ -19,7 +19,7 @@ import torch
 
 from tfla.xlstm import XLSTM, checkpoint, files
 from tfla.xlstm.checkpoint import RunError
-from tfla.xlstm.data import Codec
+from tfla.xlstm.data import Codec, open_corpus, prepare
 from tfla.xlstm.run import TrainOptions, resume, start
 from tfla.xlstm.train import (
     MetricsLog,
@@ -191,6 +191,22 @@ def double() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("double")
+def test_runs_may_share_a_corpus(text: Path, tmp_path: Path) -> None:
+    alone = go(tmp_path / "alone", text)
+    corpus = prepare([text], tmp_path / "shared")
+    for name in ("a", "b"):
+        run = start(tmp_path / name, SMALL, corpus=corpus)
+        assert numbers(list(train(run, Placement("cpu")))) == numbers(alone)
+        assert not (tmp_path / name / "data").exists()
+    longer = resume(
+        tmp_path / "a", {"steps": 14}, corpus=open_corpus(corpus.folder, corpus.fingerprint)
+    )
+    assert [r["step"] for r in train(longer, Placement("cpu")) if r["event"] == "train"] == [13, 14]
+    other = prepare([text / "decoder.py"], tmp_path / "other")
+    with pytest.raises(RunError, match="not the corpus that the run"):
+        resume(tmp_path / "b", {}, corpus=other)
+
+
 def test_accumulation_equals_a_bigger_batch(text: Path, tmp_path: Path) -> None:
     runs = {}
     for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
@@ -305,6 +321,7 @@ def test_progress_is_the_limit_that_is_nearer() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.slow  # ranks train compiled blocks in test_train_parallel.py
 def test_compiled_blocks_learn_the_same(text: Path, tmp_path: Path) -> None:
     few = {"steps": 3, "eval_every": 3, "save_every": 3}
     plain = go(tmp_path / "plain", text, **few)
@@ -420,3 +437,12 @@ def test_the_best_checkpoint_on_held_out_text_is_kept(
     list(train(resume(tmp_path, {"steps": 7, "eval_bytes": 600}), Placement("cpu")))
     best = checkpoint.load(tmp_path).best()
     assert best is not None and best["step"] == 7
+
+
+def test_a_placement_may_keep_no_best_checkpoint(text: Path, tmp_path: Path) -> None:
+    class LastAlone(Placement):
+        keep_best = False
+
+    options = SMALL | {"paths": [text], "eval_every": 1, "save_every": 100}
+    events = [r["event"] for r in train(start(tmp_path, options), LastAlone("cpu"))]
+    assert events.count("eval") == 12 and events.count("save") == 2  # at the start and at the end

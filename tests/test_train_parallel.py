@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from train_worker import TRAIN, checks, names, values
+from train_worker import TRAIN, begin, checks, names, values
 
 from tfla import cli
 from tfla.xlstm import checkpoint
@@ -45,7 +45,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of one process, and some that stopped in the middle."""
     folder = tmp_path_factory.mktemp("runs")
     for name in TRAIN:
-        list(train(start(folder / name, values(name)), Placement("cpu")))
+        list(train(begin(folder / name, name), Placement("cpu")))
     for world in (2, 4):
         for record in train(start(folder / f"broken-{world}", values("data")), Placement("cpu")):
             if record["step"] == 3 and record["event"] == "save":
@@ -141,8 +141,16 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(tmp_path: Path) -> N
     ("words", "said"),
     [
         ("--context-ranks $((RANK+1))", "--context-ranks is 1 on rank 0 and 2 on rank 1"),
-        ("--lr 0.00$((RANK+1))", "--lr is 0.001 on rank 0 and 0.002 on rank 1"),
-        ("$([ $RANK = 1 ] && echo --recompute)", "--recompute is False on rank 0 and True on"),
+        pytest.param(
+            "--lr 0.00$((RANK+1))",
+            "--lr is 0.001 on rank 0 and 0.002 on rank 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "$([ $RANK = 1 ] && echo --recompute)",
+            "--recompute is False on rank 0 and True on",
+            marks=pytest.mark.slow,
+        ),
         ("--threads $((1-RANK))", "rank 1: --threads is 0"),
     ],
 )
@@ -158,7 +166,8 @@ def test_ranks_with_other_options_end_in_one_line(words: str, said: str, tmp_pat
         stderr=subprocess.STDOUT,
         env=os.environ | {"TERM": "dumb"},
     )
-    assert done.returncode != 0 and time.monotonic() - began < 60 + 60  # torchrun's own start too
+    # One that waits for another is given up after 600 s.
+    assert done.returncode != 0 and time.monotonic() - began < 500
     lines = [line for line in done.stdout.splitlines() if line.startswith("tfla: ")]
     assert len(lines) == 1 and said in lines[0], done.stdout
     assert "tfla/xlstm" not in done.stdout  # no traceback through ours

@@ -9,7 +9,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from checks import (
     assert_close,
-    one_thread,  # noqa: F401
     true_size,
 )
 from problems import Case, make_inputs, variants

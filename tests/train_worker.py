@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.parallel import Ranks
-from tfla.xlstm.run import resume, start
+from tfla.xlstm.run import Run, resume, start
 from tfla.xlstm.train import train
+from tfla.xlstm.writer import read_base
 
 MODEL = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
 SMALL = MODEL | {"context": 24, "batch": 4, "log_every": 1, "eval_every": 3, "save_every": 3}
@@ -35,6 +36,8 @@ TRAIN: dict[str, dict[str, Any]] = {
     "tied": {"tie_embeddings": True},
     "bf16": {"precision": "bf16"},
     "narrow": {"hidden_size": 2, "num_heads": 1},  # on four, some hold nothing of a matrix
+    "from another": {"init": "data", "lr": 1e-3},
+    "from another, tied": {"init": "tied"},
     "compiled": {"compile": True},
     "compiled, context": {"compile": True, "recompute": True, "context_ranks": 2},
 }
@@ -44,15 +47,21 @@ ON_FOUR = ("context", "accumulate", "narrow")  # the others on two
 
 
 def values(name: str) -> dict[str, Any]:
-    own = {k: x for k, x in TRAIN[name].items() if k not in PLACE}
+    own = {k: x for k, x in TRAIN[name].items() if k not in (*PLACE, "init")}
     return SMALL | own | {"paths": [Path(json.__file__).parent]}
+
+
+def begin(folder: Path, name: str) -> Run:
+    """The run of that name, from its seed or from another run beside it."""
+    init = TRAIN[name].get("init")
+    return start(folder, values(name), None, read_base(folder.parent / init) if init else None)
 
 
 def trains(name: str) -> Callable[[Any], None]:
     def check(group: Any) -> None:
         folder = Path(os.environ["RUNS"], f"{name}-{group.size()}")
         place = Ranks("cpu", **{k: x for k, x in TRAIN[name].items() if k in PLACE})
-        run = place.share(lambda: start(folder, values(name)))
+        run = place.share(lambda: begin(folder, name))
         if not place.compile:
             list(train(run, place))
             return

@@ -1,33 +1,75 @@
-"""Tiled Flash Linear Attention, the mLSTM and the linear-attention family from one scan."""
+"""Tiled Flash Linear Attention, the mLSTM and the linear-attention family from one scan.
 
+The functions here take tensors of PyTorch; those for JAX are in ``tfla.jax``, with the same names.
+"""
+
+import importlib.util
 import sys
-from pathlib import PurePath
+from importlib.abc import MetaPathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["State", "__version__", "linear_attention", "mlstm", "mlstm_step", "supports"]
 
 
-def _is_command() -> bool:
-    """Does this process run `tfla` or `python -m tfla`?"""
-    if sys.argv[:1] == ["-m"]:  # what Python puts there while it looks for the module to run
-        at = sys.orig_argv.index("-m") if "-m" in sys.orig_argv else len(sys.orig_argv)
-        return sys.orig_argv[at + 1 : at + 2] == [__name__]
-    return PurePath(*sys.argv[:1]).stem == __name__
+def _import_functions() -> None:
+    """Import the public names. That also tells torch of tfla: of its operators, which exported
+    programs name, and that ``torch.load`` may trust a State."""
+    from tfla import api, dispatch
+
+    for name in set(__all__) - {"__version__"}:
+        globals()[name] = getattr(dispatch if name == "supports" else api, name)
 
 
-# The command's help comes without torch, whose import takes a second: there the public names are
-# imported when they are first asked for. A program that imports tfla has them, and the operators
-# registered with torch, at once.
-if TYPE_CHECKING or not _is_command():
+class _AfterTorch(MetaPathFinder):
+    """Calls ``_import_functions`` behind the import of torch, if that comes after the one of tfla,
+    unless it is a file of tfla that imports torch, and goes on to import the rest itself."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        begun = {module.split(".")[1] for module in sys.modules if module.startswith("tfla.")}
+        if spec is not None and begun <= _WITHOUT_TORCH:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def execute_and_import(module: ModuleType) -> None:
+                del loader.exec_module  # of this one loader, in front of its class's own
+                execute(module)
+                _import_functions()
+
+            loader.exec_module = execute_and_import
+        return spec
+
+
+_WITHOUT_TORCH = {"errors", "jax", "limits", "offsets"}
+
+# Torch takes a second to import, which the command's help does not wait for, and who uses tfla.jax
+# may have no torch. So the public names are imported with torch, or when they are first asked for.
+if TYPE_CHECKING:
     from tfla.api import State, linear_attention, mlstm, mlstm_step
     from tfla.dispatch import supports
+elif sys.modules.get("torch") is not None:
+    _import_functions()
 else:
+    sys.meta_path.insert(0, _AfterTorch())
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from tfla import api, dispatch
+        try:
+            _import_functions()
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError(
+                f"tfla.{name} needs PyTorch, which is not installed: pip install torch. The "
+                "functions for JAX are in tfla.jax."
+            ) from error
+        return globals()[name]
 
-        value = globals()[name] = getattr(dispatch if name == "supports" else api, name)
-        return value
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,23 +1,31 @@
 """The public functions: from what a person types to one call of the operators.
 
-Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, L chunk length, N sequences,
-G segments.
+Dimensions: B batch, T tokens, H heads, G heads of q and k, K and V head dims, N sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tfla import checks, dispatch, ops, parallel
+from tfla import checks, dispatch, ops, parallel, shapes
 from tfla import gates as input_gates
-from tfla.checks import State
 from tfla.gates import Activations, InputGate
 from tfla.offsets import check_offsets
-from tfla.spec import BackendName, CallSpec, Inputs, Options, products_of
+from tfla.spec import (
+    BackendName,
+    CallSpec,
+    Inputs,
+    Options,
+    State,
+    StepInputs,
+    StepOptions,
+    products_of,
+    state_dtype,
+)
 
 __all__ = ["State", "linear_attention", "mlstm", "mlstm_step"]
 
@@ -51,8 +59,9 @@ def mlstm(
     2405.04517 and 2503.14376 (mLSTMexp and mLSTMsig).
 
     Args:
-        q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides. Under
-            autocast they are cast first.
+        q, k: (B, T, G, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides. Under
+            autocast they are cast first. H is a multiple of G: head h reads group h // (H // G) of
+            q and k, and dq and dk are sums over a group, made in fp32.
         i, f: (B, T, H) gate pre-activations, any floating dtype; computed in fp32 (fp64 for fp64
             q), their sums in fp64. f = +-inf and i = -inf are exact limits. Log-gates above 2^100
             (1.3e30) count as that, i = +inf among them, those below -2^100 as -inf. A sum of gates
@@ -71,7 +80,9 @@ def mlstm(
             along T, any stride; B must be 1. On a GPU the host does not read them: there an offset
             out of range or below an earlier one counts as the nearest that is not, and tokens
             before the first and behind the last get zeros, in h and in gradients.
-        reverse: token t sees t, t + 1, ... in place of t, t - 1, ...; True is not implemented yet.
+        reverse: token t sees t, t + 1, ... in place of t, t - 1, ...: the same as T flipped in
+            every input and in h, of packed sequences each by itself. The states are then those
+            behind a sequence's last token and before its first.
         group: a torch.distributed process group (or DeviceMesh of one dimension) over whose ranks T
             is split evenly, in rank order: each rank gives and gets its own tokens, but the whole
             ``cu_seqlens`` and ``initial_state``, and gets the whole final state. Gradients are
@@ -93,8 +104,7 @@ def mlstm(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted. RuntimeError: a
-        named backend cannot serve. NotImplementedError: ``reverse=True``, and fewer heads of q and
-        k than of v, which are to come.
+        named backend cannot serve.
 
     Example:
         >>> import torch, tfla
@@ -108,21 +118,23 @@ def mlstm(
     normalize = gate.normalize if normalize is None else normalize
     activations = Activations(gate.name, sigmoid_f=True)
     return _sequence(
-        q,
-        k,
-        v,
-        i,
-        f,
-        ("i", "f"),
-        activations,
-        normalize,
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        reverse,
-        group,
-        backend,
+        _Call(
+            q=q,
+            k=k,
+            v=v,
+            i=i,
+            f=f,
+            gate_names=("i", "f"),
+            activations=activations,
+            normalize=normalize,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            reverse=reverse,
+            group=group,
+            backend=backend,
+        )
     )
 
 
@@ -154,7 +166,8 @@ def linear_attention(
     2006.16236, 2307.08621, 2405.21060.
 
     Args:
-        q, k: (B, T, H, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides.
+        q, k: (B, T, G, K), v: (B, T, H, V); one dtype of fp16, bf16, fp32, fp64; any strides; H a
+            multiple of G, as in ``mlstm`` (Mamba-2's B and C have G = 1 or 8).
         log_f, log_i: (B, T, H), (H,) or None (= 0): natural logarithms of the decay and of the
             weight of each token, with the limits of ``mlstm``. Positive ones are allowed, and may
             overflow when not normalised, as log_f = +inf does: that is the function asked for.
@@ -166,7 +179,7 @@ def linear_attention(
         gradients takes the decode step.
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: as in ``mlstm``.
+        TypeError, ValueError, RuntimeError: as in ``mlstm``.
 
     Example:
         >>> import torch, tfla
@@ -176,21 +189,23 @@ def linear_attention(
     """
     activations = Activations("exp", sigmoid_f=False)
     return _sequence(
-        q,
-        k,
-        v,
-        log_i,
-        log_f,
-        ("log_i", "log_f"),
-        activations,
-        normalize,
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        reverse,
-        group,
-        backend,
+        _Call(
+            q=q,
+            k=k,
+            v=v,
+            i=log_i,
+            f=log_f,
+            gate_names=("log_i", "log_f"),
+            activations=activations,
+            normalize=normalize,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            reverse=reverse,
+            group=group,
+            backend=backend,
+        )
     )
 
 
@@ -212,7 +227,7 @@ def mlstm_step(
     """One token of ``mlstm``: the decode step.
 
     Args:
-        q, k: (B, H, K), v: (B, H, V), i, f: (B, H): as in ``mlstm``, without the T axis.
+        q, k: (B, G, K), v: (B, H, V), i, f: (B, H): as in ``mlstm``, without the T axis.
         state: State of B rows; C and n in fp32 or bf16 (fp64 for fp64 q), returned in the dtype
             given; m in fp32 (fp64).
         input_gate, normalize, scale, backend: as in ``mlstm``.
@@ -226,7 +241,7 @@ def mlstm_step(
         h: (B, H, V) in v's dtype, and the State after the token.
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: as in ``mlstm``.
+        TypeError, ValueError, RuntimeError: as in ``mlstm``.
 
     Example:
         >>> import torch, tfla
@@ -238,107 +253,171 @@ def mlstm_step(
     gate = input_gates.input_gate(input_gate)
     normalize = gate.normalize if normalize is None else normalize
     activations = Activations(gate.name, sigmoid_f=True)
-    gates = {"i": checks.tensor("i", i), "f": checks.tensor("f", f)}
-    return _step(q, k, v, gates, activations, normalize, scale, state, inplace, slots, backend)
+    checks.tensor("i", i)
+    checks.tensor("f", f)
+    return _step(
+        _StepCall(
+            q=q,
+            k=k,
+            v=v,
+            i=i,
+            f=f,
+            activations=activations,
+            normalize=normalize,
+            scale=scale,
+            state=state,
+            inplace=inplace,
+            slots=slots,
+            backend=backend,
+        )
+    )
 
 
-# ---------------------------------------------------------------- what the three share
+# ---------------------------------------------------------------- calls over sequences
+
+
+class _Call(NamedTuple):
+    """A call of ``mlstm`` or ``linear_attention``, as it came."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    i: Tensor | None
+    f: Tensor | None
+    gate_names: tuple[str, str]  # of i and f, for messages
+    activations: Activations
+    normalize: bool
+    scale: float | None
+    initial_state: State | None
+    output_final_state: bool
+    cu_seqlens: Tensor | None
+    reverse: bool
+    group: Any
+    backend: BackendName | None
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """All of them. What is no State is no plain tensor either, and validation says so."""
+        state = self.initial_state
+        given: Any = (
+            (None, None, None) if state is None else state if type(state) is State else (0,)
+        )
+        return self.q, self.k, self.v, self.i, self.f, self.cu_seqlens, *given
+
+
+class _Ready(NamedTuple):
+    """A call whose arguments were checked, cast and expanded."""
+
+    inputs: Inputs  # q and k with the heads that were given
+    spec: CallSpec
+    group: Any = None
 
 
 # Calls that were validated, by all that validation depends on but the values of offsets.
 _specs: dict[tuple[Any, ...], CallSpec] = {}
+MOST_KEPT = 10_000  # of those, and of steps: lengths without end
 
 
-def _sequence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor | None,
-    f: Tensor | None,
-    names: tuple[str, str],
-    activations: Activations,
-    normalize: bool,
-    scale: float | None,
-    state: State | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    group: Any,
-    backend: BackendName | None,
-) -> tuple[Tensor, State | None]:
-    key, spec = None, None
-    # What is no State is no plain tensor either, and validation says so.
-    given: Any = (None, None, None) if state is None else state if type(state) is State else (0,)
-    tensors = q, k, v, i, f, cu_seqlens, *given
-    if group is None and reverse is False and ops.are_plain(*tensors) and _is_usual(q):
-        grad = torch.is_grad_enabled()
-        needs_grad = grad and any([t is not None and t.requires_grad for t in tensors])
-        key = (
-            activations,
-            normalize,
-            type(normalize),
-            scale,
-            type(scale),
-            output_final_state,
-            type(output_final_state),
-            backend,
-            needs_grad,
-            products_of(q.dtype),
-            *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
-        )
-        try:
-            spec = _specs.get(key)
-        except TypeError:  # an argument of a kind that is no key
-            key = None
-    if spec is not None and spec.backend == dispatch.pick_backend(backend, q):
-        if cu_seqlens is not None and checks.host_has_values(cu_seqlens):
-            check_offsets(cu_seqlens, spec.T)
-        i, f = checks.expanded(i, q), checks.expanded(f, q)
-    else:
-        q, k, v, i, f, state, spec, group = _validated(
-            q,
-            k,
-            v,
-            i,
-            f,
-            names,
-            activations,
-            normalize,
-            scale,
-            state,
-            output_final_state,
-            cu_seqlens,
-            reverse,
-            group,
-            backend,
-        )
+def _sequence(call: _Call) -> tuple[Tensor, State | None]:
+    ready = _known(call, key := _key(call))
+    if ready is None:
+        ready = _validated(call)
         if key is not None:
-            if len(_specs) >= 10_000:  # lengths without end
-                _specs.clear()
-            _specs[key] = spec
+            _keep(_specs, key, ready.spec)
+    x, spec, group = ready
     if spec.T == 1 and not (spec.packed or spec.needs_grad) and group is None:
-        # The decode step, from an empty memory if there is no other.
-        h, after = _run_step(
-            q[:, 0],
-            k[:, 0],
-            v[:, 0],
-            i[:, 0],
-            f[:, 0],
-            state or _empty_state(q, spec),
-            activations,
-            -spec.scale if _is_negative(scale) else spec.scale,
-            False,
-            None,
-            spec.backend,
-        )
-        return h[:, None], after if output_final_state else None
-    if _is_negative(scale):  # the kernels take the scale into an exponent
-        q = -q
-    C, n, m = (None, None, None) if state is None else state
-    h, C, n, m = _run(Inputs(q, k, v, i, f, C, n, m, cu_seqlens), spec, group)
-    if not output_final_state:
+        h, state = _step_of_sequence(x, spec, _is_negative(call.scale))
+        return h, state if spec.final_state else None
+    if _is_negative(call.scale):  # the kernels take the scale into an exponent
+        x = x._replace(q=-x.q)
+    x = shapes.each_head(x)
+    ranks = 1 if group is None else group.size()
+    if call.reverse:
+        x = shapes.mirrored(x, spec.T * ranks)
+    h, C, n, m = _run(x, spec, group, call.reverse)
+    if call.reverse:
+        h = h.flip(1)
+        C, n, m = shapes.mirrored_states((C, n, m), spec.packed)
+    if not spec.final_state:
         return h, None
-    return h, State(C, n, m) if normalize else State(C, None, None)
+    return h, State(C, n, m) if spec.normalize else State(C, None, None)
+
+
+def _key(call: _Call) -> tuple[Any, ...] | None:
+    """What the validation of a call depends on, or None where it must be done anew."""
+    tensors = call.tensors
+    if call.group is not None or not (ops.are_plain(*tensors) and _is_usual(call.q)):
+        return None
+    needs_grad = torch.is_grad_enabled() and any(
+        [t is not None and t.requires_grad for t in tensors]
+    )
+    options = call.normalize, call.scale, call.output_final_state, call.reverse
+    return (
+        call.activations,
+        *options,
+        *[type(option) for option in options],  # True is 1 to a dictionary
+        call.backend,
+        needs_grad,
+        products_of(call.q.dtype),
+        *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
+    )
+
+
+def _known(call: _Call, key: tuple[Any, ...] | None) -> _Ready | None:
+    """The call with the spec of one that was validated before; offsets are always looked at."""
+    try:
+        spec = None if key is None else _specs.get(key)
+    except TypeError:  # an argument of a kind that is no key
+        return None
+    if spec is None or spec.backend != dispatch.pick_backend(call.backend, call.q):
+        return None
+    if call.cu_seqlens is not None and checks.host_has_values(call.cu_seqlens):
+        check_offsets(call.cu_seqlens, spec.T)
+    i, f = checks.expanded(call.i, call.v), checks.expanded(call.f, call.v)
+    C, n, m = call.initial_state or (None, None, None)
+    return _Ready(Inputs(call.q, call.k, call.v, i, f, C, n, m, call.cu_seqlens), spec)
+
+
+def _keep(shelf: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
+    with contextlib.suppress(TypeError):  # an argument of a kind that is no key
+        if len(shelf) >= MOST_KEPT:
+            shelf.clear()
+        shelf[key] = value
+
+
+def _validated(call: _Call) -> _Ready:
+    normalize, state = call.normalize, call.initial_state
+    for name, gate in zip(call.gate_names, (call.i, call.f), strict=True):
+        if not name.startswith("log_"):  # only of linear_attention may they be left out
+            checks.tensor(name, gate)
+    checks.flags(
+        normalize=normalize, output_final_state=call.output_final_state, reverse=call.reverse
+    )
+    q, k, v = checks.operands(call.q, call.k, call.v, ("B", "T", "H"))
+    H, K, V = v.shape[2], q.shape[-1], v.shape[-1]
+    i, f = (
+        checks.gate_tensor(name, gate, v)
+        for name, gate in zip(call.gate_names, (call.i, call.f), strict=True)
+    )
+    group = checks.group_of(call.group)
+    N = checks.sequences(call.cu_seqlens, q, 1 if group is None else group.size())
+    if state is not None:
+        state = checks.check_state(state, normalize, q, (N, H, K, V), "initial_state")
+    name = dispatch.pick_backend(call.backend, q)
+    scale = abs(checks.scale_of(call.scale, K))
+    needs_grad = checks.requires_grad(q, k, v, i, f, state)
+    options = Options(
+        scale,
+        *call.activations,
+        normalize,
+        call.output_final_state,
+        needs_grad,
+        name,
+        products_of(q.dtype),
+    )
+    C, n, m = state or (None, None, None)
+    inputs = Inputs(q, k, v, i, f, C, n, m, call.cu_seqlens)
+    return _Ready(inputs, CallSpec.of(inputs, options), group)
 
 
 def _is_usual(q: Tensor | None) -> bool:
@@ -353,132 +432,142 @@ def _is_negative(scale: float | None) -> bool:
     return scale is not None and scale < 0
 
 
-def _validated(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor | None,
-    f: Tensor | None,
-    names: tuple[str, str],
-    activations: Activations,
-    normalize: bool,
-    scale: float | None,
-    state: State | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    group: Any,
-    backend: BackendName | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, State | None, CallSpec, Any]:
-    """(q, k, v, i, f, state, spec, group), checked, cast and expanded."""
-    if names[0] == "i":  # of mlstm, where neither may be left out
-        checks.tensor("i", i)
-        checks.tensor("f", f)
-    checks.flags(normalize=normalize, output_final_state=output_final_state, reverse=reverse)
-    checks.refuse_reverse(reverse)
-    q, k, v = checks.operands(q, k, v, ("B", "T", "H"))
-    H, K, V = *q.shape[2:], v.shape[-1]
-    i, f = checks.gate_tensor(names[0], i, q), checks.gate_tensor(names[1], f, q)
-    group = checks.group_of(group)
-    N = checks.sequences(cu_seqlens, q, 1 if group is None else group.size())
-    if state is not None:
-        state = checks.check_state(state, normalize, q, (N, H, K, V), "initial_state")
-    name = dispatch.pick_backend(backend, q)
-    needs_grad = checks.requires_grad(q, k, v, i, f, state)
-    options = Options(
-        abs(checks.scale_of(scale, K)),
-        *activations,
-        normalize,
-        output_final_state,
-        needs_grad,
-        name,
-        products_of(q.dtype),
+def _run(x: Inputs, spec: CallSpec, group: Any = None, reverse: bool = False) -> tuple[Any, ...]:
+    """(h, C, n, m) of inputs that are mirrored already; reverse: the last rank of the group holds
+    the first tokens. Triton's interpreter multiplies the bit patterns of bf16 tiles as if they were
+    integers (3.6 to 3.9), so what it would get in bf16 it gets in fp32, and gives back in bf16."""
+    q, k, v = x.q, x.k, x.v
+    narrow = spec.backend == "triton" and spec.dtype == torch.bfloat16 and checks.interpreted()
+    if narrow:
+        x = x._replace(q=q.float(), k=k.float(), v=v.float())
+        spec = spec.but(dtype=torch.float32, precision=products_of(torch.float32))
+    if group is None:
+        h, *after = ops.run(x, spec)
+    else:
+        h, *after = parallel.run(x, spec, group, reverse)
+    return h.to(v.dtype) if narrow else h, *after
+
+
+# ---------------------------------------------------------------- calls of one token
+
+
+def _step_of_sequence(x: Inputs, spec: CallSpec, negative: bool) -> tuple[Tensor, State]:
+    """A sequence of one token, as the decode step; from an empty memory if there is no other."""
+    C, n, m = x.C, x.n, x.m
+    if C is None:
+        N, H, K, V = spec.N, spec.H, spec.K, spec.V
+        C = x.q.new_zeros(N, H, K, V, dtype=spec.state_dtype)
+        n, m = (C.new_zeros(N, H, K), C.new_zeros(N, H)) if spec.normalize else (None, None)
+    q, k, v, i, f = (t[:, 0] for t in (x.q, x.k, x.v, x.i, x.f))
+    scale = -spec.scale if negative else spec.scale
+    options = StepOptions(scale, spec.input_gate, spec.sigmoid_f, spec.backend)
+    h, after = _run_step(StepInputs(q, k, v, i, f, C, n, m, None), options, inplace=False)
+    return h[:, None], after
+
+
+class _StepCall(NamedTuple):
+    """A call of ``mlstm_step``, as it came."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    i: Tensor
+    f: Tensor
+    activations: Activations
+    normalize: bool
+    scale: float | None
+    state: State
+    inplace: bool
+    slots: Tensor | None
+    backend: BackendName | None
+
+
+# Steps without gradients that were validated, by all that validation depends on but the values of
+# slots.
+_steps: dict[tuple[Any, ...], StepOptions] = {}
+
+
+def _step(call: _StepCall) -> tuple[Tensor, State]:
+    key = _step_key(call)
+    try:
+        options = None if key is None else _steps.get(key)
+    except TypeError:  # an argument of a kind that is no key
+        options, key = None, None
+    if options is not None and options.backend == dispatch.pick_backend(call.backend, call.q):
+        if call.slots is not None:
+            checks.check_slot_values(call.slots, call.state.C.shape[0])
+        x = StepInputs(call.q, call.k, call.v, call.i, call.f, *call.state, call.slots)
+        return _run_step(x, options, call.inplace)
+    x, options, needs_grad = _validated_step(call)
+    if needs_grad:
+        return _step_with_gradients(x, options, call.normalize)
+    if key is not None:
+        _keep(_steps, key, options)
+    return _run_step(x, options, call.inplace)
+
+
+def _step_key(call: _StepCall) -> tuple[Any, ...] | None:
+    """What the validation of a step depends on, or None where it must be done anew."""
+    if type(call.state) is not State:
+        return None
+    tensors = call.q, call.k, call.v, call.i, call.f, call.slots, *call.state
+    if not (ops.are_plain(*tensors) and _is_usual(call.q)):
+        return None
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+        return None
+    options = call.normalize, call.scale, call.inplace
+    return (
+        call.activations,
+        *options,
+        *[type(option) for option in options],
+        call.backend,
+        *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
+        *[None if t is None else t.stride() for t in call.state],  # two in one place are refused
     )
-    C, n, m = (None, None, None) if state is None else state
-    spec = CallSpec.of(Inputs(q, k, v, i, f, C, n, m, cu_seqlens), options)
-    return q, k, v, i, f, state, spec, group
 
 
-def _empty_state(q: Tensor, spec: CallSpec) -> State:
-    def zeros(*shape: int) -> Tensor:
-        return q.new_zeros(shape, dtype=spec.state_dtype)
-
-    N, H, K, V = spec.N, spec.H, spec.K, spec.V
-    n, m = (zeros(N, H, K), zeros(N, H)) if spec.normalize else (None, None)
-    return State(zeros(N, H, K, V), n, m)
-
-
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Mapping[str, Tensor | None],
-    activations: Activations,
-    normalize: bool,
-    scale: float | None,
-    state: State,
-    inplace: bool,
-    slots: Tensor | None,
-    backend: BackendName | None,
-) -> tuple[Tensor, State]:
-    checks.flags(normalize=normalize, inplace=inplace)
-    q, k, v = checks.operands(q, k, v, ("B", "H"))
-    B, H, K = q.shape
-    V = v.shape[-1]
-    i, f = (checks.gate_tensor(name, x, q) for name, x in gates.items())
-    rows = None if slots is not None else B
-    state = checks.check_state(state, normalize, q, (rows, H, K, V), "state", low=True)
-    if inplace:
+def _validated_step(call: _StepCall) -> tuple[StepInputs, StepOptions, bool]:
+    """The call as the operators take it, and whether gradients are wanted."""
+    checks.flags(normalize=call.normalize, inplace=call.inplace)
+    q, k, v = checks.operands(call.q, call.k, call.v, ("B", "H"))
+    (B, H, V), K = v.shape, q.shape[-1]
+    i, f = checks.gate_tensor("i", call.i, v), checks.gate_tensor("f", call.f, v)
+    rows = None if call.slots is not None else B
+    state = checks.check_state(call.state, call.normalize, q, (rows, H, K, V), "state", low=True)
+    if call.inplace:
         checks.check_writable(state)
-    if slots is not None:
-        checks.check_slots(slots, B, state.C.shape[0], q, inplace)
-    name = dispatch.pick_backend(backend, q)
-    scale = checks.scale_of(scale, K)
+    if call.slots is not None:
+        checks.check_slots(call.slots, B, state.C.shape[0], q, call.inplace)
+    name = dispatch.pick_backend(call.backend, q)
     needs_grad = checks.requires_grad(q, k, v, i, f, state)
-    if inplace and needs_grad:
+    if call.inplace and needs_grad:
         raise ValueError(
             "inplace=True overwrites the state, which autograd would need: call under "
             "torch.no_grad(), detach the inputs, or use inplace=False."
         )
-    if not needs_grad:
-        return _run_step(q, k, v, i, f, state, activations, scale, inplace, slots, name)
-    if scale < 0:
-        q, scale = -q, -scale
-    full = torch.float64 if q.dtype == torch.float64 else torch.float32
-    C, n, m = (None if s is None else s.to(full) for s in state)
-    one = (x[:, None] for x in (q, k, v, i, f))
-    options = Options(scale, *activations, normalize, True, True, name, products_of(q.dtype))
-    inputs = Inputs(*one, C, n, m, None)  # type: ignore[call-arg]
-    h, *after = _run(inputs, CallSpec.of(inputs, options), None)
-    # C and n go back in the dtypes that they came in; what is not there stays None.
-    end = [None if s is None else t.to(s.dtype) for s, t in zip(state, after[:3], strict=True)]
-    return h[:, 0], State(*end)  # type: ignore[arg-type]
+    options = StepOptions(checks.scale_of(call.scale, K), *call.activations, name)
+    return StepInputs(q, k, v, i, f, *state, call.slots), options, needs_grad
 
 
-def _run(inputs: Inputs, spec: CallSpec, group: Any) -> tuple[Any, ...]:
-    """(h, C, n, m). Triton's interpreter multiplies the bit patterns of bf16 tiles as if they were
-    integers (3.6 to 3.9), so what it would get in bf16 it gets in fp32, and gives back in bf16."""
-    q, k, v = inputs.q, inputs.k, inputs.v
-    narrow = spec.backend == "triton" and spec.dtype == torch.bfloat16 and checks.interpreted()
-    if narrow:
-        inputs = inputs._replace(q=q.float(), k=k.float(), v=v.float())
-        spec = spec.but(dtype=torch.float32, precision=products_of(torch.float32))
-    h, *after = ops.run(inputs, spec) if group is None else parallel.run(inputs, spec, group)
-    return h.to(v.dtype) if narrow else h, *after
+def _run_step(x: StepInputs, options: StepOptions, inplace: bool) -> tuple[Tensor, State]:
+    given = State(x.C, x.n, x.m)
+    h, after = ops.step(shapes.each_head(x), options, inplace)
+    return h, given if inplace else after
 
 
-def _run_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    state: State,
-    activations: Activations,
-    scale: float,
-    inplace: bool,
-    slots: Tensor | None,
-    backend: BackendName,
+def _step_with_gradients(
+    x: StepInputs, options: StepOptions, normalize: bool
 ) -> tuple[Tensor, State]:
-    h, *after = ops.step(q, k, v, i, f, *state, slots, scale, activations, inplace, backend)
-    return h, state if inplace else State(*after)  # type: ignore[arg-type]
+    """A step as a sequence of one token."""
+    q, scale = (-x.q, -options.scale) if options.scale < 0 else (x.q, options.scale)
+    x = shapes.each_head(x._replace(q=q))
+    states = x.C, x.n, x.m
+    C, n, m = (None if s is None else s.to(state_dtype(q.dtype)) for s in states)
+    q, k, v, i, f = (t[:, None] for t in (x.q, x.k, x.v, x.i, x.f))
+    one = Inputs(q, k, v, i, f, C, n, m, None)
+    names = options.input_gate, options.sigmoid_f
+    wanted = Options(scale, *names, normalize, True, True, options.backend, products_of(q.dtype))
+    h, *after = _run(one, CallSpec.of(one, wanted))
+    # C and n go back in the dtypes that they came in; what is not there stays None.
+    end = [None if s is None else t.to(s.dtype) for s, t in zip(states, after, strict=True)]
+    return h[:, 0], State(*end)  # type: ignore[arg-type]

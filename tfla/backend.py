@@ -15,8 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from tfla.gates import Activations
-from tfla.spec import CallSpec, Inputs, X
+from tfla.spec import CallSpec, Inputs, StepInputs, StepOptions, X
 
 ScanName = Literal["h", "dv", "dq", "dk"]
 Results = tuple[X | None, ...]
@@ -129,20 +128,7 @@ class Backend(Protocol[X, W, D, S]):
     def fold_packing(self, f: X, cu_seqlens: X) -> tuple[X, X]:
         """Packed sequences as one: its forget gates, closed where sequences begin, and offsets."""
 
-    def update(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        i: Tensor,
-        f: Tensor,
-        C: Tensor,
-        n: Tensor | None,
-        m: Tensor | None,
-        slots: Tensor | None,
-        scale: float,
-        activations: Activations,
-    ) -> Tensor:
+    def update(self, x: StepInputs, options: StepOptions) -> Tensor:
         """One token: writes new states over old (in rows ``slots``, or all); h (B, H, V)."""
 
     def execute(

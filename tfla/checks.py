@@ -1,4 +1,4 @@
-"""What comes in by the public functions: the state, argument checks and dtypes.
+"""What comes in by the public functions: argument checks and dtypes.
 
 Every error names the argument, what came and what is wanted.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,33 +16,12 @@ from torch import Tensor
 
 from tfla import ops
 from tfla.offsets import check_offsets
-from tfla.spec import state_dtype
+from tfla.spec import State, state_dtype
+
+# The name of State in files of older versions.
+torch.serialization.add_safe_globals([(State, "tfla.checks.State")])
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class State(NamedTuple):
-    """The state of N sequences: all that a linear recurrent model remembers.
-
-    C: (N, H, K, V) memory. n: (N, H, K) normaliser and m: (N, H) gauge, or None when the layer is
-    not normalised.
-    fp32, or fp64 for fp64 inputs. m is a gauge: (C, n, m) and (e^-c C, e^-c n, m + c) are the same
-    state, so compare C e^m and n e^m, never C and m by themselves; m carries no gradient.
-    """
-
-    C: Tensor
-    n: Tensor | None
-    m: Tensor | None
-
-    def detach(self) -> State:
-        """The same state, cut off from the graph (truncated backpropagation through time)."""
-        return State(*(None if t is None else t.detach() for t in self))  # type: ignore[arg-type]
-
-
-# Pickled by its public name, wherever it is defined, and read by torch.load with weights_only=True;
-# files of older versions have the other name.
-State.__module__ = "tfla"
-torch.serialization.add_safe_globals([State, (State, "tfla.checks.State")])
 
 
 def what(x: Any) -> str:
@@ -90,35 +69,30 @@ def operands(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tens
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}; got {what(k)}.")
     if q.shape[-1] == 0 or v.shape[-1] == 0 or q.shape[-2] == 0 or v.shape[-2] == 0:
         raise ValueError(f"H, K and V must be at least 1; got q {what(q)} and v {what(v)}.")
-    G, H = q.shape[-2], v.shape[-2]
-    if v.shape[:-2] == q.shape[:-2] and G != H:
-        if H % G:
-            raise ValueError(
-                f"the heads of v, H, must be a multiple of those of q and k, G; got H = {H} of v "
-                f"{what(v)} and G = {G} of q {what(q)}."
-            )
-        raise NotImplementedError(
-            f"q and k with fewer heads than v are not implemented yet; got G = {G} of q {what(q)} "
-            f"and H = {H} of v {what(v)}. Repeat q and k: x.repeat_interleave({H // G}, dim=-2)."
-        )
-    if v.shape[:-1] != q.shape[:-1]:
+    if v.shape[:-2] != q.shape[:-2]:
+        sizes = ", ".join([*(str(size) for size in q.shape[:-2]), "H", "V"])
         raise ValueError(
-            f"v must be ({', '.join(axes)}, V) with {tuple(q.shape[:-1])} as in q; got {what(v)}."
+            f"v must be ({', '.join(axes)}, V) = ({sizes}) beside q {what(q)}; got {what(v)}."
+        )
+    G, H = q.shape[-2], v.shape[-2]
+    if H % G:
+        raise ValueError(
+            f"the heads of v, H, must be a multiple of those of q and k, G; got H = {H} of v "
+            f"{what(v)} and G = {G} of q {what(q)}."
         )
     return q, k, v
 
 
-def gate_tensor(name: str, x: Tensor | None, q: Tensor) -> Tensor:
-    """A gate as (B, T, H) or (B, H), in the dtype of the gate arithmetic."""
-    shape = q.shape[:-1]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+def gate_tensor(name: str, x: Tensor | None, v: Tensor) -> Tensor:
+    """A gate as (B, T, H) or (B, H) beside v (B, T, H, V) or (B, H, V)."""
+    shape = v.shape[:-1]
     if x is None:
-        return q.new_zeros((), dtype=dtype).expand(shape)
+        return v.new_zeros((), dtype=state_dtype(v.dtype)).expand(shape)
     tensor(name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point; got {what(x)}.")
-    if x.device != q.device:
-        raise ValueError(f"{name} must be on the device of q, {q.device}; got {what(x)}.")
+    if x.device != v.device:
+        raise ValueError(f"{name} must be on the device of q, {v.device}; got {what(x)}.")
     if x.shape != shape:
         if name.startswith("log_") and x.shape == shape[-1:]:
             return x.expand(shape)
@@ -128,11 +102,11 @@ def gate_tensor(name: str, x: Tensor | None, q: Tensor) -> Tensor:
     return x
 
 
-def expanded(x: Tensor | None, q: Tensor) -> Tensor:
+def expanded(x: Tensor | None, v: Tensor) -> Tensor:
     """A gate that was checked before, as ``gate_tensor`` returns it."""
     if x is None:
-        return q.new_zeros((), dtype=state_dtype(q.dtype)).expand(q.shape[:-1])
-    return x if x.dim() > 1 else x.expand(q.shape[:-1])
+        return v.new_zeros((), dtype=state_dtype(v.dtype)).expand(v.shape[:-1])
+    return x if x.dim() > 1 else x.expand(v.shape[:-1])
 
 
 def host_has_values(x: Tensor) -> bool:
@@ -226,6 +200,11 @@ def check_slots(slots: Any, B: int, rows: int, q: Tensor, inplace: bool) -> None
         raise ValueError(
             "slots says which rows of an in-place state the batch uses; pass inplace=True with it."
         )
+    check_slot_values(slots, rows)
+
+
+def check_slot_values(slots: Tensor, rows: int) -> None:
+    """The values of slots, where the host has them."""
     if not host_has_values(slots):
         return
     values = slots.tolist()
@@ -276,13 +255,6 @@ def flags(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False; got {what(value)}.")
-
-
-def refuse_reverse(reverse: bool) -> None:
-    if reverse:
-        raise NotImplementedError(
-            "reverse=True is not implemented yet: flip T of every input and of h, x.flip(1)."
-        )
 
 
 def scale_of(scale: Any, K: int) -> float:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 try:
     import typer
 except ModuleNotFoundError:
-    print('tfla: typer is not installed; pip install "tfla[train]"', file=sys.stderr)
+    print("tfla: typer is not installed; in a clone: pip install '.[train]'", file=sys.stderr)
     raise SystemExit(2) from None
 
 import tfla
@@ -34,8 +34,17 @@ if TYPE_CHECKING:
     from tfla.threads import Threads
     from tfla.xlstm.run import Run
     from tfla.xlstm.train import Placement
+    from tfla.xlstm.writer import Writer
 
 LESS = "take a smaller --batch, a larger --accumulate, or a smaller model"
+# Shapes of a model by name, and its parameters where a token is a byte.
+SIZES = {
+    "tiny": ({"hidden_size": 128, "num_layers": 2, "num_heads": 1}, "0.5M"),
+    "small": ({"hidden_size": 256, "num_layers": 4, "num_heads": 2}, "3.4M"),
+    "medium": ({"hidden_size": 512, "num_layers": 8, "num_heads": 4}, "26M"),
+    "large": ({"hidden_size": 768, "num_layers": 12, "num_heads": 6}, "85M"),
+    "xl": ({"hidden_size": 1024, "num_layers": 24, "num_heads": 4}, "304M"),
+}
 EXTRAS = {"rich", "matplotlib", "numpy", "safetensors", "tokenizers"}
 # What typer raises about the command line: click's class in its older versions, its own since.
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -60,6 +69,9 @@ def _option(panel: str | None, text: str, *names: str, default: str | None = Non
 _run, _data, _model = partial(_option, "Run"), partial(_option, "Data"), partial(_option, "Model")
 _training, _text = partial(_option, "Training"), partial(_option, "Text")
 _sampling = partial(_option, "Sampling")
+MODEL_FOLDER = (
+    "Folder that tfla train wrote, one checkpoint in it, or a folder in transformers' format."
+)
 DEVICE = "Where to compute: cpu, cuda or cuda:1; auto takes a GPU when there is one."
 THREADS = "CPU threads to compute with; OMP_NUM_THREADS, where it is set, is the default."
 
@@ -173,6 +185,23 @@ def train(
             default="all",
         ),
     ] = None,
+    init: Annotated[
+        Path | None,
+        _model(
+            "Start with the weights, the shape and the tokenizer of this run, checkpoint, or "
+            "folder in transformers' format; a smaller --lr is then better.",
+            default="random weights",
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        _model(
+            "The three options below by one name, for "
+            + ", ".join(f"{name} ({number})" for name, (_, number) in SIZES.items())
+            + " parameters where a token is a byte.",
+            default="tiny",
+        ),
+    ] = None,
     hidden_size: Annotated[int, _model("Width; half of it must divide by --num-heads.")] = 128,
     num_layers: Annotated[int, _model("Number of blocks.")] = 2,
     num_heads: Annotated[int, _model("mLSTM heads in a block.")] = 1,
@@ -209,25 +238,35 @@ def train(
     from tfla.xlstm import checkpoint, metrics
     from tfla.xlstm import run as runs
     from tfla.xlstm import train as training
+    from tfla.xlstm.writer import read_base
 
     plot, outputs = out / "loss.png", {"loss.png": render.is_plot}
+    sources = {name: command.get_parameter_source(name) for name in command.params}
+    given = {n: command.params[n] for n, x in sources.items() if x and x.name == "COMMANDLINE"}
+    if size is not None:
+        if size not in SIZES:
+            raise RunError(f"--size is {size}, wanted {', '.join(SIZES)}")
+        given = SIZES[size][0] | given
 
     def make() -> runs.Run:
         if resume and checkpoint.exists(out):
-            sources = {name: command.get_parameter_source(name) for name in command.params}
-            given = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
             if kept := render.keep_old_plot(plot):
                 _say(f"{plot} is of an earlier version, or not ours; it is now {kept}")
-            return runs.resume(out, {name: command.params[name] for name in given}, outputs)
+            return runs.resume(out, given, outputs)
         if resume:
             _say(f"{out} holds no checkpoint; starting at the beginning, with these options")
         unlimited = steps is None and seconds is None
-        values = command.params | ({"steps": 1000} if unlimited else {})
-        return runs.start(out, values, outputs)
+        values = command.params | given | ({"steps": 1000} if unlimited else {})
+        base = None
+        if init is not None:
+            base = read_base(init)
+            shape = SIZES["tiny"][0].keys() | {"input_gate"}  # what is not given is as it has it
+            values = {n: x for n, x in values.items() if n in given or n not in shape}
+        return runs.start(out, values, outputs, base)
 
-    given = {name: str(value) for name, value in command.params.items()}
+    same = {name: str(value) for name, value in command.params.items()}
     place = _placement(
-        device, context_ranks, recompute, compile, given, lambda: threads_.requested(threads)
+        device, context_ranks, recompute, compile, same, lambda: threads_.requested(threads)
     )
     console = Console(quiet=not place.main, file=_Lasting())
     status = 0  # not the error: its frames hold the run, and so its lock
@@ -244,27 +283,34 @@ def train(
                 place.around_step = chosen.step
                 on = f"CPU, {chosen}"
             render.describe(run, on, console)
+            per_token = None if run.corpus.lost else run.corpus.bytes_per_token
+
+            def draw() -> None:
+                render.loss_curve(
+                    metrics.read_metrics(out / runs.METRICS),
+                    plot,
+                    title=f"Training on {run.corpus.name}",
+                    bytes_per_token=per_token,
+                )
+
             try:
                 with received.held():
-                    render.watch(training.train(run, place), console)
+                    records = training.train(run, place)
+                    seen = render.redrawn(records, draw) if place.main else records
+                    render.watch(seen, console, per_token)
             except (signals.Interrupted, KeyboardInterrupt) as error:
                 status = signals.exit_status(error)
         if not place.main:
             if status:
                 raise typer.Exit(status)
             return
-        records = metrics.read_metrics(out / runs.METRICS)
-        render.loss_curve(
-            records,
-            plot,
-            title=f"Training on {run.corpus.name}",
-            bytes_per_token=None if run.corpus.lost else run.corpus.bytes_per_token,
-        )
+        draw()
     if status:
         _say(f"stopped; go on with: tfla train --out {shlex.quote(str(out))} --resume")
         raise typer.Exit(status)
     unit = "bits_per_token" if run.corpus.lost else "bits_per_byte"
-    bits = [record[unit] for record in records if unit in record]
+    evaluations = metrics.read_metrics(out / runs.METRICS)
+    bits = [record[unit] for record in evaluations if unit in record]
     result = f"{bits[-1]:.3f} {metrics.UNITS[unit]}" if bits else "not in metrics.jsonl any more"
     render.line(console, f"held-out text: {result}; the curve: {out}/loss.png")
     render.line(console, f'let it write: tfla generate {shlex.quote(str(out))} "import "')
@@ -277,9 +323,7 @@ def train(
 def generate(
     run: Annotated[
         Path,
-        typer.Argument(
-            help="Folder that tfla train wrote, or one checkpoint in it.", show_default=False
-        ),
+        typer.Argument(help=MODEL_FOLDER, show_default=False),
     ],
     prompt: Annotated[
         str | None,
@@ -321,9 +365,6 @@ def generate(
     """
     # fmt: on
     _require("numpy", "safetensors")
-    from tfla.xlstm.checkpoint import WeightsWarning
-    from tfla.xlstm.writer import load_writer
-
     if file is not None and prompt is not None:
         raise RunError("a prompt and --file are both given; give one of them")
     if file is not None:
@@ -332,6 +373,24 @@ def generate(
         text = sys.stdin.buffer.read()
     else:
         text = (prompt or "").encode("utf-8", "surrogateescape")
+    writer, noticed = _loaded(run, device, threads)
+    pieces = writer.write(
+        text, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or ()
+    )
+    shown = text[: len(text) - len(writer.codec.unfinished(text))]  # the rest comes with the pieces
+    print(shown.decode("utf-8", "replace"), end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    for warning in noticed:  # where it ends in an error, that says enough
+        _say(f"warning: {warning}")
+
+
+def _loaded(run: Path, device: str, threads: int | None) -> tuple["Writer", list[str]]:
+    """The model to write with, on its device and with its threads; and what is to be said of it."""
+    from tfla.xlstm.checkpoint import WeightsWarning
+    from tfla.xlstm.writer import load_writer
+
     threads_.requested(threads)
     with warnings.catch_warnings(record=True) as noticed:
         warnings.simplefilter("always", WeightsWarning)
@@ -339,15 +398,229 @@ def generate(
     if writer.model.embedding.weight.device.type == "cpu":
         size = writer.model.config.num_parameters()
         threads_.Threads(threads_.for_generation(size, threads)).set()
-    pieces = writer.write(
-        text, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or ()
-    )
-    print(text.decode("utf-8", "replace"), end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
-    for warning in noticed:  # where it ends in an error, that says enough
-        _say(f"warning: {warning.message}")
+    return writer, [str(warning.message) for warning in noticed]
+
+
+@app.command(
+    short_help="Write by turns with a trained model.",
+    epilog="Example: [bold]tfla chat runs/train --tokens 100[/bold]",
+)
+def chat(
+    run: Annotated[Path, typer.Argument(help=MODEL_FOLDER, show_default=False)],
+    tokens: Annotated[int, _text("The model writes at most this many tokens at a time.")] = 200,
+    stop: Annotated[
+        list[str] | None,
+        _text("Its turn ends before this text; can be given several times.", default=""),
+    ] = None,
+    temperature: Annotated[
+        float, _sampling("0 takes the likeliest token, 1 samples as the model says.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, _sampling("Sample among this many likeliest tokens.", default="all")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        _sampling("Sample among the likeliest tokens that sum to this probability.", default="all"),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        _sampling("The same seed writes the same text.", default="another text each time"),
+    ] = None,
+    device: Annotated[str, _option(None, DEVICE)] = "auto",
+    threads: Annotated[
+        int | None, _option(None, THREADS, default="1 for small models, more for large ones")
+    ] = None,
+) -> None:
+    """Read lines and continue each, until the end of the input (ctrl-D). The model has one text
+    before it, of all your lines and its own; it keeps a state of it, so a turn costs the same
+    however long the text becomes. It knows nothing of questions and answers but what its training
+    had. An empty line lets it go on; /new begins a new text; ctrl-C ends its turn.
+    """
+    # fmt: on
+    _require("numpy", "safetensors")
+    from tfla.xlstm.writer import Dialogue, Sampling
+
+    writer, noticed = _loaded(run, device, threads)
+    for warning in noticed:
+        _say(f"warning: {warning}")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    dialogue = Dialogue(writer, sampling)
+    while (line := _typed_line()) is not None:
+        if line.strip() == b"/new":
+            dialogue = Dialogue(writer, sampling)
+            continue
+        with signals.Signals() as received, received.held():
+            for piece in dialogue.say(line if line.strip() else b"", tokens, stop or ()):
+                print(piece, end="", flush=True)
+                if received.noted:
+                    break
+        print(flush=True)
+        if received.noted and received.noted != signals.INTERRUPT:
+            raise signals.Interrupted(received.noted)
+
+
+def _typed_line() -> bytes | None:
+    """The next line of the standard input, with its end; None after the last."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  # arrows work in what is typed
+        try:
+            return input("> ").encode("utf-8", "surrogateescape") + b"\n"
+        except EOFError:
+            print()
+            return None
+    return sys.stdin.buffer.readline() or None
+
+
+@app.command(
+    "eval",
+    short_help="How well a trained model expects a text: bits per byte, perplexity.",
+    epilog="Example: [bold]tfla eval runs/train ~/other/texts[/bold]",
+)
+def evaluate(
+    run: Annotated[Path, typer.Argument(help=MODEL_FOLDER, show_default=False)],
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files and folders of text, read as tfla train reads them. Without any: the "
+            "held-out text of the run, all of it.",
+            show_default=False,
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        _option(None, "Of folders read only files that fit this pattern.", default="all"),
+    ] = None,
+    each: Annotated[bool, _option(None, "A line a file, and one for all.", "--each")] = False,
+    context: Annotated[
+        int | None,
+        _option(
+            None,
+            "Tokens in a window; each is read from an empty state.",
+            default="as in the training, or 2048",
+        ),
+    ] = None,
+    precision: Annotated[
+        str, _option(None, "fp32 or bf16; auto: bf16 on a GPU that has it, else fp32.")
+    ] = "auto",
+    device: Annotated[str, _option(None, DEVICE)] = "auto",
+    threads: Annotated[int | None, _option(None, THREADS, default="a thread a core")] = None,
+) -> None:
+    """Print what a text costs with the model: bits per byte and per token, and perplexity, 2 to the
+    power of the bits per token. The text is one stream, each file behind the token that ends a
+    document, read in windows as in training: the first tokens of a window are the dear ones.
+    """
+    # fmt: on
+    _require("rich", "numpy", "safetensors")
+    from rich.console import Console
+
+    from tfla import render
+    from tfla.xlstm import checkpoint, data, score
+    from tfla.xlstm.writer import is_transformers_folder
+
+    if context is not None and not 1 <= context < 2**31:
+        raise RunError(f"--context is {context}, wanted from 1 to 2^31 - 1")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RunError(f"--precision is {precision}, wanted auto, fp32 or bf16")
+    if include and not paths:
+        raise RunError("--include is for the files of folders; name the folders too")
+    if not paths and is_transformers_folder(run):
+        raise RunError(f"{run} is no run and holds no text; name the files to read")
+    found = data.find_documents(paths, None, include or ()) if paths else None
+    if found is not None and not any(document.size for document in found.documents):
+        raise RunError("there is no text in the files that are named; name files with text in them")
+    asked = threads_.requested(threads)
+    writer, noticed = _loaded(run, device, threads)
+    if writer.model.embedding.weight.device.type == "cpu":
+        threads_.Threads(asked or threads_.cores()).set()
+    window = context or writer.context or 2048
+    console = Console(file=_Lasting())
+    scores = []
+    if found is None:
+        saved = checkpoint.load(run)
+        corpus = data.open_corpus(saved.path.parent.parent / "data", str(saved.meta.get("data")))
+        with render.reading(console, corpus.info["held_out"]["bytes"]) as read:
+            scores.append(score.score_held_out(writer, corpus, window, precision, read))
+    else:
+        documents = found.documents
+        groups = [(x.name, [x]) for x in documents] if each else [("all", documents)]
+        with render.reading(console, sum(x.size for x in documents)) as read:
+            for name, group in groups:
+                scores.append(score.score_documents(writer, name, group, window, precision, read))
+        if len(scores) > 1:
+            scores.append(score.Score.total(scores))
+    render.scores(console, scores, window)
+    for warning in noticed:
+        _say(f"warning: {warning}")
+
+
+@app.command(
+    short_help="Write a trained model as a folder that transformers reads.",
+    epilog="Example: [bold]tfla export runs/train exported[/bold], then "
+    'xLSTMForCausalLM.from_pretrained("exported")',
+)
+def export(
+    run: Annotated[Path, typer.Argument(help=MODEL_FOLDER, show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder to write, absent or empty.", show_default=False)
+    ],
+) -> None:
+    """Write weights, configuration and tokenizer in transformers' format; a run without a tokenizer
+    gets one of bytes. The token that ends a document also begins one there, as in training.
+    transformers has the exponential input gate alone, and heads whose widths together are
+    multiples of 64.
+    """
+    # fmt: on
+    _require("numpy", "safetensors", "tokenizers")
+    from tfla.integrations.text import export_run
+
+    writer, noticed = _loaded(run, "cpu", 1)
+    export_run(writer.model, writer.codec, folder)
+    for warning in noticed:
+        _say(f"warning: {warning}")
+    words = f"{writer.model.config.num_parameters():,} parameters, with their tokenizer"
+    print(f"{folder}: {words}; tfla generate reads it, and transformers")
+
+
+@app.command(
+    short_help="Draw the loss curves of one run or of several.",
+    epilog="Example: [bold]tfla plot runs/a runs/b --out both.png[/bold]",
+)
+def plot(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders that tfla train wrote.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None,
+        _option(
+            None, "The picture, a PNG.", default="loss.png in the run; of several runs.png, here"
+        ),
+    ] = None,
+    over: Annotated[str, _option(None, "What lies to the right: seconds or steps.")] = "seconds",
+) -> None:
+    """Draw training and held-out loss of runs, of one that goes on too, from their metrics.jsonl.
+    Several are drawn in one picture, each in its colour.
+    """
+    # fmt: on
+    _require("matplotlib", "numpy", "safetensors")
+    from tfla import render
+    from tfla.xlstm import data, files, metrics
+
+    if over not in ("seconds", "steps"):
+        raise RunError(f"--over is {over}, wanted seconds or steps")
+    curves = []
+    for run in runs:
+        records = metrics.read_metrics(run / "metrics.jsonl")
+        if not records:
+            raise RunError(
+                f"{run} holds no metrics.jsonl of a run; name what tfla train --out wrote"
+            )
+        curves.append(render.LossCurve(str(run), records, data.bytes_per_token(run / "data")))
+    target = out or (runs[0] / "loss.png" if len(runs) == 1 else Path("runs.png"))
+    files.check_file(target, render.is_plot)
+    render.loss_curves(curves, target, over)
+    print(target)
 
 
 @app.command(
@@ -471,7 +744,7 @@ def run_command(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRAS:
             raise
-        return _fail(f'{error.name} is not installed; pip install "tfla[train]"')
+        return _fail(f"{error.name} is not installed; in a clone: pip install '.[train]'")
     except (signals.Interrupted, KeyboardInterrupt) as error:
         return signals.exit_status(error)
     except MemoryError:  # of Python and of NumPy

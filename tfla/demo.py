@@ -89,7 +89,8 @@ def _run(
 
     _head(console, f"1. Train for {seconds:g} s on {corpus.name}, {megabytes:.1f} MB")
     render.line(console, f"an xLSTM of {run.config.num_parameters():,} parameters, on {on}")
-    render.watch(train(run, place), console)
+    per_token = None if corpus.lost else corpus.bytes_per_token
+    render.watch(train(run, place), console, per_token)
     writer = load_writer(folder, device)
     records = read_metrics(folder / "metrics.jsonl")
     speed = statistics.median(r["tokens_per_second"] for r in records if r["event"] == "train")

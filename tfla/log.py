@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tfla.gates import Activations
-from tfla.spec import CallSpec
+from tfla.spec import CallSpec, StepInputs, StepOptions
 
 ON = os.environ.get("TFLA_LOG", "") not in ("", "0")
 
@@ -53,24 +53,14 @@ def sequence(spec: CallSpec) -> None:
     _line(", ".join(words), spec.device, spec.dtype, spec.backend, plan)
 
 
-def step(
-    q: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    m: Tensor | None,
-    slots: Tensor | None,
-    activations: Activations,
-    backend: str,
-) -> None:
+def step(x: StepInputs, options: StepOptions) -> None:
     """A call of one token."""
-    words = [f"one token, h{_shape(v)} of q, k {_shape(q)} {SHORT[q.dtype]}"]
-    words.append(_gates(activations, i.dtype, f.dtype))
-    words.append("normalised" if m is not None else "not normalised")
-    rows = "" if slots is None else f", {len(slots)} rows of {C.shape[0]}"
-    words.append(f"state {SHORT[C.dtype]}{rows}")
-    _line(", ".join(words), q.device, q.dtype, backend, "")
+    words = [f"one token, h{_shape(x.v)} of q, k {_shape(x.q)} {SHORT[x.q.dtype]}"]
+    words.append(_gates(options.activations, x.i.dtype, x.f.dtype))
+    words.append("normalised" if x.m is not None else "not normalised")
+    rows = "" if x.slots is None else f", {len(x.slots)} rows of {x.C.shape[0]}"
+    words.append(f"state {SHORT[x.C.dtype]}{rows}")
+    _line(", ".join(words), x.q.device, x.q.dtype, options.backend, "")
 
 
 def plan_words(plan: Any) -> str:
@@ -103,7 +93,12 @@ def _line(what: str, device: torch.device, dtype: torch.dtype, backend: str, pla
     if not chosen and device.type == "cpu":
         chosen, why = "reference", "CPU tensors"
     why = why if chosen == backend else "named by the caller"
-    line = f'tfla: {what}, on {device}: backend "{backend}"{plan}: {why}'
+    note(f'{what}, on {device}: backend "{backend}"{plan}: {why}')
+
+
+def note(what: str) -> None:
+    """A line of its own, once."""
+    line = f"tfla: {what}"
     if line not in _seen:
         _seen.add(line)
         with contextlib.suppress(OSError, ValueError):  # a closed stderr costs the line, no call

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
-
-from torch import Tensor
+from typing import Any
 
 SHOWN = 8  # offsets in the message of an error
 
 
-def check_offsets(cu_seqlens: Tensor, T: int, ranks: int = 1) -> list[int]:
+def check_offsets(cu_seqlens: Any, T: int, ranks: int = 1) -> list[int]:
     """The offsets of sequences packed along T, which lies on so many ``ranks`` in equal parts.
-    ValueError unless they ascend from 0 to the T of all ranks."""
+    cu_seqlens: (N + 1,) whole numbers on the host, an array of PyTorch, JAX or NumPy. ValueError
+    unless they ascend from 0 to the T of all ranks."""
     offsets = cu_seqlens.tolist()
     T *= ranks
     falls = next((n for n, (a, b) in enumerate(pairwise(offsets)) if b < a), None)

@@ -15,8 +15,16 @@ from torch import Tensor
 from tfla import _compat, algorithm, log
 from tfla.algorithm import backend_of, can_fold_packing
 from tfla.backend import Exchange, Results
-from tfla.gates import Activations
-from tfla.spec import OPTIONS, BackendName, CallSpec, Inputs, Options
+from tfla.spec import (
+    OPTIONS,
+    STEP_OPTIONS,
+    CallSpec,
+    Inputs,
+    Options,
+    State,
+    StepInputs,
+    StepOptions,
+)
 
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -87,32 +95,17 @@ def run(x: Inputs, spec: CallSpec) -> tuple[Any, ...]:
     return _outputs(spec, x)[:4]
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    slots: Tensor | None,
-    scale: float,
-    activations: Activations,
-    inplace: bool,
-    backend: BackendName,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One token, no gradient: (h, C, n, m). q, k: (B, H, K). v: (B, H, V). i, f: (B, H). States:
-    (N, H, ...), see ``tfla.State``."""
+def step(x: StepInputs, options: StepOptions, inplace: bool) -> tuple[Tensor, State]:
+    """One token, no gradient: h and the state after it, written over the one that came if
+    ``inplace``."""
     if not inplace:
-        C, n, m = C.clone(), None if n is None else n.clone(), None if m is None else m.clone()
-    if not torch.compiler.is_compiling():
+        n, m = (None if s is None else s.clone() for s in (x.n, x.m))
+        x = x._replace(C=x.C.clone(), n=n, m=m)
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
         _refuse_transforms()
-    if torch.compiler.is_compiling() or by_operator(q, k, v, i, f, C, n, m, slots):
-        h = torch.ops.tfla.step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
-    else:
-        h = _step(q, k, v, i, f, C, n, m, slots, scale, *activations, backend)
-    return h, C, n, m
+    h = torch.ops.tfla.step(*x, *options) if tracing or by_operator(*x) else _step(x, options)
+    return h, State(x.C, x.n, x.m)
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -296,31 +289,25 @@ _forward_op.register_autograd(_backward_of_forward, setup_context=_setup_context
 _backward_op.register_autograd(_backward_of_backward)
 
 
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    slots: Tensor | None,
-    scale: float,
-    input_gate: str,
-    sigmoid_f: bool,
-    backend: str,
-) -> Tensor:
-    leaf, activations = backend_of(backend), Activations(input_gate, sigmoid_f)
+def _step(x: StepInputs, options: StepOptions) -> Tensor:
     if log.ON:
-        log.step(q, v, i, f, C, m, slots, activations, backend)
-    with no_autocast(q.device.type):
-        return leaf.update(q, k, v, i, f, C, n, m, slots, scale, activations)
+        log.step(x, options)
+    with no_autocast(x.q.device.type):
+        return backend_of(options.backend).update(x, options)
 
 
-_step_op = torch.library.custom_op("tfla::step", _step, mutates_args=("C", "n", "m"))
+# The operator's list of arguments: the tensors of ``StepInputs``, then ``StepOptions``.
+STEP = (
+    "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) C, Tensor(b!)? n, "
+    f"Tensor(c!)? m, Tensor? slots, {STEP_OPTIONS}"
+)
+
+
+@torch.library.custom_op("tfla::step", mutates_args=("C", "n", "m"), schema=f"({STEP}) -> Tensor h")
+def _step_op(*args: Any) -> Tensor:
+    return _step(StepInputs(*args[:9]), StepOptions(*args[9:]))
 
 
 @_step_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return v.new_empty(v.shape)
+def _(*args: Any) -> Tensor:
+    return torch.empty_like(StepInputs(*args[:9]).v, memory_format=torch.contiguous_format)

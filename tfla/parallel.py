@@ -33,11 +33,28 @@ CUT = gates.LOG_F_NOTHING  # below any gauge, and finite: a log weight of 0
 SECONDS = 60  # that ranks wait for each other where shapes are compared
 
 
-def run(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
-    """``ops.run`` with T split over ``group``: (h, C, n, m); states as in ``tfla.mlstm``."""
+def run(x: Inputs, spec: CallSpec, group: Any, reverse: bool = False) -> tuple[Tensor, ...]:
+    """``ops.run`` with T split over ``group``: (h, C, n, m); states as in ``tfla.mlstm``. reverse:
+    the first token of the sequence is on the last rank (see ``tfla.shapes.mirrored``)."""
     if group.size() == 1 or spec.T == 0:
         return ops.run(x, spec)[:4]
-    return torch.ops.tfla.parallel_forward(*x, *spec.options, group.group_name)[:4]
+    return torch.ops.tfla.parallel_forward(*x, *spec.options, group.group_name, reverse)[:4]
+
+
+class Ranks(NamedTuple):
+    """The ranks of a group in the order in which they hold the tokens of a sequence."""
+
+    group: Any
+    reverse: bool  # does the last rank hold the first tokens?
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """This one's place."""
+        return self.size - 1 - self.group.rank() if self.reverse else self.group.rank()
 
 
 class Part(NamedTuple):
@@ -103,20 +120,21 @@ class _States(NamedTuple):
         """Some of those gathered."""
         return _States(*(None if s is None else s[start:stop] for s in self))  # type: ignore[arg-type]
 
-    def gather(self, group: Any) -> Callable[[], _States]:
+    def gather(self, ranks: Ranks) -> Callable[[], _States]:
         """Those of all ranks, (R, P, ...), once the function that comes back is called."""
         b = self.b.to(self.C.dtype)
         rest = (self.b - b).to(self.C.dtype)  # b needs more than fp32
         parts = [self.C, self.m, b, rest] + ([] if self.n is None else [self.n])
         flat = torch.cat([part.reshape(-1) for part in parts])
-        out = flat.new_empty(group.size(), len(flat))
+        out = flat.new_empty(ranks.size, len(flat))
         # The second name is the older one, deprecated since torch 2.13.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        work = gather(out.view(-1), flat, group=group, async_op=True)
+        work = gather(out.view(-1), flat, group=ranks.group, async_op=True)
 
         def wait() -> _States:
             work.wait()
-            split = out.split([part.numel() for part in parts], 1)
+            placed = out.flip(0) if ranks.reverse else out
+            split = placed.split([part.numel() for part in parts], 1)
             C, m, b, rest, *n = (y.view(-1, *p.shape) for y, p in zip(split, parts, strict=True))
             return _States(C, n[0] if n else None, m, b.double() + rest.double())
 
@@ -187,16 +205,16 @@ def _left(x: Inputs, spec: CallSpec, part: Part) -> _States:
     return _States(C, n, m, _choose(begins, torch.full_like(b, CUT), b))
 
 
-def forward(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
+def forward(x: Inputs, spec: CallSpec, ranks: Ranks) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved, what else the backward pass needs: the states that enter (C, n, m),
     the gauges that leave, and b of all ranks)."""
     if log.ON:
         log.sequence(spec)
-    rank, N, H, K, V = group.rank(), spec.N, spec.H, spec.K, spec.V
-    _agree(x, spec, group)
+    rank, N, H, K, V = ranks.rank, spec.N, spec.H, spec.K, spec.V
+    _agree(x, spec, ranks)
     with ops.no_autocast(x.q.device.type):
-        part = Part.make(x, rank, group.size())
-        arrives = _left(x, spec, part).gather(group)
+        part = Part.make(x, rank, ranks.size)
+        arrives = _left(x, spec, part).gather(ranks)
         full = spec.state_dtype
         C = x.q.new_zeros(N, H, K, V, dtype=full) if x.C is None else x.C
         n, m = x.n, x.m
@@ -218,7 +236,7 @@ def forward(x: Inputs, spec: CallSpec, group: Any) -> tuple[Tensor, ...]:
         if spec.final_state and packed:  # each is known where its sequence ends
             own = [C_last, n_last, m_last] if spec.normalize else [C_last]
             own = [_choose(part.ends, s, 0.0) for s in own]
-            ends[: len(own)] = _reduce(own, group)
+            ends[: len(own)] = _reduce(own, ranks.group)
         elif spec.final_state:
             *last, gauge = _sum(states, states.m + gates.between(states.b), spec.normalize)
             ends = [*last, gauge] if spec.normalize else [last[0], *ends[1:]]
@@ -234,20 +252,20 @@ def backward(
     kept: list[Tensor],
     x: Inputs,
     spec: CallSpec,
-    group: Any,
+    ranks: Ranks,
 ) -> tuple[Tensor, ...]:
     """As ``ops.backward``. kept: what ``forward`` returned, but for C_T and n_T."""
-    rank, full = group.rank(), spec.state_dtype
+    rank, full = ranks.rank, spec.state_dtype
     h, m_end, saved, C, *column, m_last, b = kept
     n, m = column if spec.normalize else (None, None)
     with ops.no_autocast(x.q.device.type):
-        part = Part.make(x, rank, group.size())
+        part = Part.make(x, rank, ranks.size)
         inner = x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
         dh = torch.zeros_like(h) if dh is None else dh
         given: list[Tensor] = []  # (dC, dn) at the ends of the sequences that end here
         if spec.final_state:  # the losses of all ranks may depend on every rank's copy of it
             both = [(C, dC)] if n is None else [(C, dC), (n, dn)]
-            given = _reduce([torch.zeros_like(s) if d is None else d for s, d in both], group)
+            given = _reduce([torch.zeros_like(s) if d is None else d for s, d in both], ranks.group)
             if spec.normalize:  # from the gauge that was returned to the one of this rank
                 w = (m_last.double() - m_end.double()).exp().to(full)
                 given = [d * w.view(*w.shape, *[1] * (d.dim() - 2)) for d in given]
@@ -272,10 +290,10 @@ def backward(
                 dC = dC + power[..., None, None] * _pick(given[0], part.first)
                 dn = None if dn is None else dn + power[..., None] * _pick(given[1], part.first)
             to_them = _States(dC, dn, _choose(enters, gauge, -CUT), torch.zeros_like(b[0]))
-            arrives = to_them.gather(group)
+            arrives = to_them.gather(ranks)
 
             def wait() -> tuple[Tensor, Tensor | None]:
-                behind = arrives().ranks(rank + 1, group.size())
+                behind = arrives().ranks(rank + 1, ranks.size)
                 passed = torch.cat([torch.zeros_like(b[:1]), b[rank + 1 : -1]]).cumsum(0)
                 # Where both are states of zeros their gauges are any: the weight must be finite.
                 power = _pick(m_last.double(), part.last) - behind.m + passed[: len(behind.m)]
@@ -306,19 +324,20 @@ def _reduce(tensors: list[Tensor], group: Any) -> list[Tensor]:
 _seen: dict[str, list[Any]] = {}  # by name: the group, the calls that agreed, comparisons so far
 
 
-def _agree(x: Inputs, spec: CallSpec, group: Any) -> None:
+def _agree(x: Inputs, spec: CallSpec, ranks: Ranks) -> None:
     """ValueError in every rank unless all make the same call: compared once, by no collective."""
+    group = ranks.group
     if x.cu_seqlens is not None and x.cu_seqlens.device.type == "cpu":  # of graphs, too
         check_offsets(x.cu_seqlens, x.q.shape[1], group.size())
     options = spec.options._replace(needs_grad=True, backend="", precision="")
-    call = (options, *(None if t is None else (t.shape, t.dtype) for t in x))
+    call = (options, ranks.reverse, *(None if t is None else (t.shape, t.dtype) for t in x))
     known = _seen.get(group.group_name)
     if known is None or known[0] is not group:
         known = _seen[group.group_name] = [group, set(), 0]
     if call in known[1]:
         return
     shapes = {n: (*t.shape, t.dtype) for n, t in x._asdict().items() if t is not None}
-    said = str({"T": x.q.shape[1]} | shapes | options._asdict())
+    said = str({"T": x.q.shape[1]} | shapes | options._asdict() | {"reverse": ranks.reverse})
     store = _compat.default_store()
     if store is None:
         return
@@ -342,11 +361,12 @@ def _agree(x: Inputs, spec: CallSpec, group: Any) -> None:
     known[1].add(call)
 
 
-CALL = f"{ops.CALL}, str group) -> Tensor[]"
+CALL = f"{ops.CALL}, str group, bool reverse) -> Tensor[]"
 
 
-def _call(*args: Any) -> tuple[Inputs, CallSpec, Any]:
-    return *ops.call_of(*args), _compat.process_group(args[-1])
+def _call(*args: Any) -> tuple[Inputs, CallSpec, Ranks]:
+    *_, group, reverse = args
+    return *ops.call_of(*args), Ranks(_compat.process_group(group), reverse)
 
 
 @torch.library.custom_op("tfla::parallel_forward", mutates_args=(), schema=f"({CALL}")
@@ -356,7 +376,7 @@ def _forward_op(*args: Any) -> list[Tensor]:
 
 @_forward_op.register_fake
 def _(*args: Any) -> list[Tensor]:
-    x, spec, group = _call(*args)
+    x, spec, ranks = _call(*args)
     N, H, K, V, P = spec.N, spec.H, spec.K, spec.V, 1 if spec.packed else spec.B
 
     def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -369,7 +389,7 @@ def _(*args: Any) -> list[Tensor]:
     saved = new(0)
     if spec.needs_grad:
         saved = new(*algorithm.backend_of(spec.backend).saved_shape(spec.but(split=True)))
-    b = new(group.size(), P, H, dtype=torch.float64)
+    b = new(ranks.size, P, H, dtype=torch.float64)
     return [x.v.new_empty(x.v.shape), *state(spec.final_state), saved, *state(True), new(N, H), b]
 
 

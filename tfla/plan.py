@@ -1,7 +1,7 @@
 """From the integers of a problem to the shape of its kernels: pure, cached, printable, no run-time
 search.
 
-A number below that is not arithmetic was measured; ``docs/performance.md`` keeps the measurements.
+A number below that is not arithmetic was measured; ``docs/performance/`` keeps the measurements.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ SHAPES = {
         32, 256, 64, 4, 3, True
     ),  # at L = 64 a contraction of 256 spills 256 to 1,264 bytes
     "wgmma tf32": Shape(32, 128, 64, 4, 2, True),
-    # mma.py, measured as compiled for 8.0 on an H200 (docs/performance.md).
+    # mma.py, measured as compiled for 8.0 on an H200 (docs/performance/other_gpus.md).
     "mma.sync": Shape(32, 256, 128, 8, 2, True, mma=True),
     "mma.sync pairs": Shape(32, 128, 128, 8, 2, True, mma=True),  # fp32 as sums of two bf16
     "mma.sync pairs, 99 KiB": Shape(16, 128, 128, 8, 2, True, mma=True),

@@ -1,14 +1,18 @@
 """What a person sees of a run: progress and plots, so that cli.py and demo.py know no plotting."""
 
 import io
+import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tfla
+from tfla.errors import RunError
 from tfla.threads import words
 from tfla.xlstm import files
 from tfla.xlstm.metrics import UNITS, unit_of
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tfla.xlstm.run import Run
+    from tfla.xlstm.score import Score
 
 # (heading, unit of y, {implementation: [(context, y)]})
 Panel = tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]
@@ -28,8 +33,37 @@ Panel = tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]
 COLOURS = {"mLSTM": "#0072B2", "attention": "#D55E00", "gzip -9": "#555555", "training": "#9FC5E8"}
 
 
-def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
-    """Show the records of `train` as they come: a bar on a terminal, else a line an evaluation."""
+REDRAWING = 0.05  # of the time may go into drawing the curve again
+
+
+def redrawn(
+    records: Iterable[Mapping[str, Any]],
+    draw: Callable[[], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Mapping[str, Any]]:
+    """The records of `train`; `draw` is called after each evaluation, but where these come so
+    quickly that it would take more than REDRAWING of the time. What cannot be drawn is left for the
+    end of the run, which then says so."""
+    took, last = 0.0, clock()
+    for record in records:
+        yield record
+        now = clock()
+        if record["event"] == "eval" and REDRAWING * (now - last) >= took:
+            with suppress(OSError, RunError):
+                draw()
+            last = clock()
+            took = last - now
+
+
+def watch(
+    records: Iterable[Mapping[str, Any]],
+    console: "Console",
+    bytes_per_token: float | None = 1.0,
+) -> None:
+    """Show the records of `train` as they come: a bar on a terminal, else a line an evaluation.
+
+    Both losses are in one unit: bits a byte, or bits a token where `bytes_per_token` is None.
+    """
     from rich.progress import BarColumn, Progress, TextColumn
 
     bar = Progress(
@@ -42,7 +76,8 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
         transient=True,
     )
     start, first = time.monotonic(), None
-    text = {"step": "", "loss": "", "held-out": "", "speed": "", "threads": "", "left": ""}
+    unit = UNITS["bits_per_byte" if bytes_per_token else "bits_per_token"].replace(" per ", "/")
+    text = {"step": "", "training": "", "held-out": "", "speed": "", "threads": "", "left": ""}
     with bar:
         task = bar.add_task("", total=1.0, left="training", right="")
         for record in records:
@@ -50,7 +85,8 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
             first = done if first is None else first
             if record["event"] == "train":
                 text["step"] = f"step {record['step']:,}"
-                text["loss"] = f"loss {record['loss']:.3f}"
+                bits = record["loss"] / math.log(2) / (bytes_per_token or 1.0)
+                text["training"] = f"training {bits:.3f} {unit}"
                 text["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
                 if count := record.get("threads"):
                     text["threads"] = words(count)
@@ -58,15 +94,60 @@ def watch(records: Iterable[Mapping[str, Any]], console: "Console") -> None:
                     left = (time.monotonic() - start) * (1 - done) / (done - first)
                     text["left"] = f"{clock(left)} left"
             if record["event"] == "eval":
-                unit = unit_of(record) or "bits_per_byte"
-                short = UNITS[unit].replace(" per ", "/")
-                text["held-out"] = f"held-out {record[unit]:.3f} {short}"
+                found = record[unit_of(record) or "bits_per_byte"]
+                text["held-out"] = f"held-out {found:.3f} {unit}"
                 if not console.is_terminal:
                     console.print(
                         ", ".join(filter(None, text.values())), highlight=False, soft_wrap=True
                     )
             right = "  ".join(value for name, value in text.items() if value and name != "step")
             bar.update(task, completed=done, left=text["step"] or "training", right=right)
+
+
+def _files(said: Mapping[str, int]) -> str:
+    """How many files, and how large they are together."""
+    count, size = said["documents"], said["bytes"]
+    text = f"{size / 1e6:,.2f} MB" if size >= 10_000 else f"{size:,} bytes"
+    return f"{count:,} file{'s' if count != 1 else ''}, {text}"
+
+
+@contextmanager
+def reading(console: "Console", size: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; the function that it gives is told of bytes as they are read."""
+    from rich.progress import Progress
+
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("reading", total=size)
+        yield lambda done: bar.update(task, advance=done)
+
+
+def scores(console: "Console", found: Sequence["Score"], window: int) -> None:
+    """A line a text, and what its numbers are."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("text", overflow="fold")
+    for heading in ("bytes", "tokens", "bits/byte", "bits/token", "perplexity"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for score in found:
+        per_byte = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.3f}"
+        numbers = [f"{score.bytes:,}", f"{score.tokens:,}", per_byte]
+        numbers += [f"{score.bits_per_token:.3f}", f"{score.perplexity:,.2f}"]
+        table.add_row(escape(shown(score.name)), *numbers)
+    console.print(table)
+    line(console, f"in windows of {window:,} tokens; perplexity is that of a token")
+    lost = sum(score.lost for score in found[-1:])
+    if lost:
+        line(
+            console,
+            f"the tokens do not give back {lost:,} bytes, so nothing is said in bits per byte",
+        )
+
+
+def shown(name: str) -> str:
+    """A file's name as text: it need not be UTF-8."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def describe(run: "Run", on: str, console: "Console") -> None:
@@ -80,9 +161,7 @@ def describe(run: "Run", on: str, console: "Console") -> None:
     binary = f"; {left_out:,} binary files left out" if left_out else ""
     line(
         console,
-        f"{run.corpus.name}: {kept['documents']:,} files, "
-        f"{kept['bytes'] / 1e6:.2f} MB to train on; {held['documents']:,} files, "
-        f"{held['bytes'] / 1e6:.2f} MB held out{binary}",
+        f"{run.corpus.name}: {_files(kept)} to train on; {_files(held)} held out{binary}",
         head="corpus   ",
     )
     line(
@@ -141,8 +220,6 @@ def loss_curve(
     `final` marks an evaluation after the training: the tokens of its windows, which are longer than
     those of the others, and its bits. Numbers stand in the legend, where no curve covers them.
     """
-    import math
-
     trained = [r for r in records if r["event"] == "train"]
     unit = "bits_per_byte" if bytes_per_token else "bits_per_token"
     held = [r for r in records if r["event"] == "eval" and unit in r]
@@ -192,6 +269,60 @@ def loss_curve(
     ax.set_ylabel(f"{UNITS[unit]} (lower is better)")
     ax.set_title(title, loc="left", parse_math=False)  # it may hold the name of a file
     ax.legend(frameon=False, loc="upper right")
+    _finish(figure, path)
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """A run in a picture: its name, its records, and bytes a token where these can be told."""
+
+    name: str
+    records: Sequence[Mapping[str, Any]]
+    bytes_per_token: float | None
+
+
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+
+
+def loss_curves(runs: Sequence[LossCurve], path: Path, over: str = "seconds") -> None:
+    """Held-out loss of runs, with markers, and their training loss, thin, over "seconds" of
+    training or "steps": in bits a byte, or a token where tokens do not give the text back.
+    RunError when some of the runs are in one of these and some in the other."""
+    units = {run.name: next(filter(None, map(unit_of, run.records)), None) for run in runs}
+    several = {found: name for name, found in units.items() if found}
+    if len(several) > 1:
+        words = " and ".join(f"{name} is in {UNITS[found]}" for found, name in several.items())
+        raise RunError(f"{words}; give runs of one unit")
+    unit = next(iter(several), "bits_per_byte")
+    figure, [ax] = _figure(1)
+    x, levels = {"seconds": "elapsed", "steps": "step"}[over], []
+    for number, run in enumerate(runs):
+        colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+        size = run.bytes_per_token if unit == "bits_per_byte" else 1.0
+        trained = [r for r in run.records if r["event"] == "train" and size]
+        held = [r for r in run.records if r["event"] == "eval"]
+        losses = [r["loss"] / math.log(2) / (size or 1.0) for r in trained]
+        bits = [r[unit] for r in held]
+        ax.plot([r[x] for r in trained], losses, color=colour, linewidth=0.9, alpha=0.45)
+        ax.plot(
+            [r[x] for r in held],
+            bits,
+            color=colour,
+            marker="o",
+            markersize=4,
+            linewidth=2.2,
+            label=shown(run.name) + (f": {bits[-1]:.3f}" if bits else ""),
+        )
+        levels += bits + losses
+    if levels and unit == "bits_per_byte":
+        ax.set_ylim(max(0.0, min(levels) - 0.3), min(max(levels), 8.2) + 0.1)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("training time (s)" if over == "seconds" else "steps")
+    ax.set_ylabel(f"{UNITS[unit]} (lower is better)")
+    ax.set_title("held-out text, and training (thin)", loc="left")
+    legend = ax.legend(frameon=False, loc="upper right")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # it is the name of a folder
     _finish(figure, path)
 
 

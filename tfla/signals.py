@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+INTERRUPT = int(signal.SIGINT)  # ctrl-C
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
 
 

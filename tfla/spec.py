@@ -34,6 +34,29 @@ class Array(Protocol):
 X = TypeVar("X", bound=Array)
 
 
+class State(NamedTuple):
+    """The state of N sequences: all that a linear recurrent model remembers.
+
+    C: (N, H, K, V) memory. n: (N, H, K) normaliser and m: (N, H) gauge, or None when the layer is
+    not normalised.
+    fp32, or fp64 for fp64 inputs. m is a gauge: (C, n, m) and (e^-c C, e^-c n, m + c) are the same
+    state, so compare C e^m and n e^m, never C and m by themselves; m carries no gradient.
+    """
+
+    C: Tensor
+    n: Tensor | None
+    m: Tensor | None
+
+    def detach(self) -> State:
+        """The same state, cut off from the graph (truncated backpropagation through time)."""
+        return State(*(None if t is None else t.detach() for t in self))  # type: ignore[arg-type]
+
+
+# Pickled by its public name, wherever it is defined, and read by torch.load with weights_only=True.
+State.__module__ = "tfla"
+torch.serialization.add_safe_globals([State])
+
+
 class Inputs(NamedTuple, Generic[X]):
     """The tensors of a call over sequences."""
 
@@ -68,6 +91,36 @@ OPTIONS = (
 )
 
 
+class StepInputs(NamedTuple):
+    """The tensors of a call of one token."""
+
+    q: Tensor  # (B, H, K)
+    k: Tensor  # (B, H, K)
+    v: Tensor  # (B, H, V)
+    i: Tensor  # (B, H)
+    f: Tensor  # (B, H)
+    C: Tensor  # (N, H, K, V)
+    n: Tensor | None  # (N, H, K); None where nothing is normalised
+    m: Tensor | None  # (N, H), likewise
+    slots: Tensor | None  # (B,) rows of the states; None: all, in their order
+
+
+class StepOptions(NamedTuple):
+    """What a call of one token is that its tensors do not say."""
+
+    scale: float  # of q
+    input_gate: str  # the name of a gate of ``tfla.gates``
+    sigmoid_f: bool  # log_f = logsigmoid(f), else f is log_f
+    backend: BackendName
+
+    @property
+    def activations(self) -> Activations:
+        return Activations(self.input_gate, self.sigmoid_f)
+
+
+STEP_OPTIONS = "float scale, str input_gate, bool sigmoid_f, str backend"
+
+
 @dataclass(frozen=True, eq=False)
 class CallSpec:
     """All that a call over sequences is besides its data. Validation makes it, once for calls that
@@ -100,7 +153,7 @@ class CallSpec:
     @staticmethod
     def of(x: Inputs[Tensor], options: Options) -> CallSpec:
         """The call of these tensors."""
-        (B, T, H, K), V, packed = x.q.shape, x.v.shape[-1], x.cu_seqlens is not None
+        (B, T, H, V), K, packed = x.v.shape, x.q.shape[-1], x.cu_seqlens is not None
         N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
         return CallSpec(
             B,

@@ -1,60 +1,41 @@
-"""docs/integrations.md is true, and so is what the README says of other packages: the programs run
-where the packages are that they import."""
+"""What the documentation says of other packages is true: its programs run where they are."""
 
 import importlib
-import re
 import warnings
 from pathlib import Path
 
 import pytest
+from pages import DOCS, ROOT, blocks, execute, peers
 
 import tfla.integrations.mlstm_kernels
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs/integrations.md"
-
-
-def programs(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def peers(program: str) -> set[str]:
-    return set(re.findall(r"^from (transformers|xlstm)\b", program, re.MULTILINE))
-
-
-PROGRAMS = programs(PAGE)
-BRIDGES = [program for program in programs(ROOT / "README.md") if peers(program)]
+PAGES = [page for page in DOCS if peers("\n".join(blocks(page, "python")))]
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("program", PROGRAMS + BRIDGES, ids=lambda p: p.splitlines()[-1][:30])
-def test_program_runs(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_programs_of_a_page_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = blocks(page, "python")
+    needed = peers("\n".join(programs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what others warn about when they are imported
-        for name in peers(program):
+        for name in sorted(needed):
             try:
                 importlib.import_module(name)
-                importlib.import_module("mlstm_kernels.torch.backend_module")
-                importlib.import_module("mlstm_kernels.torch.chunkwise")
             except ImportError:
-                pytest.skip(f"needs {name} and mlstm_kernels, of the extra peers")
+                pytest.skip(f"needs {name}, of the extra peers")
+        if needed & {"xlstm", "mlstm_kernels"}:
+            pytest.importorskip("mlstm_kernels.torch.chunkwise")
     monkeypatch.chdir(tmp_path)
     try:
-        exec(compile(program, str(PAGE), "exec"), {"__name__": "__main__"})
+        execute(page, *programs)
     finally:
         tfla.integrations.mlstm_kernels.uninstall()
 
 
-def test_each_bridge_has_its_program() -> None:
-    assert [peers(program) for program in PROGRAMS] == [
-        {"transformers"},
-        {"transformers"},
-        {"xlstm"},
-        set(),
-    ]
-    assert [peers(p) for p in BRIDGES] == [{"transformers"}, {"transformers"}, {"xlstm"}]
-
-
-def test_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text()) if "://" not in link]
-    assert links and all((PAGE.parent / link).is_file() for link in links)
+def test_pages_of_other_packages_have_programs() -> None:
+    """Each bridge has its program."""
+    names = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES}
+    assert {"migrate/transformers.md", "migrate/mlstm_kernels.md"} <= names

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -24,11 +25,20 @@ with warnings.catch_warnings():
         get_mlstm_step_kernel,
     )
     from mlstm_kernels.torch.chunkwise import registry
+    from mlstm_kernels.torch.parallel import registry as registry_parallel
     from mlstm_kernels.torch.recurrent import registry_sequence, registry_step
     from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
 
 pytestmark = pytest.mark.peers
-NAMES = ("triton_xl_chunk", "triton_limit_chunk", "triton_xl_chunk_siging")
+REGISTRIES = {
+    "chunkwise": registry,
+    "parallel": registry_parallel,
+    "sequence": registry_sequence,
+    "step": registry_step,
+}
+THEIRS = {kind: dict(table) for kind, table in REGISTRIES.items()}  # as they come
+NAMES = ("native_autograd", "native_custbw", "triton_xl_chunk", "triton_limit_chunk")
+SIGING = ("chunkwise--triton_xl_chunk_siging", "parallel--native_siging_custbw")
 B, H, T, K, V = 2, 3, 64, 8, 12
 
 
@@ -62,16 +72,39 @@ def same(a: Any, b: Any, tolerance: float = 1e-10) -> None:
 
 def test_install_and_uninstall_leave_nothing_behind() -> None:
     ours.uninstall()
-    tables = [registry, registry_sequence, registry_step, vars(backend_module)]
+    tables = [*REGISTRIES.values(), vars(backend_module)]
     before = [dict(table) for table in tables]
     ours.uninstall()
     assert [dict(table) for table in tables] == before
     ours.install()
     ours.install()
-    assert {registry[name] for name in NAMES} == {ours.chunkwise_exp, ours.chunkwise_siging}
-    assert registry_step["triton"] is ours.step
     ours.uninstall()
     assert [dict(table) for table in tables] == before
+
+
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_every_name_of_theirs_is_served(kind: str) -> None:
+    """And none of tfla's is new to them, but where they lack Triton."""
+    assert dict(REGISTRIES[kind]) == ours.KERNELS[kind]
+    assert not THEIRS[kind].keys() - ours.KERNELS[kind].keys()
+
+
+def test_what_another_has_put_there_since_stays() -> None:
+    registry_step["native"] = print
+    try:
+        ours.uninstall()
+        assert registry_step["native"] is print
+        assert registry_step["triton"] is THEIRS["step"]["triton"]
+    finally:
+        registry_step["native"] = THEIRS["step"]["native"]
+
+
+def test_threads_install_once() -> None:
+    ours.uninstall()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: ours.install(), range(32)))
+    ours.uninstall()
+    assert {kind: dict(table) for kind, table in REGISTRIES.items()} == THEIRS
 
 
 def test_names_that_are_missing_without_triton_are_there_while_installed() -> None:
@@ -90,7 +123,7 @@ def test_names_that_are_missing_without_triton_are_there_while_installed() -> No
 # ------------------------------------------------------------------------------- the functions
 
 
-@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("name", [f"chunkwise--{n}" for n in NAMES] + ["parallel--native_custbw"])
 @pytest.mark.parametrize("start", [False, True])
 def test_exp_is_their_native_function_and_its_exact_gradients(name: str, start: bool) -> None:
     """native_autograd is theirs by autograd; without eps, the same function in plain operations."""
@@ -98,22 +131,25 @@ def test_exp_is_their_native_function_and_its_exact_gradients(name: str, start: 
     state = dict(zip(("c_initial", "n_initial", "m_initial"), x[5:], strict=True)) if start else {}
     options = {"return_last_states": True, "eps": 0.0, "chunk_size": 16, **state}
     out = []
-    for function in (get_mlstm_kernel(f"chunkwise--{name}"), registry["native_autograd"]):
+    for function in (get_mlstm_kernel(name), THEIRS["chunkwise"]["native_autograd"]):
         h, (c, n, m) = function(*x[:5], **options)
         c, n = c * m[..., None].exp(), n * m.exp()  # the same state in the gauge 0
         loss = h.pow(3).sum() + c.square().sum() + n.square().sum()
         tensors = x[:7] if start else x[:5]
         out.append([h, c, n, *torch.autograd.grad(loss, tensors)])
     same(*out, tolerance=1e-8)
-    assert torch.equal(get_mlstm_kernel(f"chunkwise--{name}")(*x[:5]), ours.chunkwise_exp(*x[:5]))
+    assert torch.equal(get_mlstm_kernel(name)(*x[:5]), ours.chunkwise_exp(*x[:5]))
 
 
+@pytest.mark.parametrize("name", SIGING)
 @pytest.mark.parametrize("normalize", [False, True])
-def test_siging_is_their_native_function_and_its_exact_gradients(normalize: bool) -> None:
+def test_siging_is_their_native_function_and_its_exact_gradients(
+    normalize: bool, name: str
+) -> None:
     x = draw(grad=True)[:5]
     out = []
-    for name in ("chunkwise--triton_xl_chunk_siging", "parallel--native_siging_autograd"):
-        h = get_mlstm_kernel(name)(*x, normalize=normalize, eps=0.0)
+    for function in (get_mlstm_kernel(name), THEIRS["parallel"]["native_siging_autograd"]):
+        h = function(*x, normalize=normalize, eps=0.0)
         out.append([h, *torch.autograd.grad(h.pow(3).sum(), x)])
     same(*out, tolerance=1e-8)
 
@@ -133,20 +169,21 @@ def test_siging_states_join_two_parts_into_one(normalize: bool) -> None:
         same((n, o), (want, want))
 
 
-def test_sequence_and_step_are_their_native_ones() -> None:
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_sequence_and_step_are_their_native_ones(name: str) -> None:
     q, k, v, i, f, c, n, m = draw(T=9)
     options = {"eps": 0.0, "dtype_state": torch.float64}
     state = {"c_initial": c, "n_initial": n, "m_initial": m}
+    wanted, native = f"native_sequence__{name}", THEIRS["sequence"]["native_sequence__native"]
     mine, theirs = (
-        get_mlstm_sequence_kernel(f"native_sequence__{name}")(
-            q, k, v, i, f, **state, **options, return_last_states=True
-        )
-        for name in ("triton", "native")
+        function(q, k, v, i, f, **state, **options, return_last_states=True)
+        for function in (get_mlstm_sequence_kernel(wanted), native)
     )
     same((mine[0], *mine[1]), (theirs[0], *theirs[1]))
     token = [x[:, :, 0] for x in (q, k, v)] + [i[:, :, :1], f[:, :, :1], c, n, m]
     before = [x.clone() for x in token]
-    mine, theirs = (get_mlstm_step_kernel(name)(*token, **options) for name in ("triton", "native"))
+    mine = get_mlstm_step_kernel(name)(*token, **options)
+    theirs = THEIRS["step"]["native"](*token, **options)
     same((mine[0], *mine[1]), (theirs[0], *theirs[1]))
     assert all(torch.equal(a, b) for a, b in zip(token, before, strict=True))
 
@@ -210,7 +247,7 @@ def test_difference_they_hold_the_normaliser_constant_in_gradients() -> None:
         h = nn.functional.normalize(h, dim=-1) if normed else h
         return torch.autograd.grad((h * torch.arange(V)).pow(3).sum(), x[0])[0]
 
-    exact, constant = registry["native_autograd"], registry["native_custbw"]
+    exact, constant = (THEIRS["chunkwise"][f"native_{kind}"] for kind in ("autograd", "custbw"))
     assert relative(dq(ours.chunkwise_exp, False), dq(exact, False)) < 1e-9
     assert relative(dq(constant, False), dq(exact, False)) > 0.1
     assert relative(dq(constant, True), dq(exact, True)) < 1e-9
@@ -221,7 +258,7 @@ def test_difference_they_add_eps_to_the_denominator() -> None:
     eps of 1e-6 takes a seventh of h away."""
     q, k, v, i, f = (x[:, :, :2] for x in draw()[:5])
     q, i, f = q * 1e-9, torch.full_like(i, 12), torch.full_like(f, 30)
-    native = registry["native_autograd"]
+    native = THEIRS["chunkwise"]["native_autograd"]
     plain, with_eps = (native(q, k, v, i, f, chunk_size=2, eps=eps) for eps in (0.0, 1e-6))
     floor = torch.tensor(-12.0, dtype=torch.float64).exp()
     same([with_eps], [plain * floor / (floor + 1e-6)], 1e-6)
@@ -232,13 +269,21 @@ def test_difference_they_add_eps_to_the_denominator() -> None:
 # ------------------------------------------------------------------------------- xLSTMLarge
 
 
-def large(gate: str = "exp", native: bool = False, **fields: Any) -> nn.Module:
+def native(**fields: Any) -> nn.Module:
+    """xlstm's model on the plain functions of mlstm_kernels."""
+    ours.uninstall()
+    model = large(plain=True, **fields)
+    ours.install()
+    return model
+
+
+def large(gate: str = "exp", plain: bool = False, **fields: Any) -> nn.Module:
     """xlstm's model as its users make it, with the names of Triton kernels or of plain ones."""
     kernel = {"exp": "triton_xl_chunk", "sigmoid": "triton_xl_chunk_siging"}[gate]
     kernels = {
-        "chunkwise_kernel": f"chunkwise--{'native_autograd' if native else kernel}",
-        "sequence_kernel": "native_sequence__native" if native else "native_sequence__triton",
-        "step_kernel": "native" if native else "triton",
+        "chunkwise_kernel": f"chunkwise--{'native_autograd' if plain else kernel}",
+        "sequence_kernel": "native_sequence__native" if plain else "native_sequence__triton",
+        "step_kernel": "native" if plain else "triton",
     }
     size = {"embedding_dim": 64, "num_heads": 2, "num_blocks": 2, "vocab_size": 31}
     torch.manual_seed(0)
@@ -263,12 +308,15 @@ def test_the_defaults_of_its_configuration_are_served() -> None:
     assert backend.step_kernel_fn is ours.step
 
 
-def test_it_generates_the_same_tokens() -> None:
-    mine, theirs = (
-        large(native=native, mode="inference", return_last_states=True) for native in (False, True)
-    )
+@pytest.mark.parametrize("plain", [False, True])
+def test_it_generates_the_same_tokens(plain: bool) -> None:
+    """With the names of Triton kernels and with those of plain ones."""
+    options = {"mode": "inference", "return_last_states": True}
     x = tokens(8, 45)  # no multiple of the chunk size
-    a, _ = mine.generate(x, max_length=30)
+    a, _ = large(plain=plain, **options).generate(x, max_length=30)
+    # In their inference mode a model computes through the function that install() replaces, too.
+    theirs = native(**options)
+    ours.uninstall()
     b, _ = theirs.generate(x, max_length=30)
     assert b.unique().numel() > 5
     assert torch.equal(a, b)
@@ -309,7 +357,7 @@ def test_it_trains_unchanged(gate: str) -> None:
     mine = losses(large(gate, mode="train", return_last_states=True))
     assert mine[-1] < 0.1 < 3 < mine[0]
     if gate == "exp":
-        theirs = losses(large(native=True, mode="train", return_last_states=True))
+        theirs = losses(native(mode="train", return_last_states=True))
         torch.testing.assert_close(mine[:10], theirs[:10], rtol=1e-3, atol=1e-3)
 
 
@@ -324,13 +372,40 @@ def test_gradients_flow_through_its_states() -> None:
     same(parts, whole, 1e-8)
 
 
-def test_a_native_model_goes_its_own_way_while_installed() -> None:
-    mine = large(native=True, mode="inference", return_last_states=True)
+def test_a_model_that_was_built_before_goes_its_own_way_while_installed() -> None:
     ours.uninstall()
-    theirs = large(native=True, mode="inference", return_last_states=True)
+    model = large(plain=True, mode="inference", return_last_states=True)
     x = tokens(2, 21)
     with torch.no_grad():
-        assert torch.equal(mine(x)[0], theirs(x)[0])
+        before = model(x)[0]
+        ours.install()
+        assert torch.equal(model(x)[0], before)
+
+
+def test_training_with_padding_pads_nothing() -> None:
+    """Their wrapper fills up to whole chunks; tfla is called with the tokens as they are."""
+    config = backend_module.mLSTMBackendConfig(
+        chunkwise_kernel="chunkwise--native_autograd",
+        mode="train_with_padding",
+        return_last_states=False,
+        chunk_size=16,
+    )
+    x = draw(T=21)[:5]
+    assert torch.equal(backend_module.mLSTMBackend(config)(*x), ours.chunkwise_exp(*x))
+
+
+@pytest.mark.parametrize("name", ["parallel--native_autograd", "parallel--native_siging_autograd"])
+def test_a_parallel_name_infers(name: str) -> None:
+    """Theirs take no states, so that a backend of theirs cannot."""
+    config = backend_module.mLSTMBackendConfig(
+        chunkwise_kernel=name, mode="inference", return_last_states=False
+    )
+    backend = backend_module.mLSTMBackend(config)
+    x = [y.float() for y in draw(T=21)[:5]]
+    h, state = backend(*(y[:, :, :9] for y in x))
+    g, _ = backend(*(y[:, :, 9:] for y in x), *state)
+    whole = THEIRS["parallel"][name.removeprefix("parallel--")](*x)
+    same([torch.cat([h, g], 2)], [whole], 1e-3)
 
 
 def test_a_model_keeps_what_it_was_built_with_and_is_copied() -> None:
@@ -339,3 +414,47 @@ def test_a_model_keeps_what_it_was_built_with_and_is_copied() -> None:
     x = tokens(2, 21)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(x)[0], model(x)[0])
+
+
+# ------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton_xl_chunk", "triton_limit_chunk", "native_autograd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_h_is_no_further_from_the_truth_than_theirs(name: str, dtype: torch.dtype) -> None:
+    """The truth is their plain function in fp64. Theirs multiply fp32 in TF32; ours in IEEE."""
+    B, H, T, K, V = 2, 4, 256, 64, 128
+    shapes = [(T, K), (T, K), (T, V), (T,), (T,)]
+    x = [torch.randn(B, H, *shape, device="cuda") for shape in shapes]
+    x[4] += 3
+    x = [y.to(dtype) for y in x]
+    truth = THEIRS["chunkwise"]["native_autograd"](*(y.double() for y in x), eps=0.0)
+    options = {"chunk_size": 64, "autocast_kernel_dtype": dtype}
+    both = (registry[name], THEIRS["chunkwise"][name])
+    off = [relative(f(*x, **options).double(), truth) for f in both]
+    assert off[0] <= 2 * off[1]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_backend_of_theirs_goes_on_token_by_token() -> None:
+    """As TiRex-2 configures it for GPUs: bf16, states in fp32."""
+    config = backend_module.mLSTMBackendConfig(
+        chunkwise_kernel="chunkwise--triton_limit_chunk",
+        sequence_kernel="native_sequence__triton",
+        step_kernel="triton",
+        mode="inference",
+    )
+    backend = backend_module.mLSTMBackend(config)
+    B, H, T, K, V = 2, 4, 70, 64, 64
+    shapes = [(T, K), (T, K), (T, V), (T,), (T,)]
+    x = [torch.randn(B, H, *shape, device="cuda").bfloat16() for shape in shapes]
+    with torch.no_grad():
+        whole, _ = backend(*x)
+        h, state = backend(*(y[:, :, :60] for y in x))
+        out = [h]
+        for t in range(60, T):
+            h, state = backend(*(y[:, :, t : t + 1] for y in x), *state)
+            out.append(h)
+    assert {s.dtype for s in state} == {torch.float32}
+    assert relative(torch.cat(out, 2).float(), whole.float()) < 0.02

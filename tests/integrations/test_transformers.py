@@ -15,8 +15,9 @@ import pytest
 import torch
 from peers import VOCAB, make, relative, tokens, transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tfla.integrations import head_first, load_xlstm
+from tfla.integrations import decode, head_first, load_xlstm
 from tfla.integrations.transformers import _cache_name, patch
 
 pytestmark = pytest.mark.peers
@@ -182,6 +183,143 @@ def test_a_bf16_model_does_not_drift() -> None:
     assert theirs > 30 * ours  # what is avoided
 
 
+# ------------------------------------------------------------------------------- single tokens
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(model: nn.Module) -> int:
+    """Of torch, for one token behind a prompt, as generate() passes it: with a mask."""
+    with torch.no_grad():
+        _, cache = go_on(model, tokens(1, 20), cache=None, use_cache=True)
+        with Counted() as count:
+            mask = torch.ones(1, 21, dtype=torch.long)
+            go_on(model, tokens(1, 1), cache=cache, use_cache=True, attention_mask=mask)
+    return count.seen
+
+
+@pytest.mark.parametrize("mode", ["single", "fused"])
+def test_a_token_takes_half_the_operations(mode: str) -> None:
+    """A step waits for the host, which calls them one by one."""
+    theirs, ours = pair(make(num_hidden_layers=4, weight_mode=mode))
+    assert operations(ours) < operations(theirs) / 2
+
+
+@pytest.mark.parametrize("mode", ["single", "fused"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_block_reads_a_token_as_transformers_has_it(
+    mode: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with and without its short way, also for rows whose token is masked."""
+    model = patch(exact(weight_mode=mode))
+    x, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[1, 4:7] = 0 if masked else 1
+    out = []
+    for short in (True, False):
+        if not short:
+            monkeypatch.setattr(decode.BlockStep, "serves", lambda *_: False)
+        cache, y = None, []
+        with torch.no_grad():
+            for t in range(9):
+                part = {"attention_mask": mask[:, : t + 1], "use_cache": True}
+                result, cache = go_on(model.backbone, x[:, t : t + 1], cache=cache, **part)
+                y.append(result.last_hidden_state)
+        out.append(torch.cat(y, 1))
+    assert relative(out[0], out[1]) < 1e-11
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mode", ["single", "fused"])
+def test_on_a_gpu_a_token_is_no_further_from_the_truth_by_the_short_way(
+    mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it goes through fused kernels; the truth is the same model in fp64."""
+    model = patch(exact(weight_mode=mode).to(dtype)).cuda()
+    wide = patch(copy.deepcopy(model).double())
+    x = tokens(3, 30).cuda()
+    truth = read(wide, x, 1)[0]
+    short = read(model, x, 1)[0]
+    monkeypatch.setattr(decode.BlockStep, "serves", lambda *_: False)
+    long = read(model, x, 1)[0]
+    off = [((y.double() - truth).norm() / truth.norm()).item() for y in (short, long)]
+    assert off[0] <= 2 * off[1]
+
+
+def test_a_graph_holds_a_patched_model() -> None:
+    """A prompt and a token, without a break."""
+    model, x = patch(make()), tokens(2, 20)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        out, cache = go_on(compiled, x, cache=None, use_cache=True)
+        assert torch.equal(out.logits, model(x).logits)
+        other = copy.deepcopy(cache)
+        one, _ = go_on(compiled, x[:, :1], cache=cache, use_cache=True)
+        two, _ = go_on(model, x[:, :1], cache=other, use_cache=True)
+    assert torch.equal(one.logits, two.logits)
+
+
+@pytest.mark.parametrize("name", ["norm_mlstm", "mlstm_layer.multihead_norm", "ffn", "mlstm_layer"])
+def test_what_hangs_on_a_module_acts_on_single_tokens_too(name: str) -> None:
+    model, x = patch(make()), tokens(1, 6)
+    whole, _ = read(model, x, 6)
+    seen = []
+    module = model.backbone.blocks[1].get_submodule(name)
+    handle = module.register_forward_hook(lambda *_: seen.append(1))
+    again, _ = read(model, x, 1)
+    handle.remove()
+    assert len(seen) == 6
+    assert relative(again, whole) < 1e-4
+
+
+def test_a_forward_that_another_has_given_a_block_stays() -> None:
+    """As accelerate does it to a model that is spread over devices."""
+    model, x = make(), tokens(1, 5)
+    block, seen = model.backbone.blocks[0], []
+    before = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return before(*args, **kwargs)
+
+    block.forward = forward
+    patch(model)
+    assert block.forward is forward
+    assert relative(read(model, x, 1)[0], read(model, x, 5)[0]) < 1e-4
+    assert len(seen) == 6
+
+
+def test_beam_search_finds_what_it_finds_without_a_cache() -> None:
+    """Which transformers' own cache cannot be reordered for."""
+    model, x = patch(make(pad_token_id=11)), tokens(2, 12)
+    options = {"num_beams": 4, "max_new_tokens": 12, "do_sample": False, "length_penalty": 0.0}
+    with_cache = model.generate(x, **options)
+    assert torch.equal(with_cache, model.generate(x, use_cache=False, **options))
+    greedy = model.generate(x, max_new_tokens=12, do_sample=False)
+    assert not torch.equal(with_cache, greedy)
+
+
+def test_assisted_generation_is_refused_in_one_sentence() -> None:
+    """A memory cannot go back to what it was before a token that is rejected."""
+    model = patch(make())
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
+        model.generate(tokens(1, 9), prompt_lookup_num_tokens=3, **options)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
+        model.generate(tokens(1, 9), assistant_model=patch(make()), **options)
+
+
 # ------------------------------------------------------------------------------- the mask
 
 
@@ -262,6 +400,22 @@ def test_training_with_the_cache_on_and_over_segments() -> None:
     loss = first.last_hidden_state.pow(3).sum() + second.last_hidden_state.pow(3).sum()
     parts = torch.autograd.grad(loss, parameters, allow_unused=True)
     same([g for g in parts if g is not None], [g for g in whole if g is not None])
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("mode", ["train", "train_with_padding", "inference"])
+def test_every_mode_of_the_configuration_trains_and_generates(mode: str, states: bool) -> None:
+    """Of which transformers refuses or breaks most. The mode says nothing of the function."""
+    if mode == "train_with_padding" and states:
+        pytest.skip("refused by transformers when the model is built, or is called")
+    usual = patch(exact().train())
+    model = patch(exact(mode=mode, return_last_states=states).train())
+    x = tokens(2, 13)
+    for options in ({}, {"use_cache": False}):
+        same(gradients(model, x, **options), gradients(usual, x, **options))
+    model.eval()
+    wanted = usual.eval().generate(x, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(x, max_new_tokens=5, do_sample=False), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

@@ -117,6 +117,65 @@ def test_dtype_is_that_of_the_file_or_the_one_asked_for(tmp_path: Path) -> None:
     assert load_xlstm(tmp_path / "m").embedding.weight.dtype == torch.bfloat16
 
 
+SCALING = {
+    "embedding_dim": 128,
+    "num_heads": 2,
+    "num_blocks": 2,
+    "vocab_size": 50,
+    "qk_dim_factor": 0.5,
+    "v_dim_factor": 1.0,
+    "ffn_proj_factor": 2.667,
+    "mode": "train",
+    "chunkwise_kernel": "chunkwise--triton_xl_chunk",
+    "weight_mode": "single",
+}
+
+
+def scaling_law_folder(folder: Path, embedding: str, shards: int) -> XLSTM:
+    """Random weights as the checkpoints of the scaling laws lie on disk: xlstm_large's config.json,
+    shards that are numbered, no index."""
+    model = saved(folder, fields={"bos_token_id": 0})
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    tensors[embedding] = tensors.pop("backbone.embeddings.weight")
+    (folder / "config.json").write_text(json.dumps(SCALING))
+    for n in range(shards):
+        part = {name: tensors[name] for name in sorted(tensors)[n::shards]}
+        save_file(part, folder / (f"model_{n}.safetensors" if shards > 1 else "model.safetensors"))
+    return model
+
+
+@pytest.mark.parametrize("embedding", ["backbone.embeddings.weight", "embedding.weight"])
+@pytest.mark.parametrize("shards", [1, 12])
+def test_a_checkpoint_of_the_scaling_laws_is_read(
+    embedding: str, shards: int, tmp_path: Path
+) -> None:
+    model = scaling_law_folder(tmp_path / "a", embedding, shards)
+    again = load_xlstm(tmp_path / "a")
+    assert again.config == model.config
+    assert all(torch.equal(a, model.get_parameter(n)) for n, a in again.named_parameters())
+    # ... and becomes one that transformers reads.
+    save_xlstm(again, tmp_path / "b")
+    body = json.loads((tmp_path / "b/config.json").read_text())
+    assert (body["model_type"], body["hidden_size"]) == ("xlstm", 128)
+    assert "backbone.embeddings.weight" in load_file(tmp_path / "b/model.safetensors")
+
+
+def test_a_numbered_shard_that_is_missing_or_repeats_another_is_named(tmp_path: Path) -> None:
+    scaling_law_folder(tmp_path, "embedding.weight", 3)
+    (tmp_path / "model_1.safetensors").rename(tmp_path / "model_3.safetensors")
+    refused(tmp_path, "model_1.safetensors is missing", error=FileNotFoundError)
+    (tmp_path / "model_1.safetensors").write_bytes((tmp_path / "model_0.safetensors").read_bytes())
+    refused(tmp_path, str(tmp_path / "model_1.safetensors"), "so does")
+
+
+def test_two_embeddings_are_one_too_many(tmp_path: Path) -> None:
+    saved(tmp_path / "m")
+    file = tmp_path / "m/model.safetensors"
+    rewrite(file, lambda t: t.update({"embedding.weight": torch.zeros(50, 128)}))
+    refused(tmp_path / "m", str(file), "embedding.weight")
+
+
 def test_token_ids_are_those_given(tmp_path: Path) -> None:
     saved(tmp_path / "m", fields={"eos_token_id": 7})
     body = json.loads((tmp_path / "m/config.json").read_text())

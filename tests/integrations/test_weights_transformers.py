@@ -1,13 +1,16 @@
 """Weights to and from transformers: the same logits, the same tokens, in both its layouts."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from peers import make, relative, tokens, xLSTMConfig, xLSTMForCausalLM
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tfla.integrations import load_xlstm, save_xlstm
+from tfla.integrations.weights import names_in_checkpoint
 from tfla.xlstm import XLSTM, XLSTMConfig
 
 pytestmark = pytest.mark.peers
@@ -103,6 +106,46 @@ def test_transformers_loads_what_was_saved(
     assert theirs.generation_config.eos_token_id is None
     with torch.no_grad():
         same_to_rounding(ours(x)[0], theirs(x).logits, ours.double()(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "heads"),
+    [(768, 12, 4), (1024, 24, 4), (2048, 24, 8), (2560, 32, 8), (4096, 32, 8)],
+)
+def test_models_of_160M_to_7B_have_the_tensors_of_transformers(
+    width: int, layers: int, heads: int
+) -> None:
+    """Each by name and shape, as the scaling laws' checkpoints have them; nothing is allocated."""
+    sizes = {"hidden_size": width, "num_heads": heads, "vocab_size": 50304}
+    config = XLSTMConfig(num_layers=layers, ffn_factor=2.667, **sizes)
+    with torch.device("meta"):
+        theirs = xLSTMForCausalLM(xLSTMConfig(num_hidden_layers=layers, **sizes))
+        own = dict(XLSTM(config).named_parameters())
+    wanted = {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
+    names = names_in_checkpoint(config)
+    assert wanted == {
+        name: (rows, *own[key].shape[1:]) for key, parts in names.items() for name, rows in parts
+    }
+    if width == 4096:
+        assert sum(p.numel() for p in own.values()) == 6_865_424_896
+
+
+def test_a_checkpoint_of_the_scaling_laws_has_the_logits_of_transformers(tmp_path: Path) -> None:
+    """As their own loader reads it: config.json becomes an xLSTMConfig, numbered shards its state.
+
+    Source: NX-AI/xlstm_scaling_laws, checkpoint_loading.
+    """
+    theirs = make()
+    fields = {"embedding_dim": 128, "num_blocks": 2, "num_heads": 2, "vocab_size": 97}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    state = theirs.state_dict()
+    for n in range(3):
+        part = {name: state[name].clone() for name in sorted(state)[n::3]}
+        save_file(part, tmp_path / f"model_{n}.safetensors")
+    x = tokens(2, 70)
+    with torch.no_grad():
+        truth = load_xlstm(tmp_path, dtype=torch.float64)(x)[0]
+        same_to_rounding(load_xlstm(tmp_path)(x)[0], theirs(x).logits, truth)
 
 
 def test_bf16_stays_bf16(tmp_path: Path) -> None:

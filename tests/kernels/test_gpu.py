@@ -286,7 +286,7 @@ def test_the_longest_sequence(gate: str, opened: float) -> None:
     """65,536 tokens, against the chunked reference in fp64: the recurrence would take minutes.
 
     The bounds are three units of bf16's last place for a rounded result, and ten for df, a sum over
-    what may be thousands of tokens of differences of rounded terms (docs/math.md).
+    what may be thousands of tokens of differences of rounded terms (docs/how/math.md).
     """
     inputs = problem(1, 65536, 2, 64, 128, torch.bfloat16)
     inputs[4] += opened

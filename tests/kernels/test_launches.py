@@ -28,9 +28,6 @@ from tfla.kernels.program import Program, Symbol
 from tfla.programs import programs
 from tfla.spec import CallSpec
 
-# Triton 3.9 warns of a default of its own at the first kernel.
-pytestmark = pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*")
-
 SIZES = {"u64": 8, "s64": 8, "b64": 8, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "f32": 4}
 
 

@@ -34,7 +34,6 @@ class Study:
     bias: float
 
     def describe(self) -> Row:
-        """What of it belongs into a result: sizes, no paths."""
         return {"model": self.model, "options": self.options, "bias": self.bias}
 
 
@@ -56,8 +55,8 @@ class Watched(Placement):
         self.told: list[Tensor] = []
         self.times: list[float] = []
 
-    def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
-        model: Any = super().build(config, precision)
+    def build(self, config: XLSTMConfig, precision: str, weights: Path | None = None) -> nn.Module:
+        model: Any = super().build(config, precision, weights)
         with torch.no_grad():
             for block in model.blocks:
                 block.mlstm.gates.bias[: config.num_heads] = self.bias  # rows: i, then f
@@ -72,8 +71,8 @@ class Watched(Placement):
 
 def bias(task: Task, device: torch.device, tell: Tell) -> None:
     """A row a gate: a training with the study's bias."""
-    study = task.bias
-    assert study is not None
+    study = task.work
+    assert isinstance(study, Study)
     for name in task.names:
         row = task.row(name, ours=True)
         placement = Watched(device, study.bias)

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tfla
-from tfla import reference
 from tfla.bench import roofline
+from tfla.errors import RunError
 from tfla.gates import INPUT_GATES
 from tfla.plan import Plan
+from tfla.reference import layout
 
 Leaves = dict[str, Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -137,16 +138,16 @@ class Implementation:
         if self.chunk is None or not self.ours:
             yield
             return
-        before = reference.L
+        before = layout.L
         with contextlib.ExitStack() as stack:
             if torch.cuda.is_available():
                 planning: Any = importlib.import_module("tfla.kernels.planning")
                 stack.enter_context(planning.changed(_change_of(self)))
-            reference.L = self.chunk
+            layout.L = self.chunk
             try:
                 yield
             finally:
-                reference.L = before
+                layout.L = before
 
 
 @functools.lru_cache(maxsize=64)  # one function an implementation, as calls that come again ask for
@@ -243,14 +244,28 @@ IMPLEMENTATIONS: list[Implementation] = [
 ]
 
 
-def chosen(peers: str) -> list[Implementation]:
-    """Ours, and those whose name contains one of the words of `peers`; "all" or "none"."""
+STEP_PEERS = ("mlstm_kernels step exp", "attention")  # of one token, see models.py
+
+
+def peer_words(peers: str) -> list[str]:
+    """The words of --peers, each a part of the names that are meant: [""], a part of all, for
+    "all", and [] for "none". RunError for a word that is part of no name."""
     words = [word.strip() for word in peers.split(",") if word.strip()]
-    return [
-        x
-        for x in IMPLEMENTATIONS
-        if x.ours or words == ["all"] or any(word in x.name for word in words if word != "none")
-    ]
+    if words in (["all"], ["none"]):
+        return [""] if words == ["all"] else []
+    names = [x.name for x in IMPLEMENTATIONS if not x.ours] + list(STEP_PEERS)
+    unknown = [word for word in words if not any(word in name for name in names)]
+    if unknown or not words:
+        raise RunError(
+            f"--peers is {peers!r}, wanted all, none, or parts of {', '.join(dict.fromkeys(names))}"
+        )
+    return words
+
+
+def chosen(peers: str) -> list[Implementation]:
+    """Ours, and those of --peers; see `peer_words`."""
+    words = peer_words(peers)
+    return [x for x in IMPLEMENTATIONS if x.ours or any(word in x.name for word in words)]
 
 
 def with_chunks(implementations: list[Implementation], chunks: list[int]) -> list[Implementation]:

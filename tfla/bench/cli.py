@@ -17,6 +17,10 @@ from tfla.bench import COMMANDS, cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
 from tfla.bench.bias import NAMES, Study, check_options
 from tfla.bench.cases import DTYPES, Shape
+from tfla.bench.language_study import (
+    NAMES as MIXERS,
+)
+from tfla.bench.language_study import SIZES, Asked, Training, open_study, size_for
 from tfla.bench.memory import LAUNCHES
 from tfla.bench.memory import memory as counted_memory
 from tfla.bench.runs import Task, work_off
@@ -30,7 +34,7 @@ from tfla.xlstm.config import XLSTMConfig
 LARGEST_GATE = 60  # exp(60) times a thousand tokens is far from the ends of fp32
 MOST_GATES = 200
 
-bench = typer.Typer(help=COMMANDS["bench"], no_args_is_help=True)
+bench = typer.Typer(help=COMMANDS["bench"], no_args_is_help=True, rich_markup_mode="rich")
 
 
 def register(app: typer.Typer) -> None:
@@ -39,8 +43,10 @@ def register(app: typer.Typer) -> None:
     app.command("plan", short_help=COMMANDS["plan"])(show_plan)
 
 
-def _option(text: str, *names: str, default: str | bool = True) -> Any:
-    return typer.Option(*names, help=text, show_default=default)
+def _option(text: str, *names: str, default: str | None = None) -> Any:
+    """An option; `default` says in words what happens without it."""
+    text = text if not default else rf"{text} \[default: {default}]"
+    return typer.Option(*names, help=text, show_default=default is None)
 
 
 Tokens = Annotated[int, _option("In all.", default="65536, on a CPU 2048")]
@@ -106,15 +112,18 @@ def kernels(
         for name, reason in session.missing.items():
             print(f"{name:28s} {reason or 'here'}")
         raise typer.Exit()
+    _at_least(1, tokens=tokens or 1)
+    if not (words := set(studies.split(","))) <= {"length", "heads"}:
+        raise RunError(f"--studies is {studies}, wanted length, heads, or length,heads")
     tokens = tokens or (2048 if session.cpu else 65536)
     powers = range(7, 17, 2) if session.cpu else range(9, 17)
     wanted = _numbers(lengths) or [2**n for n in powers if 2**n <= tokens]
     share = 4 if session.cpu else 1
     for H, K, V in ((16 // share, 128, 256), (8 // share, 256, 512)):
-        for T in wanted if "length" in studies else []:
+        for T in wanted if "length" in words else []:
             session.add("kernels", Shape(max(1, tokens // T), T, H, K, V), study="length")
     T = max(t for t in wanted if t <= 8192 or t == min(wanted))
-    for V in (64, 128, 256, 512) if "heads" in studies else ():
+    for V in (64, 128, 256, 512) if "heads" in words else ():
         shape = Shape(max(1, tokens // T), T, 4096 // share // V, V // 2, V)
         session.add("kernels", shape, study="heads")
 
@@ -128,6 +137,7 @@ def memory(
     """Peak memory against runtime over how often a state is kept: the paper's chunk; with us, on
     a GPU, the span after which the backward pass finds a state, on a CPU the chunk.
     """
+    _at_least(1, tokens=tokens or 1)
     tokens = tokens or (2048 if session.cpu else 65536)
     T = min(tokens, 8192)
     usual = [32, 64, 128, 256] if session.cpu else [64, 128, 256, 512, 1024, 2048, 4096]
@@ -145,6 +155,7 @@ def decode(
     context: Annotated[int, _option("Tokens that attention looks back at.")] = 8192,
 ) -> None:
     """One token of a batch of sequences: 8 heads 256/512, states in fp32, updated in place."""
+    _at_least(1, context=context)
     for B in _numbers(batches) or [1, 4, 16, 64, 256][: 3 if session.cpu else 5]:
         names = models.steps(session.cpu, session.peers)
         session.add("decode", Shape(B, context, 8, 256, 512), names, study="batch")
@@ -165,6 +176,7 @@ def model(
     size = size or ("tiny" if session.cpu else "400m")
     if size not in models.SIZES:
         raise RunError(f"--size is {size}, wanted {', '.join(models.SIZES)}")
+    _at_least(1, batch=batch or 1, context=context or 1)
     B, T = batch or (2 if session.cpu else 8), context or (512 if session.cpu else 2048)
     names = [name for name in session.names if name.startswith("tfla")]
     session.add("model", Shape(B, T, 1, 1, 1), names, size=size)
@@ -196,6 +208,7 @@ def transfer(
     epsilons = _reals("eps", eps)
     if not 1 <= len(epsilons) <= 4 or not all(0 < x <= 1 for x in epsilons):
         raise RunError(f"--eps is {eps}, wanted one to four numbers above 0, at most 1")
+    _at_least(0, seconds=seconds)
     session.take("fp32", draws, seconds)
     shape = Shape(1, tokens, 1, head_dim, head_dim)
     for name in VARIANTS:
@@ -246,11 +259,76 @@ def bias(
     numbers = _reals("biases", biases)
     if len(set(numbers)) < len(numbers):
         raise RunError(f"--biases is {biases}, wanted different numbers")
+    _at_least(0, seconds=seconds)
     session.take("fp32", 1, seconds)
     for name in NAMES:  # a task each, so that what is done is kept when a later one fails
         for number in numbers:
             study = Study(tuple(paths or ()), model, options, number)
-            session.add("bias", None, [name], study="bias", bias=study)
+            session.add("bias", None, [name], study="bias", work=study)
+
+
+@_measures_without("peers", "dtype", "repeats", "seconds")
+def language(
+    session: "_Session",
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Texts; without: the sources of Python's library.")
+    ] = None,
+    minutes: Annotated[float, _option("What all trainings together may take.")] = 10.0,
+    size: Annotated[
+        str, _option(f"Parameters: {', '.join(SIZES)}.", default="by --minutes and device")
+    ] = "",
+    rates: Annotated[
+        str, _option("Learning rates of the sweep, with commas.", default="three, by --size")
+    ] = "",
+    seeds: Annotated[int, _option("Trainings of each model at its best learning rate.")] = 3,
+    steps: Annotated[
+        int | None, _option("Of each training.", default="what fits into --minutes, 2 epochs")
+    ] = None,
+    context: Annotated[int, _option("Tokens in a window.", default="by --size")] = 0,
+    batch: Annotated[int, _option("Windows in a step.", default="by --size")] = 0,
+    tokenizer: Annotated[
+        Path | None, _option("A tokenizer.json; without: bytes.", default="")
+    ] = None,
+    include: Annotated[
+        list[str] | None, _option("Of folders only files that fit, '*.py'.", default="all")
+    ] = None,
+    resume: Annotated[
+        bool, _option("Go on with the study in --out, given the options of its start.", "--resume")
+    ] = False,
+) -> None:
+    """Language models of one size with mLSTMexp, mLSTMsig and causal attention, trained on the same
+    tokens in the same order: held-out bits a byte over tokens, seconds and positions, the sweep of
+    learning rates, speed, memory, and what each writes.
+    """
+    began, cuda = time.time(), session.options["device"] != "cpu"
+    size = size or size_for(minutes, cuda)
+    if size not in SIZES:
+        raise RunError(f"--size is {size}, wanted {', '.join(SIZES)}")
+    precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    asked = Asked(
+        paths=tuple(map(str, paths or ())),
+        include=tuple(include or ()),
+        tokenizer=str(tokenizer) if tokenizer else None,
+        device=session.options["device"],
+        precision=precision,
+        size=size,
+        context=context or SIZES[size].context,
+        batch=batch or SIZES[size].batch,
+        minutes=minutes,
+        steps=steps,
+        rates=_reals("rates", rates) if rates else SIZES[size].rates,
+        seeds=seeds,
+    )
+    asked.check()
+    session.take(precision, 1, math.inf)
+    session.check_room()
+    study = open_study(session.out / "language", asked, resume, began)
+    session.add("language_plan", None, list(MIXERS), study="plan", work=study)
+    trainings = [Training(study, lr, 0) for lr in asked.rates]
+    trainings += [Training(study, None, seed) for seed in range(1, seeds)]
+    for training in trainings:  # by turns, so that a slow moment of the machine meets all
+        for name in MIXERS:
+            session.add("language", None, [name], study="language", work=training)
 
 
 @bench.command()
@@ -260,6 +338,7 @@ def compare(
     threshold: Annotated[float, _option("Slower by more than this share is a regression.")] = 0.05,
 ) -> None:
     """Compare two runs. Exit status 1 if one of our own rows became slower, wrong, or is gone."""
+    _at_least(0, threshold=threshold)
     before, after = report.load(old), report.load(new)
     for line in report.same_machine(before, after):
         print(f"not the same machine: {line}")
@@ -270,6 +349,24 @@ def compare(
     print(f"{len(worse)} regressions beyond {100 * threshold:g}% in {len(lines)} rows")
     if worse:
         raise typer.Exit(1)
+
+
+@bench.command()
+def draw(
+    result: Annotated[Path, typer.Argument(help="JSON of a run.", show_default=False)],
+    out: Annotated[Path, _option("Folder for the plots.")] = Path("runs/bench"),
+) -> None:
+    """Draw the plots of a run again, from its JSON."""
+    found = report.load(result)
+    try:
+        plots.check_room(out, str(found["command"]), result)
+        pictures = plots.draw(found, out)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{result} is not a whole result of tfla bench ({type(error).__name__}: {error}); "
+            "measure again"
+        ) from error
+    print("plots:", *pictures)
 
 
 def _size(what: str) -> Any:
@@ -285,7 +382,7 @@ def roofline(
     device: Annotated[str, _option(f"{', '.join(r.MACHINES)}; this: measured limits.")] = "this",
     gate: Annotated[str, _option(f"{gates.described()}.")] = "exp",
     dtype: Dtype = "",
-    plot: Annotated[Path | None, _option("Draw PATH.png and PATH.svg.", default=False)] = None,
+    plot: Annotated[Path | None, _option("Draw PATH.png and PATH.svg.", default="")] = None,
     gpus: Annotated[
         int, _option("Instead: what training xLSTM 7B costs on up to so many.", default="")
     ] = 0,
@@ -309,33 +406,34 @@ def roofline(
     problem = Problem(B, T, H, K, V, B, False, r.SIZES[kind], "ieee")
     L: int | None = None
     if machine.device is None:
-        found, chunk = r.reference_kernels(problem, normalize), r.reference.L
+        found, chunk = r.reference_kernels(problem, normalize), r.layout.L
         how = f'backend "reference": chunk {chunk}, computed in fp32, bytes estimated'
     else:
         planned = r.for_dtype(plan(problem, machine.device), getattr(torch, kind))
         found, how = r.kernels(problem, planned, normalize), str(planned)
         chunk = L = planned.L
     bandwidth, rate = machine.bytes_per_s, machine.flops_per_s[kind]
-    print(
+    report.say(
         f"{machine.name} ({machine.source}): {bandwidth / 1e12:.3g} TB/s, "
-        f"{rate / 1e12:,.4g} TFLOP/s in {kind}, {rate / bandwidth:,.0f} FLOP/byte{_parts(machine)}"
-        f"\n{how}"
+        f"{rate / 1e12:,.4g} TFLOP/s in {kind}, {rate / bandwidth:,.0f} FLOP/byte{_parts(machine)}",
+        how,
     )
     for part in (False, True):
         title = "backward" if part else "forward (states kept for the backward pass)"
         rows = [k for k in found if k.backward == part]
         report.table(title, report.ROOFLINE_COLUMNS, report.roofline_cells(rows, machine, kind))
-        print(f"each kernel at its limit: {r.limit_ms(rows, machine, kind):.3f} ms")
+        report.say(f"each kernel at its limit: {r.limit_ms(rows, machine, kind):.3f} ms")
     once = [
         f"{r.least_bytes(B * T, H, K, V, r.SIZES[kind], 8, b) / bandwidth * 1e3:.3f} ms"
         for b in (False, True)
     ]
-    print(_memory(problem, machine, kind, gate))
+    report.say(_memory(problem, machine, kind, gate))
     best = r.paper_best_chunk(machine, kind, K, V)
-    print(
+    report.say(
         f"every input read once, every output written once: forward {once[0]}, with backward "
-        f"{once[1]}\nchunk: ours {chunk}; best of the paper's scheme, a state in memory once a "
-        f"chunk: {best:.0f} (forward of mLSTMsig, times of FLOPs and bytes added)"
+        f"{once[1]}",
+        f"chunk: ours {chunk}; best of the paper's scheme, a state in memory once a "
+        f"chunk: {best:.0f} (forward of mLSTMsig, times of FLOPs and bytes added)",
     )
     if plot is not None:
         print("plots:", *plots.rooflines(found, machine, kind, K, V, L, plot))
@@ -365,21 +463,21 @@ def _memory(problem: Problem, machine: r.Machine, kind: str, gate: str) -> str:
 
 def _scale(gpus: int, tokens: int, device: str) -> None:
     name = "h100" if device == "this" else device.lower()
-    if gpus < 2 or tokens < 1 or name not in r.MACHINES:
+    if not 2 <= gpus <= 2**20 or not 1 <= tokens <= 2**40 or name not in r.MACHINES:
         raise RunError(
-            f"--gpus is {gpus}, --tokens {tokens}, --device {device}; wanted 2 or more, 1 or more, "
+            f"--gpus is {gpus}, --tokens {tokens}, --device {device}; wanted 2 to 2^20, 1 to 2^40, "
             f"and one of {', '.join(r.MACHINES)}"
         )
     config, machine = XLSTMConfig.xlstm_7b(), r.MACHINES[name]
     steps = sorted({2**n for n in range(3, 11) if 2**n < gpus} | {gpus})
     costs = [scale.cost(config, n, tokens, machine) for n in steps]
-    print(
+    report.say(
         f"xLSTM 7B, {machine.name}, {tokens:,} tokens a GPU, bf16, blocks computed again; "
         f"{scale.REACHED:.0%} of the matmul peak: a step {costs[0].compute * 1e3:,.0f} ms, the "
         f"forward pass of a layer {costs[0].layer * 1e3:.2f} ms"
     )
     report.table("", scale.COLUMNS, scale.cells(costs, tokens))
-    print("shards: FSDP over all. exchange: a layer and direction, all ranks in one sequence.")
+    report.say("shards: FSDP over all. exchange: a layer and direction, all ranks in one sequence.")
 
 
 def show_plan(
@@ -449,6 +547,9 @@ class _Session:
             raise RunError(f"--device is {device}, wanted auto, cpu or cuda")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RunError(f"--device is {device}, torch sees no GPU here; take --device auto")
+        _at_least(1, repeats=repeats or 1)
+        _at_least(0, seconds=seconds)
+        _at_least(1, limit=limit)
         self.command, self.peers, self.limit, self.out = command, peers, limit, out
         self.cpu = cpu = device == "cpu"
         self.seconds = seconds or (90.0 if cpu else 3000.0)
@@ -472,9 +573,13 @@ class _Session:
         names = self.names if names is None else names
         self.tasks.append({"kind": kind, "shape": shape, "names": tuple(names), **fields})
 
+    def check_room(self) -> None:
+        """RunError where a result or a figure would be written over something of another."""
+        plots.check_room(self.out, self.command)
+
     def run(self) -> None:
         began = time.time()
-        plots.check_room(self.out, self.command)
+        self.check_room()
         [first] = work_off([Task("ceiling", **self.options)], self.limit)
         if first["status"] != "ok":
             raise RunError(f"the machine's own limits could not be measured: {first['reason']}")
@@ -490,10 +595,10 @@ class _Session:
             "missing": {n: why for n, why in self.missing.items() if why},
             "rows": rows,
         }
-        print(report.head(result), flush=True)
+        report.say(*report.head(result).splitlines())
         for why in dict.fromkeys(result["missing"].values()):
             names = [name for name, reason in result["missing"].items() if reason == why]
-            print(f"left out ({why}): {', '.join(names)}")
+            report.say(f"left out ({why}): {', '.join(names)}")
         seconds, until = self.seconds / max(len(self.tasks), 1) / 3, began + self.seconds
         common = {**self.options, "seconds": seconds, "until": until}
         shown: list[dict[str, Any]] = []  # the table that is being filled
@@ -506,6 +611,7 @@ class _Session:
                 shown = []
             shown.append(row)
         report.show(shown, result["ceiling"])
+        report.show_summary(rows)
         files = [file for file in plots.draw(result, self.out) if file.suffix == ".png"]
         print("results:", path, *files, f"(and SVG); took {time.time() - began:.0f} s")
         if any(row["status"] == "WRONG" and row.get("ours") for row in rows):
@@ -535,6 +641,13 @@ def _dtype(name: str, cpu: bool) -> str:
     if name not in DTYPES:
         raise RunError(f"--dtype is {name}, wanted {', '.join(DTYPES)}")
     return name
+
+
+def _at_least(least: float, **values: float) -> None:
+    """RunError when an option is less, or no finite number."""
+    for name, value in values.items():
+        if not least <= value < math.inf:
+            raise RunError(f"--{name} is {value:g}, wanted {least:g} or more")
 
 
 def _reals(name: str, text: str) -> tuple[float, ...]:

@@ -1,19 +1,23 @@
 """Time, memory and the machine: everything that is measured is measured here.
 
-Runs are timed in turns (A B A B), so that a slow moment of the machine meets all of them, each
-with the last-level cache flushed and inputs other than the turn before.
+Runs are timed in turns (A B B A A B), so that a slow moment of the machine meets all of them and
+none is always the first, each with the last-level cache flushed and inputs other than the turn
+before.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +60,7 @@ def in_turns(
             break
         if turn == warm:
             began = time.perf_counter()
-        for name, run in runs.items():
+        for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
             if name in failed:
                 continue
             try:
@@ -84,6 +88,37 @@ def in_turns(
     return {name: failed.get(name, times[name]) for name in runs}
 
 
+def until_done(
+    call: Callable[[], object],
+    device: torch.device,
+    repeats: int,
+    warm: int,
+    *,
+    seconds: float = math.inf,
+    before: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Milliseconds by the clock of each call until the device is done: what a user waits for.
+
+    `repeats` calls after `warm` that do not count; once `seconds` have passed, 2 after 1 are
+    enough. `before` is called ahead of each, outside of the clock.
+    """
+    times: list[float] = []
+    first = time.perf_counter()
+    for turn in range(warm + repeats):
+        before()
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        now = time.perf_counter()
+        late = now - first > seconds
+        if turn >= (min(warm, 1) if late else warm):
+            times.append((now - began) * 1e3)
+        if late and len(times) >= 2:
+            break
+    return times
+
+
 def host_us(run: Run, device: torch.device, repeats: int = 20) -> float | None:
     """Until a call returns to the host, the device idle before: None where the host computes."""
     if device.type != "cuda":
@@ -98,31 +133,83 @@ def host_us(run: Run, device: torch.device, repeats: int = 20) -> float | None:
     return statistics.median(times) * 1e6
 
 
+def by_launch(run: Callable[[], object], calls: int = 8) -> list[tuple[str, float]]:
+    """(kernel, median microseconds) of the launches of a call on a GPU, in order."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    events = [e for e in seen.events() if e.device_type == on_device]
+    events.sort(key=lambda e: e.time_range.start)
+    each = len(events) // calls
+    return [
+        (events[n].name, statistics.median(e.time_range.elapsed_us() for e in events[n::each]))
+        for n in range(each)
+    ]
+
+
+def by_kernel(call: Callable[[], object], device: torch.device) -> list[tuple[str, int, float]]:
+    """What the device (on a CPU: torch) spends most on in a call: name, launches, milliseconds."""
+    cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CPU, activity.CUDA] if cuda else [activity.CPU]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        synchronize(device)
+    where = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    found = [
+        (e.key, e.count, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3)
+        for e in profile.key_averages()
+        if e.device_type == where
+    ]
+    return sorted(found, key=lambda row: -row[2])
+
+
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """The most that torch's allocator has handed out during a call over what it had before.
+    """The most that torch's allocator has handed out during a call over what it had before."""
+    with peak(device) as found:
+        kept = run(0)
+    del kept
+    return found.bytes
+
+
+@dataclass
+class Peak:
+    """What `peak` has found, once its block has ended."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[Peak]:
+    """The most that torch's allocator hands out within the block over what it had before.
 
     On a CPU from the allocator's own records, which the profiler collects: no other process and no
     page of the operating system is in it.
     """
+    found = Peak()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        run(0)
+        yield found
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        found.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        kept = run(0)
-    del kept
+        yield found
     events = profile.profiler.kineto_results.events()
-    now = peak = 0
+    now = 0
     moves = (event for event in events if event.name() == "[memory]")
     for event in sorted(moves, key=lambda event: event.start_ns()):
         now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+        found.bytes = max(found.bytes, now)
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

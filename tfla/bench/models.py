@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tfla
 from tfla.bench import check, measure, roofline
-from tfla.bench.cases import DTYPES, Shape
+from tfla.bench.cases import DTYPES, STEP_PEERS, Shape, peer_words
 from tfla.bench.runs import Row, Task, Tell, reason_of
 from tfla.gates import INPUT_GATES
 from tfla.xlstm import XLSTM, XLSTMConfig
@@ -27,9 +27,9 @@ def steps(cpu: bool, peers: str) -> list[str]:
     names = [f"tfla {gate}" for gate in INPUT_GATES]
     names += [] if cpu else [f"{name}, CUDA graph" for name in names]
     here = importlib.util.find_spec("mlstm_kernels") is not None
-    others = [*(["mlstm_kernels step exp"] if here else []), "attention"]
-    words = [word.strip() for word in peers.split(",")]
-    return names + [x for x in others if peers == "all" or any(word in x for word in words)]
+    others = [name for name in STEP_PEERS if here or not name.startswith("mlstm_kernels")]
+    words = peer_words(peers)
+    return names + [x for x in others if any(word in x for word in words)]
 
 
 def _gate(name: str) -> str:
@@ -60,7 +60,7 @@ def decode(task: Task, device: torch.device, tell: Tell) -> None:
             row["bytes"] = roofline.step_bytes(
                 shape.B, shape.H, shape.K, shape.V, INPUT_GATES[function].normalize, dtype.itemsize
             )
-            x, state = _step_inputs(shape, dtype, device, function)
+            x, state = step_inputs(shape, dtype, device, function)
             truth = check.step_truth(function, x, state)
             h, after = _step(name, x, state)()
             found = (h, after.C * (1.0 if after.m is None else after.m.exp()[..., None, None]))
@@ -71,7 +71,7 @@ def decode(task: Task, device: torch.device, tell: Tell) -> None:
             if not max(row["errors"].values()) <= STEP_BOUND:
                 row |= {"status": "WRONG", "reason": f"off from fp64: {row['errors']}"}
                 continue
-            x, state = _step_inputs(shape, dtype, device, function)
+            x, state = step_inputs(shape, dtype, device, function)
             call = _step(name, x, state)
             call()
             measure.synchronize(device)
@@ -90,9 +90,10 @@ def decode(task: Task, device: torch.device, tell: Tell) -> None:
         tell("row", row)
 
 
-def _step_inputs(
+def step_inputs(
     shape: Shape, dtype: torch.dtype, device: torch.device, function: str
 ) -> tuple[dict[str, Tensor], tfla.State]:
+    """q, k, v, i and f of one token of ``shape.B`` sequences, and a state before it."""
     B, _, H, K, V = dataclasses.astuple(shape)
     g = torch.Generator(device).manual_seed(5)
 
@@ -177,13 +178,13 @@ def model(task: Task, device: torch.device, tell: Tell) -> None:
         base = task.row(name, ours=True, size=task.size, parameters=config.num_parameters())
         weights = sum(p.numel() * p.element_size() for p in net.parameters())
         tell("begin", name, "checking the step against the sequence")
-        error = _step_error(net, tokens[:1, :64])
+        error = step_error(net, tokens[:1, :64])
         base["errors"] = {"logits of step and sequence": error}
         if not error <= LOGITS_BOUND[dtype]:
             tell("row", {**base, "status": "WRONG", "reason": f"step and sequence differ: {error}"})
             continue
         counts = {"prefill": T, "decode": B, "train step": B * T}
-        for part, run in _parts(net, tokens).items():
+        for part, run in parts(net, tokens).items():
             tell("begin", name, part)
             chunk = 0 if part == "decode" else roofline.L_NOMINAL
             flops = config.flops_per_token(part == "train step", chunk=chunk)
@@ -203,14 +204,16 @@ def model(task: Task, device: torch.device, tell: Tell) -> None:
 
 
 @torch.no_grad()
-def _step_error(net: XLSTM, tokens: Tensor) -> float:
+def step_error(net: XLSTM, tokens: Tensor) -> float:
+    """How far the last logits of a decode step are from those of the whole sequence, relative."""
     whole, _ = net(tokens)
     _, state = net(tokens[:, :-1], output_state=True)
     last, _ = net.step(tokens[:, -1], state)
     return ((last - whole[:, -1]).norm() / whole[:, -1].norm()).item()
 
 
-def _parts(net: XLSTM, tokens: Tensor) -> dict[str, measure.Run]:
+def parts(net: XLSTM, tokens: Tensor) -> dict[str, measure.Run]:
+    """What is timed of a model, by name. tokens (B, T + 1)."""
     state = net.init_state(len(tokens))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tfla
 from tfla import render
-from tfla.bench import check, report, roofline, transfer
+from tfla.bench import check, language_study, report, roofline, transfer
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.runs import Row
 from tfla.xlstm import files
@@ -36,6 +38,7 @@ COLOURS = {
     "attention flash": "#E69F00",
 }
 LIMIT = "#222222"
+TIME = "ms (lower is better)"
 BIAS_COLOURS = ("#D55E00", "#E69F00", "#009E73", "#332288", "#CC79A7", "#555555")
 LINES = ("solid", "dashed", "dashdot", "dotted")
 MOST_GAIN = 1e4  # the end of the colours; what is beyond has the last one
@@ -52,12 +55,17 @@ def _colour(name: str) -> str:
 PASSES = {"forward": "Forward", "forward+backward": "Forward + backward"}
 
 
-STUDIES = ("length", "heads", "chunk", "batch", "errors", "gain", "border", "bias")
+STUDIES = (
+    *("length", "heads", "chunk", "batch", "errors", "gain", "border", "bias"),
+    *("tokens", "positions", "rates"),
+)
 
 
-def check_room(folder: Path, command: str) -> None:
-    """RunError when a figure or a result of another stands where `command` will write its own."""
-    files.check_file(folder / f"{command}.json", report.is_result)
+def check_room(folder: Path, command: str, result: Path | None = None) -> None:
+    """RunError when a figure or a result of another stands where `command` will write its own; its
+    JSON is there already when it is `result`."""
+    if result is None:
+        files.check_file(folder / f"{command}.json", report.is_result)
     for study in STUDIES:
         for picture in _pictures(folder / f"{command}-{study}"):
             files.check_file(picture, _is_picture)
@@ -66,7 +74,10 @@ def check_room(folder: Path, command: str) -> None:
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Every figure that the rows of a result are enough for; the files written."""
     made = []
-    drawings = (_lengths, _heads, _chunks, _batches, _errors, _gains, _borders, _biases)
+    drawings = (
+        *(_lengths, _heads, _chunks, _batches, _errors, _gains, _borders, _biases),
+        *(_learning, _by_position, _rates),
+    )
     figures = zip(STUDIES, drawings, strict=True)
     for study, figure in figures:
         rows = [r for r in result["rows"] if r["study"] == study and report.median(r)]
@@ -74,6 +85,8 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
             rows = [r for r in result["rows"] if r["kind"] == "kernels" and r.get("errors")]
         if study == "border":
             rows = [r for r in result["rows"] if r["kind"] == "transfer" and report.median(r)]
+        if study in ("tokens", "positions", "rates"):
+            rows = [r for r in result["rows"] if language_study.is_trained(r)]
         if len(rows) > 1:
             about = f"{rows[0]['dtype']}, {result['machine']['device']}"
             drawn = figure(rows, result["ceiling"], about)
@@ -100,7 +113,8 @@ def _lengths(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
             ax.set_xscale("log", base=2)
             ax.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
             _plain_log(ax)
-            _name(ax, f"{name}, {H} heads {K}/{V}", "tokens in a sequence", "ms")
+            _label_ends(ax)
+            _name(ax, f"{name}, {H} heads {K}/{V}", "tokens in a sequence", TIME)
     tokens = max(row["shape"]["B"] * row["shape"]["T"] for row in rows)
     return _finish(figure, axes, f"{tokens:,} tokens at every length, {about}")
 
@@ -115,77 +129,101 @@ def _heads(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
         ax.set_xscale("log", base=2)
         ax.set_xticks([V for V, _ in dims], [f"{K}/{V}" for V, K in dims])
         ax.set_ylim(bottom=0)
-        _name(ax, name, "head dim of q, k / of v", "ms")
+        _label_ends(ax)
+        _name(ax, name, "head dim of q, k / of v", TIME)
     s = rows[0]["shape"]
     channels = f"{s['H'] * s['V']:,} channels, {s['B']} x {s['T']:,} tokens"
     return _finish(figure, [axes], f"{channels}, {about}")
 
 
 def _chunks(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
-    """Memory against runtime of forward and backward, a point a chunk."""
-    figure, [[ax]] = _panels(1, 1)
-    for name in dict.fromkeys(_plain(row) for row in rows):
-        here = [row for row in rows if _plain(row) == name and row["pass"] == "forward+backward"]
-        x, y = [report.median(r) or 0 for r in here], [r["peak_bytes"] / 2**20 for r in here]
-        ax.plot(x, y, color=_colour(name), marker="o", linewidth=1.8, label=name)
-        left = "sigmoid" in name  # the two gates lie side by side
-        for row, a, b in zip(here, x, y, strict=True):
-            where: dict[str, Any] = {
-                "xytext": (-7 if left else 7, 0),
-                "textcoords": "offset points",
-            }
-            where |= {"ha": "right" if left else "left", "va": "center", "fontsize": 9}
-            ax.annotate(str(row["chunk"]), (a, b), color=_colour(name), **where)
-    _plain_log(ax, "x")
-    _plain_log(ax)
-    _name(ax, "", "forward + backward, ms", "peak memory over the inputs, MiB")
-    text = "Memory against runtime over the tokens a kept state"
-    return _finish(figure, [[ax]], f"{text}\n{Shape(**rows[0]['shape'])}, {about}")
+    """Memory against runtime of forward and backward, a point a chunk, a panel a gate."""
+    rows = [row for row in rows if row["pass"] == "forward+backward"]
+    gates = list(dict.fromkeys(_plain(row).rpartition(" ")[2] for row in rows))
+    figure, [axes] = _panels(1, len(gates))
+    for gate, ax in zip(gates, axes, strict=True):
+        names = dict.fromkeys(_plain(row) for row in rows if _plain(row).endswith(f" {gate}"))
+        for name in names:
+            here = sorted((r for r in rows if _plain(r) == name), key=lambda row: row["chunk"])
+            x, y = [report.median(r) or 0 for r in here], [r["peak_bytes"] / 2**20 for r in here]
+            ax.plot(x, y, color=_colour(name), marker="o", linewidth=1.8, label=name)
+            last: tuple[float, float] | None = None
+            ours = name.startswith("tfla")  # its points lie at the left, and so do their numbers
+            for row, a, b in list(zip(here, x, y, strict=True))[::-1]:
+                if last and abs(math.log(a / last[0])) + abs(math.log(b / last[1])) < 0.12:
+                    continue  # its number would lie on that of the point before
+                where: dict[str, Any] = {"xytext": (-8 if ours else 8, 0)}
+                where |= {"textcoords": "offset points", "ha": "right" if ours else "left"}
+                where |= {"va": "center" if ours else "bottom", "fontsize": 10}
+                ax.annotate(f"{row['chunk']:,}", (a, b), color=_colour(name), **where)
+                last = a, b
+        _plain_log(ax, "x")
+        _plain_log(ax)
+        y = "peak over the inputs, MiB (lower is better)"
+        _name(ax, f"input gate {gate}", f"forward + backward, {TIME}", y)
+    for which in ("x", "y"):  # what is compared has one scale
+        ends = [end for ax in axes for end in getattr(ax, f"get_{which}lim")()]
+        for ax in axes:
+            ax.set(**{f"{which}lim": (min(ends), max(ends))})
+    text = "Memory against runtime; at each point the tokens from one kept state to the next"
+    return _finish(figure, [axes], f"{text}\n{Shape(**rows[0]['shape'])}, {about}")
 
 
 def _batches(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
-    """Bytes a second of a decode step over the batch, beside the copy's."""
+    """Microseconds of a decode step over the batch, beside the least that its bytes take."""
     figure, [[ax]] = _panels(1, 1)
-    rates = [{**r, "samples_ms": [r["bytes"] / (report.median(r) or 1) / 1e6]} for r in rows]
-    _curves(ax, rates, lambda row: row["shape"]["B"])
-    rate = ceiling["bytes_per_s"] / 1e9
-    ax.axhline(rate, color=LIMIT, ls="--", label=f"copy, measured: {rate:,.1f} GB/s")
+    steps = [{**r, "samples_ms": [(report.median(r) or 0) * 1e3]} for r in rows]
+    _curves(ax, steps, lambda row: row["shape"]["B"])
+    for name, style in (("tfla exp", "--"), ("attention", ":")):
+        here = sorted((r["shape"]["B"], r) for r in rows if r["implementation"] == name)
+        if here:
+            limits = [max(report.limits_ms(row, ceiling)) * 1e3 for _, row in here]
+            text = f"{name}: its bytes at a copy's speed"
+            ax.plot([B for B, _ in here], limits, color=LIMIT, linestyle=style, label=text)
     ticks = sorted({row["shape"]["B"] for row in rows})
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [str(t) for t in ticks])
-    ax.set_ylim(bottom=0)
-    _name(ax, "", "sequences in the batch", "GB/s of states, or of keys and values")
-    return _finish(figure, [[ax]], f"Decode step, {about}")
+    _plain_log(ax)
+    _label_ends(ax)
+    context = rows[0]["shape"]["T"]
+    _name(ax, "", "sequences in the batch", "µs a step (lower is better)")
+    title = f"One token of every sequence; attention looks back at {context:,}\n{about}"
+    return _finish(figure, [[ax]], title)
+
+
+# What an error is of: its marker, and the names that `check` gives it.
+ERRORS = {
+    "h": ("o", ("h",)),
+    "worst of dq, dk, dv, di": ("D", ("dq", "dk", "dv", "di")),
+    "df, the forget gate's": ("^", ("df",)),
+}
 
 
 def _errors(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
-    """Error of h and of the worst gradient against fp64, the worst of all shapes."""
+    """Error of h, of the gradients and of the forget gate's, which has a bound of its own, against
+    fp64; the worst of all shapes."""
     figure, [[ax]] = _panels(1, 1)
     seen = {_plain(row): None for row in rows}
     names = [name for name in seen if name not in COLOURS]
     names += [name for name in reversed(COLOURS) if name in seen]
-    for place, name in enumerate(names):
-        found = [row["errors"].items() for row in rows if _plain(row) == name]
-        for marker, fill, label in (("o", _colour(name), "h"), ("D", "white", "worst gradient")):
-            worst = max(e for errors in found for n, e in errors if (n == "h") == (label == "h"))
-            ax.plot(
-                worst,
-                place,
-                marker,
-                color=_colour(name),
-                markersize=9,
-                markerfacecolor=fill,
-                markeredgewidth=2,
-                label=label if place == len(names) - 1 else None,
-            )
-    limit = check.bound("h", DTYPES[rows[0]["dtype"]])
+    for line, (label, (marker, fields)) in enumerate(ERRORS.items()):
+        ax.plot([], [], marker, color="#555555", markerfacecolor="white", label=label)
+        for place, name in enumerate(names):
+            errors = [row["errors"] for row in rows if _plain(row) == name]
+            found = [e[field] for e in errors for field in fields if field in e]
+            if found:
+                look: dict[str, Any] = {"markersize": 9, "markeredgewidth": 2}
+                look["markerfacecolor"] = _colour(name) if label == "h" else "white"
+                ax.plot(max(found), place + 0.2 * (1 - line), marker, color=_colour(name), **look)
+    dtype = DTYPES[rows[0]["dtype"]]
+    limit = check.bound("h", dtype)
     ax.axvline(limit, color=LIMIT, ls="--", label=f"bound for ours: {limit:.1e}")
-    limit = check.bound("df", DTYPES[rows[0]["dtype"]])
-    ax.axvline(limit, color=LIMIT, ls=":", label=f"of the forget gate's gradient: {limit:.1e}")
+    limit = check.bound("df", dtype)
+    ax.axvline(limit, color=LIMIT, ls=":", label=f"bound for our df: {limit:.1e}")
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.set_xscale("log")
-    _name(ax, "", "relative error against fp64", "")
+    _name(ax, "", "relative error against fp64 (lower is better)", "")
     return _finish(figure, [[ax]], f"Errors, {about}")
 
 
@@ -294,6 +332,106 @@ def _biases(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     return _finish(figure, axes, f"Early training, norm eps {eps:g}, {about}")
 
 
+def _learning(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Bits a byte of the tuning text over tokens and over seconds of training, each model at its
+    best learning rate."""
+    figure, [axes] = _panels(1, 2)
+    late = []
+    for name, best in _best(rows).items():
+        seconds = over_seeds(row["seconds"] for row in best)[0]
+        for ax, x in zip(axes, (best[0]["tokens"], seconds), strict=True):
+            late += _band(ax, name, x, [row["curve"] for row in best])
+    for ax, x in zip(axes, ("tokens of training", "seconds of training"), strict=True):
+        _scale(ax, late)
+        ax.set_xlim(left=0)
+        _name(ax, "", x, "held-out bits a byte" if ax is axes[0] else "")
+    return _finish(figure, [axes], f"{_models(rows)}, {_spread(rows)}\n{about}")
+
+
+def _by_position(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Bits a byte by position in windows longer than those of training."""
+    figure, [[ax]] = _panels(1, 1)
+    edges, context = rows[0]["positions"], rows[0]["context"]
+    middle = [(max(a, 1) * b) ** 0.5 for a, b in pairwise(edges)]
+    late = []
+    for name, best in _best(rows).items():
+        late += _band(ax, name, middle, [row["by_position"] for row in best])
+    _scale(ax, late)
+    ax.axvline(context, color=LIMIT, ls=":", label=f"windows of training: {context:,} tokens")
+    ax.set_xscale("log", base=2)
+    ticks = [t for t in (2**n for n in range(3, 20)) if t <= edges[-1]]
+    ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    _name(ax, "", "position in the window, tokens", "held-out bits a byte")
+    return _finish(figure, [[ax]], f"{_models(rows)}\n{_spread(rows)}, {about}")
+
+
+def _rates(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """The sweep of learning rates: bits a byte of the tuning text at the end of each training."""
+    figure, [[ax]] = _panels(1, 1)
+    for name, best in _best(rows).items():
+        swept = sorted(
+            (r["lr"], r["curve"][-1]) for r in rows if r["implementation"] == name and r["swept"]
+        )
+        ax.plot(*zip(*swept, strict=True), marker="o", **_line(name))
+        ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "color": _colour(name)}
+        ax.plot(best[0]["lr"], dict(swept)[best[0]["lr"]], "o", **ring)
+    rates = sorted({row["lr"] for row in rows if row["swept"]})
+    ax.set_xscale("log")
+    ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    _name(ax, "", "learning rate at its peak", "held-out bits a byte at the end")
+    text = "Every learning rate with one seed; the one that is taken has a ring"
+    return _finish(figure, [[ax]], f"{_models(rows)}\n{text}, {about}")
+
+
+def _best(rows: list[Row]) -> dict[str, list[Row]]:
+    """By model the trainings at its best learning rate, one a seed."""
+    found = {name: language_study.chosen(rows, name) for name in language_study.NAMES}
+    return {name: best for name, best in found.items() if best}
+
+
+def over_seeds(curves: Iterable[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
+    """Mean, lowest and highest of curves with the same points."""
+    columns = list(zip(*curves, strict=True))
+    means = [sum(column) / len(column) for column in columns]
+    return means, [min(column) for column in columns], [max(column) for column in columns]
+
+
+def _band(
+    ax: Axes, name: str, x: Sequence[float], curves: Iterable[Sequence[float]]
+) -> list[float]:
+    """The mean of curves and their range; what is beyond the first points, for the scale."""
+    mean, low, high = over_seeds(curves)
+    ax.plot(x, mean, marker="o", markersize=4, **_line(name))
+    ax.fill_between(x, low, high, color=_colour(name), alpha=0.2, linewidth=0)
+    return [*low[1:], *high[1:]] or mean
+
+
+def _scale(ax: Axes, values: Sequence[float]) -> None:
+    room = 0.05 * (max(values) - min(values)) or 0.05
+    ax.set_ylim(min(values) - room, max(values) + room)
+
+
+def _line(name: str) -> dict[str, Any]:
+    """Of a curve; a dashed one hides no other that it lies on."""
+    style = "--" if name == "tfla sigmoid" else "-"
+    return {"color": _colour(name), "linestyle": style, "linewidth": 2, "label": _mixer(name)}
+
+
+def _mixer(name: str) -> str:
+    gate = language_study.NAMES[name]
+    return f"mLSTM, input gate {gate}" if gate else "attention, rotary positions"
+
+
+def _spread(rows: list[Row]) -> str:
+    return f"mean and range of {len({row['seed'] for row in rows})} seeds"
+
+
+def _models(rows: list[Row]) -> str:
+    sizes = sorted({row["parameters"] for row in rows})
+    between = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+    return f"Language models of {between} parameters, {rows[0]['tokens'][-1]:,} tokens"
+
+
 def rooflines(
     kernels: Sequence[roofline.Kernel],
     machine: roofline.Machine,
@@ -378,6 +516,31 @@ def _curves(ax: Axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
             label=name,
             zorder=3 if ours else 2,
         )
+
+
+def _label_ends(ax: Axes) -> None:
+    """Write the name of each curve at its right end, in its colour, in place of the legend. Call it
+    when scales and limits are set: names that would overlap are moved apart."""
+    curves = [line for line in ax.get_lines() if len(line.get_xydata()) > 1]
+    curves = [line for line in curves if line.get_marker() not in ("None", "")]
+    to_axes = ax.transScale + ax.transLimits
+    heights = [float(to_axes.transform(line.get_xydata()[-1])[1]) for line in curves]
+    ends = sorted(zip(heights, curves, strict=True), key=lambda end: end[0])
+    place = -1.0
+    for height, line in ends:
+        place = max(height, place + 0.055)
+        ax.annotate(
+            str(line.get_label()),
+            (1.0, place),
+            xycoords="axes fraction",
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=line.get_color(),
+            va="center",
+            fontsize=10,
+            annotation_clip=False,
+        )
+        line.set_label(f"_{line.get_label()}")
 
 
 def _plain_log(ax: Axes, which: str = "y") -> None:

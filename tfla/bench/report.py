@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tfla.bench import roofline, transfer
+from tfla.bench import language_study, roofline, transfer
 from tfla.bench.cases import Shape
 from tfla.bench.runs import Row
 from tfla.xlstm import files
@@ -51,8 +52,36 @@ COLUMNS = {
         "loss\nlast",
         "held-out\nbits/byte",
     ],
+    "language_plan": [
+        "",
+        "parameters",
+        "ms a step",
+        "± %",
+        "tokens/s",
+        "peak MiB\nof a step",
+        "error\nlogits",
+    ],
+    "language": [
+        "",
+        "learning\nrate",
+        "tokens/s",
+        "± %",
+        "tuning text\nbits/byte",
+        "reported text\nbits/byte",
+        "the same in\nlong windows",
+    ],
     "transfer": ["", "s a draw", "draws", "error\nh", "standard\nerror %", "off\n%", "border"],
 }
+SUMMARY_COLUMNS = [
+    "",
+    "parameters",
+    "best\nlearning rate",
+    "seeds",
+    "windows of\nthe context",
+    "long\nwindows",
+    "tokens/s",
+    "peak MiB\nof a step",
+]
 ROOFLINE_COLUMNS = [
     "kernel",
     "launches",
@@ -132,6 +161,21 @@ def title(row: Row) -> str:
             "first 10 steps, and the largest.\nLoss: nats a token, the first step and the median "
             "of the last 10"
         )
+    if row["kind"] == "language_plan":
+        m, tokens = row["model"], row["context"] * row["batch"]
+        return (
+            f"{m['num_layers']} blocks of width {m['hidden_size']}; {m['num_heads']} heads of the "
+            f"mLSTM, {m['attention_heads']} of attention; {row['dtype']}.\nEvery training: "
+            f"{row['steps']:,} steps of {row['batch']} x {row['context']} tokens, "
+            f"{row['steps'] * tokens:,} in all.\nPeak: over weights and moments of AdamW. Error: "
+            "against fp64"
+        )
+    if row["kind"] == "language":
+        rate = f"learning rate {row['lr']:g}" if row["swept"] else "each at its best learning rate"
+        return (
+            f"Seed {row['seed']}, {rate}. Windows of {row['context']:,} tokens, long ones of "
+            f"{language_study.LONG * row['context']:,}"
+        )
     if row["kind"] == "transfer":
         epsilons = " | ".join(f"{eps:g}" for eps in row["eps"])
         return (
@@ -159,6 +203,10 @@ def cells(row: Row, ceiling: dict[str, Any]) -> list[str]:
         return _transfer_cells(row, ms)
     if row["kind"] == "bias":
         return _bias_cells(row, ms)
+    if row["kind"] == "language":
+        return _language_cells(row, ms)
+    if row["kind"] == "language_plan":
+        return _language_plan_cells(row, ms)
     by_bytes, by_flops = limits_ms(row, ceiling)
     errors = row.get("errors", {})
     worst = max((e for n, e in errors.items() if n not in ("h", "C")), default=None)
@@ -210,6 +258,78 @@ def _bias_cells(row: Row, ms: float) -> list[str]:
     ]
 
 
+def _language_plan_cells(row: Row, ms: float) -> list[str]:
+    return [
+        row["implementation"],
+        f"{row['parameters']:,}",
+        _three(ms),
+        f"{100 * spread(row['samples_ms']):.0f}",
+        f"{row['context'] * row['batch'] / ms * 1e3:,.0f}",
+        _number(row["peak_bytes"], 2**-20, ",.1f"),
+        _number(row["errors"]["logits"], 1, ".0e"),
+    ]
+
+
+def _language_cells(row: Row, ms: float) -> list[str]:
+    return [
+        row["implementation"],
+        f"{row['lr']:g}",
+        f"{row['context'] * row['batch'] / ms * 1e3:,.0f}",
+        f"{100 * spread(row['samples_ms']):.0f}",
+        *(f"{bits:.3f}" for bits in (row["curve"][-1], row["bits"], row["bits_long"])),
+    ]
+
+
+def language_summary(rows: Sequence[Row]) -> list[list[str]]:
+    """A line a model at its best learning rate; of several seeds the mean, the lowest and the
+    highest."""
+    lines = []
+    for name in language_study.NAMES:
+        best = language_study.chosen(rows, name)
+        if not best:
+            continue
+        swept = {row["lr"] for row in rows if language_study.is_trained(row) and row["swept"]}
+        lr, edge = best[0]["lr"], ""
+        if len(swept) > 1:
+            edge = {min(swept): " (the lowest)", max(swept): " (the highest)"}.get(lr, "")
+        speed = statistics.median(median(row) or math.inf for row in best)
+        lines.append(
+            [
+                name,
+                f"{best[0]['parameters']:,}",
+                f"{lr:g}{edge}",
+                str(len(best)),
+                *(_range([row[key] for row in best]) for key in ("bits", "bits_long")),
+                f"{best[0]['context'] * best[0]['batch'] / speed * 1e3:,.0f}",
+                _number(best[0]["peak_bytes"], 2**-20, ",.1f"),
+            ]
+        )
+    return lines
+
+
+def _range(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+
+
+def show_summary(rows: Sequence[Row]) -> None:
+    """What stands below all tables: of language models the result, and what each writes."""
+    lines = language_summary(rows)
+    if not lines:
+        return
+    table("Held-out bits a byte of the reported text", SUMMARY_COLUMNS, lines)
+    for name in language_study.NAMES:
+        for row in language_study.chosen(rows, name)[:1]:
+            print(f"{name} writes:\n{_printable(row['sample'])}\n")
+
+
+def _printable(text: str) -> str:
+    """Without what would command a terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
 def shown_forget_gate(row: Row) -> tuple[int, float]:
     """(index, pre-activation) of the forget gate whose border is stated."""
     return min(enumerate(row["f"]), key=lambda pair: abs(pair[1] - transfer.SHOWN_FORGET_GATE))
@@ -255,26 +375,62 @@ def show(rows: Sequence[Row], ceiling: dict[str, Any]) -> None:
     if not rows:
         return
     above, below = remarks(rows, ceiling)
-    print("", *above, sep="\n")
+    say("", *above)
     timed = [cells(row, ceiling) for row in rows if median(row) is not None]
     table(title(rows[0]), COLUMNS[rows[0]["kind"]] if timed else [], timed)
-    print(*below, sep="\n", flush=True)
+    say(*below)
 
 
 def table(heading: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    from rich import box
+    """Print a table no wider than the console: what does not fit follows below it, each part with
+    the first column."""
     from rich.console import Console
-    from rich.table import Table
 
-    found = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", pad_edge=False)
-    for number, column in enumerate(columns):
-        side: Any = "right" if number else "left"
-        found.add_column(column, justify=side, vertical="bottom", no_wrap=True)
-    for line in lines:
-        found.add_row(*line)
     console = Console()
-    wide = max(console.width, 140) if not console.is_terminal else console.width
-    Console(width=wide).print(found if columns else heading, highlight=False)
+    say(*heading.splitlines())
+    left = list(range(1, len(columns)))
+    while left or len(columns) == 1:
+        part = [0]
+        while left and (
+            len(part) == 1 or _width(columns, lines, [*part, left[0]]) <= console.width
+        ):
+            part.append(left.pop(0))
+        console.print(_grid(columns, lines, part), highlight=False, no_wrap=True)
+        if len(columns) == 1:
+            break
+
+
+def _grid(columns: Sequence[str], lines: Sequence[Sequence[str]], part: Sequence[int]) -> Any:
+    """Some of the columns as a table."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for place in part:
+        side: Any = "right" if place else "left"
+        found.add_column(columns[place], justify=side, vertical="bottom", no_wrap=True)
+    for line in lines:
+        found.add_row(*(Text(line[place]) for place in part))
+    return found
+
+
+def _width(columns: Sequence[str], lines: Sequence[Sequence[str]], part: Sequence[int]) -> int:
+    """What a table of these columns takes: each at its widest, and the room between them."""
+
+    def widest(place: int) -> int:
+        texts = [*columns[place].splitlines(), *(line[place] for line in lines)]
+        return max(map(len, texts), default=0)
+
+    return sum(widest(place) for place in part) + 2 * len(part)
+
+
+def say(*lines: str) -> None:
+    """Print lines, folded between words where they are wider than the console."""
+    from rich.console import Console
+
+    for line in lines:
+        Console().print(line, markup=False, highlight=False)
 
 
 def roofline_cells(
@@ -309,7 +465,8 @@ def compare(
     `threshold` (0.05: by 5%), or one of our rows that had a speed and has none any more."""
 
     def key(row: Row) -> tuple[Any, ...]:
-        names = ("kind", "study", "implementation", "pass", "dtype", "chunk", "size", "bias")
+        names = ["kind", "study", "implementation", "pass", "dtype", "chunk", "size", "bias"]
+        names += ["lr", "seed"]
         return (*(row.get(name) for name in names), *(row.get("shape") or {}).values())
 
     after = {key(row): row for row in new["rows"]}
@@ -319,8 +476,11 @@ def compare(
         now = None if other is None else median(other)
         if was is None and now is None:
             continue
-        shape = f", {Shape(**row['shape'])}" if row["shape"] else f"bias {row.get('bias')}"
-        what = f"{row['implementation']} {row.get('pass', '')}{shape}"
+        shape = f", {Shape(**row['shape'])}" if row["shape"] else ""
+        named = [
+            f"{name} {row[name]:g}" for name in ("bias", "lr", "seed") if row.get(name) is not None
+        ]
+        what = f"{row['implementation']} {row.get('pass', '')}{', '.join(named)}{shape}"
         verdict, change = "", "-"
         if now is None:
             verdict = "gone" if other is None else other["status"]

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tfla import reference
 from tfla.plan import Device, Plan, Problem
+from tfla.reference import layout
 
 L_NOMINAL = 64  # chunk of the count that is the same for every implementation
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -206,7 +206,7 @@ def reference_kernels(p: Problem, normalize: bool) -> list[Kernel]:
     """The scans of the backend "reference". It works in fp32 whatever the operands are; scores and
     the states of all chunks lie in memory, so its bytes are counted as torch's operators move them.
     """
-    L, tokens = reference.L, p.B * p.T * p.H
+    L, tokens = layout.L, p.B * p.T * p.H
     found = []
     for name, A, X in (
         *([("nu", p.K, 1)] if normalize else []),

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,6 @@ from tfla.bench.cases import DTYPES, Implementation, Shape
 from tfla.gates import input_gate
 from tfla.plan import Problem, plan
 from tfla.spec import products_of
-
-if TYPE_CHECKING:
-    from tfla.bench.bias import Study
 
 Row = dict[str, Any]
 Tell = Callable[..., None]
@@ -39,7 +36,16 @@ TASKS = {
     "model": "tfla.bench.models:model",
     "transfer": "tfla.bench.transfer:transfer",
     "bias": "tfla.bench.bias:bias",
+    "language_plan": "tfla.bench.language:plan",
+    "language": "tfla.bench.language:language",
 }
+
+
+class Described(Protocol):
+    """What a task does, where its kind has more to say than the fields of `Task`."""
+
+    def describe(self) -> Row:
+        """What of it belongs into a result: sizes, no paths."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Task:
     input_gates: tuple[float, ...] = ()  # pre-activations of "transfer"
     forget_gates: tuple[float, ...] = ()
     epsilons: tuple[float, ...] = ()  # of its norms
-    bias: Study | None = None  # what "bias" trains
+    work: Described | None = None  # what "bias" and "language" train
     until: float = float("inf")  # time.time() after which it is not begun
 
     def implementations(self) -> list[Implementation]:
@@ -73,8 +79,8 @@ class Task:
         head: Row = {"kind": self.kind, "study": self.study, "implementation": name, "shape": shape}
         if self.input_gates:
             head |= {"i": self.input_gates, "f": self.forget_gates, "eps": self.epsilons}
-        if self.bias is not None:
-            head |= self.bias.describe()
+        if self.work is not None:
+            head |= self.work.describe()
         return {**head, "dtype": self.dtype, "status": "ok", **fields}
 
 

@@ -1,7 +1,7 @@
 """What many GPUs cost each other: a model of the exchange of states, the shards and the memory.
 
 It knows three numbers of a machine and takes a step to reach REACHED of the matmul peak (measured,
-as WAIT: two H100, docs/performance.md):
+as WAIT: two H100, docs/performance/scale.md):
 
     a collective that brings S bytes to a GPU     WAIT + ranks HOP + S / link seconds
     shards         a step gathers the bf16 matrices twice and sends back fp32 gradients once:
@@ -62,12 +62,12 @@ def cost(config: XLSTMConfig, gpus: int, tokens: int, machine: Machine) -> Cost:
 
 COLUMNS = [
     "GPUs",
-    "shards ms",
-    "of step",
-    "exchange MB",
-    "exchange ms",
-    "of layer",
-    "GB a GPU",
+    "shards\nms",
+    "of\nstep",
+    "exchange\nMB",
+    "exchange\nms",
+    "of\nlayer",
+    "GB a\nGPU",
     "tokens",
 ]
 

@@ -1,19 +1,26 @@
-"""tfla behind the names of mlstm_kernels: whatever calls its Triton kernels computes with tfla.
+"""tfla behind the names of mlstm_kernels: whatever calls its kernels computes with tfla.
 
-    chunkwise--triton_xl_chunk, chunkwise--triton_limit_chunk      exponential input gate
-    chunkwise--triton_xl_chunk_siging                              sigmoid input gate
-    native_sequence__triton, step kernel triton                    exponential input gate
+    chunkwise--   native_autograd, native_custbw, triton_xl_chunk, triton_limit_chunk       exp
+                  triton_xl_chunk_siging                                                    sigmoid
+    parallel--    native_autograd, native_custbw, native_stablef_autograd,
+                  native_stablef_custbw, triton_limit_headdim                               exp
+                  native_siging_autograd, native_siging_custbw                              sigmoid
+    sequence      native_sequence__native, native_sequence__triton                          exp
+    step          native, triton                                                            exp
 
-Written for mlstm_kernels 2.0.6. Its own Triton kernels are not called, so these names also work
-where it cannot run them: without a GPU, without Triton, with Triton 3.9. Gradients are those of the
-function; ``eps``, ``chunk_size`` and all that tunes kernels is accepted and left alone; m stays
-fp32 where ``dtype_state`` asks for less. docs/integrations.md says what that changes.
+Written for mlstm_kernels 2.0.6. None of its functions is called, so all names work on a CPU and on
+a GPU, without Triton and with Triton 3.9. Gradients are those of the function; ``eps``,
+``chunk_size`` and all that tunes kernels is accepted and left alone; states are fp32, m also where
+``dtype_state`` asks for less. docs/migrate/mlstm_kernels.md says what that changes. Without
+mlstm_kernels, ``tfla.integrations.mlstm_backend`` has its ``mLSTMBackend``.
 """
 
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +34,9 @@ Output = Tensor | tuple[Tensor, tuple[Tensor, ...]]
 def install() -> None:
     """Put tfla's functions into the registries of mlstm_kernels.
 
-    They are read when a model is built: build it afterwards, with ``chunkwise_kernel``,
-    ``sequence_kernel`` and ``step_kernel`` named as above (an ``xLSTMLargeConfig`` names such ones
-    unless told otherwise). A second call changes nothing. This is the module ``xlstm`` computes
-    with, so its xLSTMLarge trains and generates on tfla unchanged.
+    They are read when a model is built: build it afterwards. A second call changes nothing. This is
+    the module that ``xlstm``, TiRex-2 and Bolmo compute with, so their models run on tfla
+    unchanged.
 
     Raises:
         ImportError: mlstm_kernels is not installed.
@@ -41,36 +47,48 @@ def install() -> None:
         >>> model = xLSTMLarge(xLSTMLargeConfig(...))            # doctest: +SKIP
         >>> tfla.integrations.mlstm_kernels.uninstall()          # doctest: +SKIP
     """
-    if _replaced:
-        return
-    chunkwise = importlib.import_module("mlstm_kernels.torch.chunkwise").registry
-    recurrent = importlib.import_module("mlstm_kernels.torch.recurrent")
-    backend = importlib.import_module("mlstm_kernels.torch.backend_module")
-    wrapper = "wrap_chunkwise__arbitrary_sequence_length_with_padding"
-    _replace(chunkwise, "triton_xl_chunk", chunkwise_exp)
-    _replace(chunkwise, "triton_limit_chunk", chunkwise_exp)
-    _replace(chunkwise, "triton_xl_chunk_siging", chunkwise_siging)
-    _replace(recurrent.registry_sequence, "native_sequence__triton", sequence)
-    _replace(recurrent.registry_step, "triton", step)
-    # In inference this one cuts, pads and copies around the kernels; ours need none of it.
-    _replace(vars(backend), wrapper, _Inference(getattr(backend, wrapper)))
+    with _lock:
+        if _replaced:
+            return
+        package = "mlstm_kernels.torch"
+        recurrent = importlib.import_module(f"{package}.recurrent")
+        registries = {
+            "chunkwise": importlib.import_module(f"{package}.chunkwise").registry,
+            "parallel": importlib.import_module(f"{package}.parallel").registry,
+            "sequence": recurrent.registry_sequence,
+            "step": recurrent.registry_step,
+        }
+        backend = vars(importlib.import_module(f"{package}.backend_module"))
+        for kind, registry in registries.items():
+            for name, function in KERNELS[kind].items():
+                _replace(registry, name, function)
+        # Theirs cut, pad and copy around a kernel; ours need none of it.
+        for name in ("arbitrary_sequence_length_with_padding", "pad_zeros"):
+            name = f"wrap_chunkwise__{name}"
+            wrapper = _Inference if "arbitrary" in name else _Training
+            _replace(backend, name, wrapper(backend[name]))
 
 
 def uninstall() -> None:
-    """Put back what was there before ``install``. Models built in between keep tfla's functions."""
-    while _replaced:
-        registry, name, before = _replaced.pop()
-        if before is None:
-            del registry[name]
-        else:
-            registry[name] = before
+    """Put back what was there before ``install``, but for what others have replaced since. Models
+    built in between keep tfla's functions."""
+    with _lock:
+        while _replaced:
+            registry, name, function, before = _replaced.pop()
+            if registry.get(name) is not function:
+                continue
+            if before is None:
+                del registry[name]
+            else:
+                registry[name] = before
 
 
-_replaced: list[tuple[MutableMapping[str, Any], str, Any]] = []
+_lock = threading.Lock()
+_replaced: list[tuple[MutableMapping[str, Any], str, Any, Any]] = []
 
 
 def _replace(registry: MutableMapping[str, Any], name: str, function: Any) -> None:
-    _replaced.append((registry, name, registry.get(name)))
+    _replaced.append((registry, name, function, registry.get(name)))
     registry[name] = function
 
 
@@ -136,6 +154,61 @@ def chunkwise_siging(
     return (h, (c * m[..., None].exp(), n * m.exp())) if normalize else (h, (c, n))
 
 
+def parallel_exp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None,
+    m_initial: Tensor | None = None,
+    return_last_states: bool = False,
+    eps: float = 1e-6,
+    autocast_kernel_dtype: torch.dtype = torch.float32,
+    **tuning: Any,
+) -> Output:
+    """As ``chunkwise_exp``, states included: the function has no parallel form of its own here."""
+    h, states = _run(
+        (q, k, v, i, f, c_initial, n_initial, m_initial),
+        autocast_kernel_dtype,
+        states=return_last_states,
+    )
+    return h if states is None else (h, states)
+
+
+def parallel_siging(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None,
+    m_initial: Tensor | None = None,
+    return_last_states: bool = False,
+    eps: float = 1e-6,
+    stable_fgate: bool = True,
+    normalize: bool = True,
+    autocast_kernel_dtype: torch.dtype = torch.float32,
+    **tuning: Any,
+) -> Output:
+    """As ``chunkwise_siging``."""
+    return chunkwise_siging(
+        q,
+        k,
+        v,
+        i,
+        f,
+        c_initial,
+        n_initial,
+        m_initial,
+        return_last_states=return_last_states,
+        normalize=normalize,
+        autocast_kernel_dtype=autocast_kernel_dtype,
+    )
+
+
 def sequence(
     q: Tensor,
     k: Tensor,
@@ -175,6 +248,46 @@ def step(
     return h, _in(dtype_state, states)
 
 
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "chunkwise": {
+        "native_autograd": chunkwise_exp,
+        "native_custbw": chunkwise_exp,
+        "triton_limit_chunk": chunkwise_exp,
+        "triton_xl_chunk": chunkwise_exp,
+        "triton_xl_chunk_siging": chunkwise_siging,
+    },
+    "parallel": {
+        "native_autograd": parallel_exp,
+        "native_custbw": parallel_exp,
+        "native_stablef_autograd": parallel_exp,
+        "native_stablef_custbw": parallel_exp,
+        "triton_limit_headdim": parallel_exp,
+        "native_siging_autograd": parallel_siging,
+        "native_siging_custbw": parallel_siging,
+    },
+    "sequence": {"native_sequence__native": sequence, "native_sequence__triton": sequence},
+    "step": {"native": step, "triton": step},
+}
+_OURS = {function for registry in KERNELS.values() for function in registry.values()}
+
+
+def _is_ours(kernel: Callable[..., Any]) -> bool:
+    """Also where they have bound arguments to it."""
+    return (kernel.func if isinstance(kernel, partial) else kernel) in _OURS
+
+
+class _Training:
+    """Stands for the function through which a backend of theirs pads what it trains on."""
+
+    def __init__(self, before: Callable[..., Any]) -> None:
+        self.before = before
+
+    def __call__(self, mlstm_chunkwise_kernel: Callable[..., Any], **arguments: Any) -> Output:
+        if not _is_ours(mlstm_chunkwise_kernel):
+            return self.before(mlstm_chunkwise_kernel=mlstm_chunkwise_kernel, **arguments)
+        return mlstm_chunkwise_kernel(**arguments)
+
+
 class _Inference:
     """Stands for the function through which a backend of theirs computes in inference mode."""
 
@@ -190,7 +303,7 @@ class _Inference:
         dtype_state: torch.dtype = torch.float32,
         **arguments: Any,
     ) -> Output:
-        if mlstm_chunkwise_kernel not in (chunkwise_exp, chunkwise_siging):
+        if not _is_ours(mlstm_chunkwise_kernel):
             return self.before(
                 mlstm_chunkwise_kernel=mlstm_chunkwise_kernel,
                 mlstm_sequence_kernel=mlstm_sequence_kernel,
@@ -199,10 +312,18 @@ class _Inference:
                 dtype_state=dtype_state,
                 **arguments,
             )
-        h, states = mlstm_chunkwise_kernel(**arguments, return_last_states=True)
-        if len(states) == 2:  # who calls this hands three on
-            states = (*states, torch.zeros_like(states[0][..., 0, :1]))
-        return (h, _in(dtype_state, states)) if return_last_states else h
+        h, states = infer(mlstm_chunkwise_kernel, dtype_state, **arguments)
+        return (h, states) if return_last_states else h
+
+
+def infer(
+    kernel: Callable[..., Any], dtype_state: torch.dtype, **arguments: Any
+) -> tuple[Tensor, head_first.States]:
+    """A function of ours on a part of a sequence, and the states behind it, always three."""
+    h, states = kernel(**arguments, return_last_states=True)
+    if len(states) == 2:  # the sigmoid gate
+        states = (*states, torch.zeros_like(states[0][..., 0, :1]))
+    return h, _in(dtype_state, states)
 
 
 def _run(

@@ -2,13 +2,15 @@
 
 model.safetensors
 model-00001-of-00002.safetensors, ..., model.safetensors.index.json    {"weight_map": {name: file}}
+model_0.safetensors, model_1.safetensors, ...                          only read: the scaling laws'
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NUMBERED = re.compile(r"model_(0|[1-9]\d*)\.safetensors")
 
 
 class Tensors:
@@ -45,8 +48,16 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
     def __getitem__(self, name: str) -> Tensor:
         return self._open[self._where[name]].get_tensor(name)
+
+    @property
+    def bytes(self) -> int:
+        """Of all files together."""
+        return sum(file.stat().st_size for file in self._open)
 
     def file(self, name: str) -> Path:
         """The file that holds `name`; for a tensor that none holds, the file that should say so."""
@@ -79,6 +90,8 @@ class Tensors:
         whole, index = self.folder / WHOLE, self.folder / INDEX
         if whole.is_file():
             return dict.fromkeys(self._opened(whole).keys(), whole)
+        if not index.is_file() and (files := self._numbered()):
+            return self._joined(files)
         if not index.is_file():
             raise FileNotFoundError(
                 f"{self.folder} has neither {WHOLE} nor {INDEX}; only safetensors are read "
@@ -102,6 +115,27 @@ class Tensors:
         for name, file in where.items():
             if name not in held[file]:
                 raise ValueError(f"{file} lacks {name}, which {index.name} says it holds.")
+        return where
+
+    def _numbered(self) -> list[Path]:
+        """model_0.safetensors and so on, without an index."""
+        found = [NUMBERED.fullmatch(file.name) for file in self.folder.iterdir()]
+        numbers = sorted(int(match[1]) for match in found if match)
+        files = [self.folder / f"model_{n}.safetensors" for n in range(len(numbers))]
+        for n, file in enumerate(files):
+            if numbers[n] != n:
+                raise FileNotFoundError(
+                    f"{file} is missing; model_{numbers[-1]}.safetensors is there."
+                )
+        return files
+
+    def _joined(self, files: list[Path]) -> dict[str, Path]:
+        where: dict[str, Path] = {}
+        for file in files:
+            for name in self._opened(file).keys():
+                if name in where:
+                    raise ValueError(f"{file} holds {name}, and so does {where[name]}.")
+                where[name] = file
         return where
 
     def _opened(self, file: Path) -> Any:
@@ -154,7 +188,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} must hold a JSON object; got {type(value).__name__}.")
@@ -182,7 +216,9 @@ def _damage(file: Path) -> str | None:
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
+        if not all(type(end) is int for end in ends.values()):
             return None
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
         if end > size:

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from tfla import _compat
-from tfla.integrations import head_first
+from tfla.integrations import decode, head_first
 
 
 def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.Module:
     """Let an xLSTM of transformers compute with tfla, with or without the package xlstm installed.
 
     From then on, in training and generation, prompts of any length pass through ``tfla.mlstm``, new
-    tokens through its decode step; gradients are those of the function; the cache keeps m in fp32;
-    and what ``attention_mask`` masks leaves no trace. ``config.eps``, ``chunk_size`` and the names
+    tokens through its decode step and with few operations around it; gradients are those of the
+    function; the cache keeps m in fp32 and can be reordered, which beam search needs; and what
+    ``attention_mask`` masks leaves no trace. ``config.eps``, ``chunk_size``, ``mode`` and the names
     of kernels are left alone, but for "siging" in ``chunkwise_kernel``: a sigmoid input gate.
-    docs/integrations.md compares the two.
+    docs/migrate/transformers.md compares the two.
 
     Args:
         model: an xLSTMForCausalLM or xLSTMModel, or a module that contains one. It is changed in
@@ -39,7 +40,9 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
     """
     if state_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16; got {state_dtype}.")
-    stacks = [module for module in model.modules() if type(module).__name__ == "xLSTMModel"]
+    stacks: list[Any] = [
+        module for module in model.modules() if type(module).__name__ == "xLSTMModel"
+    ]
     if not stacks:
         raise TypeError(
             f"model must be or contain an xLSTMModel of transformers; got {type(model).__name__}."
@@ -49,12 +52,11 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
         if before:
             _owner(before[0]).state_dtype = state_dtype
             continue
-        patched = _Patch(state_dtype)
+        patched = _Patch(state_dtype, _cache_name(stack))
         stack.register_forward_pre_hook(patched.enter, with_kwargs=True)
         stack.register_forward_hook(patched.leave, always_call=True)
-        for module in stack.modules():
-            if type(module).__name__ in ("xLSTMBackend", "mLSTMBackend"):
-                patched.serve(module)
+        for layer, block in enumerate(stack.blocks):
+            patched.serve(layer, block)
     return model
 
 
@@ -87,15 +89,15 @@ _thread = _Thread()
 class _Patch:
     """What is known of a patched stack: nothing of a call, which other threads make as well."""
 
-    def __init__(self, state_dtype: torch.dtype) -> None:
+    def __init__(self, state_dtype: torch.dtype, cache_name: str) -> None:
         self.state_dtype = state_dtype
-        self.layers = 0
+        self.cache_name = cache_name
 
     # -- around the stack
 
     def enter(self, stack: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """Before the stack's forward: take the mask, and see to it that the cache is exact."""
-        cache = _cache_name(stack)
+        cache = self.cache_name
         names = ("input_ids", "inputs_embeds", cache, "use_cache")
         given = dict(zip(names, args, strict=False)) | given
         if "cache_params" in given:
@@ -106,6 +108,8 @@ class _Patch:
             _thread.call = _Call(self, None, _thread.call)
             return (), given  # the stack says what is missing
         mask = _mask(given.get("attention_mask"), *x.shape[:2])
+        if mask is not None and not torch.is_grad_enabled() and _is_readable(mask) and mask.all():
+            mask = None  # reading it once costs less than closing the gates of every layer
         config = stack.config
         use_cache = given.get("use_cache")
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -132,7 +136,10 @@ class _Patch:
             _thread.call = _thread.call.outer
 
     def widen(self, cache: Any, dtype: torch.dtype) -> None:
-        """Give a cache that transformers made in the model's dtype ours."""
+        """Give a cache that transformers made in the model's dtype ours, and beam search what it
+        asks a cache for."""
+        if not hasattr(cache, "reorder_cache"):
+            cache.reorder_cache = partial(_reorder, cache)
         full = torch.promote_types(dtype, torch.float32)
         low = full if full == torch.float64 else self.state_dtype
         for layer, (c, n, m) in cache.rnn_state.items():
@@ -141,48 +148,59 @@ class _Patch:
 
     # -- in the layers
 
-    def serve(self, backend: Any) -> None:
-        """Put tfla behind the functions that a backend calls, in training and in inference."""
-        config = backend.config
-        sigmoid = "siging" in config.chunkwise_kernel
-        options: dict[str, Any] = {
-            "layer": self.layers,
-            "input_gate": "sigmoid" if sigmoid else "exp",
-            "normalize": not sigmoid or getattr(config, "normalize_siging", True),
-        }
-        self.layers += 1
-        run = partial(self.run, **options)
-        backend._train_fn = run
-        backend._inference_fn = partial(run, return_last_states=True)
+    def serve(self, layer: int, block: Any) -> None:
+        """Put tfla behind the functions that a block's backend calls, in training and inference,
+        and behind the block itself for single tokens."""
+        backend = block.mlstm_layer.mlstm_backend
+        sigmoid = "siging" in backend.config.chunkwise_kernel
+        gate = decode.Gate(
+            "sigmoid" if sigmoid else "exp",
+            not sigmoid or getattr(backend.config, "normalize_siging", True),
+        )
+        backend._train_fn = backend._inference_fn = partial(self.run, layer=layer, gate=gate)
+        step = decode.BlockStep.of(block, gate)
+        if step is not None:
+            block.forward = partial(self.block, step=step, layer=layer)
+
+    def block(self, x: Tensor, state: Any = None, *, step: decode.BlockStep, layer: int) -> Any:
+        """One block: a single token in few operations, anything else as transformers has it."""
+        if not step.serves(x, state):
+            return type(step.block).forward(step.block, x, state)
+        return step(x, state, self.kept(layer, 1))
+
+    def kept(self, layer: int, T: int) -> Tensor | None:
+        """The mask of the T tokens that a layer reads now."""
+        call = _thread.call
+        return None if call is None or call.patch is not self else call.kept(layer, T)
 
     def run(
         self,
         *,
         layer: int,
-        input_gate: str,
-        normalize: bool,
-        return_last_states: bool,
+        gate: decode.Gate,
+        return_last_states: bool = True,
         c_initial: Tensor | None = None,
         n_initial: Tensor | None = None,
         m_initial: Tensor | None = None,
         **given: Any,
-    ) -> Any:
-        """One layer. transformers names its tensors query, igate, ...; mlstm_kernels q, i, ..."""
+    ) -> tuple[Tensor, head_first.States | None]:
+        """One layer: h and the states, which are None where nobody has asked for them.
+        transformers names its tensors query, igate, ...; mlstm_kernels q, i, ..."""
         q, k, v, i, f = (given[a] if a in given else given[b] for a, b in _NAMES)
-        T = q.shape[2]
-        call = _thread.call
-        keep = None if call is None or call.patch is not self else call.kept(layer, T)
+        keep = self.kept(layer, q.shape[2])
         if keep is not None:
             i, f = head_first.close(i, f, keep)
-        gate: dict[str, Any] = {"input_gate": input_gate, "normalize": normalize}
+        options: dict[str, Any] = {"input_gate": gate.input_gate, "normalize": gate.normalize}
         states: Any = (c_initial, n_initial, m_initial)
-        if T == 1 and c_initial is not None and not torch.is_grad_enabled():
+        if q.shape[2] == 1 and c_initial is not None and not torch.is_grad_enabled():
             # The cache is updated where it lies; transformers' copying it into itself does nothing.
             token = (q[:, :, 0], k[:, :, 0], v[:, :, 0], i, f)
-            h, states = head_first.step(*token, *states, inplace=True, **gate)
+            h, states = head_first.step(*token, *states, inplace=True, **options)
             return h[:, :, None], states
-        h, after = head_first.sequence(q, k, v, i, f, *states, states=return_last_states, **gate)
-        return (h, after) if return_last_states else h
+        # Whoever calls this unpacks a pair, whatever the configuration says; with a cache there is
+        # a state to be written into it.
+        wanted = return_last_states or c_initial is not None
+        return head_first.sequence(q, k, v, i, f, *states, states=wanted, **options)
 
 
 class _Again:
@@ -229,6 +247,20 @@ def _mask(mask: Tensor | None, B: int, T: int) -> Tensor | None:
             f"its first part has been read before; got {tuple(mask.shape)}."
         )
     return mask[:, mask.shape[1] - T :].to(torch.bool)
+
+
+def _reorder(cache: Any, rows: Tensor) -> None:
+    """Row n of the cache becomes what row rows[n] was."""
+    for states in cache.rnn_state.values():
+        for state in states:
+            state.copy_(state.index_select(0, rows.to(state.device)))
+
+
+def _is_readable(mask: Tensor) -> bool:
+    """May the host look at its values?"""
+    if torch.compiler.is_compiling() or mask.is_meta:
+        return False
+    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _new_cache(config: Any, B: int, device: torch.device, dtype: torch.dtype) -> Any:

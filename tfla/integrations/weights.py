@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ FIELDS = (
     ("norm_eps", "norm_eps", 1e-6),
 )
 
+EMBEDDING = "backbone.embeddings.weight"  # xlstm_large says embedding.weight
+
 _TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 Parts = list[tuple[str, int]]  # names of theirs, one below the other, and the rows of each
@@ -44,14 +47,18 @@ def load_xlstm(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> XLSTM:
-    """An ``XLSTM`` with the weights of a transformers xLSTM checkpoint, such as NX-AI/xLSTM-7b.
+    """An ``XLSTM`` with the weights of a transformers xLSTM checkpoint, such as NX-AI/xLSTM-7b or
+    those of 160M to 7B parameters of the scaling laws (arXiv 2510.02228).
 
     Logits are those of transformers to rounding, but for the eps (1e-6) that transformers adds to
     the denominator of h and tfla does not.
 
     Args:
         path: a folder with config.json and model.safetensors, or its shards with
-            model.safetensors.index.json; weight_mode "single" or "fused".
+            model.safetensors.index.json; weight_mode "single" or "fused". Also a folder as the
+            scaling laws' are: shards model_0.safetensors, ... without an index, and xlstm_large's
+            names, ``embedding_dim`` and ``num_blocks`` in config.json and ``embedding.weight``.
+            ``save_xlstm`` then makes it one that transformers reads.
         dtype: of the parameters; None: what config.json states, else that of the embedding.
         device: where to put them. One parameter at a time passes through the CPU's memory.
 
@@ -75,9 +82,16 @@ def load_xlstm(
     with shards.Tensors(folder) as source:
         if fields.get("tie_word_embeddings") and "lm_head.weight" not in source:
             config = dataclasses.replace(config, tie_embeddings=True)
+        if 2 * config.num_parameters() > source.bytes:  # a number has 16 bits at least
+            raise ValueError(
+                f"{folder / CONFIG} claims a model of {config.num_parameters():,} parameters; the "
+                f"files of its weights have {source.bytes:,} bytes."
+            )
         with torch.device("meta"):
             model = XLSTM(config)
         names, own = names_in_checkpoint(config, mode), dict(model.named_parameters())
+        embedding = _embedding_name(source)
+        names["embedding.weight"] = [(embedding, config.vocab_size)]
         source.check(
             {
                 name: (rows, *own[key].shape[1:])
@@ -85,7 +99,7 @@ def load_xlstm(
                 for name, rows in parts
             }
         )
-        dtype = dtype or _stated_dtype(fields) or source["backbone.embeddings.weight"].dtype
+        dtype = dtype or _stated_dtype(fields) or source[embedding].dtype
         state = {}
         for key, parts in names.items():
             state[key] = torch.empty(own[key].shape, dtype=dtype, device=device)
@@ -109,6 +123,7 @@ def save_xlstm(
     weight_mode: str = "single",
     max_shard_bytes: int = 5 * 10**9,
     fields: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `model` as a folder that ``xLSTMForCausalLM.from_pretrained`` and ``load_xlstm`` read.
 
@@ -119,6 +134,7 @@ def save_xlstm(
         max_shard_bytes: start another file when one would grow beyond this.
         fields: further fields for config.json, e.g. {"eos_token_id": 2}. Without them the ids of
             the beginning, the end and of padding are null, not transformers' 0, 2 and 1.
+        texts: further files of the folder, name: content; those of a tokenizer, say.
 
     Returns:
         The folder.
@@ -153,6 +169,11 @@ def save_xlstm(
             "parametrizations keep it elsewhere. Put them into the weights first: "
             "merge_and_unload(), prune.remove or parametrize.remove_parametrizations."
         )
+    if strange := [key for key in names if type(own[key]) is not torch.nn.Parameter]:
+        raise ValueError(
+            f"model must hold {strange[0]} as a plain parameter; it is a quantized or wrapped one, "
+            f"{type(own[strange[0]]).__name__}. Save the model before it is quantized."
+        )
     pieces = {
         name: piece
         for key, parts in names.items()
@@ -162,7 +183,9 @@ def save_xlstm(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as temporary:
         shards.write(temporary, sizes, lambda name: pieces[name].clone(), max_shard_bytes)
-        (temporary / CONFIG).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
+        config = json.dumps(body, indent=2, sort_keys=True) + "\n"
+        for name, text in ({**(texts or {}), CONFIG: config}).items():
+            (temporary / name).write_text(text, "utf-8")
     return folder
 
 
@@ -193,9 +216,7 @@ def names_in_checkpoint(config: XLSTMConfig, mode: str = "single") -> dict[str, 
         "ffn.down.weight": [("proj_down.weight", d)],
     }
     inside = {"mlstm": "mlstm_layer.", "ffn": "ffn."}
-    names: dict[str, Parts] = {
-        "embedding.weight": [("backbone.embeddings.weight", config.vocab_size)]
-    }
+    names: dict[str, Parts] = {"embedding.weight": [(EMBEDDING, config.vocab_size)]}
     for n in range(config.num_layers):
         for own, parts in block.items():
             prefix = f"backbone.blocks.{n}.{inside.get(own.split('.')[0], '')}"
@@ -206,17 +227,27 @@ def names_in_checkpoint(config: XLSTMConfig, mode: str = "single") -> dict[str, 
     return names
 
 
+def _embedding_name(source: shards.Tensors) -> str:
+    """What a folder calls its embedding: transformers' name, or the one tensor that is named as an
+    embedding in its place (xlstm_large has embedding.weight)."""
+    others = [name for name in source if name.endswith(("embedding.weight", "embeddings.weight"))]
+    return EMBEDDING if EMBEDDING in source or len(others) != 1 else others[0]
+
+
 def _config(file: Path, fields: Mapping[str, Any]) -> XLSTMConfig:
     """The configuration that config.json describes, or an error that names the field."""
-    if fields.get("model_type") != "xlstm":
+    # The scaling laws' config.json is that of xlstm_large, which names no kind of model.
+    untyped = "model_type" not in fields and {"embedding_dim", "num_heads"} <= fields.keys()
+    if not untyped and fields.get("model_type") != "xlstm":
         raise ValueError(
-            f"{file} describes model_type {fields.get('model_type')!r}; wanted is 'xlstm', a model "
-            "that transformers' xLSTMForCausalLM has saved."
+            f"{file} describes model_type {short(fields.get('model_type'))}; wanted is 'xlstm', a "
+            "model that transformers' xLSTMForCausalLM has saved."
         )
-    for name in fields.get("architectures") or ["xLSTMForCausalLM"]:
+    named = fields.get("architectures") or ["xLSTMForCausalLM"]
+    for name in named if isinstance(named, list) else [named]:
         if name != "xLSTMForCausalLM":
             raise ValueError(
-                f"{file} describes architecture {name!r}; wanted is 'xLSTMForCausalLM'."
+                f"{file} describes architecture {short(name)}; wanted is 'xLSTMForCausalLM'."
             )
     if fields.get("use_bias"):
         raise ValueError(
@@ -224,8 +255,8 @@ def _config(file: Path, fields: Mapping[str, Any]) -> XLSTMConfig:
         )
     if "siging" in str(fields.get("chunkwise_kernel")):
         raise ValueError(
-            f"{file} has chunkwise_kernel {fields['chunkwise_kernel']!r}, a sigmoid gate with a "
-            "normaliser; tfla.xlstm has the exponential one, or the sigmoid without normaliser."
+            f"{file} has chunkwise_kernel {short(fields['chunkwise_kernel'])}, a sigmoid gate with "
+            "a normaliser; tfla.xlstm has the exponential one, or the sigmoid without normaliser."
         )
     d = _either(file, fields, "hidden_size", "embedding_dim", 4096)
     layers = _either(file, fields, "num_hidden_layers", "num_blocks", 32)
@@ -238,7 +269,7 @@ def _config(file: Path, fields: Mapping[str, Any]) -> XLSTMConfig:
         factor = factor if step == 64 else ffn / d
         values = {ours: fields.get(theirs, value) for theirs, ours, value in FIELDS}
         return XLSTMConfig(hidden_size=d, num_layers=layers, ffn_factor=factor, **values)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{file} describes no model that tfla.xlstm has: {error}") from error
 
 
@@ -288,21 +319,28 @@ def _factor(dim: int, d: int, factor: float) -> float:
 
 def _either(file: Path, fields: Mapping[str, Any], name: str, other: str, default: int) -> int:
     """A field that goes by two names."""
-    found = {fields[key] for key in (name, other) if fields.get(key) is not None}
-    if len(found) > 1:
+    found = {key: fields[key] for key in (name, other) if fields.get(key) is not None}
+    for key, value in found.items():
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise ValueError(
+                f"{file} has {key} {short(value)}; wanted is a whole number from 1 to 2^31 - 1."
+            )
+    if len(set(found.values())) > 1:
         raise ValueError(
             f"{file} has {name} {fields[name]} but {other} {fields[other]}; they are one."
         )
-    value = found.pop() if found else default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{file} has {name} {value!r}; wanted is a positive whole number.")
-    return value
+    return next(iter(found.values()), default)
+
+
+def short(value: Any) -> str:
+    """A value of a file in a message."""
+    return reprlib.repr(value)
 
 
 def _weight_mode(file: Path, fields: Mapping[str, Any]) -> str:
     mode = fields.get("weight_mode", "single")
     if mode not in ("single", "fused"):
-        raise ValueError(f"{file} has weight_mode {mode!r}; wanted is 'single' or 'fused'.")
+        raise ValueError(f"{file} has weight_mode {short(mode)}; wanted is 'single' or 'fused'.")
     return mode
 
 

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfla.gates import Activations
 from tfla.kernels.gates import (
     EMPTY,
     FOLLOWED,
@@ -22,6 +21,7 @@ from tfla.kernels.gates import (
 )
 from tfla.kernels.planning import device_of
 from tfla.kernels.runtime import launch
+from tfla.spec import StepInputs, StepOptions
 
 REGISTERS = 16384  # fp32 entries of the state that one program holds, 128 a thread, or half of it
 WARPS = 4
@@ -159,22 +159,11 @@ def _arrived(m: Tensor) -> Tensor:
     return found
 
 
-def update(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor | None,
-    m: Tensor | None,
-    slots: Tensor | None,
-    scale: float,
-    activations: Activations,
-) -> Tensor:
+def update(x: StepInputs, options: StepOptions) -> Tensor:
     """One token: writes new states over old (rows ``slots``, or all); h (B, H, V) in v's dtype."""
+    q, k, v, i, f, C, n, m, slots = x
     (B, H, K), V = q.shape, v.shape[-1]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     slots = None if slots is None else slots.contiguous()
     h = v.new_empty(B, H, V)
     block_k = triton.next_power_of_2(K)
@@ -189,7 +178,7 @@ def update(
         (B * H * tiles,),
         (WARPS, 1),
         (q, k, v, i, f, C, n, m, slots, h, arrived),
-        scale,
+        options.scale,
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
@@ -205,7 +194,7 @@ def update(
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         STRIDE_CK=C.stride(2),
-        LOG_I=form_of(activations.input_gate).log_i,
-        SIGMOID_F=activations.sigmoid_f,
+        LOG_I=form_of(options.input_gate).log_i,
+        SIGMOID_F=options.sigmoid_f,
     )
     return h

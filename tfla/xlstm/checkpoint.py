@@ -127,6 +127,24 @@ class Checkpoint:
             )
         return step, float(elapsed)
 
+    def end(self) -> int | None:
+        """The id that ends a document, where it is one of the tokenizer's own."""
+        end: Any = self.meta.get("end")
+        if end is not None and not (type(end) is int and 0 <= end < 2**31):
+            raise RunError(
+                f"{self.path}/checkpoint.json has end {reprlib.repr(end)}, wanted the id of a token"
+            )
+        return end
+
+    def init(self) -> str | None:
+        """The model that the run began with, as it was named; None: it was drawn."""
+        init = self.meta.get("init")
+        if init is not None and not isinstance(init, str):
+            raise RunError(
+                f"{self.path}/checkpoint.json has init {reprlib.repr(init)}, wanted a path"
+            )
+        return init
+
     def best(self) -> dict[str, Any] | None:
         """The best evaluation on held-out text up to here, with the "step" of its checkpoint."""
         return _best(self.meta)

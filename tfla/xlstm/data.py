@@ -21,12 +21,12 @@ import json
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from tfla.xlstm.checkpoint import RunError, sha256
 # A piece is encoded by itself and cut after a line: a document of any size fits into memory.
 PIECE = 1 << 16
 HELD_OUT = 0.05  # share of the bytes
+MOST_IDS = 2**31  # of a tokenizer: no model has so many rows
 FILES = {"corpus.json", "train.bin", "heldout.bin", "heldout.raw", "tokenizer.json"}
 # Bytes that are no control characters, and the control characters that stand in texts.
 _TEXT = bytes([*range(32, 127), *range(128, 256), *b"\b\t\n\f\r\x1b"])
@@ -47,8 +48,10 @@ _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", 
 
 
 class Codec:
-    """Bytes to token ids and back: one id a byte, or a `tokenizers` file; the last id ends a
-    document.
+    """Bytes to token ids and back: one id a byte, or a `tokenizers` file.
+
+    `end` is the id that ends a document: one beyond all others, unless another is named, which may
+    be one of the tokenizer's own.
 
     Example:
         codec = Codec()                             # vocab_size 257, end 256
@@ -56,8 +59,8 @@ class Codec:
         codec.encode(b"import os").tolist()
     """
 
-    def __init__(self, tokenizer: str | None = None) -> None:
-        self.source = tokenizer
+    def __init__(self, tokenizer: str | None = None, end: int | None = None) -> None:
+        self.source, self.named_end = tokenizer, end
         self._tokenizer: Any = None
         if tokenizer is None:
             self.end = 256
@@ -74,7 +77,14 @@ class Codec:
             if not ids:
                 raise RunError("the tokenizer has no tokens; give one that was trained")
             self.end = max(ids) + 1  # ids may have gaps, so their number says nothing
+            if self.end > MOST_IDS:
+                raise RunError(
+                    f"the tokenizer has the id {self.end - 1:,}; a model has a row for each id up "
+                    f"to the largest, give one with ids below {MOST_IDS:,}"
+                )
         self.vocab_size = self.end + 1
+        if end is not None:
+            self.vocab_size, self.end = max(self.end, end + 1), end
         self.dtype = np.min_scalar_type(max(self.end, 1 << 15))  # uint16, uint32 or uint64
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -106,23 +116,70 @@ class Codec:
         bad = missing.items()
         return max(1, sum(n * len(c.encode("utf-8", "surrogateescape")) for c, n in bad))
 
-    def decoder(self) -> Callable[[int], str]:
-        """A function from the next id to the text that is now certain; "" inside a character."""
+    def decoder(self, begun: bytes = b"") -> "Decoder":
+        """The way back, id by id; `begun` are the first bytes of a character, see `unfinished`."""
         if self._tokenizer is None:
-            decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-            return lambda token: "" if token == self.end else decode(bytes([token]))
+            return ByteDecoder(self.end, begun)
+        return TokenDecoder(self._tokenizer, self.end)
+
+    def unfinished(self, text: bytes) -> bytes:
+        """The bytes at the end of `text` that begin a character which its next token may complete;
+        a tokenizer has read them as U+FFFD."""
+        if self._tokenizer is not None:
+            return b""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(text[-4:])
+        return decoder.getstate()[0]
+
+
+class Decoder(Protocol):
+    """From token ids, one after the other, to the text that they say."""
+
+    def next(self, token: int) -> str:
+        """The text that is certain with this id; "" within a character."""
+
+    def rest(self) -> str:
+        """What no further id completes, with U+FFFD in place of a character that is cut."""
+
+
+class ByteDecoder:
+    """One id a byte; the text is UTF-8, and what is not is U+FFFD."""
+
+    def __init__(self, end: int, begun: bytes) -> None:
+        self._end = end
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decode(begun)
+
+    def next(self, token: int) -> str:
+        return "" if token == self._end else self._decode(bytes([token]))
+
+    def rest(self) -> str:
+        return self._decode(b"", final=True)
+
+
+class TokenDecoder:
+    """The ids of a `tokenizers` tokenizer."""
+
+    def __init__(self, tokenizer: Any, end: int) -> None:
         from tokenizers.decoders import DecodeStream
 
+        self._tokenizer, self._end = tokenizer, end
         # Special tokens in a text were written there; the end of a document is none of theirs.
-        stream = DecodeStream(skip_special_tokens=False)
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._held: list[int] = []  # ids whose text was not certain
 
-        def decode_next(token: int) -> str:
-            if token == self.end or self._tokenizer.id_to_token(token) is None:  # a gap
-                return ""
-            with _library_errors("the tokenizer cannot decode", "give one that has a decoder"):
-                return stream.step(self._tokenizer, token) or ""
+    def next(self, token: int) -> str:
+        if token == self._end or self._tokenizer.id_to_token(token) is None:  # a gap
+            return ""
+        with _library_errors("the tokenizer cannot decode", "give one that has a decoder"):
+            text = self._stream.step(self._tokenizer, token) or ""
+        self._held = [] if text else [*self._held, token]
+        return text
 
-        return decode_next
+    def rest(self) -> str:
+        held, self._held = self._held, []
+        with _library_errors("the tokenizer cannot decode", "give one that has a decoder"):
+            return self._tokenizer.decode(held, skip_special_tokens=False) if held else ""
 
 
 @contextmanager
@@ -417,12 +474,13 @@ def prepare(
     folder: Path,
     *,
     tokenizer: Path | None = None,
+    codec: Codec | None = None,
     held_out: float = HELD_OUT,
     include: Sequence[str] = (),
 ) -> Corpus:
     """Write the corpus of `paths` (none: the standard library's sources) to `folder` and open it.
 
-    `include`: see `find_documents`.
+    `codec` takes the place of one made of `tokenizer`. `include`: see `find_documents`.
     `held_out` is the share of the bytes, in (0, 0.5], that is kept from training. RunError, which
     names the file: nothing there, nothing in it, unreadable, not a tokenizer; or a `folder` that
     holds what this function has not written.
@@ -430,7 +488,7 @@ def prepare(
     if not 0 < held_out <= 0.5:
         raise RunError(f"--held-out is {held_out}, wanted above 0 and at most 0.5")
     files.check_folder(folder, written_files)
-    codec = Codec(read_tokenizer(tokenizer) if tokenizer else None)
+    codec = codec or Codec(read_tokenizer(tokenizer) if tokenizer else None)
     if include and not paths:
         raise RunError("--include is for the files of folders; name the folders too")
     found = find_documents(paths, folder.parent, include) if paths else Found(standard_library())
@@ -460,6 +518,8 @@ def prepare(
             "held_out_pieces": pieces,
             "held_out_documents": [document.name for document in held],
         }
+        if codec.named_end is not None:
+            info["end"] = codec.named_end
         info["fingerprint"] = _fingerprint(temporary, info)
         (temporary / "corpus.json").write_text(json.dumps(info, indent=1), "utf-8")
     return Corpus(folder, codec, info, np.memmap(folder / "train.bin", codec.dtype, "r"))
@@ -473,17 +533,40 @@ def open_corpus(folder: Path, fingerprint: str) -> Corpus:
         info = _read_info(folder)
         if not _fingerprint(folder, info) == info["fingerprint"] == fingerprint:
             raise RunError(f"{folder} is not the corpus that this run was trained on; {hint}")
+        if not is_end(info.get("end")):
+            raise ValueError("it has no id that ends a document")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(
             f"{folder}/corpus.json cannot be read ({_first_line(error)}); {hint}"
         ) from error
     tokenizer = folder / "tokenizer.json"
-    codec = Codec(read_tokenizer(tokenizer) if tokenizer.exists() else None)
+    codec = Codec(read_tokenizer(tokenizer) if tokenizer.exists() else None, info.get("end"))
     if wrong := _what_is_wrong(folder, info, codec):
         raise RunError(f"{folder}/corpus.json cannot be right: {wrong}; {hint}")
     if "lost" not in info["held_out"]:  # of a corpus from before this was looked at
         info["held_out"]["lost"] = _lost(folder, codec, info["held_out_pieces"])
     return Corpus(folder, codec, info, np.memmap(folder / "train.bin", codec.dtype, "r"))
+
+
+def bytes_per_token(folder: Path) -> float | None:
+    """Mean bytes of text that a training token of the corpus in `folder` stands for; None where its
+    tokens do not give the text back, or where corpus.json does not say. Nothing is verified: it is
+    for a plot."""
+    try:
+        info = _read_info(folder)
+        if info["held_out"].get("lost", 0):
+            return None
+        found = info["train"]["bytes"] / info["train"]["tokens"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        return None
+    except RecursionError:
+        return None
+    return found if isinstance(found, float) and 0 < found < 1e6 else None
+
+
+def is_end(x: Any) -> bool:
+    """Whether what a file names as the id that ends a document can be one; None: it names none."""
+    return x is None or (type(x) is int and 0 <= x < MOST_IDS)
 
 
 def _what_is_wrong(folder: Path, info: dict[str, Any], codec: Codec) -> str:
@@ -531,8 +614,11 @@ def _what_is_wrong(folder: Path, info: dict[str, Any], codec: Codec) -> str:
             return f"{name} should have {size:,} bytes"
         if name != "heldout.raw":
             stream = np.memmap(folder / name, codec.dtype, "r")
-            if any(block.max() > codec.end for block in np.array_split(stream, 1 + size // 2**24)):
-                return f"{name} holds ids beyond {codec.end:,}, the last one of the tokenizer"
+            if any(
+                block.max() >= codec.vocab_size
+                for block in np.array_split(stream, 1 + size // 2**24)
+            ):
+                return f"{name} holds ids beyond those of the tokenizer"
     return ""
 
 

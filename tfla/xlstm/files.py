@@ -40,7 +40,8 @@ MARK = "tfla is writing this folder, or was when it was killed; a later run may 
 PART = "content.part"
 # Every name that tfla gives to a file while it writes a folder.
 NAMES = re.compile(
-    rf"{re.escape(MARKER)}|{re.escape(PART)}|(checkpoint|corpus|tokenizer|config)\.json"
+    rf"{re.escape(MARKER)}|{re.escape(PART)}|(checkpoint|corpus|tokenizer)\.json"
+    r"|((tokenizer|generation)_)?config\.json"
     r"|(train|heldout)\.bin|heldout\.raw|model\.safetensors\.index\.json"
     r"|(shard-\d+-)?(model|optimizer)(-\d+)?(-of-\d+)?\.safetensors"
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.generate import Generation, Prompts, Stream, generate
 
 CLOSED = 1e4  # a gate at +-1e4 passes exactly 1 or exactly 0 in fp32
+Mixer = Callable[[XLSTMConfig], nn.Module]  # makes the part of a block that mixes tokens
 
 
 class MLSTMLayer(nn.Module):
@@ -108,12 +109,16 @@ class SwiGLU(nn.Module):
 
 class Block(nn.Module):
     """x + MLSTMLayer(RMSNorm(x)), then the same with SwiGLU: the unit to checkpoint or to shard.
-    Given a pair, whose sum is x, it returns one: the next norm adds, in the same pass."""
+    Given a pair, whose sum is x, it returns one: the next norm adds, in the same pass.
 
-    def __init__(self, config: XLSTMConfig) -> None:
+    `mixer` makes another module in place of the MLSTMLayer, to compare with: one that is called
+    like it, and whose matrix that writes to x is `out`, as `XLSTM.reset_parameters` knows it.
+    """
+
+    def __init__(self, config: XLSTMConfig, mixer: Mixer = MLSTMLayer) -> None:
         super().__init__()
         self.norm_mlstm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlstm = MLSTMLayer(config)
+        self.mlstm = mixer(config)
         self.norm_ffn = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn = SwiGLU(config)
 
@@ -127,7 +132,7 @@ class Block(nn.Module):
 
 
 class XLSTM(nn.Module):
-    """An xLSTM language model.
+    """An xLSTM language model; with another `mixer`, see ``Block``, whatever that makes of it.
 
     Sequences may be cut anywhere: ``model(a)`` and then ``model(b, state)`` equals ``model(ab)``,
     values and gradients.
@@ -145,11 +150,11 @@ class XLSTM(nn.Module):
         torch.Size([3, 20])
     """
 
-    def __init__(self, config: XLSTMConfig) -> None:
+    def __init__(self, config: XLSTMConfig, mixer: Mixer = MLSTMLayer) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, mixer) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_load_state_dict_post_hook(_tie_after_loading)

@@ -44,7 +44,15 @@ from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.data import open_corpus
 from tfla.xlstm.model import XLSTM
 from tfla.xlstm.run import Run
-from tfla.xlstm.train import MOMENTS, Placement, Record, TrainState, autocast, check_moments
+from tfla.xlstm.train import (
+    MOMENTS,
+    Placement,
+    Record,
+    TrainState,
+    autocast,
+    check_moments,
+    initial,
+)
 
 MINUTES = 10
 SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -189,18 +197,18 @@ class Ranks(Placement):
             try:
                 run = make()
                 saved = run.saved and (run.saved.path, run.saved.meta)
-                same = run.config, run.options, run.position
+                same = run.config, run.options, run.position, run.init, run.weights
                 made = [(run.folder, run.corpus.fingerprint, saved, same)]
             except (RunError, OSError) as error:
                 message = str(error)
         self.refuse(message)
         dist.broadcast_object_list(made)
-        folder, fingerprint, saved, (config, options, position) = made[0]
+        folder, fingerprint, saved, (config, options, position, init, weights) = made[0]
         if run is None:
             try:
                 corpus = open_corpus(folder / "data", fingerprint)
                 found = saved and checkpoint.opened(*saved)
-                run = Run(folder, corpus, config, options, found, position)
+                run = Run(folder, corpus, config, options, found, position, (), init, weights)
             except (RunError, OSError) as error:
                 message = f"rank {dist.get_rank()}: {error}"
         if options.batch % self.rows:
@@ -235,10 +243,13 @@ class Ranks(Placement):
             ) from error
         dist.destroy_process_group()
 
-    def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
+    def build(self, config: XLSTMConfig, precision: str, weights: Path | None = None) -> nn.Module:
         tied = config.tie_embeddings  # what is shared must be made as it is
-        with torch.device(self.drawn_on if self.main or tied else "meta"):
-            model = XLSTM(config)
+        if self.main or tied:
+            model = initial(config, weights, self.drawn_on)
+        else:
+            with torch.device("meta"):
+                model = XLSTM(config)
         whole: Any = {n: p.detach() for n, p in model.named_parameters()} if self.main else {}
         with autocast(precision, self.device):
             low = torch.is_autocast_enabled(self.device.type)

@@ -104,6 +104,16 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class Base:
+    """A trained model that a run starts from."""
+
+    path: Path  # as its user names it
+    weights: Path  # a checkpoint, or a folder in transformers' format
+    config: XLSTMConfig
+    codec: data.Codec
+
+
+@dataclass(frozen=True)
 class Run:
     """What `start` and `resume` make, and `train` carries on."""
 
@@ -114,17 +124,26 @@ class Run:
     saved: checkpoint.Checkpoint | None = None
     position: Position | None = None  # in the training text; None: its beginning
     changes: tuple[str, ...] = ()  # what `resume` was told to do otherwise, in words
+    init: str | None = None  # the model that it began with; None: its seed
+    weights: Path | None = None  # where they are, for the first step
     lock: files.Lock | None = field(default=None, repr=False, compare=False)
 
 
-def start(folder: Path, values: Mapping[str, Any], outputs: Outputs | None = None) -> Run:
-    """A new run in `folder`.
+def start(
+    folder: Path,
+    values: Mapping[str, Any],
+    outputs: Outputs | None = None,
+    base: Base | None = None,
+    corpus: Corpus | None = None,
+) -> Run:
+    """A new run in `folder`, from its seed or from `base`, whose shape and tokenizer it then has.
 
     `values` may hold paths, tokenizer, held_out and include as `prepare` takes them, fields of
     XLSTMConfig but for vocab_size, and fields of TrainOptions; others are ignored. RunError when
     `folder` holds a run already or is in use, when something of another stands in its way, or when
     a value is out of range. The folder is locked until `train` ends. `outputs` are further files
     that will be written to it, each with the proof that tfla wrote what stands in its place.
+    `corpus`, in place of paths, is one that several runs read; it stays where it is.
 
     Example:
         model = {"hidden_size": 64, "num_layers": 2, "num_heads": 2}
@@ -134,6 +153,9 @@ def start(folder: Path, values: Mapping[str, Any], outputs: Outputs | None = Non
     """
     options = TrainOptions(**_fields(TrainOptions, values))
     model = _fields(XLSTMConfig, values)
+    if base is not None:
+        _check_base(base, model, values.get("tokenizer"))
+        model = base.config.to_dict()
     try:  # before the corpus is read, which may take long
         XLSTMConfig(**(model | {"vocab_size": 1}))
     except (TypeError, ValueError) as error:
@@ -149,29 +171,38 @@ def start(folder: Path, values: Mapping[str, Any], outputs: Outputs | None = Non
                 "--out"
             )
         _check_room(folder, outputs or {})
-        files.check_folder(folder / "data", data.written_files)
         checkpoint.sweep(folder)
-        corpus = prepare(
-            values.get("paths") or [],
-            folder / "data",
-            tokenizer=values.get("tokenizer"),
-            held_out=values.get("held_out", HELD_OUT),
-            include=values.get("include") or (),
-        )
+        if corpus is None:
+            files.check_folder(folder / "data", data.written_files)
+            corpus = prepare(
+                values.get("paths") or [],
+                folder / "data",
+                tokenizer=values.get("tokenizer"),
+                codec=None if base is None else base.codec,
+                held_out=values.get("held_out", HELD_OUT),
+                include=values.get("include") or (),
+            )
         position = corpus.begin(options.seed, options.context)  # too small? It says so now.
-        config = XLSTMConfig(**(model | {"vocab_size": corpus.codec.vocab_size}))
-        return Run(folder, corpus, config, options, position=position, lock=lock)
+        config = XLSTMConfig(**({"vocab_size": corpus.codec.vocab_size} | model))
+        run = Run(folder, corpus, config, options, position=position, lock=lock)
+        return dataclasses.replace(run, init=str(base.path), weights=base.weights) if base else run
     except BaseException:
         lock.release()
         raise
 
 
-def resume(folder: Path, changes: Mapping[str, Any], outputs: Outputs | None = None) -> Run:
+def resume(
+    folder: Path,
+    changes: Mapping[str, Any],
+    outputs: Outputs | None = None,
+    corpus: Corpus | None = None,
+) -> Run:
     """The run in `folder` at its last checkpoint.
 
     `changes` may replace fields of TrainOptions; giving steps or seconds replaces both. RunError
     when something else in it is not as the run has it, when `folder` is in use, or when a file of
-    the run is damaged. The folder is locked until `train` ends. `outputs`: as for `start`.
+    the run is damaged. The folder is locked until `train` ends. `outputs` and `corpus`: as for
+    `start`.
     """
     if not folder.is_dir():
         checkpoint.load(folder)  # which says what is missing, and makes no folder
@@ -179,18 +210,33 @@ def resume(folder: Path, changes: Mapping[str, Any], outputs: Outputs | None = N
     try:
         _check_room(folder, outputs or {})
         checkpoint.sweep(folder)
-        run = _resumed(folder, changes)
+        run = _resumed(folder, changes, corpus)
     except BaseException:
         lock.release()
         raise
     return dataclasses.replace(run, lock=lock)
 
 
-def _resumed(folder: Path, changes: Mapping[str, Any]) -> Run:
+def _check_base(base: Base, model: Mapping[str, Any], tokenizer: Path | None) -> None:
+    """RunError when another shape or tokenizer is asked for than a run's base has."""
+    other = [name for name, value in model.items() if value != getattr(base.config, name)]
+    if tokenizer is not None and read_tokenizer(tokenizer) != base.codec.source:
+        other.append("tokenizer")
+    for name in other:
+        raise RunError(
+            f"--{name.replace('_', '-')} is not what {base.path} has, with which --init starts; "
+            "leave it out"
+        )
+
+
+def _resumed(folder: Path, changes: Mapping[str, Any], corpus: Corpus | None) -> Run:
     saved = checkpoint.load(folder)
     step, elapsed = saved.position()
     config, before = saved.config(), _options(saved)
-    corpus = open_corpus(folder / "data", str(saved.meta.get("data")))
+    if corpus is None:
+        corpus = open_corpus(folder / "data", str(saved.meta.get("data")))
+    elif corpus.fingerprint != saved.meta.get("data"):
+        raise RunError(f"{corpus.folder} is not the corpus that the run in {folder} was started on")
     check_vocabulary(saved, config, corpus.codec)
     options = dataclasses.asdict(before)
     if changes.keys() & {"steps", "seconds"}:
@@ -203,8 +249,10 @@ def _resumed(folder: Path, changes: Mapping[str, Any]) -> Run:
         given["tokenizer"] = read_tokenizer(given["tokenizer"])
     if "include" in given:
         given["include"] = list(given["include"] or ())
+    if "init" in given:
+        given["init"] = str(given["init"])
     has = config.to_dict() | {"include": []} | corpus.info["origin"]  # older ones had no --include
-    has |= {"tokenizer": corpus.codec.source}
+    has |= {"tokenizer": corpus.codec.source, "init": saved.init()}
     for name in sorted(has.keys() & given.keys()):
         if given[name] != has[name]:
             raise RunError(
@@ -221,7 +269,7 @@ def _resumed(folder: Path, changes: Mapping[str, Any]) -> Run:
         position = corpus.begin(now.seed, now.context, 0, position.epoch)
     corpus.begin(now.seed, now.context)  # too small for a larger --context? It says so now.
     said = _say_changes(before, now, step, elapsed, position)
-    return Run(folder, corpus, config, now, saved, position, said)
+    return Run(folder, corpus, config, now, saved, position, said, has["init"])
 
 
 def _options(saved: checkpoint.Checkpoint) -> TrainOptions:
@@ -235,8 +283,10 @@ def _options(saved: checkpoint.Checkpoint) -> TrainOptions:
 
 
 def check_vocabulary(saved: checkpoint.Checkpoint, config: XLSTMConfig, codec: data.Codec) -> None:
-    """RunError unless the model has a row for every id of the codec, and no other."""
-    if config.vocab_size != codec.vocab_size:
+    """RunError unless the model has a row for every id of the codec, and no other; one that came
+    with an end of its own may have others."""
+    spare = codec.named_end is not None  # models of others may have more rows than are used
+    if config.vocab_size < codec.vocab_size or (config.vocab_size > codec.vocab_size and not spare):
         raise RunError(
             f"{saved.path}: the model has {config.vocab_size:,} token ids, its tokenizer needs "
             f"{codec.vocab_size:,}; they do not belong together, train again"

@@ -35,6 +35,7 @@ from tfla.xlstm.metrics import MetricsLog, Record, is_number
 from tfla.xlstm.metrics import read_metrics as read_metrics
 from tfla.xlstm.model import XLSTM
 from tfla.xlstm.run import METRICS, Run, TrainOptions
+from tfla.xlstm.writer import load
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 PIECE = 16384  # tokens whose logits are made at once
@@ -48,6 +49,7 @@ class Placement:
     """
 
     main = True
+    keep_best = True  # is there a checkpoint after every evaluation that is the best so far?
     row, rows = 0, 1
     part = (0, 1)
     # Entered around every step: whoever starts a run may time its steps, or choose threads.
@@ -68,10 +70,10 @@ class Placement:
         """In it the ranks depend on each other."""
         return nullcontext()
 
-    def build(self, config: XLSTMConfig, precision: str) -> nn.Module:
-        """The model as it is trained, on its device, with parameters from torch's generator."""
-        with torch.device("cpu"):  # the same numbers on every device, torch's default one or not
-            model = XLSTM(config).to(self.device)
+    def build(self, config: XLSTMConfig, precision: str, weights: Path | None = None) -> nn.Module:
+        """The model as it is trained, on its device, with parameters from torch's generator or
+        those in `weights`, as ``load`` reads them."""
+        model = initial(config, weights).to(self.device)
         if self.compile:  # one graph, which all blocks share
             for block in model.blocks:
                 block.compile()
@@ -169,6 +171,15 @@ class TrainState:
                 self.optimizer.state[own][field] = value.to(own.device)
 
 
+def initial(config: XLSTMConfig, weights: Path | None, device: torch.device | str = "cpu") -> XLSTM:
+    """A model before its first step, in fp32: drawn from torch's generator on `device` (the CPU's
+    numbers are the same wherever it is trained), or read from `weights`."""
+    if weights is not None:
+        return load(weights, device, torch.float32).train()
+    with torch.device(device):  # torch's default one may be another
+        return XLSTM(config)
+
+
 def check_moments(
     saved: checkpoint.Checkpoint,
     parameters: Mapping[str, tuple[torch.Size, torch.dtype]],
@@ -203,7 +214,8 @@ def train(run: Run, placement: Placement) -> Iterator[Record]:
 def _train(run: Run, placement: Placement) -> Iterator[Record]:
     corpus, config, options = run.corpus, run.config, run.options
     torch.manual_seed(options.seed)
-    state = TrainState(placement.build(config, options.precision), options, placement)
+    model = placement.build(config, options.precision, run.weights)
+    state = TrainState(model, options, placement)
     step, elapsed = 0, 0.0
     position = run.position or corpus.begin(options.seed, options.context)
     if run.saved is not None:
@@ -258,6 +270,10 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
             "position": dataclasses.asdict(position),
             "best": best,
         }
+        if run.init is not None:
+            meta["init"] = run.init
+        if corpus.codec.named_end is not None:
+            meta["end"] = corpus.codec.named_end
         if placement.device.type == "cpu":
             meta["threads"] = torch.get_num_threads()
         placement.save(run.folder, meta, state, texts)
@@ -297,7 +313,7 @@ def _train(run: Run, placement: Placement) -> Iterator[Record]:
                 best = {"step": step, unit: bits, **_judged(options)}
             yield record("eval", **{unit: bits})
         elapsed = clock()
-        is_best = best is not None and best["step"] == step
+        is_best = placement.keep_best and best is not None and best["step"] == step
         if step % options.save_every == 0 or due or is_best or done:
             yield save()
     placement.finish()
@@ -331,16 +347,35 @@ def evaluate(
     window's first tokens are the dear ones: sum over all tokens but the first of
     -log2 p(token | its window), over `size`.
     """
-    window = window or options.context
+    nats = total_nats(model, stream, window or options.context, options.precision, device)
+    return nats / math.log(2) / size
+
+
+def total_nats(
+    model: nn.Module, stream: Tensor, window: int, precision: str, device: torch.device
+) -> float:
+    """The sum of ``token_nats``."""
+    nats = token_nats(model, stream, window, precision, device)
+    return nats.sum(dtype=torch.float64).item()
+
+
+@torch.no_grad()
+def token_nats(
+    model: nn.Module, stream: Tensor, window: int, precision: str, device: torch.device
+) -> Tensor:
+    """-log p(token | its window), in nats, of every token of `stream` (tokens,) but the first:
+    (windows, window) fp32 on the CPU, with zeros after the last token. Every window begins with an
+    empty state."""
     rows = torch.split(stream[:-1], window), torch.split(stream[1:], window)
     inputs = nn.utils.rnn.pad_sequence(list(rows[0]), batch_first=True)
     targets = nn.utils.rnn.pad_sequence(list(rows[1]), batch_first=True, padding_value=-100)
-    nats = 0.0
-    with torch.no_grad(), autocast(options.precision, device):
+    found = []
+    with autocast(precision, device):
         for part in torch.arange(len(inputs), device="cpu").split(max(1, 4096 // window)):
             logits, _ = model(inputs[part].to(device))
-            nats += _nats(logits, targets[part].to(device), "sum").item()
-    return nats / math.log(2) / size
+            nats = _nats(logits, targets[part].to(device), "none")
+            found.append(nats.view(len(part), -1).cpu())
+    return torch.cat(found)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
