@@ -22,7 +22,6 @@ from tfla.kernels import planning, program, runtime
 from tfla.kernels.program import Program
 from tfla.programs import programs
 
-
 CALLS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((1, 8192, 1, 128, 256), {}),
     ((1, 20000, 4, 128, 256), {"state": True}),
