@@ -129,7 +129,7 @@ def passes_over(launch: Any, name: str) -> float:
     if name == "ends" and "BLOCK_A" in c:
         rows = numbers["stride_e"] // c["STRIDE_EA"] if c["STRIDE_EX"] == 1 else c["STRIDE_EX"]
         return c["BLOCK_A"] / rows
-    if name in ("a", "b") and numbers["first_a"] is not None:
+    if name in ("a", "b") and "BLOCK_A" in c:
         return numbers["A"] / numbers["stride_ah"]
     return 2 if name in launch.parameters.updates else 1
 

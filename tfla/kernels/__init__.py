@@ -359,7 +359,7 @@ class _Slice(NamedTuple):
     """The part of a contraction that one launch of a scan takes, and what that launch has besides
     the operands."""
 
-    first: int | None  # column of a and b; None: the contraction is whole
+    first: int  # column of a and b
     width: int
     out: Symbol
     partial: Symbol | None  # what the slices before it add up to, fp32
@@ -418,7 +418,7 @@ def scan(
         last = first + tile.block_a >= A
         out = call.out if last else builder.new(f"{name} partial", B, T, H, X)
         width = min(tile.block_a, A - first)
-        call.launch(_Slice(None if tile.splits == 1 else first, width, out, partial, last))
+        call.launch(_Slice(first, width, out, partial, last))
         partial = out
     return Scan(call.out, call.dots, call.final, column)
 
@@ -547,7 +547,7 @@ class _Scan(NamedTuple):
         # Kept states and the last one stand between what is read and what is written: each slice
         # adds its rows to those of the slices before it.
         ends, updates = {"ends": self.ends}, dict[str, Symbol | None]()
-        is_first = not part.first
+        is_first = part.first == 0
         if not keep and writes["out"] is not None:
             reads = reads | ends
         elif starts or not is_first:
@@ -580,7 +580,7 @@ class _Scan(NamedTuple):
                 "UNIT": unit,
                 "size": weights.size,
                 "stride_e": plan.kept[0] * plan.kept[1],
-                "first_a": part.first,
+                "first_a": part.first or None,  # none to add costs no register
                 "A": part.width,
                 "X": X,
             },
@@ -619,7 +619,7 @@ class _Scan(NamedTuple):
                 "spans": weights.sizes.states,
                 "UNIT": unit,
                 "stride_e": plan.kept[0] * plan.kept[1],
-                "first_a": part.first,
+                "first_a": part.first or None,  # none to add costs no register
                 "A": part.width,
                 "X": X,
             },

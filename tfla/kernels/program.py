@@ -14,6 +14,7 @@ updated, but only slices whose size is a multiple of 128 bytes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,7 @@ class Symbol:
         return math.prod(self.shape)
 
 
+@functools.cache
 def name_of(dtype: Any) -> str:
     """Ours of a dtype of torch or NumPy, a key of BYTES."""
     return DTYPES[str(dtype).rsplit(".", 1)[-1]]

@@ -3,6 +3,7 @@ that the forward pass saves for the backward pass."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -89,9 +90,14 @@ class GateWeights(NamedTuple):
         return {"T": self.spec.T, "H": self.spec.H, "slots": self.sizes.chunks}
 
 
+@functools.cache
+def _stride_names(name: str, axes: str) -> tuple[str, ...]:
+    return tuple([f"stride_{name}{axis}" for axis in axes])
+
+
 def strides(name: str, x: Symbol, axes: str = "bth") -> dict[str, int]:
     """The first strides of x as parameters of a kernel."""
-    return {f"stride_{name}{axis}": step for axis, step in zip(axes, x.strides, strict=False)}
+    return dict(zip(_stride_names(name, axes), x.strides, strict=False))
 
 
 # ---------------------------------------------------------------- packed sequences
