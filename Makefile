@@ -48,6 +48,7 @@ docs: $(VENV)/.installed-docs
 
 # Run anew, with the outputs stored in them: after a change of a notebook.
 notebooks: $(VENV)/.installed-docs
+	$(PIP) install -c constraints.txt ipykernel
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
 
 hub: $(VENV)/.installed-train

@@ -23,10 +23,14 @@ class Layer(nnx.Module):
         self.heads = heads
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.qkv = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
-        self.gates = nnx.Linear(width, 2 * heads, rngs=rngs)
-        self.out = nnx.Linear(width, width, use_bias=False, rngs=rngs)
         # Input gates begin small and forget gates open: 0.95 a token at first.
-        self.gates.bias[...] = jnp.repeat(jnp.array([-1.0, 3.0]), heads)
+        self.gates = nnx.Linear(
+            width,
+            2 * heads,
+            bias_init=lambda key, shape, dtype: jnp.repeat(jnp.array([-1.0, 3.0], dtype), heads),
+            rngs=rngs,
+        )
+        self.out = nnx.Linear(width, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         B, T, width = x.shape

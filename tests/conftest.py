@@ -1,5 +1,6 @@
 """What every test shares. Nothing here imports Triton, so a test decides itself how it runs."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from commands import Call  # noqa: E402
 
 torch.set_num_threads(1)
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -59,3 +61,31 @@ def _one_thread() -> Iterator[None]:
 def root() -> Path:
     """The repository's root folder."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal that breaks no line and shows no colour."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], wide: None) -> Call:
+    """Exit status, standard output and standard error of the command, in this process."""
+    from tfla import cli
+
+    def run(line: str, *more: str) -> tuple[int, str, str]:
+        status = cli.run_command([*line.split(), *more])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of the standard library's sources, 60 KB."""
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted(Path(json.__file__).parent.glob("*.py")):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PROJECT = sorted(ROOT.glob("*.md"))
 # Packages of others, whose programs run where they are installed.
-PEERS = "transformers|xlstm|mlstm_kernels|fla|mamba_ssm|jax"
+PEERS = "transformers|xlstm|mlstm_kernels|fla|mamba_ssm|jax|torchao|kernels"
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -98,7 +98,10 @@ def test_changes_of_a_linear_act_on_every_way(
 def test_changes_of_a_linear_act_in_layers(
     linear: str, change: Callable[[nn.Module, str], None]
 ) -> None:
-    layer, x = tfla.nn.MLSTM(6, 8, 2, proj_size=4).double(), torch.randn(2, 9, 6).double()
+    layer, x = (
+        tfla.nn.MLSTM(6, 8, proj_size=4, num_heads=2, batch_first=True).double(),
+        torch.randn(2, 9, 6).double(),
+    )
     nn.init.normal_(layer.layers[0].gates.weight)
     before = layer(x)[0]
     change(layer, f"layers.0.{linear}")

@@ -393,36 +393,38 @@ def test_tuning_bits_are_those_of_training(study: Study) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def test_by_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_by_command(
+    texts: Path, asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It goes on with a study that is planned and one training of which is over."""
     out = tmp_path / "out"
     words = f"bench language {texts} --size 0.1m --steps 3 --context 16 --batch 2 --seeds 1"
     words += f" --rates 1e-3 --device cpu --out {out}"
-    assert run_command(words.split()) == 0
-    printed = capsys.readouterr().out
-    assert all(f"{name} writes:" in printed for name in NAMES)
-    found = report.load(out / "language.json")
-    assert str(texts) not in (out / "language.json").read_text()
-    planned, trained = found["rows"][:3], found["rows"][3:]
-    assert [row["kind"] for row in planned] == ["language_plan"] * 3
-    for row in planned:
-        assert row["status"] == "ok" and row["peak_bytes"] > 0 and row["errors"]["logits"] < 1e-3
-        assert abs(row["parameters"] / planned[0]["parameters"] - 1) < 0.01
-    assert [row["implementation"] for row in trained] == list(NAMES)
-    for row in trained:
-        assert row["status"] == "ok" and row["tokens"][-1] == 96 and row["bits"] > 0
-    pictures = {path.name for path in out.glob("*.svg")}
-    assert pictures == {f"language-{study}.svg" for study in ("tokens", "positions", "rates")}
-    # Cut before the last training began, and gone on with.
-    (out / "language.json").unlink()
-    folder = out / "language" / "attention-lr0.001-seed0"
-    (folder / "result.json").unlink()
-    (folder / "metrics.jsonl").unlink()
+    own = dataclasses.replace(asked, minutes=10.0, steps=3, seeds=1, rates=(1e-3,))
+    study = open_study(out / "language", own, False, 0.0)
+    planned: list[tuple[Any, ...]] = []
+    task = Task("language_plan", "cpu", "fp32", tuple(NAMES), study="plan", work=study)
+    language.plan(task, CPU, lambda *message: planned.append(message))
+    before = row_of(Training(study, 1e-3, 0), "tfla exp")
+    assert before["status"] == "ok"
     assert run_command(words.split()) == 2
     assert "add --resume" in capsys.readouterr().err
     assert run_command([*words.split(), "--resume"]) == 0
-    again = report.load(out / "language.json")["rows"]
-    assert again[:-1] == found["rows"][:-1]
-    assert lasting(again[-1]) == lasting(found["rows"][-1])
+    printed = capsys.readouterr().out
+    assert all(f"{name} writes:" in printed for name in NAMES)
+    rows = report.load(out / "language.json")["rows"]
+    assert str(texts) not in (out / "language.json").read_text()
+    assert rows[:3] == [message[1] for message in planned if message[0] == "row"]
+    for row in rows[:3]:
+        assert row["status"] == "ok" and row["peak_bytes"] > 0 and row["errors"]["logits"] < 1e-3
+        assert abs(row["parameters"] / rows[0]["parameters"] - 1) < 0.01
+    assert [row["implementation"] for row in rows[3:]] == list(NAMES)
+    assert rows[3] == before
+    for row in rows[3:]:
+        assert row["status"] == "ok" and row["tokens"][-1] == 96 and row["bits"] > 0
+    pictures = {path.name for path in out.glob("*.svg")}
+    assert pictures == {f"language-{study}.svg" for study in ("tokens", "positions", "rates")}
     path = str(out / "language.json")
     assert run_command(["bench", "compare", path, path]) == 0
     assert "in 6 rows" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from seals import change_meta, seal_files
 from torch import nn
 
 from tfla.xlstm import checkpoint, files
@@ -133,11 +134,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     assert sprung.exists()
     sprung.unlink()
     (path / "model.safetensors").write_bytes(data)
-    meta = json.loads((path / "checkpoint.json").read_text())
-    del meta["checksum"]
-    meta["files"]["model.safetensors"] = checkpoint.seal(path / "model.safetensors")
-    meta["checksum"] = checkpoint._checksum(meta)
-    (path / "checkpoint.json").write_text(json.dumps(meta))
+    seal_files(path)
     saved = load(path)
     with pytest.raises(RunError, match="model.safetensors cannot be read"):
         saved.tensors("model")
@@ -174,15 +171,6 @@ def test_where_there_is_none_it_says_what_to_name(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- what is listed
 
 
-def seal_anew(path: Path, change: Callable[[dict], None]) -> None:
-    """Change what checkpoint.json says, under a checksum that is right."""
-    meta = json.loads((path / "checkpoint.json").read_text())
-    del meta["checksum"]
-    change(meta)
-    meta["checksum"] = checkpoint._checksum(meta)
-    (path / "checkpoint.json").write_text(json.dumps(meta))
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -211,7 +199,7 @@ def test_only_plain_names_are_read(tmp_path: Path, name: str) -> None:
     def change(meta: dict) -> None:
         meta["files"][name] = {"bytes": 0, "sha256": "0" * 64}
 
-    seal_anew(path, change)
+    change_meta(path, change)
     with pytest.raises(RunError, match="which is not the plain name of a file"):
         load(path)
 
@@ -224,7 +212,7 @@ def test_only_regular_files_are_read(tmp_path: Path, name: str, kind: str) -> No
     file = path / name
     whole = file.read_bytes() if file.exists() else b"x"
     if name == "extra.bin":
-        seal_anew(path, lambda meta: meta["files"].update({name: {"bytes": 0, "sha256": ""}}))
+        change_meta(path, lambda meta: meta["files"].update({name: {"bytes": 0, "sha256": ""}}))
     file.unlink(missing_ok=True)
     (tmp_path / "copy").write_bytes(whole)
     if kind == "pipe":
@@ -242,7 +230,7 @@ def test_only_regular_files_are_read(tmp_path: Path, name: str, kind: str) -> No
 )
 def test_a_list_of_another_kind_is_one_line(tmp_path: Path, stated: object) -> None:
     path = write(tmp_path, 1)
-    seal_anew(path, lambda meta: meta["files"].update({"model.safetensors": stated}))
+    change_meta(path, lambda meta: meta["files"].update({"model.safetensors": stated}))
     with pytest.raises(RunError, match="does not say what model.safetensors holds"):
         load(path)
 
@@ -250,7 +238,7 @@ def test_a_list_of_another_kind_is_one_line(tmp_path: Path, stated: object) -> N
 @pytest.mark.parametrize("listed", [None, 3, [], "x", ["model.safetensors"]])
 def test_no_list_is_one_line(tmp_path: Path, listed: object) -> None:
     path = write(tmp_path, 1)
-    seal_anew(path, lambda meta: meta.update(files=listed))
+    change_meta(path, lambda meta: meta.update(files=listed))
     with pytest.raises(RunError, match="it lists no files"):
         load(path)
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
+from commands import Call
 from matplotlib.figure import Figure
 
 import tfla
@@ -26,35 +27,12 @@ from tfla.xlstm import XLSTMConfig, checkpoint
 from tfla.xlstm.run import TrainOptions
 from tfla.xlstm.train import read_metrics
 
-Call = Callable[..., tuple[int, str, str]]
 COMMANDS = ["train", "generate", "chat", "eval", "export", "plot", "demo"]
 FUNCTIONS = {"eval": "evaluate"}
 TINY = "--hidden-size 16 --num-layers 1 --num-heads 2 --context 32 --batch 2 --eval-bytes 500"
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Call:
-    """Exit status, standard output and standard error of the command, in this process."""
-
-    def run(line: str, *more: str) -> tuple[int, str, str]:
-        status = cli.run_command([*line.split(), *more])
-        return status, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parent.glob("*.py")):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+pytestmark = pytest.mark.usefixtures("wide")
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +180,8 @@ def test_a_run_is_not_overwritten_and_not_changed(call: Call, trained: Path, tex
     is_one_line(call(f"train {text} --out {trained}"), "holds a run already; add --resume")
     other = call(f"train --out {trained} --resume --hidden-size 32")
     is_one_line(other, "--hidden-size is not what the run", "leave it out")
+    other = call(f"train {text / 'decoder.py'} --out {trained} --resume")
+    is_one_line(other, "tfla: the files to train on are not what the run", "leave them out")
     assert checkpoint.load(trained).path == before
 
 
@@ -609,7 +589,8 @@ def test_fine_tuning_starts_where_the_other_run_ended(
     for number, source in enumerate(exported):
         out = tmp_path / f"{number}"
         line = f"train {text} --out {out} --init {source} --steps 2 --context 32 --batch 2"
-        assert call(line)[0] == 0
+        status, said, _ = call(line)
+        assert status == 0 and f"with the weights of {source}, into" in said
         saved = checkpoint.load(out)
         assert saved.meta["config"]["hidden_size"] == 128 and saved.meta["init"] == str(source)
         assert call(f"train --out {out} --resume --steps 3")[0] == 0
@@ -828,3 +809,48 @@ def test_closed_descriptors_change_nothing(closed: str, tmp_path: Path) -> None:
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
         silent = ">&-" in closed.split() or status
         assert done.stdout == ("" if silent else f"tfla {tfla.__version__}\n")
+
+
+def test_the_table_of_sizes_is_of_the_models(root: Path) -> None:
+    """Its parameters, and its speeds as far as they are computed."""
+    page = (root / "docs/train/sizes.md").read_text("utf-8")
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in row] for row in rows if row[0].split()[0] in cli.SIZES]
+    assert [row[0].split()[0] for row in rows] == list(cli.SIZES)
+
+    def speed(cell: str) -> float:
+        return float(cell.replace("*", "").partition(";")[0].replace(",", ""))
+
+    flops = []
+    for (shape, _), row in zip(cli.SIZES.values(), rows, strict=True):
+        config = XLSTMConfig(vocab_size=257, **shape)
+        widths = ", ".join(str(shape[x]) for x in ("hidden_size", "num_layers", "num_heads"))
+        assert row[1:3] == [widths, f"{config.num_parameters():,}"]
+        flops.append(config.flops_per_token(training=True))
+    measured = speed(rows[0][3]) * flops[0]  # FLOP/s on 2 cores
+    assert measured == pytest.approx(110e9, rel=0.01)
+    for number, row in zip(flops, rows, strict=True):
+        for cell, rate in zip(row[3:], (measured, 4 * measured, 282e12), strict=True):
+            if cell:
+                assert speed(cell) == pytest.approx(rate / number, rel=0.03), row[0]
+                night = cell.replace("*", "").split("; ")[1]
+                size = {"M": 1e6, "G": 1e9}[night[-1]]
+                tokens = float(night[:-1].replace(",", "")) * size
+                assert tokens == pytest.approx(8 * 3600 * rate / number, rel=0.05), row[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*COMMANDS, "env", "roofline", "plan", "bench"]
+    + [f"bench {x}" for x in "kernels memory decode model transfer bias compare draw".split()],
+)
+def test_help_fits_80_columns_and_says_defaults_in_words(
+    name: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = call(f"{name} --help")
+    assert status == 0 and out
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+    shown = " ".join(out.replace("│", " ").split())
+    assert not re.findall(r"\[default: (\(|None|\])", shown)
+    assert "\\[" not in out

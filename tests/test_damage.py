@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from seals import change_meta, seal_files
 
 from tfla import cli
 from tfla.integrations.text import export_run
-from tfla.xlstm import XLSTM, XLSTMConfig, checkpoint
+from tfla.xlstm import XLSTM, XLSTMConfig
 from tfla.xlstm.data import Codec, _fingerprint
 
 TINY = "--hidden-size 16 --num-layers 1 --num-heads 2 --context 16 --batch 2 --eval-bytes 200"
@@ -104,15 +105,9 @@ def seal_anew(run: Path) -> None:
                 info["fingerprint"] = _fingerprint(folder, info)
                 (folder / "corpus.json").write_text(json.dumps(info))
                 continue
-            meta = json.loads((folder / "checkpoint.json").read_text())
-            meta.pop("checksum", None)
-            meta["data"] = json.loads((run / "data" / "corpus.json").read_text())["fingerprint"]
-            meta["files"] = {
-                name: checkpoint.seal(folder / name) if (folder / name).is_file() else stated
-                for name, stated in meta["files"].items()
-            }
-            meta["checksum"] = checkpoint._checksum(meta)
-            (folder / "checkpoint.json").write_text(json.dumps(meta))
+            data = json.loads((run / "data" / "corpus.json").read_text())["fingerprint"]
+            change_meta(folder, lambda meta, data=data: meta.update(data=data))
+            seal_files(folder)
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OSError):
             pass
 

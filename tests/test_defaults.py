@@ -23,7 +23,7 @@ CU, ROW = offsets((20, 50)), torch.tensor([2])
 ZEROS = [torch.zeros(3, *s.shape[1:]) for s in X.memory]
 MODEL, TOKENS = XLSTM(SMALL), draw(2, 9)
 PROMPTS = [[1, 2, 3], [4]]
-LAYER = tfla.nn.MLSTM(8, 16, 4, num_layers=2, bidirectional=True, proj_size=4)
+LAYER = tfla.nn.MLSTM(8, 16, 2, bidirectional=True, proj_size=4)
 TEXT, TEXTS = torch.randn(2, 7, 8), pack_sequence([torch.randn(7, 8), torch.randn(5, 8)])
 
 
@@ -73,7 +73,7 @@ def layer() -> list[Tensor]:
 def new_layer() -> list[Tensor]:
     """A device and a dtype that are named are obeyed."""
     torch.manual_seed(0)
-    new = tfla.nn.MLSTM(8, 16, 4, proj_size=4, device="cpu", dtype=torch.float32)
+    new = tfla.nn.MLSTM(8, 16, proj_size=4, device="cpu", dtype=torch.float32)
     return [new(TEXT)[0].detach()]
 
 

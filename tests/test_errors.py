@@ -323,3 +323,18 @@ def test_errors_leave_no_trace_in_the_warnings_of_a_good_call(
 ) -> None:
     tfla.mlstm(**good())
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("first", ["q k v", "i f", "i", "q k", "v", "q k v, grouped"])
+def test_heads_that_come_first_are_recognised(first: str) -> None:
+    """(B, H, T, D) beside (B, T, H): the error says how to make one of the other."""
+    groups = 1 if "grouped" in first else 3
+    shapes = {"q": (2, 50, groups, 8), "k": (2, 50, groups, 8), "v": (2, 50, 3, 4)}
+    x = {
+        name: torch.zeros(shape)
+        for name, shape in {**shapes, "i": (2, 50, 3), "f": (2, 50, 3)}.items()
+    }
+    tfla.mlstm(**x)
+    x |= {name: x[name].transpose(1, 2) for name in first.split(",")[0].split()}
+    with pytest.raises(ValueError, match=r"heads first.*x\.transpose\(1, 2\)"):
+        tfla.mlstm(**x)

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 import tfla
-from tfla.nn import MLSTM
+from tfla.nn import MLSTM, States
 
 VARIANTS = [
     {},
@@ -23,7 +25,7 @@ LENGTHS = [7, 1, 30, 12, 30]
 
 def make(dtype: torch.dtype = torch.float64, **options: object) -> MLSTM:
     """In evaluation, with gates that vary from token to token; the initial ones hide mistakes."""
-    layer = MLSTM(6, 16, 4, **options).to(dtype).eval()
+    layer = MLSTM(6, 16, **{"num_heads": 4, "batch_first": True, **options}).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if "gates" in name or "norm" in name:
@@ -39,9 +41,9 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def same_state(a: tuple[tfla.State, ...], b: tuple[tfla.State, ...]) -> None:
+def same_state(a: States | Sequence[tfla.State], b: States | Sequence[tfla.State]) -> None:
     """Up to the gauge m, in which states may differ."""
-    for x, y in zip(a, b, strict=True):
+    for x, y in zip(layers(a), layers(b), strict=True):
         assert (x.m is None) == (y.m is None)
         if x.m is None or y.m is None:
             close(x.C, y.C)
@@ -50,8 +52,13 @@ def same_state(a: tuple[tfla.State, ...], b: tuple[tfla.State, ...]) -> None:
             close(x.n * x.m.exp()[..., None], y.n * y.m.exp()[..., None])
 
 
-def row(state: tuple[tfla.State, ...], n: int) -> tuple[tfla.State, ...]:
-    return tuple(tfla.State(*(None if t is None else t[n : n + 1] for t in s)) for s in state)
+def layers(state: States | Sequence[tfla.State]) -> Sequence[tfla.State]:
+    return state.layers if isinstance(state, States) else state
+
+
+def row(state: States, n: int) -> States:
+    rows = ([None if t is None else t[n : n + 1] for t in s] for s in state.layers)
+    return States(tuple(tfla.State(*s) for s in rows))
 
 
 # ------------------------------------------------------------------------------- the function
@@ -107,12 +114,12 @@ def test_both_directions_are_two_layers_side_by_side() -> None:
     there, back = forward(x), backward(x.flip(1))
     y, state = both(x)
     close(y, torch.cat([there[0], back[0].flip(1)], -1))
-    same_state(state, (*there[1], *back[1]))
+    same_state(state, (*there[1].layers, *back[1].layers))
 
 
 def test_layers_read_one_another_with_dropout_between_them_in_training_only() -> None:
     layer, x = make(num_layers=2, dropout=0.5), draw(3, 20)
-    first, second = make(), MLSTM(16, 16, 4).double().eval()
+    first, second = make(), MLSTM(16, 16, num_heads=4, batch_first=True).double().eval()
     first.layers[0].load_state_dict(layer.layers[0].state_dict())
     second.layers[0].load_state_dict(layer.layers[1].state_dict())
     between = first(x)[0]
@@ -174,6 +181,59 @@ def test_time_first_and_unbatched() -> None:
     assert alone[0].C.shape == again[0].C.shape == (1, 4, 4, 4)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [(6, 16), (6, 16, 2), (6, 16, 2, False, True), (6, 16, 2, True, False, 0.1, True, 5)],
+)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_arguments_and_layout_are_those_of_nn_lstm(arguments: tuple[int, ...]) -> None:
+    """In its order: layers, bias, batch_first, dropout, bidirectional, proj_size; and (T, B)."""
+    theirs, ours = torch.nn.LSTM(*arguments), MLSTM(*arguments)
+    for x in (torch.randn(7, 3, 6), torch.randn(7, 6)):
+        assert ours(x)[0].shape == theirs(x)[0].shape
+    assert len(ours(x)[1]) == theirs.num_layers * (1 + theirs.bidirectional)
+    names = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
+    ours.flatten_parameters()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "qk", "heads"), [(64, None, 4), (6, None, 3), (7, None, 1), (16, 6, 2)]
+)
+def test_heads_by_default(hidden: int, qk: int | None, heads: int) -> None:
+    assert MLSTM(6, hidden, qk_size=qk).num_heads == heads
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_a_state_unpacked_as_that_of_nn_lstm_says_what_to_take(num_layers: int) -> None:
+    layer = make(num_layers=num_layers)
+    with pytest.raises(TypeError, match=r"no \(h, c\).*y\[:, -1\].*pad_packed_sequence"):
+        _, (_, _) = layer(draw(2, 9))
+    _, state = layer(draw(2, 9))
+    with pytest.raises(
+        TypeError, match="state must be what this layer has returned.*Tensor, Tensor"
+    ):
+        layer(draw(2, 9), (torch.zeros(1, 2, 16), torch.zeros(1, 2, 16)))
+    assert state[0] is state.layers[0] and len(state) == num_layers
+
+
+def test_the_last_output_of_padded_and_packed_sequences() -> None:
+    """What the error tells programs to take where nn.LSTM has h[-1]."""
+    layer, x = make(), [draw(n) for n in LENGTHS]
+    last = torch.stack([layer(text)[0][-1] for text in x])
+    lengths = torch.tensor(LENGTHS)
+    y, _ = layer(torch.nn.utils.rnn.pad_sequence(x, batch_first=True))
+    close(y[range(len(x)), lengths - 1], last)
+    y, lengths = pad_packed_sequence(layer(pack_sequence(x, enforce_sorted=False))[0])
+    close(y[lengths - 1, range(len(x))], last)
+
+
+def test_states_are_saved_and_loaded(tmp_path: Path) -> None:
+    _, state = make(num_layers=2)(draw(2, 9))
+    torch.save(state.detach(), tmp_path / "state.pt")
+    same_state(torch.load(tmp_path / "state.pt", weights_only=True), state)
+
+
 # ------------------------------------------------------------------------------- gradients
 
 
@@ -185,7 +245,10 @@ def test_gradients_are_those_of_finite_differences(options: dict[str, object]) -
 
     def f(*_: Tensor) -> Tensor:
         y, state = layer(pack_sequence(x, enforce_sorted=True))
-        ends = [(s.C if s.m is None else s.C * s.m.detach().exp()[..., None, None]) for s in state]
+        ends = [
+            (s.C if s.m is None else s.C * s.m.detach().exp()[..., None, None])
+            for s in state.layers
+        ]
         return y.data.pow(3).sum() + sum(e.square().sum() for e in ends)
 
     tensors = [*x, *parameters]
@@ -211,7 +274,7 @@ def test_gradients_flow_from_segment_to_segment() -> None:
     loss = first.pow(3).sum() + second.pow(3).sum()
     for a, b in zip(torch.autograd.grad(loss, [x, *layer.parameters()]), whole, strict=True):
         close(a, b)
-    cut, _ = layer(x[:, 8:], tuple(s.detach() for s in state))
+    cut, _ = layer(x[:, 8:], state.detach())
     assert not torch.autograd.grad(cut.sum(), x)[0][:, :8].any()
 
 
@@ -220,7 +283,7 @@ def test_gradients_flow_from_segment_to_segment() -> None:
 
 def test_state_dict_is_stable() -> None:
     """Names and shapes that saved weights rely on."""
-    layer = MLSTM(6, 16, 4, num_layers=2, bidirectional=True, proj_size=5, qk_size=8)
+    layer = MLSTM(6, 16, 2, bidirectional=True, proj_size=5, num_heads=4, qk_size=8)
     kinds = {
         "norm_weight": (16,),
         "norm_bias": (16,),
@@ -237,7 +300,7 @@ def test_state_dict_is_stable() -> None:
         for name, shape in (kinds if n < 2 else second).items()
     }
     assert {name: tuple(p.shape) for name, p in layer.state_dict().items()} == want
-    assert MLSTM(6, 16, 4, bias=False).state_dict().keys() == {
+    assert MLSTM(6, 16, bias=False).state_dict().keys() == {
         f"layers.0.{name}"
         for name in ("norm_weight", "norm_bias", "qkvo.weight", "gates.weight", "gates.bias")
     }
@@ -258,7 +321,7 @@ def test_copies_compute_the_same_and_are_their_own(clone: object) -> None:
 def test_compiles_without_a_break(state: bool) -> None:
     layer, x = make(torch.float32, bidirectional=True), draw(2, 9).float()
     before = layer(x)[1] if state else None
-    before = tuple(s.detach() for s in before) if before else None
+    before = before.detach() if before else None
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     want = torch.autograd.grad(layer(x, before)[0].pow(2).sum(), list(layer.parameters()))
     y, _ = compiled(x, before)
@@ -306,8 +369,10 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         layer(torch.zeros(2, 9, 5, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"x must be .*got \(1, 6\)"):
         layer(torch.zeros(6, dtype=torch.float64))
+    with pytest.raises(TypeError, match="x must have the dtype.*float64; got torch.float32"):
+        layer(torch.zeros(2, 9, 6))
     with pytest.raises(ValueError, match="state must be 2 tfla.State.*got 1"):
-        layer(draw(2, 9), layer(draw(2, 9))[1][:1])
+        layer(draw(2, 9), layer(draw(2, 9))[1].layers[:1])
     with pytest.raises(ValueError, match=r"initial_state.C must be \(2, 4, 4, 4\)"):
         layer(draw(2, 9), layer(draw(3, 9))[1])
 
@@ -318,4 +383,4 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 )
 def test_an_input_that_is_no_floating_point_tensor(x: object, came: str) -> None:
     with pytest.raises(TypeError, match=f"x must be a floating point tensor.*got .*{came}"):
-        MLSTM(6, 16, 4)(x)
+        MLSTM(6, 16)(x)

@@ -1,6 +1,5 @@
 """A run that is taken up again: what it reads next, what it says, and what it refuses."""
 
-import json
 import re
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from seals import change_meta, seal_files
 from torch import Tensor
 
 from tfla import cli
@@ -201,7 +201,7 @@ def test_a_checkpoint_without_a_position_goes_on_as_it_would(
     def forget(meta: dict[str, Any]) -> None:
         del meta["position"]
 
-    seal_anew(steps[-2], forget)
+    change_meta(steps[-2], forget)
     list(train(resume(old, {}), Placement("cpu")))
     a, b = (checkpoint.load(f).tensors("model") for f in (tmp_path / "whole", old))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -238,17 +238,6 @@ def test_what_a_resume_changes_is_printed(
 
 
 # ------------------------------------------------------------------------------- what is refused
-
-
-def seal_anew(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change what checkpoint.json says, under seals and a checksum that are right."""
-    meta = json.loads((path / "checkpoint.json").read_text())
-    del meta["checksum"]
-    change(meta)
-    if isinstance(meta.get("files"), dict):
-        meta["files"] = {n: checkpoint.seal(path / n) for n in meta["files"]}
-    meta["checksum"] = checkpoint._checksum(meta)
-    (path / "checkpoint.json").write_text(json.dumps(meta))
 
 
 def line_of(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
@@ -349,7 +338,7 @@ def test_moments_that_are_not_the_parameters_own_are_one_line(
     moments = load_file(path / "optimizer.safetensors")
     harm(moments)
     save_file(moments, path / "optimizer.safetensors")
-    seal_anew(path, lambda meta: None)
+    seal_files(path)
     assert str(path) in line_of(["train", "--out", str(run), "--resume", "--steps", "6"], capfd)
 
 
@@ -358,7 +347,7 @@ def test_moments_that_are_no_numbers_are_told(run: Path, capfd: pytest.CaptureFi
     moments = load_file(path / "optimizer.safetensors")
     moments["head.weight/exp_avg_sq"][3] = float("nan")
     save_file(moments, path / "optimizer.safetensors")
-    seal_anew(path, lambda meta: None)
+    seal_files(path)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         cli.run_command(["train", "--out", str(run), "--resume", "--steps", "6"])
@@ -404,7 +393,7 @@ OTHER: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
 def test_a_description_of_another_kind_is_one_line(
     run: Path, harm: Callable[[dict[str, Any]], Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    seal_anew(checkpoint.load(run).path, harm)
+    change_meta(checkpoint.load(run).path, harm)
     line_of(["train", "--out", str(run), "--resume", "--steps", "6"], capfd)
 
 
@@ -432,7 +421,7 @@ def test_a_model_that_is_nan_is_an_error_not_a_text(
     weights = load_file(path / "model.safetensors")
     weights["head.weight"][3] = float("nan")
     save_file(weights, path / "model.safetensors")
-    seal_anew(path, lambda meta: None)
+    seal_files(path)
     with pytest.warns(UserWarning, match=r"head\.weight hold numbers that are not finite"):
         load_writer(run)
     assert "logits are not finite" in line_of(["generate", str(run), "x"], capfd)
@@ -445,7 +434,7 @@ def test_a_model_that_is_nan_is_an_error_not_a_text(
     weights["head.weight"][3] = 0.0
     weights["embedding.weight"][77] = float("inf")  # a letter that is not in the text
     save_file(weights, path / "model.safetensors")
-    seal_anew(path, lambda meta: None)
+    seal_files(path)
     assert cli.run_command(["generate", str(run), "x", "--tokens", "1", "--temperature", "0"]) == 0
     said = capfd.readouterr().err
     assert re.fullmatch(r"tfla: warning: .*embedding\.weight hold numbers .*\n", said), said

@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tfla import signals
 from tfla.signals import Interrupted, Signals, exit_status
 from tfla.xlstm import checkpoint
 from tfla.xlstm.train import read_metrics
@@ -120,6 +122,54 @@ def test_held_signals_are_noted_and_a_second_ctrl_c_is_not() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
         assert exit_status(raised.value) == 129
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_that_a_library_swallows_is_not_lost() -> None:
+    with Signals() as outer:
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert outer.noted == signal.SIGTERM
+        for look in (signals.look, Signals().__enter__):
+            with pytest.raises(Interrupted) as raised:
+                look()
+            assert exit_status(raised.value) == 143
+
+
+def test_a_command_whose_signal_was_swallowed_leaves_with_its_status() -> None:
+    program = """
+import os, signal, sys
+from contextlib import suppress
+from tfla import cli
+def command(arguments):
+    with suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return 0
+cli.run_command = command
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "")
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "tfla.xlstm.writer"])
+def test_ctrl_c_during_imports_leaves_no_traceback(module: str, tmp_path: Path) -> None:
+    """Sent by the import itself, so whatever the speed of the machine."""
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import importlib.abc, os, signal, sys
+class Sends(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Sends())
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "tfla", "generate", str(tmp_path), "x"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (130, -signal.SIGINT)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_another_thread_changes_no_handler() -> None:

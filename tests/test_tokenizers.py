@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import Call
+from seals import change_meta
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -19,7 +21,7 @@ from tokenizers import (
     processors,
 )
 
-from tfla import cli, render
+from tfla import render
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.data import Codec, open_corpus, prepare
@@ -27,19 +29,6 @@ from tfla.xlstm.metrics import read_metrics
 from tfla.xlstm.writer import load_writer
 
 TINY = "--hidden-size 16 --num-layers 1 --num-heads 2 --context 16 --batch 2 --eval-bytes 500"
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def run(line: str, *more: str) -> tuple[int, str, str]:
-        status = cli.run_command([*line.split(), *more])
-        return status, *capfd.readouterr()
-
-    return run
 
 
 def words(ids: dict[str, int], **options: Any) -> Tokenizer:
@@ -301,12 +290,10 @@ def test_a_model_and_a_tokenizer_that_do_not_belong_together(tmp_path: Path, cal
     out = tmp_path / "run"
     line = f"train {tmp_path / 'text'} --out {out} --tokenizer {tmp_path / 't.json'} {TINY}"
     assert call(f"{line} --steps 1")[0] == 0
-    path = checkpoint.load(out).path
-    meta = json.loads((path / "checkpoint.json").read_text())
-    del meta["checksum"]
-    meta["config"]["vocab_size"] -= 1
-    meta["checksum"] = checkpoint._checksum(meta)
-    (path / "checkpoint.json").write_text(json.dumps(meta))
+    change_meta(
+        checkpoint.load(out).path,
+        lambda meta: meta["config"].update(vocab_size=meta["config"]["vocab_size"] - 1),
+    )
     for words_ in (f"generate {out} a", f"train --out {out} --resume"):
         status, _, err = call(words_)
         assert status == 2 and "they do not belong together" in err and err.count("\n") == 1

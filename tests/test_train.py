@@ -37,15 +37,6 @@ SMALL |= {"eval_bytes": 500, "steps": 12}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some of the standard library's sources, 60 KB."""
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parent.glob("*.py")):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
 def go(folder: Path, text: Path, **values: Any) -> list[dict[str, Any]]:
     """A whole run."""
     return list(train(start(folder, SMALL | {"paths": [text]} | values), Placement("cpu")))

@@ -102,8 +102,8 @@ def torchrun(out: Path, *words: str, restarts: int = 0) -> subprocess.Popen[str]
     )
 
 
-def kill_worker(job: subprocess.Popen[str], out: Path, step: int) -> None:
-    """kill -9 to rank 1 once the job has a checkpoint of that step."""
+def kill_worker(job: subprocess.Popen[str], out: Path, step: int, rank: int = 1) -> None:
+    """kill -9 to a rank once the job has a checkpoint of that step."""
     until = time.monotonic() + 900
     while not (checkpoint.exists(out) and checkpoint.load(out).meta["step"] >= step):
         assert job.poll() is None and time.monotonic() < until, job.communicate()[0]
@@ -113,7 +113,7 @@ def kill_worker(job: subprocess.Popen[str], out: Path, step: int) -> None:
     for pid in workers:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         ranks_of |= {x: int(pid) for x in environment if x.startswith(b"RANK=")}
-    os.kill(ranks_of[b"RANK=1"], signal.SIGKILL)
+    os.kill(ranks_of[f"RANK={rank}".encode()], signal.SIGKILL)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker in /proc")
@@ -134,6 +134,18 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on(tmp_path: Path) -> N
     said = job.communicate(timeout=900)[0]
     assert job.returncode == 0, said
     assert numbers(out)[-1] == pytest.approx(numbers(whole)[-1], rel=1e-3)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker in /proc")
+def test_another_rank_says_that_rank_0_was_killed(tmp_path: Path) -> None:
+    job = torchrun(tmp_path / "out")
+    kill_worker(job, tmp_path / "out", 10, rank=0)
+    said = job.communicate(timeout=900)[0]
+    assert job.returncode != 0
+    lines = [line for line in said.splitlines() if line.startswith("tfla: ")]
+    assert len(lines) == 1 and "a process of this run has ended" in lines[0], said
+    assert "--resume" in lines[0] and "tfla/xlstm" not in said
+    assert checkpoint.load(tmp_path / "out").meta["step"] >= 10
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="runs a shell")

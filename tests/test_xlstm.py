@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from xlstm_models import GATES, SMALL, close, draw, make, plain, plain_norm, same_state
 
 import tfla
-from tfla.xlstm import XLSTM, Block, XLSTMConfig
+from tfla.xlstm import XLSTM, Block, MLSTMLayer, XLSTMConfig
 
 
 @pytest.fixture(params=GATES)
@@ -480,3 +480,10 @@ def test_wrong_arguments_are_named() -> None:
         model(draw(2, 3), backend="triton")
     with pytest.raises(ValueError, match="not normalised"):
         make(dataclasses.replace(SMALL, input_gate="sigmoid"))(draw(2, 3), state)
+
+
+def test_a_layer_alone_remembers_for_many_tokens() -> None:
+    """Its gates are drawn as those of a model: a head keeps 95% or more of its state a token."""
+    layer = MLSTMLayer(XLSTMConfig(vocab_size=16, hidden_size=32, num_layers=1, num_heads=4))
+    i, f = layer.gate_preactivations(torch.randn(2, 5, 32))
+    assert torch.sigmoid(f).min() > 0.95 and (i < -5).all()

@@ -13,6 +13,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from seals import seal_files
 
 from tfla.xlstm import checkpoint
 from tfla.xlstm.checkpoint import RunError
@@ -115,11 +116,7 @@ def other_moments(group: Any) -> None:
             moment = moments.pop(name)
             moments |= {name: harm(moment)} if harm else {}
             save_file(moments, path / "optimizer.safetensors")
-            meta = json.loads((path / "checkpoint.json").read_text())
-            del meta["checksum"]
-            meta["files"] = {n: checkpoint.seal(path / n) for n in meta["files"]}
-            meta["checksum"] = checkpoint._checksum(meta)
-            (path / "checkpoint.json").write_text(json.dumps(meta))
+            seal_files(path)
         dist.barrier()
         run = place.share(lambda: resume(folder, {}))
         refused(words, lambda: list(train(run, place)), group)  # noqa: B023

@@ -4,13 +4,32 @@ The functions here take tensors of PyTorch; those for JAX are in ``tfla.jax``, w
 """
 
 import importlib.util
+import signal
 import sys
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
+from pathlib import PurePath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["State", "__version__", "linear_attention", "mlstm", "mlstm_step", "supports"]
+
+
+def _is_command() -> bool:
+    """Does this process run `tfla` or `python -m tfla`?"""
+    if sys.argv[:1] == ["-m"]:  # what Python puts there while it looks for the module to run
+        at = sys.orig_argv.index("-m") if "-m" in sys.orig_argv else len(sys.orig_argv)
+        return sys.orig_argv[at + 1 : at + 2] == [__name__]
+    return PurePath(*sys.argv[:1]).stem == __name__
+
+
+if _is_command():
+    # ctrl-C while the imports of the command run, before tfla.signals can see to it, ends the
+    # process as it ends any other, without a traceback through them.
+    with suppress(ValueError):  # another thread than the main one
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _import_functions() -> None:

@@ -40,6 +40,18 @@ def tensor(name: str, x: Any) -> Tensor:
     return x
 
 
+HEADS_FIRST = (
+    " Some of the tensors seem to have their heads first, (B, H, T, ...): x.transpose(1, 2) makes "
+    "(B, T, H, ...) of them, without a copy."
+)
+
+
+def _transposed(q: Tensor, v: Tensor) -> bool:
+    """Would q (B, ., ., K) and v (B, ., ., V) fit with the heads of both, or of one, first?"""
+    (B, T, G), (N, *rest) = q.shape[:3], v.shape[:3]
+    return B == N and (G == rest[1] or T == rest[1] or G == rest[0])
+
+
 def operands(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     for name, x in (("q", q), ("k", k), ("v", v)):
         last = "V" if name == "v" else "K"
@@ -73,6 +85,7 @@ def operands(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[str]) -> tuple[Tens
         sizes = ", ".join([*(str(size) for size in q.shape[:-2]), "H", "V"])
         raise ValueError(
             f"v must be ({', '.join(axes)}, V) = ({sizes}) beside q {what(q)}; got {what(v)}."
+            + (HEADS_FIRST if len(axes) == 3 and _transposed(q, v) else "")
         )
     G, H = q.shape[-2], v.shape[-2]
     if H % G:
@@ -98,7 +111,8 @@ def gate_tensor(name: str, x: Tensor | None, v: Tensor) -> Tensor:
             return x.expand(shape)
         per_head = " or (H,)" if name.startswith("log_") else ""
         axes = "(B, T, H)" if len(shape) == 3 else "(B, H)"
-        raise ValueError(f"{name} must be {axes} = {tuple(shape)}{per_head}; got {what(x)}.")
+        hint = HEADS_FIRST if len(shape) == 3 and x.shape == (shape[0], shape[2], shape[1]) else ""
+        raise ValueError(f"{name} must be {axes} = {tuple(shape)}{per_head}; got {what(x)}.{hint}")
     return x
 
 

@@ -398,6 +398,7 @@ def _loaded(run: Path, device: str, threads: int | None) -> tuple["Writer", list
     if writer.model.embedding.weight.device.type == "cpu":
         size = writer.model.config.num_parameters()
         threads_.Threads(threads_.for_generation(size, threads)).set()
+    signals.look()
     return writer, [str(warning.message) for warning in noticed]
 
 
@@ -702,8 +703,9 @@ def main() -> None:
     """The entry point: runs the command and leaves with its exit status."""
     _open_closed()
     threads_.limit_spinning()
-    with signals.Signals():
-        sys.exit(run_command(sys.argv[1:]))
+    with signals.Signals() as received:
+        status = run_command(sys.argv[1:])
+    sys.exit(status or (128 + received.noted if received.noted else 0))
 
 
 def _open_closed() -> None:

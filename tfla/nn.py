@@ -5,8 +5,10 @@ Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, N packed s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +20,46 @@ from tfla import gates
 from tfla.linear import PreciseLinear
 from tfla.spec import BackendName
 
-States = tuple[tfla.State, ...]
+MOST_HEADS = 4  # by default, as in the paper's models
+
+
+@dataclass(frozen=True)
+class States:
+    """The states of an ``MLSTM``: one ``tfla.State`` for each layer and direction.
+
+    They are ``state[0]``, ``state[1]``, ... or, to go over them, ``state.layers``. Unpacking raises
+    a TypeError, for with two layers ``y, (h, c) = layer(x)`` would go unnoticed.
+    """
+
+    layers: tuple[tfla.State, ...]  # layer 0 forward, layer 0 backward, layer 1 forward, ...
+
+    def detach(self) -> States:
+        """The same states, cut off from the graph (truncated backpropagation through time)."""
+        return States(tuple(state.detach() for state in self.layers))
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, n: int) -> tfla.State:
+        return self.layers[n]
+
+    def __iter__(self) -> Iterator[NoReturn]:
+        raise TypeError(
+            "the state of an MLSTM is no (h, c) as that of nn.LSTM, but a matrix memory for each "
+            "layer: state[0], state[1], ... or state.layers. What h[-1] is used for, the output "
+            "after the last token, is y[-1], with batch_first=True y[:, -1]; of padded sequences "
+            "y[lengths - 1, range(B)] or y[range(B), lengths - 1]; of packed ones, y, lengths = "
+            "torch.nn.utils.rnn.pad_packed_sequence(y) first. Of the backward direction it is the "
+            "second half of y at token 0."
+        )
+
+
+torch.serialization.add_safe_globals([States])  # torch.load reads it with weights_only=True
 
 
 class MLSTM(nn.Module):
-    r"""One or more layers of mLSTM over sequences, in place of ``torch.nn.LSTM``.
+    r"""One or more layers of mLSTM over sequences, in place of ``torch.nn.LSTM``: arguments in its
+    order, tensors in its layout.
 
     Each layer computes, from its input x_t and per head,
 
@@ -36,15 +73,14 @@ class MLSTM(nn.Module):
     Args:
         input_size: features of x.
         hidden_size: features of the output, H V.
-        num_heads: H; must divide hidden_size and qk_size.
         num_layers: layers, each reading the output of the one before.
         bias: give q, k, v and o a bias. The gates always have one.
-        batch_first: x is (B, T, input_size); False: (T, B, input_size). True by default, as
-            everywhere in tfla; ``nn.LSTM`` has False.
+        batch_first: x is (B, T, input_size) and y likewise; False: (T, B, input_size).
         dropout: in training, set this share of each layer's outputs but the last's to zero.
         bidirectional: a second set of layers reads each sequence from its end; outputs are
             concatenated, the forward half first.
         proj_size: if not 0, features of the output instead of hidden_size (of each direction).
+        num_heads: H; must divide hidden_size and qk_size. None: 4, or the most below that do.
         qk_size: H K; None: hidden_size.
         input_gate: "exp" or "sigmoid", see ``tfla.mlstm``.
         device, dtype: of the parameters.
@@ -54,24 +90,25 @@ class MLSTM(nn.Module):
 
     Example:
         >>> import torch, tfla.nn
-        >>> layer = tfla.nn.MLSTM(10, 32, num_heads=4, num_layers=2)
+        >>> layer = tfla.nn.MLSTM(10, 32, 2, batch_first=True)
         >>> x = torch.randn(3, 50, 10)
         >>> y, state = layer(x)                                  # y: (3, 50, 32)
         >>> more, state = layer(torch.randn(3, 1, 10), state)    # and on from there
+        >>> last = y[:, -1]                                      # where nn.LSTM has h[-1]
     """
 
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
-        num_heads: int,
         num_layers: int = 1,
         bias: bool = True,
-        batch_first: bool = True,
+        batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
+        num_heads: int | None = None,
         qk_size: int | None = None,
         input_gate: gates.InputGate = "exp",
         device: torch.device | str | None = None,
@@ -79,10 +116,21 @@ class MLSTM(nn.Module):
     ) -> None:
         super().__init__()
         qk_size = hidden_size if qk_size is None else qk_size
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_heads": num_heads}
-        for name, value in {**sizes, "num_layers": num_layers, "qk_size": qk_size}.items():
-            if not isinstance(value, int) or value < 1:
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        sizes |= {"qk_size": qk_size} | ({} if num_heads is None else {"num_heads": num_heads})
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}.")
+        if num_heads is None:
+            common = math.gcd(hidden_size, qk_size)
+            num_heads = next(n for n in range(MOST_HEADS, 0, -1) if common % n == 0)
+        for name, flag in {
+            "bias": bias,
+            "batch_first": batch_first,
+            "bidirectional": bidirectional,
+        }.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False; got {flag!r}.")
         for name, value in (("hidden_size", hidden_size), ("qk_size", qk_size)):
             if value % num_heads:
                 raise ValueError(
@@ -106,15 +154,17 @@ class MLSTM(nn.Module):
     def forward(
         self,
         x: Tensor | PackedSequence,
-        state: Sequence[tfla.State] | None = None,
+        state: States | Sequence[tfla.State] | None = None,
         *,
         backend: BackendName | None = None,
     ) -> tuple[Tensor | PackedSequence, States]:
         """Read sequences.
 
         Args:
-            x: (B, T, input_size), (T, input_size) for a single one, or a PackedSequence of N, which
-                is computed without padding. T = 1 without gradients takes the decode step.
+            x: (T, B, input_size), with ``batch_first`` (B, T, input_size), (T, input_size) for a
+                single one, or a PackedSequence of N, which is computed without padding. In the
+                dtype of the parameters, unless under autocast. T = 1 without gradients takes the
+                decode step.
             state: one ``tfla.State`` of B (or N) rows for each layer, as this returns it (with
                 ``bidirectional``: layer 0 forward, layer 0 backward, layer 1 forward, ...); None:
                 nothing has been read.
@@ -122,12 +172,22 @@ class MLSTM(nn.Module):
 
         Returns:
             y: the last layer's outputs, shaped or packed as x; and the state after each sequence.
-            The backward direction's is that after reading from end to start.
+            The backward direction's is that after reading from end to start. There is no (h, c):
+            see ``States``.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what is wanted.
         """
         directions = 1 + self.bidirectional
         states: list[tfla.State | None] = [None] * len(self.layers)
         if state is not None:
-            states = list(state)
+            given = state.layers if isinstance(state, States) else state
+            if not isinstance(given, (tuple, list)) or any(isinstance(s, Tensor) for s in given):
+                raise TypeError(
+                    "state must be what this layer has returned, or a list of tfla.State; got "
+                    f"{_kind(given)}. It has no (h, c) as nn.LSTM; None begins with nothing read."
+                )
+            states = list(given)
         if len(states) != len(self.layers):
             raise ValueError(
                 f"state must be {len(self.layers)} tfla.State, one for each layer and direction; "
@@ -137,6 +197,7 @@ class MLSTM(nn.Module):
         if not isinstance(data, Tensor) or not data.is_floating_point():
             got = data.dtype if isinstance(data, Tensor) else type(data).__name__
             raise TypeError(f"x must be a floating point tensor or PackedSequence; got {got}.")
+        self._check_dtype(data)
         packing = None
         if isinstance(x, PackedSequence):
             packing = _packing(x)
@@ -168,17 +229,33 @@ class MLSTM(nn.Module):
             assert packing is not None
             data = torch.empty_like(y[0]).index_copy(0, packing.gather, y[0])
             packed = PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
-            return packed, tuple(_rows(s, x.unsorted_indices) for s in after)  # type: ignore[misc]
+            return packed, States(tuple(_rows(s, x.unsorted_indices) for s in after))  # type: ignore[misc]
         if x.dim() == 2:
-            return y[0], tuple(after)
-        return (y if self.batch_first else y.transpose(0, 1)), tuple(after)
+            return y[0], States(tuple(after))
+        return (y if self.batch_first else y.transpose(0, 1)), States(tuple(after))
+
+    def flatten_parameters(self) -> None:
+        """Nothing: for programs that call it on an ``nn.LSTM``."""
+
+    def _check_dtype(self, x: Tensor) -> None:
+        """Before torch's own error, which names a matrix."""
+        if torch.is_autocast_enabled(x.device.type if x.device.type != "meta" else "cpu"):
+            return
+        weight = getattr(self.layers[0].qkvo, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():  # quantised
+            return
+        if weight.dtype != x.dtype:
+            raise TypeError(
+                f"x must have the dtype of the layer's parameters, {weight.dtype}; got {x.dtype}. "
+                "Convert one of them, x.to(...) or layer.to(...), or call under torch.autocast."
+            )
 
     def extra_repr(self) -> str:
         return (
-            f"{self.input_size}, {self.hidden_size}, num_heads={self.num_heads}, "
-            f"num_layers={self.num_layers}, bias={self.bias}, batch_first={self.batch_first}, "
-            f"dropout={self.dropout}, bidirectional={self.bidirectional}, "
-            f"proj_size={self.proj_size}, qk_size={self.qk_size}, input_gate={self.input_gate!r}"
+            f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, "
+            f"bias={self.bias}, batch_first={self.batch_first}, dropout={self.dropout}, "
+            f"bidirectional={self.bidirectional}, proj_size={self.proj_size}, "
+            f"num_heads={self.num_heads}, qk_size={self.qk_size}, input_gate={self.input_gate!r}"
         )
 
 
@@ -258,6 +335,12 @@ def _packing(x: PackedSequence) -> _Packing:
     gather = offset[t] + sequence
     mirror = ends[sequence] + ends[sequence + 1] - 1 - torch.arange(len(sequence), device=at)
     return _Packing(*(index.to(x.data.device) for index in (gather, mirror, ends)))
+
+
+def _kind(x: Any) -> str:
+    if isinstance(x, (tuple, list)):
+        return f"a {type(x).__name__} of {', '.join(type(y).__name__ for y in x)}"
+    return type(x).__name__
 
 
 def _turn(y: Tensor, packing: _Packing | None) -> Tensor:

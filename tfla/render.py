@@ -156,7 +156,8 @@ def describe(run: "Run", on: str, console: "Console") -> None:
     info, config, options = run.corpus.info, run.config, run.options
     kept, held = info["train"], info["held_out"]
     length = f"{options.steps:,} steps" if options.steps else f"{options.seconds:g} s"
-    begun = f", from step {run.saved.meta['step']:,} on" if run.saved else ""
+    begun = f", with the weights of {shown(run.init)}" if run.weights and run.init else ""
+    begun = f", from step {run.saved.meta['step']:,} on" if run.saved else begun
     left_out = info.get("left_out", {}).get("binary", 0)
     binary = f"; {left_out:,} binary files left out" if left_out else ""
     line(

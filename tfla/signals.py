@@ -29,6 +29,15 @@ def exit_status(error: BaseException) -> int:
     return 128 + getattr(error, "number", signal.SIGINT)
 
 
+def look() -> None:
+    """Raise Interrupted again when some library has swallowed it: the first import of torch, for
+    one, has places that catch whatever is raised."""
+    for number in (getattr(signal, name, None) for name in NAMES):
+        owner = getattr(signal.getsignal(number), "__self__", None) if number else None
+        if isinstance(owner, Signals) and owner.noted and not owner._held:
+            raise Interrupted(owner.noted)
+
+
 class Signals:
     """Within `with Signals() as signals:` each of the signals raises Interrupted.
 
@@ -43,6 +52,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
+        look()
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name, None) for name in NAMES):
                 # None: a handler that was not set from Python, which nobody could put back.

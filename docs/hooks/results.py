@@ -102,7 +102,7 @@ def times(result: dict[str, Any], study: str | None = None) -> Iterator[Time]:
 
 def three(x: float) -> str:
     """Three digits."""
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}" if x < 1 or x >= 10 else f"{x:.2f}"
+    return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"
 
 
 def pair_table(found: list[Time]) -> str:

@@ -211,7 +211,7 @@ WRONG = [
     ("mlstm", X | change)
     for change in (
         {"q": 3},
-        {"q": [1.0]},
+        {"q": [1]},
         {"q": zeros(5, 2, 4)},
         {"v": zeros(2, 5, 2, 4, 1)},
         {"q": zeros(2, 5, 2, 4, dtype="int32")},

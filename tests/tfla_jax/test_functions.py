@@ -3,6 +3,7 @@
 test_against_torch.py holds the whole against the recurrence.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -110,13 +111,10 @@ def test_groups_are_heads_that_read_one_q_and_k() -> None:
     assert_close(mlstm_step(*token, state), mlstm_step(*each, state))
 
 
-def lengths_of(offsets: Array) -> list[slice]:
-    return [slice(int(a), int(b)) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 def test_packed_sequences_are_computed_each_by_itself(reverse: bool) -> None:
     offsets = jnp.array([0, 0, 70, 70, 73, 137], jnp.int32)
+    documents = [slice(*map(int, ends)) for ends in pairwise(offsets)]
     problem = Problem(B=1, T=137, N=5)
     x, state = problem.operands(), problem.state()
     options: Any = {"output_final_state": True, "reverse": reverse}
@@ -126,7 +124,7 @@ def test_packed_sequences_are_computed_each_by_itself(reverse: bool) -> None:
 
     def apart(x: tuple[Array, ...], state: State) -> list[Array]:
         ends = []
-        for row, part in enumerate(lengths_of(offsets)):
+        for row, part in enumerate(documents):
             own = jax.tree.map(lambda y, row=row: y[row : row + 1], state)
             ends.append(parts(*mlstm(*(y[:, part] for y in x), initial_state=own, **options)))
         h, C, n = zip(*ends, strict=True)

@@ -70,8 +70,8 @@ def test_the_examples_of_the_docstrings_run() -> None:
 
 
 def test_the_programs_of_the_page_run() -> None:
-    """Those of docs/jax.md, one after the other."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "jax.md").read_text(), re.S)
+    """Those of docs/migrate/jax.md, one after the other."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/migrate/jax.md").read_text(), re.S)
     assert len(blocks) == 2
     run("\n".join(blocks))
 

@@ -123,6 +123,7 @@ def training(call: dict[str, Any]) -> Arrays:
     example = runpy.run_path(call["path"])
     model = example["Model"](*call["sizes"], nnx.Rngs(0))
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(model, nnx.Param)))
+    model.embedding.dtype = jnp.float64  # it rounds to the dtype that it was made with
     weights = {
         ".".join(map(str, path)): np.asarray(x[...])
         for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))

@@ -159,8 +159,8 @@ def _chunks(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
                 last = a, b
         _plain_log(ax, "x")
         _plain_log(ax)
-        y = "peak over the inputs, MiB (lower is better)"
-        _name(ax, f"input gate {gate}", f"forward + backward, {TIME}", y)
+        label = "peak over the inputs, MiB (lower is better)"
+        _name(ax, f"input gate {gate}", f"forward + backward, {TIME}", label)
     for which in ("x", "y"):  # what is compared has one scale
         ends = [end for ax in axes for end in getattr(ax, f"get_{which}lim")()]
         for ax in axes:
@@ -518,13 +518,18 @@ def _curves(ax: Axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
         )
 
 
+def _points(line: Any) -> Any:
+    """(points, 2) of a curve."""
+    return line.get_xydata()
+
+
 def _label_ends(ax: Axes) -> None:
     """Write the name of each curve at its right end, in its colour, in place of the legend. Call it
     when scales and limits are set: names that would overlap are moved apart."""
-    curves = [line for line in ax.get_lines() if len(line.get_xydata()) > 1]
+    curves = [line for line in ax.get_lines() if len(_points(line)) > 1]
     curves = [line for line in curves if line.get_marker() not in ("None", "")]
     to_axes = ax.transScale + ax.transLimits
-    heights = [float(to_axes.transform(line.get_xydata()[-1])[1]) for line in curves]
+    heights = [float(to_axes.transform(_points(line)[-1])[1]) for line in curves]
     ends = sorted(zip(heights, curves, strict=True), key=lambda end: end[0])
     place = -1.0
     for height, line in ends:

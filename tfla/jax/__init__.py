@@ -6,8 +6,9 @@
 
 They have the arguments, shapes, meaning and errors of ``tfla.mlstm``, ``tfla.mlstm_step`` and
 ``tfla.linear_attention``, and work under ``jax.jit``, ``grad``, ``vmap``, ``lax.scan``,
-``checkpoint`` and ``shard_map``. ``import tfla.jax`` imports neither torch nor Triton; docs/jax.md
-has a table of what is there. ``tfla.jax.mlstm_kernels`` has the functions of mlstm_kernels.
+``checkpoint`` and ``shard_map``. ``import tfla.jax`` imports neither torch nor Triton;
+docs/migrate/jax.md has a table of what is there. ``tfla.jax.mlstm_kernels`` has the functions of
+mlstm_kernels.
 """
 
 try:

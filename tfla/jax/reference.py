@@ -56,8 +56,12 @@ def sequence(x: Inputs, options: Options) -> tuple[Array, Array, Array | None, A
     tokens = Tokens(x.q, x.k, *grouped)
     N = B if x.cu_seqlens is None else len(x.cu_seqlens) - 1
     memory = _memory(x, options, (N, G, H // G, K, V), dtype)
-    run = _rows if x.cu_seqlens is None else partial(_packed, cu_seqlens=x.cu_seqlens)
-    h, memory = run(tokens, memory, options)
+    if T == 0:
+        h = jnp.zeros((B, T, H, V), dtype)
+    elif x.cu_seqlens is None:
+        h, memory = _rows(tokens, memory, options)
+    else:
+        h, memory = _packed(tokens, memory, options, x.cu_seqlens)
     m = None if memory.m is None else gates.final_gauge(memory.m).reshape(N, H)
     n = None if memory.n is None else memory.n.reshape(N, H, K)
     return h.reshape(B, T, H, V).astype(x.v.dtype), memory.C.reshape(N, H, K, V), n, m
@@ -80,7 +84,7 @@ def _memory(x: Inputs, options: Options, shape: tuple[int, ...], dtype: Any) -> 
 def _rows(tokens: Tokens, memory: Memory, options: Options) -> tuple[Array, Memory]:
     """B rows of T tokens each, side by side. h: (B, T, G, P, V)."""
     B, T = tokens.q.shape[:2]
-    size = min(L, max(T, 1))
+    size = min(L, T)
     count = -(-T // size)
 
     def cut(y: Array, fill: float = 0.0) -> Array:
@@ -106,7 +110,7 @@ def _packed(
     may be traced: out of order, each counts as the nearest that is not, and tokens that are in no
     sequence get zeros. h: (1, T, G, P, V)."""
     T, N = tokens.q.shape[1], len(cu_seqlens) - 1
-    size = min(L, max(T, 1))
+    size = min(L, T)
     count = T // size + N  # at most: each sequence has one chunk that is not full
     offsets = lax.cummax(jnp.clip(cu_seqlens.astype(jnp.int32), 0, T))
     start, end = offsets[:-1], offsets[1:]

@@ -71,7 +71,7 @@ def _few(
             after = array("f", after).tolist()  # as they will be read
     decay = [_exp(b + g - g_next) for b, g, g_next in zip(keeps, gauges, after, strict=True)]
     weight = [_exp(a - g_next) for a, g_next in zip(writes, after, strict=True)]
-    numbers = torch.tensor([*decay, *weight, *after], dtype=C.dtype)
+    numbers = torch.tensor([*decay, *weight, *after], dtype=C.dtype, device=C.device)
     decays, weights, gauge = numbers.view(3, R, 1, 1).unbind()
     q, k, v = q.reshape(R, 1, K), k.reshape(R, K, 1), v.reshape(R, 1, V)
     C, k = C.view(R, K, V), k * weights
@@ -80,7 +80,7 @@ def _few(
     if K * V < LARGE:
         y = torch.bmm(q, C.mul_(decays).addcmul_(k, v))
     else:
-        y = torch.empty(R, 1, V, dtype=C.dtype)
+        y = C.new_empty(R, 1, V)
         columns, rows = k.squeeze(-1).unbind(), v.squeeze(1).unbind()
         heads = zip(C.unbind(), columns, rows, decay, q.unbind(), y.unbind(), strict=True)
         for memory, column, row, kept, query, out in heads:
@@ -96,7 +96,7 @@ def _few(
     most = -math.log(torch.finfo(C.dtype).tiny)
     floors = [math.exp(min(max(-g, -most), most)) for g in after]
     den = [max(abs(x) * scale, floor) for x, floor in zip(nu, floors, strict=True)]
-    return y.div_(torch.tensor(den, dtype=C.dtype).view(R, 1, 1)).view(B, H, V)
+    return y.div_(torch.tensor(den, dtype=C.dtype, device=C.device).view(R, 1, 1)).view(B, H, V)
 
 
 def _exp(x: float) -> float:

@@ -50,6 +50,17 @@ class MLSTMLayer(nn.Module):
         self.gates = PreciseLinear(config.hidden_size, 2 * config.num_heads)  # rows: i, then f
         self.norm_weight = nn.Parameter(torch.ones(config.v_dim))
         self.out = nn.Linear(config.v_dim, config.hidden_size, bias=False)
+        self.reset_gates()
+
+    @torch.no_grad()
+    def reset_gates(self) -> None:
+        """Weights 0, input bias -10, forget bias from 3 to 6 over the heads: long memories, filled
+        slowly. Source: arXiv 2503.13427. As nn.Linear draws them, a head forgets in two tokens."""
+        H = self.config.num_heads
+        self.gates.weight.zero_()
+        if self.gates.bias is not None:
+            self.gates.bias[:H] = -10.0
+            self.gates.bias[H:] = torch.linspace(3.0, 6.0, H, device=self.gates.bias.device)
 
     def forward(
         self,
@@ -177,23 +188,23 @@ class XLSTM(nn.Module):
         """Draw all parameters anew from torch's global generator.
 
         Matrices that read the residual stream: normal with std sqrt(2 / (5 d)). The two that write
-        to it, `out` and `down`: std 2 / (layers sqrt(d)). Gates: weights 0, input bias -10, forget
-        bias from 3 to 6 over the heads: long memories, filled slowly. Norm weights 1.
+        to it, `out` and `down`: std 2 / (layers sqrt(d)). Gates: see `MLSTMLayer.reset_gates`. Norm
+        weights 1.
         Source: arXiv 2503.13427.
         """
-        d, H = self.config.hidden_size, self.config.num_heads
+        d = self.config.hidden_size
         for name, parameter in self.named_parameters():
-            if name.endswith("gates.weight"):
-                parameter.zero_()
-            elif name.endswith("gates.bias"):
-                parameter[:H] = -10.0
-                parameter[H:] = torch.linspace(3.0, 6.0, H, device=parameter.device)
-            elif parameter.dim() == 1:
+            if ".gates." in name:
+                continue
+            if parameter.dim() == 1:
                 parameter.fill_(1.0)
             elif name.endswith(("mlstm.out.weight", "ffn.down.weight")):
                 parameter.normal_(std=2 / (self.config.num_layers * math.sqrt(d)))
             else:
                 parameter.normal_(std=math.sqrt(2 / (5 * d)))
+        for module in self.modules():
+            if isinstance(module, MLSTMLayer):
+                module.reset_gates()
 
     def forward(
         self,

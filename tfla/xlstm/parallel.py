@@ -19,8 +19,9 @@ import itertools
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from torch.futures import Future
 from torch.utils.checkpoint import checkpoint as recompute
 
 from tfla import _compat
+from tfla.signals import Interrupted
 from tfla.xlstm import checkpoint, files
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
@@ -55,6 +57,7 @@ from tfla.xlstm.train import (
 )
 
 MINUTES = 10
+LAST_WORDS = 2.0  # seconds in which rank 0, when it lives, says that another one is lost
 SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
@@ -143,6 +146,7 @@ class Ranks(Placement):
         minutes: float = MINUTES,
     ) -> None:
         global _met
+        self.store: Any = None  # of this job, where this object made its process group
         device = torch.device(device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -156,7 +160,7 @@ class Ranks(Placement):
                 # torchrun may give a restarted job the store of the one before (2.13): ranks would
                 # look for each other where dead ones were.
                 attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                store = dist.PrefixStore(f"attempt {attempt}", store)
+                self.store = store = dist.PrefixStore(f"attempt {attempt}", store)
                 dist.init_process_group(
                     backend, timeout=limit, world_size=world, rank=rank, store=store
                 )
@@ -225,7 +229,8 @@ class Ranks(Placement):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Rank 0 says in one line what ended the run, a lost rank too; the others end silently."""
+        """Rank 0 says in one line what ended the run, a lost rank too; the others end silently.
+        Where rank 0 is the one that is lost, another says so."""
         try:
             yield
         except RunError as error:
@@ -235,13 +240,25 @@ class Ranks(Placement):
             lost = isinstance(error, dist.DistError) or any(w in str(error) for w in words)
             if not lost:
                 raise
-            if not self.main:
+            if not self._speaks():
                 os._exit(1)  # communicators of a job that is dead may wait for ever
             raise RunError(
                 f"a process of this run has ended, or did not answer for {self.minutes:g} minutes "
                 f"({_line(error)}); go on from the last checkpoint with --resume"
             ) from error
         dist.destroy_process_group()
+
+    def _speaks(self) -> bool:
+        """Whether this rank is to say that one is lost: rank 0, or the first of the others that
+        hears nothing of it for LAST_WORDS seconds."""
+        try:
+            with suppress(Interrupted):  # torchrun ends all of them once it has noticed
+                until = time.monotonic() + (0.0 if self.main else LAST_WORDS)
+                while time.monotonic() < until and not self.store.check(["tfla/said"]):
+                    time.sleep(0.05)
+            return self.store.add("tfla/said", 1) == 1
+        except (RuntimeError, AttributeError):  # the store went with rank 0, or is another's
+            return self.main or dist.get_rank() == 1
 
     def build(self, config: XLSTMConfig, precision: str, weights: Path | None = None) -> nn.Module:
         tied = config.tie_embeddings  # what is shared must be made as it is

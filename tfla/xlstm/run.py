@@ -255,9 +255,12 @@ def _resumed(folder: Path, changes: Mapping[str, Any], corpus: Corpus | None) ->
     has |= {"tokenizer": corpus.codec.source, "init": saved.init()}
     for name in sorted(has.keys() & given.keys()):
         if given[name] != has[name]:
+            what, it = f"--{name.replace('_', '-')} is", "it"
+            if name == "paths":  # they are no option
+                what, it = "the files to train on are", "them"
             raise RunError(
-                f"--{name.replace('_', '-')} is not what the run in {folder} was started with; "
-                "leave it out, or start another run with another --out"
+                f"{what} not what the run in {folder} was started with; leave {it} out, or start "
+                "another run with another --out"
             )
     if "position" in saved.meta:
         position = Position.from_dict(saved.meta["position"])

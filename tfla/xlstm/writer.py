@@ -78,7 +78,7 @@ class Dialogue:
     Example:
         dialogue = Dialogue(load_writer(Path("runs/train")), Sampling(temperature=0.7))
         print("".join(dialogue.say(b"def main(", 200)))
-        print("".join(dialogue.say(b"\\n\\nclass ", 200)))     # knows of main
+        print("".join(dialogue.say(b" class ", 200)))     # knows of main
     """
 
     def __init__(self, writer: Writer, sampling: Sampling) -> None:
