@@ -156,7 +156,7 @@ def test_a_call_from_the_cache_is_a_fresh_one_bit_for_bit(
         x, y = (problem(seed, **sizes) for seed in (0, 1))
         results(x, gate, **options)
         assert len(passes) == 2
-        assert all((f.players[0].steps is not None) == addresses for f in passes.values())
+        assert all((f.players[0].ready is not None) == addresses for f in passes.values())
         same(results(y, gate, **options), fresh(y, gate, **options))
         assert len(passes) == 2
 

@@ -150,6 +150,13 @@ class _Part(NamedTuple):
         return flat[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
+class _Ready(NamedTuple):
+    """The launches of a Program that only want addresses."""
+
+    scratch: int  # bytes that the neediest of them takes
+    steps: list[tuple[PackedLaunch, list[tuple[int, int]]]]  # each, and where its tensors lie
+
+
 class _Player:
     """A Program on a device: allocates, fills addresses in, launches.
 
@@ -171,9 +178,8 @@ class _Player:
         for n, offset in offsets.items():
             buffer = program.buffers[n]
             self.parts[n] = _Part(last, offset, TYPES[buffer.dtype], buffer.shape)
-        self.scratch = 0
-        # Each launch and where its tensors lie, once none needs Triton's launcher.
-        self.steps: list[tuple[PackedLaunch, list[tuple[int, int]]]] | None = None
+        # Once no launch needs Triton's launcher. Set at once: other threads may be playing.
+        self.ready: _Ready | None = None
 
     def play(self, tensors: list[Any], addresses: list[int]) -> None:
         device = self.device
@@ -183,15 +189,16 @@ class _Player:
         for place, shape, dtype in self.made:
             x = tensors[place] = torch.empty(shape, dtype=dtype, device=device)
             addresses[place] = x.data_ptr()
-        size = self.size + self.scratch
+        ready = None if launches_are_watched() else self.ready
+        size = self.size if ready is None else self.size + ready.scratch
         shared = tensors[self.last] = torch.empty(size, dtype=torch.uint8, device=device)
         start = addresses[self.last] = shared.data_ptr()
-        if self.steps is None or launches_are_watched():
+        if ready is None:
             self._launch(tensors)
         else:
             stream = _stream(device.index)
             scratch = start + self.size
-            for run, places in self.steps:
+            for run, places in ready.steps:
                 run(stream, scratch, [addresses[place] + offset for place, offset in places])
         tensors[self.last] = None
 
@@ -209,7 +216,7 @@ class _Player:
                 part = self.parts[n]
                 found = tensors[part.place]
                 if part.place == self.last:
-                    found = shared[part.offset :].view(part.dtype)
+                    found = shared[part.offset : self.size].view(part.dtype)
                 elif part.offset:
                     found = found[part.offset // part.dtype.itemsize :]
                 pointers[n] = found
@@ -231,8 +238,7 @@ class _Player:
             steps.append((packed, [(part.place, part.offset) for part in parts]))
         ready = [(packed, places) for packed, places in steps if packed is not None]
         if len(ready) == len(steps):
-            self.scratch = max((packed.scratch for packed, _ in ready), default=0)
-            self.steps = ready
+            self.ready = _Ready(max((packed.scratch for packed, _ in ready), default=0), ready)
 
 
 # ---------------------------------------------------------------- calls
