@@ -1,6 +1,9 @@
 """`python -m tfla` is the command `tfla`."""
 
-from tfla.cli import main
-
 if __name__ == "__main__":
+    from tfla import signals
+
+    signals.end_silently()
+    from tfla.cli import main
+
     main()

@@ -7,7 +7,7 @@ A signal that the process was started to ignore (`nohup tfla train ... &`) stays
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -27,6 +27,14 @@ class Interrupted(BaseException):
 def exit_status(error: BaseException) -> int:
     """The status to leave with."""
     return 128 + getattr(error, "number", signal.SIGINT)
+
+
+def end_silently() -> None:
+    """Let ctrl-C end a process that is still importing, before any Signals, as it ends any other:
+    without a traceback through the imports."""
+    with suppress(ValueError):  # another thread than the main one
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def look() -> None:

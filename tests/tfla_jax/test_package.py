@@ -1,5 +1,6 @@
 """What surrounds the functions: imports, versions, the example, and the names of mlstm_kernels."""
 
+import os
 import re
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_the_example_learns() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "examples/jax_nnx.py"],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

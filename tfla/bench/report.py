@@ -388,41 +388,38 @@ def table(heading: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) 
 
     console = Console()
     say(*heading.splitlines())
+    most = console.width // 2  # of the first column, whose words may go on below
+
+    def width(part: Sequence[int]) -> int:
+        texts = [[*columns[n].splitlines(), *(line[n] for line in lines)] for n in part]
+        widest = [max(map(len, column)) for column in texts]
+        return min(widest[0], most) + sum(widest[1:]) + 2 * len(part)
+
     left = list(range(1, len(columns)))
-    while left or len(columns) == 1:
+    while columns:
         part = [0]
-        while left and (
-            len(part) == 1 or _width(columns, lines, [*part, left[0]]) <= console.width
-        ):
+        while left and (len(part) == 1 or width([*part, left[0]]) <= console.width):
             part.append(left.pop(0))
-        console.print(_grid(columns, lines, part), highlight=False, no_wrap=True)
-        if len(columns) == 1:
+        console.print(_grid(columns, lines, part, most), highlight=False)
+        if not left:
             break
 
 
-def _grid(columns: Sequence[str], lines: Sequence[Sequence[str]], part: Sequence[int]) -> Any:
-    """Some of the columns as a table."""
+def _grid(
+    columns: Sequence[str], lines: Sequence[Sequence[str]], part: Sequence[int], most: int
+) -> Any:
+    """Some of the columns as a table, the first of at most so many letters."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for place in part:
-        side: Any = "right" if place else "left"
-        found.add_column(columns[place], justify=side, vertical="bottom", no_wrap=True)
+        look: Any = {"justify": "right", "no_wrap": True} if place else {"max_width": most}
+        found.add_column(columns[place], vertical="bottom", **look)
     for line in lines:
         found.add_row(*(Text(line[place]) for place in part))
     return found
-
-
-def _width(columns: Sequence[str], lines: Sequence[Sequence[str]], part: Sequence[int]) -> int:
-    """What a table of these columns takes: each at its widest, and the room between them."""
-
-    def widest(place: int) -> int:
-        texts = [*columns[place].splitlines(), *(line[place] for line in lines)]
-        return max(map(len, texts), default=0)
-
-    return sum(widest(place) for place in part) + 2 * len(part)
 
 
 def say(*lines: str) -> None:

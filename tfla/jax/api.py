@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from tfla.jax import checks, reference
+from tfla.jax import checks, reference, shards
 from tfla.jax.checks import State
 from tfla.jax.spec import BackendName, InputGate, Inputs, Options
 
@@ -83,7 +83,7 @@ def mlstm(
         both modes and any number of times, through the normaliser and through both states.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted.
+        TypeError, ValueError: naming the argument, what came and what is expected.
         NotImplementedError: ``group``, and ``backend="triton"``.
 
     Example:
@@ -289,25 +289,15 @@ _run_step_inplace = jax.jit(_step, static_argnames="options", donate_argnames="s
 
 
 def _alike(*arrays: Any) -> Any:
-    """In ``jax.shard_map`` an array varies over some axes of the mesh or is the same on all of
-    them; a loop wants to know it beforehand. Here all vary over the axes over which any does."""
-    axes = {axis for x in jax.tree.leaves(arrays) for axis in jax.typeof(x).mat.varying}
-
-    if not axes:
-        return arrays
-
-    def vary(x: Array) -> Array:
-        new = tuple(axes - set(jax.typeof(x).mat.varying))
-        return lax.pcast(x, new, to="varying") if new else x
-
-    return jax.tree.map(vary, arrays)
+    """All of them vary over the axes of a mesh over which any does."""
+    return shards.varying(arrays, shards.axes_of(arrays))
 
 
 _warned: set[str] = set()
 
 
 def _pick_backend(backend: BackendName | None) -> None:
-    """Only "reference" is there; on a GPU that is said once."""
+    """Only "reference" is there; on a GPU tfla.jax warns once."""
     if backend is None:
         platform = jax.default_backend()
         if platform in ("gpu", "cuda", "rocm") and platform not in _warned:

@@ -22,15 +22,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from tfla.jax.spec import Options
 from tfla.limits import EMPTY, FOLLOWED, LIMIT, LOG_F_NOTHING, LOG_I_NOTHING
 
 # Is log_i the logsigmoid of i, and is h divided by the normaliser where the caller does not say?
 INPUT_GATES = {"exp": (False, True), "sigmoid": (True, False)}
-
-Tangents = tuple[Array, Array, Array]
 
 
 def log_gates(i: Array, f: Array, options: Options) -> tuple[Array, Array]:
@@ -56,34 +54,33 @@ def _log_gate_jvp(
     return _log_gate(is_sigmoid, nothing, x), dx * jax.nn.sigmoid(-x) if is_sigmoid else dx
 
 
-@jax.custom_jvp
 def stabilize(log_i: Array, log_f: Array, m: Array) -> tuple[Array, Array, Array]:
     """(u, a, m_t) of a chunk. log_i, log_f: (..., L). m: (...) gauge of the state that enters.
 
     No result depends on the gauges, so derivatives take them for constants, but for the one that
-    comes in: du = dlog_i, da = dlog_f, and da_1 = dlog_f_1 + dm.
+    comes in: du = dlog_i, da = dlog_f, and da_1 = dlog_f_1 + dm. (Not by a rule of jax.custom_jvp:
+    in JAX 0.11 a second derivative loses it where jax.checkpoint stands in lax.scan.)
     """
     m = jnp.clip(m, EMPTY, -EMPTY)
-    is_past, sums = _sums(log_f)
-    top = jnp.max(jnp.where(is_past, log_i[..., None, :] + sums, EMPTY), -1)
-    m_t = jnp.maximum(jnp.maximum(m[..., None] + jnp.cumsum(log_f, -1), top), EMPTY)
-    before = jnp.concatenate([m[..., None], m_t[..., :-1]], -1)
-    # log_f + before - m_t, with what rounding takes from the first sum: a gauge of 1e5 has steps of
-    # 0.008 in fp32. (Two-sum, Knuth.)
-    carried = log_f + before
-    kept = carried - log_f
-    lost = (log_f - (carried - kept)) + (before - kept)
+    fixed_i, fixed_f, fixed_m = map(lax.stop_gradient, (log_i, log_f, m))
+    is_past, sums = _sums(fixed_f)
+    top = jnp.max(jnp.where(is_past, fixed_i[..., None, :] + sums, EMPTY), -1)
+    m_t = jnp.maximum(fixed_m[..., None] + jnp.cumsum(fixed_f, -1), top)
+    m_t = jnp.maximum(m_t, EMPTY)
+    before = jnp.concatenate([fixed_m[..., None], m_t[..., :-1]], -1)
+    # log_f + before - m_t: a gauge of 1e5 has steps of 0.008 in fp32.
+    carried, lost = _sum_and_rest(fixed_f, before)
     a = carried - m_t + jnp.where(jnp.abs(lost) > FOLLOWED, 0.0, lost)
+    # What is added are zeros that have a derivative.
+    a = (a + (log_f - fixed_f)).at[..., 0].add(m - fixed_m)
     return log_i - m_t, a, m_t
 
 
-@stabilize.defjvp
-def _stabilize_jvp(
-    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
-) -> tuple[Tangents, Tangents]:
-    u, a, m_t = stabilize(*primals)
-    du, da, dm = tangents
-    return (u, a, m_t), (du, da.at[..., 0].add(dm), jnp.zeros_like(m_t))
+def _sum_and_rest(x: Array, y: Array) -> tuple[Array, Array]:
+    """x + y, and what rounding takes from it (two-sum, Knuth)."""
+    total = x + y
+    kept = total - x
+    return total, (x - (total - kept)) + (y - kept)
 
 
 def final_gauge(m: Array) -> Array:
@@ -94,7 +91,11 @@ def final_gauge(m: Array) -> Array:
 def chunk_weights(u: Array, a: Array) -> tuple[Array, Array]:
     """(D, w) of u, a (..., L): D (..., L, L) of token s at token t, w (..., L) of the state."""
     is_past, sums = _sums(a)
-    return _exp(u[..., None, :] + sums, is_past), _exp(jnp.cumsum(a, -1), True)
+    # exp(u) exp(sums), and not the exp of a rounded sum: beside log_i = -30 a decay of 0.05 has
+    # steps of 2e-6 in fp32.
+    total = u[..., None, :] + sums
+    _, rest = _sum_and_rest(*map(lax.stop_gradient, (u[..., None, :], sums)))
+    return _exp(total, is_past, rest), _exp(jnp.cumsum(a, -1), True, 0.0)
 
 
 def _sums(a: Array) -> tuple[Array, Array]:
@@ -104,12 +105,13 @@ def _sums(a: Array) -> tuple[Array, Array]:
     return s <= t, jnp.cumsum(jnp.where(s < t, a[..., :, None], 0.0), -2)
 
 
-def _exp(x: Array, keep: Array | bool) -> Array:
-    """exp(x), and 0 where it is not kept. Where it is 0 its derivative is, too, whatever comes
-    back: what has no weight may be a product beyond the range of its dtype, and inf times 0 is
-    NaN."""
+def _exp(x: Array, keep: Array | bool, rest: Array | float) -> Array:
+    """exp(x + rest), for a small rest, and 0 where it is not kept. Where it is 0 its derivative is,
+    too, whatever comes back: what has no weight may be a product beyond the range of its dtype, and
+    inf times 0 is NaN."""
     is_positive = keep & (jnp.exp(x) != 0.0)  # or NaN
-    return jnp.where(is_positive, jnp.exp(jnp.where(is_positive, x, 0.0)), 0.0)
+    x, rest = (jnp.where(is_positive, y, 0.0) for y in (x, rest))
+    return jnp.where(is_positive, jnp.exp(x) * (1.0 + rest), 0.0)
 
 
 def weighted(weight: Array, x: Array) -> Array:
@@ -120,9 +122,8 @@ def weighted(weight: Array, x: Array) -> Array:
 def inverse_denominator(nu: Array, m_t: Array) -> Array:
     """1 / max(|nu|, exp(-m_t)): the normaliser. It stays finite, and so does its derivative by a
     nu of size 1 / 2^126: written as a quotient it would be a square of that."""
-    most = -jnp.log(jnp.finfo(m_t.dtype).tiny)
-    floor = jnp.exp(jnp.clip(-m_t, -most, most))
-    size = jnp.abs(nu)
+    info = jnp.finfo(m_t.dtype)
+    size, floor = jnp.abs(nu), jnp.clip(jnp.exp(-m_t), info.tiny, info.max)
     return _reciprocal(jnp.where(size > floor, size, floor))
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tfla.jax import gates
+from tfla.jax import gates, shards
 from tfla.jax.spec import Inputs, Options
 from tfla.limits import EMPTY, LOG_I_NOTHING
 
@@ -57,7 +57,7 @@ def sequence(x: Inputs, options: Options) -> tuple[Array, Array, Array | None, A
     N = B if x.cu_seqlens is None else len(x.cu_seqlens) - 1
     memory = _memory(x, options, (N, G, H // G, K, V), dtype)
     if T == 0:
-        h = jnp.zeros((B, T, H, V), dtype)
+        h = x.v
     elif x.cu_seqlens is None:
         h, memory = _rows(tokens, memory, options)
     else:
@@ -72,10 +72,11 @@ def _memory(x: Inputs, options: Options, shape: tuple[int, ...], dtype: Any) -> 
     if x.C is not None:
         n = None if x.n is None else x.n.reshape(shape[:-1])
         return Memory(x.C.reshape(shape), n, None if x.m is None else x.m.reshape(shape[:-2]))
-    C = jnp.zeros(shape, dtype)
-    if not options.normalize:
-        return Memory(C, None, None)
-    return Memory(C, jnp.zeros(shape[:-1], dtype), jnp.full(shape[:-2], EMPTY, dtype))
+    memory = Memory(jnp.zeros(shape, dtype), None, None)
+    if options.normalize:
+        n, m = jnp.zeros(shape[:-1], dtype), jnp.full(shape[:-2], EMPTY, dtype)
+        memory = Memory(memory.C, n, m)
+    return shards.varying(memory, shards.axes_of(x))
 
 
 # ---------------------------------------------------------------- where the chunks lie
@@ -193,7 +194,8 @@ def _chunk(tokens: Tokens, memory: Memory, options: Options) -> tuple[Array, Mem
     if n is not None and m_t is not None:
         nu = scores.sum(-1) + gates.weighted(w, _product("rgtk,rgpk->rgpt", q, n))
         r = gates.inverse_denominator(nu, m_t)
-        scores, reads = scores * r[..., None], reads * r
+        # Where there is no weight, what comes back, dh_t . v_s, may be beyond the range: see _exp.
+        scores, reads = jnp.where(D != 0.0, scores * r[..., None], 0.0), reads * r
     from_state = gates.weighted(reads[..., None], _product("rgtk,rgpkv->rgptv", q, C))
     h = _product("rgpts,rgpsv->rgptv", scores, v) + from_state
 
