@@ -22,7 +22,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ from torch import Tensor
 import tfla
 from tfla.bench import cases, check, measure, roofline
 from tfla.bench.cases import Shape
-from tfla.kernels.grid import device_of
+from tfla.kernels.planning import device_of
+from tfla.kernels.program import Program
 from tfla.plan import Plan, Problem, plan
+from tfla.programs import call_of, programs
 
 DEVICE = torch.device("cuda")
 Row = dict[str, Any]
@@ -192,6 +194,13 @@ def planned_for(shape: Shape) -> tuple[Problem, Plan]:
     return problem, plan(problem, device_of(torch.empty(0, device=DEVICE)))
 
 
+def both_passes(problem: Problem, gate: str) -> Sequence[Program]:
+    """In bf16, on the GPU that is here."""
+    device = device_of(torch.empty(0, device=DEVICE))
+    found = programs(call_of(problem, torch.bfloat16, gate), device)
+    return [one for one in found if one is not None]
+
+
 def launches() -> list[Row]:
     ceiling = measure.ceiling(DEVICE, torch.bfloat16)["bytes_per_s"]
     rows = []
@@ -206,7 +215,8 @@ def launches() -> list[Row]:
             leaves = x.leaves(shape, torch.bfloat16, DEVICE, 11)
             run = passes(x, leaves)[f"{x.name}|with backward"]
             seen, found = measure.by_launch(run), dict[str, float]()
-            for label, (_, us) in zip(labels([k for k, _ in seen], planned), seen, strict=True):
+            names = labels([k for k, _ in seen], both_passes(problem, gate))
+            for label, (_, us) in zip(names, seen, strict=True):
                 found[label] = found.get(label, 0.0) + us
             moved = {k.name: k.bytes for k in roofline.kernels(problem, planned, gate == "exp")}
             for label, us in found.items():
@@ -220,20 +230,15 @@ def launches() -> list[Row]:
     return rows
 
 
-def labels(kernels: list[str], planned: Plan) -> list[str]:
-    """The names that the model of cost has for launches; h, dv, dq and dk come in this order, each
-    in as many launches as its contraction is split into, behind two that cut it."""
-    small = {f"_{name}_kernel": name for name in ("sums", "gauge", "weights", "column")}
-    small |= {"_denominator_kernel": "weights", "_column_state_kernel": "column states"}
-    small |= {"_gradients_kernel": "gate gradients"}
-    scans: list[str] = []
-    for name in ("h", "dv", "dq", "dk"):
-        cut = [f"{name}: cut"] * 2 if planned.segment and name in ("h", "dv") else []
-        scans += [*cut, name] * planned.tile(name).splits
-    ours = iter(scans)
-    return [
-        next(ours) if k.startswith(("_scan", "_join")) else small.get(k, k[:40]) for k in kernels
-    ]
+def labels(kernels: list[str], program: Sequence[Program]) -> list[str]:
+    """Of the kernels of a forward and a backward pass, in order, what their Programs call them;
+    those of others, a copy say, by their own names."""
+    ours = [launch for one in program for launch in one.launches]
+    found = []
+    for name in kernels:
+        mine = bool(ours) and name == ours[0].kernel.__name__
+        found.append(ours.pop(0).label if mine else name[:40])
+    return found
 
 
 def host(calls: int = 100) -> list[Row]:

@@ -226,25 +226,25 @@ def test_a_pinned_chunk_is_taken_and_given_back() -> None:
 
 
 def test_a_pinned_span_is_that_of_a_gpus_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was planned before, with a tape of its own, which knows the function that plans."""
+    """Whatever was planned before; and a Program that is known is known again."""
     pytest.importorskip("triton", reason="the backend for GPUs is written in it; not for macOS")
-    from tfla import kernels
+    from tfla.kernels import planning
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    q, usual = torch.empty(8, 512, 2, 16, dtype=torch.bfloat16), kernels.plan_of
+    q = torch.empty(8, 512, 2, 16, dtype=torch.bfloat16)
     gates = torch.empty(8, 512, 2)
     spec = CallSpec.of(
         Inputs(q, q, q, gates, gates, None, None, None, None),
         Options(1.0, "exp", True, True, False, True, "triton", "ieee"),
     )
-    planners = set()
+    usual, modes = planning.plan_of(spec), set()
     for x in cases.with_chunks([OURS["exp"], OURS["sigmoid"]], [64, 128, 4096]) * 2:
         with x.pinned():
-            plan = kernels.plan_of(spec)
-            planners.add(kernels.plan_of)
-        assert plan.span == x.chunk and plan == x.planned(usual(spec))
-    assert len(planners) == 6 and kernels.plan_of is usual
-    assert usual(spec).span not in (64, 128, 4096)
+            plan = planning.plan_of(spec)
+            modes.add(planning.mode())
+        assert plan.span == x.chunk and plan == x.planned(usual)
+    assert len(modes) == 6 and planning.mode() not in modes
+    assert planning.plan_of(spec) == usual and usual.span not in (64, 128, 4096)
 
 
 def test_peers_are_chosen_by_parts_of_their_names() -> None:

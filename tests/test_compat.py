@@ -184,21 +184,6 @@ def test_derivatives_that_tfla_lacks_are_refused_without_the_names(
         torch.func.vmap(lambda q: call(q[None]))(x[0])
 
 
-def test_calls_are_not_recorded_without_what_recording_needs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pytest.importorskip("triton")
-    from tfla.kernels import host
-
-    monkeypatch.setattr(host, "_tapes", {})
-    monkeypatch.setattr(host, "can_record", lambda: False)
-    x = torch.ones(3)
-    for _ in range(3):
-        (y,) = host.recorded(lambda options, x: (x + 1,), None, [x])
-        assert torch.equal(y, x + 1)
-    assert not host._tapes
-
-
 @pytest.mark.parametrize("name", ["_foreach_copy_", None])
 def test_tensors_are_copied_with_and_without_the_joint_copy(
     name: str | None, monkeypatch: pytest.MonkeyPatch

@@ -27,7 +27,7 @@ LAYERS = [
     {"api"},
     {"dispatch"},
     {"checks", "parallel", "shapes"},
-    {"ops", "verdicts"},
+    {"ops", "programs", "verdicts"},
     {"algorithm"},
     {"log"},
     {"reference", "kernels"},

@@ -77,6 +77,10 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
     from tfla.cli import run_command
 
     assert run_command(["plan", "4", "16384", "16", "128", "256", "--device", "h200"]) == 0
-    assert capsys.readouterr().out.strip() == str(plan(PAPER, H200))
+    first, forward, backward = capsys.readouterr().out.strip().split("\n\n")
+    assert first == str(plan(PAPER, H200))
+    labels = [[line.split(":")[0] for line in x.splitlines()] for x in (forward, backward)]
+    assert labels[0] == ["forward", "sums", "gauge", "h"]
+    assert labels[1][:4] == ["backward", "dv", "column", "dq"] and len(labels[1]) == 7
     assert run_command(["plan", "4", "16384", "16", "128", "256", "--device", "abacus"]) == 2
     assert "wanted this, a100" in capsys.readouterr().err

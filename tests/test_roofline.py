@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tfla.bench import measure
 from tfla.bench import roofline as r
 from tfla.bench.memory import Memory, memory
 from tfla.plan import Device, Plan, Problem, Tile, plan
+from tfla.programs import call_of, programs
 
 H200 = r.MACHINES["h200"]
 
@@ -107,6 +109,83 @@ def test_kernels_of_both_variants_are_those_that_are_launched() -> None:
     sigmoid, exp = (set(by_name(r.kernels(problem, found, n))) for n in (False, True))
     assert sigmoid == {"weights", "h", "dv", "dq", "dk", "gate gradients"}
     assert exp - sigmoid == {"sums", "gauge", "column", "column states"}
+
+
+def arithmetic(launch: Any, chunks: int) -> int:
+    """FLOPs of a launch of a scan: of each chunk that one of its programs walks over, the scores,
+    their product with the values and the state's share, unless it makes states alone; and the
+    state's update."""
+    c, numbers = launch.parameters.constants, launch.parameters.numbers
+    L, A, X = c["L"], c["BLOCK_A"], c["BLOCK_X"]
+    whole = launch.parameters.writes["out"] is not None
+    once = 2 * L * A * X + (2 * L * L * (A + X) + 2 * L * A * X if whole else 0)
+    return chunks * -(-numbers["X"] // X) * once
+
+
+def passes_over(launch: Any, name: str) -> float:
+    """How often a launch goes over an argument: a slice of a contraction takes its part of a, b and
+    kept states; what is updated is read and written, but kept states only where pieces start."""
+    numbers, c = launch.parameters.numbers, launch.parameters.constants
+    if name == "ends" and "BLOCK_A" in c:
+        rows = numbers["stride_e"] // c["STRIDE_EA"] if c["STRIDE_EX"] == 1 else c["STRIDE_EX"]
+        return c["BLOCK_A"] / rows
+    if name in ("a", "b") and "BLOCK_A" in c:
+        return numbers["A"] / numbers["stride_ah"]
+    return 2 if name in launch.parameters.updates else 1
+
+
+@pytest.mark.parametrize("machine", ["h200", "a100", "4090", "b200"])
+@pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((4, 16384, 16, 128, 256), torch.bfloat16),
+        ((4, 8192, 8, 256, 512), torch.bfloat16),
+        ((8, 8192, 16, 64, 64), torch.float16),
+        ((4, 4096, 8, 128, 128), torch.float32),
+        ((1, 65536, 2, 128, 128), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_counts_are_those_of_the_program(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, gate: str, machine: str
+) -> None:
+    """Launch by launch: as many, the FLOPs of every scan exactly, and the bytes of what each launch
+    reads, updates and writes. A Program says which arrays, not which lines of them: of eight
+    vectors of weights a launch may read one, of n a row a span."""
+    pytest.importorskip("triton")
+    device = r.MACHINES[machine].device
+    assert device is not None
+    B, T, H, K, V = shape
+    problem = Problem(B, T, H, K, V, B, False, dtype.itemsize, "ieee")
+    planned = r.for_dtype(plan(problem, device), dtype)
+    counted = by_name(r.kernels(problem, planned, gate == "exp"))
+    both = programs(call_of(problem, dtype, gate), device)
+    chunks, vector = B * H * T // planned.L, 4 * B * T * H
+    found: dict[str, list[int]] = {name: [0, 0, 0] for name in counted}
+    for program in both:
+        assert program is not None
+        for launch in program.launches:
+            one = found[launch.label]  # no launch that is not counted
+            p = launch.parameters
+            scan = "BLOCK_X" in p.constants
+            one[0] += 1
+            one[1] += arithmetic(launch, chunks) if scan else 0
+            one[2] += sum(
+                int(passes_over(launch, name) * program.buffers[n].bytes)
+                for name, n in (p.reads | p.updates | p.writes).items()
+                if n is not None
+            )
+    for name, (launches, flops, moved) in found.items():
+        k = counted[name]
+        assert launches == k.launches
+        if name in ("h", "dv", "dq", "dk", "h: cut", "dv: cut"):
+            assert flops == k.flops, name
+        if "cut" in name:  # an estimate of what has not faded
+            continue
+        more = 8 * vector * k.launches  # lines of vectors that are not read
+        more += 2 * 4 * chunks * K if name == "gate gradients" else 0
+        assert 0.99 * k.bytes <= moved <= 1.01 * k.bytes + more, (name, moved, k.bytes)
 
 
 def test_arithmetic_of_the_reference_grows_with_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from torch.nn.modules import module as every_module
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
-except ImportError:  # no torch known; calls are then not recorded, see ``can_record``
+except ImportError:  # no torch known; see ``can_record``
     TorchDispatchMode = object  # type: ignore[assignment, misc]
 
 __all__ = [
@@ -46,7 +46,6 @@ __all__ = [
     "is_hooked",
     "launch_by_triton",
     "launches_are_watched",
-    "operator",
     "pack_launch",
     "pre_forward_hooks",
     "process_group",
@@ -134,18 +133,10 @@ def storage_key(x: Tensor) -> int:
     return getattr(x.untyped_storage(), "_cdata", 0)
 
 
-def operator(func: Any) -> tuple[str, bool]:
-    """(name, does it change an argument?) of an operator that a dispatch mode sees. Without torch's
-    name it counts as one that does: see ``can_record``."""
-    schema = getattr(func, "_schema", None)
-    return ("", True) if schema is None else (schema.name, schema.is_mutable)
-
-
 @functools.cache
 def can_record() -> bool:
-    """Has torch what the recording of a call needs? Without it every call runs in full, as correct
-    and with more host time."""
-    known = TorchDispatchMode is not object and hasattr(torch.ops.aten.add.Tensor, "_schema")
+    """Has torch what following the allocations of a call needs?"""
+    known = TorchDispatchMode is not object
     return known and hasattr(torch.empty(0, device="cpu").untyped_storage(), "_cdata")
 
 

@@ -13,31 +13,28 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tfla import log
-from tfla.backend import Backend, D, Results, S, W
-from tfla.spec import BackendName, CallSpec, Inputs
+from tfla.backend import Backend, D, Exchange, Results, S, W
+from tfla.spec import BackendName, CallSpec, Inputs, X
 
 if TYPE_CHECKING:  # both backends have all functions of the protocol, of these types
     from tfla import kernels, reference
+    from tfla.kernels.program import Symbol
 
-    _reference: Backend[reference.GateWeights, reference.NormalizerGrad, reference.Scan] = reference
-    _triton: Backend[kernels.GateWeights, kernels.NormalizerGrad, kernels.Scan] = kernels
+    _reference: Backend[Tensor, reference.GateWeights, reference.NormalizerGrad, reference.Scan]
+    _reference = reference
+    _triton: Backend[Symbol, kernels.GateWeights, kernels.NormalizerGrad, kernels.Scan] = kernels
 
 BACKENDS: dict[BackendName, str] = {"reference": "tfla.reference", "triton": "tfla.kernels"}
 
-# Begins what ranks exchange, of the weights and the normaliser's gradient; what it returns is
-# called for (dC, dn) at the end of the sequences.
-Exchange = Callable[[Any, Any], Callable[[], tuple[Tensor, Tensor | None]]]
-
 
 @functools.cache  # the import machinery takes 3 us to say that it knows a module
-def backend_of(name: BackendName) -> Backend[Any, Any, Any]:
+def backend_of(name: BackendName) -> Backend[Any, Any, Any, Any]:
     """The backend of a name; its values go from one of its functions to another of its own."""
     found: Any = importlib.import_module(BACKENDS[name])
     return found
@@ -46,7 +43,7 @@ def backend_of(name: BackendName) -> Backend[Any, Any, Any]:
 # ---------------------------------------------------------------- packed sequences
 
 
-def can_fold_packing(backend: Backend[W, D, S], spec: CallSpec) -> bool:
+def can_fold_packing(backend: Backend[X, W, D, S], spec: CallSpec) -> bool:
     """May packed sequences be one to the backend? They may be where they neither start from states
     nor leave any: each begins by forgetting everything, exp(log_f + m - m') = 0, and df there is 0.
     A log_f above 0 could raise m beyond any log_f. The one is packed, too, for tokens that belong
@@ -56,22 +53,24 @@ def can_fold_packing(backend: Backend[W, D, S], spec: CallSpec) -> bool:
     return spec.sigmoid_f or not spec.normalize
 
 
-def _fold_packing(backend: Backend[W, D, S], x: Inputs, spec: CallSpec) -> tuple[Inputs, CallSpec]:
+def _fold_packing(
+    backend: Backend[X, W, D, S], x: Inputs[X], spec: CallSpec
+) -> tuple[Inputs[X], CallSpec]:
     if x.cu_seqlens is None or not can_fold_packing(backend, spec):
         return x, spec
     f, ends = backend.fold_packing(x.f, x.cu_seqlens)
-    folded = spec.but(N=1, gate_dtypes=(spec.gate_dtypes[0], f.dtype))
+    folded = spec.but(N=1, gate_dtypes=(spec.gate_dtypes[0], torch.float32))
     return x._replace(f=f, cu_seqlens=ends), folded
 
 
-def ordered(backend: Backend[W, D, S], x: Inputs) -> Inputs:
+def ordered(backend: Backend[X, W, D, S], x: Inputs[X]) -> Inputs[X]:
     """x with offsets that the backend can rely on."""
     if x.cu_seqlens is None:
         return x
     return x._replace(cu_seqlens=backend.offsets(x.cu_seqlens, x.q.shape[1]))
 
 
-def clear(backend: Backend[W, D, S], x: Inputs, *outputs: Tensor) -> None:
+def clear(backend: Backend[X, W, D, S], x: Inputs[X], *outputs: X) -> None:
     """Zeros in outputs (B, T, ...) at tokens that belong to no sequence."""
     if x.cu_seqlens is not None:
         backend.clear(x.cu_seqlens, *outputs)
@@ -87,33 +86,29 @@ def forward(spec: CallSpec, *tensors: Any) -> Results:
     return _forward(backend_of(spec.backend), Inputs(*tensors), spec)
 
 
-def _forward(backend: Backend[W, D, S], x: Inputs, spec: CallSpec) -> Results:
+def _forward(backend: Backend[X, W, D, S], x: Inputs[X], spec: CallSpec) -> Results[X]:
     given = ordered(backend, x)
     x, one = _fold_packing(backend, given, spec)
-    weights, scanned = scan_forward(backend, x, one, spec.final_state)
-    clear(backend, given, scanned.out)
-    C, n, m = scanned.final if spec.final_state else None, None, None
-    if spec.final_state and weights.n_final is not None and weights.m_final is not None:
-        n, m = (weights.n_final.clone(), weights.m_final.clone()) if spec.normalize else (n, m)
-    return scanned.out, C, n, m, backend.saved(weights) if spec.needs_grad else None
-
-
-def scan_forward(
-    backend: Backend[W, D, S], x: Inputs, spec: CallSpec, at_ends: bool
-) -> tuple[W, S]:
-    """The weights and the scan of h. at_ends: may there be a dC where sequences end?"""
-    weights = backend.gate_weights(x, spec, at_ends)
-    return weights, backend.scan("h", x.q, x.k, x.v, weights, x.C, final=spec.final_state)
+    weights = backend.gate_weights(x, one)
+    h = backend.scan("h", x.q, x.k, x.v, weights, x.C, final=spec.final_state)
+    clear(backend, given, h.out)
+    saved = backend.saved(weights) if spec.needs_grad else None
+    C, n, m = h.final if spec.final_state else None, None, None
+    if spec.normalize and spec.at_ends:
+        n, m = weights.n_final if spec.final_state else None, weights.m_final
+    return h.out, C, n, m, saved
 
 
 # ---------------------------------------------------------------- backward
 
 
+BACKWARD = (*Inputs._fields, "h", "saved", "dh", "dC", "dn")  # what ``backward`` takes
+
+
 def backward(spec: CallSpec, *tensors: Any) -> Results:
-    """(dq, dk, dv, di, df, dC_0, dn_0, dm_0) of the tensors of ``Inputs``, then h, saved, dh, dC,
-    dn and, if there is one, an ``Exchange``; None where there was no initial state."""
+    """(dq, dk, dv, di, df, dC_0, dn_0) of the tensors that ``BACKWARD`` names and, if there is one,
+    an ``Exchange``; None where there was no initial state."""
     x, (h, saved, dh, dC, dn, *exchange) = Inputs(*tensors[:9]), tensors[9:]
-    dh = torch.zeros_like(h) if dh is None else dh
     # An output that was not wanted is empty, and so is its cotangent.
     dC = dC if spec.final_state else None
     dn = dn if spec.final_state and spec.normalize else None
@@ -122,22 +117,22 @@ def backward(spec: CallSpec, *tensors: Any) -> Results:
 
 
 def _backward(
-    backend: Backend[W, D, S],
+    backend: Backend[X, W, D, S],
     x: Inputs,
     spec: CallSpec,
-    h: Tensor,
-    saved: Tensor,
-    dh: Tensor,
-    dC: Tensor | None,
-    dn: Tensor | None,
+    h: X,
+    saved: X,
+    dh: X,
+    dC: X | None,
+    dn: X | None,
     exchange: Exchange | None,
-) -> Results:
+) -> Results[X]:
     """dq needs no final state: an exchange begins before it, and ends after it with dC and dn."""
     given = ordered(backend, x)
     x, one = _fold_packing(backend, given, spec)
-    weights = backend.gate_weights(x, one, spec.final_state or exchange is not None, saved)
+    weights = backend.gate_weights(x, one, saved)
 
-    def scan_dv(dC: Tensor | None, dot: Tensor | None) -> S:
+    def scan_dv(dC: X | None, dot: X | None) -> S:
         return backend.scan("dv", x.k, x.q, dh, weights, dC, final=x.C is not None, dot=dot)
 
     dv: S | None = None
@@ -160,14 +155,18 @@ def _backward(
         column = backend.with_final_grad(column, dn, weights)
     dC_T = None if dC is None else dC.mT
     dk = backend.scan("dk", x.v, dh, x.q, weights, dC_T, column=column, dot=x.k, against=dq)
-    di, df = backend.gate_gradients(x.i, x.f, dq, dk, weights)
+    di, df = backend.gate_gradients(x.i, x.f, dq, dk, weights, spec.gate_dtypes)
     clear(backend, given, dq.out, dk.out, dv.out, di, df)
-    dC_0, dn_0, dm_0 = None, None, None
-    if x.C is not None:
-        dC_0, dn = backend.initial_gradients(dv, dk)
-        if x.n is not None and dn is not None:
-            wide = torch.float64  # the two cancel where the normaliser is active
-            dm_0 = (dC_0.to(wide) * x.C).sum((-2, -1)) + (dn.to(wide) * x.n).sum(-1)
-            dn_0, dm_0 = dn.contiguous(), dm_0.to(dn.dtype)
-    di, df = di.to(x.i.dtype).contiguous(), df.to(given.f.dtype).contiguous()
-    return dq.out, dk.out, dv.out, di, df, dC_0, dn_0, dm_0
+    dC_0, dn_0 = (None, None) if x.C is None else backend.initial_gradients(dv, dk)
+    return dq.out, dk.out, dv.out, di, df, dC_0, None if x.n is None else dn_0
+
+
+def initial_gauge_gradient(
+    C: Tensor | None, n: Tensor | None, dC: Tensor | None, dn: Tensor | None
+) -> Tensor | None:
+    """dm_0 (N, H) of an initial state and its gradients: the gauge scales both C and n."""
+    if C is None or n is None or dC is None or dn is None:
+        return None
+    wide = torch.float64  # the two cancel where the normaliser is active
+    dm = (dC.to(wide) * C).sum((-2, -1)) + (dn.to(wide) * n).sum(-1)
+    return dm.to(dn.dtype)

@@ -7,15 +7,14 @@ dispatch); both run the same two functions of ``tfla.algorithm``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tfla import _compat, algorithm, log
-from tfla.algorithm import Exchange, backend_of, can_fold_packing
-from tfla.backend import Results
+from tfla.algorithm import backend_of, can_fold_packing
+from tfla.backend import Exchange, Results
 from tfla.spec import (
     OPTIONS,
     STEP_OPTIONS,
@@ -38,7 +37,7 @@ def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 def forward(x: Inputs, spec: CallSpec) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); empty tensors for what is not wanted or not there."""
-    return _filled(_called(algorithm.forward, spec, x), spec.state_dtype)
+    return _filled(_outputs(spec, x), spec.state_dtype)
 
 
 def backward(
@@ -54,18 +53,28 @@ def backward(
     """(dq, dk, dv, di, df, dC_0, dn_0, dm_0); the last three are empty where there was no initial
     state. dq needs no final state: an ``exchange`` begins before it, and ends after it with dC and
     dn (see ``tfla.parallel``)."""
-    tensors = *x, h, saved, dh, dC, dn
-    if exchange is None:
-        grads = _called(algorithm.backward, spec, tensors)
-    else:
-        with no_autocast(x.q.device.type):
-            grads = algorithm.backward(spec, *tensors, exchange)
+    grads = _gradients(spec, (*x, h, saved, dh, dC, dn), exchange)
     return _filled(grads, spec.state_dtype)
 
 
-def _called(function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]) -> Results:
-    with no_autocast(tensors[0].device.type):
-        return backend_of(spec.backend).execute(function, spec, tensors)
+def _outputs(spec: CallSpec, x: tuple[Any, ...]) -> Results:
+    """(h, C_T, n_T, m_T, saved), None for what is not wanted."""
+    with no_autocast(x[0].device.type):
+        return backend_of(spec.backend).execute(algorithm.forward, spec, x)
+
+
+def _gradients(
+    spec: CallSpec, tensors: tuple[Any, ...], exchange: Exchange | None = None
+) -> Results:
+    """(dq, dk, dv, di, df, dC_0, dn_0, dm_0) of what ``algorithm.backward`` takes."""
+    *head, h, saved, dh, dC, dn = tensors
+    with no_autocast(h.device.type):
+        if dh is None:
+            tensors = *head, h, saved, torch.zeros_like(h), dC, dn
+        backend = backend_of(spec.backend)
+        *grads, dC_0, dn_0 = backend.execute(algorithm.backward, spec, tensors, exchange)
+        x: Inputs[Any] = Inputs(*head)
+        return *grads, dC_0, dn_0, algorithm.initial_gauge_gradient(x.C, x.n, dC_0, dn_0)
 
 
 def _filled(results: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -83,7 +92,7 @@ def run(x: Inputs, spec: CallSpec) -> tuple[Any, ...]:
         return torch.ops.tfla.forward(*x, *spec.options)[:4]
     if spec.needs_grad or _compat.forward_derivatives():
         return _Forward.apply(spec, *x)
-    return _called(algorithm.forward, spec, x)[:4]
+    return _outputs(spec, x)[:4]
 
 
 def step(x: StepInputs, options: StepOptions, inplace: bool) -> tuple[Tensor, State]:
@@ -121,7 +130,7 @@ def are_plain(*tensors: Any) -> bool:
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: CallSpec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        h, C, n, m, saved = _called(algorithm.forward, spec, tensors)
+        h, C, n, m, saved = _outputs(spec, tensors)
         ctx.spec = spec
         ctx.save_for_backward(*tensors, h, saved)
         if m is not None:
@@ -140,14 +149,14 @@ class _Forward(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a node that refuses
             grads = _Backward.apply(ctx.spec, *tensors)
         else:
-            grads = _called(algorithm.backward, ctx.spec, tensors)
+            grads = _gradients(ctx.spec, tensors)
         return None, *match(grads, tensors), None
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: CallSpec, *tensors: Tensor | None) -> Any:
-        return _called(algorithm.backward, spec, tensors)
+        return _gradients(spec, tensors)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
@@ -228,7 +237,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     if spec.needs_grad:
         backend = backend_of(spec.backend)
         one = spec.but(N=1) if can_fold_packing(backend, spec) else spec
-        saved = new(*backend.saved_shape(one, spec.final_state))
+        saved = new(*backend.saved_shape(one))
     return x.v.new_empty(x.v.shape), C, n, m, saved
 
 

@@ -211,7 +211,6 @@ def forward(x: Inputs, spec: CallSpec, ranks: Ranks) -> tuple[Tensor, ...]:
     if log.ON:
         log.sequence(spec)
     rank, N, H, K, V = ranks.rank, spec.N, spec.H, spec.K, spec.V
-    backend = algorithm.backend_of(spec.backend)
     _agree(x, spec, ranks)
     with ops.no_autocast(x.q.device.type):
         part = Part.make(x, rank, ranks.size)
@@ -229,14 +228,13 @@ def forward(x: Inputs, spec: CallSpec, ranks: Ranks) -> tuple[Tensor, ...]:
             if n is not None and n_r is not None and m is not None:
                 n, m = _choose(part.enters, n_r, n), _choose(part.enters, m_r, m)
         packed = x.cu_seqlens is not None
-        inner = algorithm.ordered(backend, x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens))
-        own_spec = spec.but(initial_state=True, final_state=spec.final_state and packed)
-        weights, result = algorithm.scan_forward(backend, inner, own_spec, True)
-        algorithm.clear(backend, inner, result.out)
-        ends = [result.out.new_empty(0, dtype=full) for _ in range(3)]
-        m_last = weights.m_final.clone() if spec.normalize else C.new_zeros(N, H)
+        inner = x._replace(C=C, n=n, m=m, cu_seqlens=part.cu_seqlens)
+        own_spec = spec.but(initial_state=True, final_state=spec.final_state and packed, split=True)
+        h, C_last, n_last, m_last, saved = ops.forward(inner, own_spec)
+        ends: list[Any] = [h.new_empty(0, dtype=full) for _ in range(3)]
+        m_last = m_last if spec.normalize else C.new_zeros(N, H)
         if spec.final_state and packed:  # each is known where its sequence ends
-            own = [result.final, *([weights.n_final, m_last] if spec.normalize else [])]
+            own = [C_last, n_last, m_last] if spec.normalize else [C_last]
             own = [_choose(part.ends, s, 0.0) for s in own]
             ends[: len(own)] = _reduce(own, ranks.group)
         elif spec.final_state:
@@ -244,7 +242,7 @@ def forward(x: Inputs, spec: CallSpec, ranks: Ranks) -> tuple[Tensor, ...]:
             ends = [*last, gauge] if spec.normalize else [last[0], *ends[1:]]
         # An operator's outputs are neither its inputs nor each other.
         kept = [C.new_empty(0) if y is None else y.clone() if not rank else y for y in (C, n, m)]
-        return result.out, *ends, backend.saved(weights), *kept, m_last, states.b
+        return h, *ends, saved, *kept, m_last, states.b
 
 
 def backward(
@@ -307,7 +305,7 @@ def backward(
             return wait
 
         grads = ops.backward(
-            dh, None, None, h, saved, inner, spec.but(initial_state=True), exchange
+            dh, None, None, h, saved, inner, spec.but(initial_state=True, split=True), exchange
         )
         return *grads[:5], *(
             g.new_empty(0) if s is None else _choose(part.starts, g, 0.0)
@@ -388,7 +386,9 @@ def _(*args: Any) -> list[Tensor]:
         n = [new(N, H, K), new(N, H)] if there and spec.normalize else [new(0), new(0)]
         return [new(N, H, K, V) if there else new(0), *n]
 
-    saved = new(*algorithm.backend_of(spec.backend).saved_shape(spec, True))
+    saved = new(0)
+    if spec.needs_grad:
+        saved = new(*algorithm.backend_of(spec.backend).saved_shape(spec.but(split=True)))
     b = new(ranks.size, P, H, dtype=torch.float64)
     return [x.v.new_empty(x.v.shape), *state(spec.final_state), saved, *state(True), new(N, H), b]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Problem:
     N: int  # sequences: B, or as many as are packed
     packed: bool
     bytes: int  # of an element of q, k, v
-    precision: str  # of fp32 products: "ieee" or "tf32"; says nothing of 16-bit operands ("ieee")
+    # Of fp32 products; says nothing of 16-bit operands ("ieee").
+    precision: Literal["ieee", "tf32"]
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,14 @@ SHAPES = {
 }
 
 
+LONG = 33  # tokens, from which on hopper.py is worth it
+
+
 def _shape(p: Problem, device: Device, mean: int) -> Shape:
     major = device.capability[0]
     if p.bytes == 4 and p.precision == "ieee":
         return SHAPES["ieee"]
-    if major == 9 and _descriptors(p, device) and mean > 32:
+    if major == 9 and _descriptors(p, device) and mean >= LONG:
         return SHAPES["hopper" if p.bytes == 2 else "hopper pairs"]
     if major in (8, 12) and _whole_rows(p):
         if p.bytes == 2:
@@ -152,23 +157,82 @@ def _shape(p: Problem, device: Device, mean: int) -> Shape:
     return SHAPES["mma 4 warps" if major in (0, 10) else "mma"]
 
 
+class Units(NamedTuple):
+    """What the size of what a forward pass saves depends on; see ``Plan``."""
+
+    L: int
+    span: int
+    kept: tuple[int, int]
+
+
+def is_at_least(x: int, bound: int) -> int:
+    """1 where x >= bound, else 0, for x >= 0 and bound >= 1. By arithmetic alone: in a graph that
+    is being traced x may be a symbol, and a comparison would hold the graph to its answer."""
+    return 1 - 1 // (1 + x // bound)
+
+
+def _mean(p: Problem) -> int:
+    """Tokens of a sequence; of packed ones the host knows no more than their mean."""
+    return p.T // (p.N + 1 // (1 + p.N)) if p.packed else p.T
+
+
+def _chunk(shape: Shape, mean: int) -> int:
+    """The least power of two from 16 on that holds a sequence, up to what a program can hold."""
+    L = step = 16
+    while step < shape.L:
+        L += step * is_at_least(mean, step + 1)
+        step *= 2
+    return L
+
+
+def _programs(device: Device, p: Problem, shape: Shape, h: Tile, dq: Tile) -> int:
+    """As many as fill the machine. A multiprocessor has registers for two of four warps, or one of
+    eight; of fp32 in hopper.py one by its shared memory."""
+    wide = max(h.warps, dq.warps) == 8
+    one = (shape.hopper or shape.mma) and (p.bytes == 4 or wide)
+    return device.multiprocessors * (1 if one else 2)
+
+
+def _span(p: Problem, dq: Tile, programs: int) -> int:
+    """Tokens between kept states: as many as leave enough pieces for dq and dk to fill the machine,
+    2,048 at most and 256 at least."""
+    mean, span, most = _mean(p), 2048, 2048
+    while most > 256:
+        pieces = -(-mean // most) * p.N * p.H * dq.tiles
+        most //= 2
+        span -= most * (1 - is_at_least(pieces, programs))
+    return span
+
+
+def _units(device: Device, p: Problem, shape: Shape) -> tuple[Units, Tile, Tile]:
+    """With the tiles of h and of dq."""
+    h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
+    span = _span(p, dq, _programs(device, p, shape, h, dq))
+    kept = h.splits * h.block_a, h.tiles * h.block_x
+    return Units(_chunk(shape, _mean(p)), span, kept), h, dq
+
+
+def units(problem: Problem, device: Device) -> list[tuple[int, Units]]:
+    """(1 or 0, units): those of ``plan`` have the 1. B, T and N may be symbols, which are not
+    compared: a graph that is traced holds for all of them."""
+    mean = _mean(problem)
+    short, long = (_shape(problem, device, some) for some in (0, LONG))
+    if short is long:
+        return [(1, _units(device, problem, short)[0])]
+    is_long = is_at_least(mean, LONG)
+    return [
+        (is_long, _units(device, problem, long)[0]),
+        (1 - is_long, _units(device, problem, short)[0]),
+    ]
+
+
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, device: Device) -> Plan:
     """The kernels that serve ``problem`` on ``device``."""
-    p = problem
-    mean = p.T // max(p.N, 1) if p.packed else p.T  # of packed sequences the host knows no more
+    p, mean = problem, _mean(problem)
     shape = _shape(p, device, mean)
-    L = min(shape.L, power_of_two(max(mean, 1)))
-    h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
-    # Programs that a multiprocessor holds: registers for two of four warps, or one of eight; of
-    # fp32 in hopper.py one by its shared memory.
-    by_hand = shape.hopper or shape.mma
-    one = by_hand and (p.bytes == 4 or max(h.warps, dq.warps) == 8)
-    wanted = device.multiprocessors * (1 if one else 2)
-    # Kept states: as few as leave enough pieces for dq and dk to fill the machine.
-    span = 2048
-    while span > 256 and -(-mean // span) * p.N * p.H * dq.tiles < wanted:
-        span //= 2
+    (L, span, _), h, dq = _units(device, p, shape)
+    wanted = _programs(device, p, shape, h, dq)
     # h and dv are cut where whole sequences leave more than a third of the machine idle.
     programs = max(p.N * p.H * h.tiles, 1)
     segment = 0

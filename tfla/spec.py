@@ -6,8 +6,9 @@ Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, N sequence
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,20 @@ from tfla.gates import Activations
 
 BackendName = Literal["reference", "triton"]
 Precision = Literal["ieee", "tf32"]
+
+
+class Array(Protocol):
+    """A tensor, or what a backend has in its place."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def mT(self) -> Any:
+        """With its last two axes exchanged."""
+
+
+X = TypeVar("X", bound=Array)
 
 
 class State(NamedTuple):
@@ -42,18 +57,18 @@ State.__module__ = "tfla"
 torch.serialization.add_safe_globals([State])
 
 
-class Inputs(NamedTuple):
+class Inputs(NamedTuple, Generic[X]):
     """The tensors of a call over sequences."""
 
-    q: Tensor  # (B, T, H, K)
-    k: Tensor  # (B, T, H, K)
-    v: Tensor  # (B, T, H, V)
-    i: Tensor  # (B, T, H)
-    f: Tensor  # (B, T, H)
-    C: Tensor | None  # (N, H, K, V)
-    n: Tensor | None  # (N, H, K)
-    m: Tensor | None  # (N, H)
-    cu_seqlens: Tensor | None  # (N + 1,)
+    q: X  # (B, T, H, K)
+    k: X  # (B, T, H, K)
+    v: X  # (B, T, H, V)
+    i: X  # (B, T, H)
+    f: X  # (B, T, H)
+    C: X | None  # (N, H, K, V)
+    n: X | None  # (N, H, K)
+    m: X | None  # (N, H)
+    cu_seqlens: X | None  # (N + 1,)
 
 
 class Options(NamedTuple):
@@ -133,9 +148,10 @@ class CallSpec:
     needs_grad: bool  # will there be a backward pass?
     backend: BackendName
     precision: Precision  # of products of fp32 numbers: "ieee", or "tf32" with 10 bits
+    split: bool = False  # is T split over processes?
 
     @staticmethod
-    def of(x: Inputs, options: Options) -> CallSpec:
+    def of(x: Inputs[Tensor], options: Options) -> CallSpec:
         """The call of these tensors."""
         (B, T, H, V), K, packed = x.v.shape, x.q.shape[-1], x.cu_seqlens is not None
         N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
@@ -170,6 +186,11 @@ class CallSpec:
     @property
     def activations(self) -> Activations:
         return Activations(self.input_gate, self.sigmoid_f)
+
+    @property
+    def at_ends(self) -> bool:
+        """May there be gradients of the states where sequences end?"""
+        return self.final_state or self.split
 
     @property
     def state_dtype(self) -> torch.dtype:

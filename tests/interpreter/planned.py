@@ -7,7 +7,7 @@ from unittest import mock
 
 import checks
 
-from tfla import kernels
+from tfla.kernels import planning
 from tfla.plan import Plan, Tile
 
 
@@ -15,27 +15,23 @@ from tfla.plan import Plan, Tile
 def short_scans() -> Iterator[None]:
     """Plans as they are, but for the length of the scans of gates, over 4 chunks in place of 64 and
     64 tokens in place of 256: the interpreter runs them number by number, beyond the end too."""
-    real = kernels.plan_of
-
-    def short(*args: object) -> Plan:
-        p = real(*args)  # type: ignore[arg-type]
-        return dataclasses.replace(p, block_c=4, span=min(p.span, 64))
-
-    with mock.patch.object(kernels, "plan_of", short):
+    with planning.changed(_short):
         yield
+
+
+def _short(p: Plan) -> Plan:
+    return dataclasses.replace(p, block_c=4, span=min(p.span, 64))
 
 
 @contextlib.contextmanager
 def planned(tile: dict[str, object] | None = None, **fields: object) -> Iterator[None]:
     """Pin fields of the plan: short chunks and spans, so that small problems have many of them."""
-    real = kernels.plan_of
 
     def change(t: Tile) -> Tile:
         t = dataclasses.replace(t, **tile or {})  # type: ignore[arg-type]
         return dataclasses.replace(t, splits=-(-t.A // t.block_a))
 
-    def pinned(*args: object) -> Plan:
-        p = real(*args)  # type: ignore[arg-type]
+    def pinned(p: Plan) -> Plan:
         changed = {"L": 16, "span": 32, "block_c": 4} | fields
         return dataclasses.replace(p, h=change(p.h), dq=change(p.dq), **changed)  # type: ignore[arg-type]
 
@@ -44,7 +40,7 @@ def planned(tile: dict[str, object] | None = None, **fields: object) -> Iterator
     # in place of 2. The rule itself is held to on a GPU, in test_gpu.py; mistakes are off by 10^3
     # and more.
     with (
-        mock.patch.object(kernels, "plan_of", pinned),
+        planning.changed(pinned),
         mock.patch.object(checks, "RATIO", 4.0),
     ):
         yield

@@ -9,6 +9,8 @@ from unittest import mock
 import checks
 import pytest
 import torch
+import triton
+import triton.language as tl
 from planned import planned
 from problems import Case, packed, variants
 
@@ -16,7 +18,7 @@ import tfla
 from tfla import kernels
 from tfla.bench import cases
 from tfla.bench import check as bench
-from tfla.kernels import gates, pointwise
+from tfla.kernels import gates, pointwise, program, runtime
 from tfla.spec import CallSpec, Inputs, Options, StepInputs, StepOptions
 
 SMALL = {"T": 53, "B": 1, "H": 1, "K": 12, "V": 20, "backend": "triton", "dtype": torch.float32}
@@ -57,10 +59,15 @@ def test_vectors_without_den_are_those_with_it_but_for_den(lengths: tuple[int, .
                 cu_seqlens,
             )
             options = Options(0.5, "exp", True, True, True, True, "triton", "ieee")
-            grid = kernels.gate_weights(x, CallSpec.of(x, options), True)
-        assert (grid.undivided is None) != divides
-        found = grid.vectors if grid.undivided is None else grid.undivided
-        found = found.view(H, grid.slots, gates.VECTORS.value, 16)
+            seen: list[kernels.GateWeights] = []
+
+            def weights(spec: CallSpec, *x: program.Symbol) -> tuple[program.Symbol]:
+                seen.append(kernels.gate_weights(Inputs(*x), spec))
+                return (seen[0].undivided or seen[0].vectors,)
+
+            (found,) = runtime.execute(weights, CallSpec.of(x, options), x)
+        assert (seen[0].undivided is None) != divides and found is not None
+        found = found.view(H, seen[0].sizes.chunks, gates.VECTORS.value, 16)
         used = [
             start // 16 + n + j
             for n, (start, length) in enumerate(zip(starts, lengths, strict=True))
@@ -223,35 +230,60 @@ def test_the_forget_gate_of_a_long_span() -> None:
     assert errors["df"] < 2 * max(errors["dq"], errors["dk"])
 
 
+@triton.jit
+def _share_kernel(dh, h, dot, T, H, V, rest, slots, L: tl.constexpr, BLOCK: tl.constexpr):
+    """dh . h of a token, three tenths of it in one row of dot and the rest in another."""
+    t, head = tl.program_id(0) // H, tl.program_id(0) % H
+    lanes = tl.arange(0, BLOCK)
+    at = (t * H + head) * V + lanes
+    both = tl.load(dh + at, mask=lanes < V, other=0.0) * tl.load(h + at, mask=lanes < V, other=0.0)
+    place = dot + head * slots * L + t
+    tl.store(place, 0.3 * tl.sum(both, 0))
+    tl.store(place + rest, 0.7 * tl.sum(both, 0))
+
+
 def test_a_scan_of_dv_that_makes_dh_h(monkeypatch: pytest.MonkeyPatch) -> None:
     """As hopper.py does, in parts to be added; then nobody reads dh and h for it again."""
     g = torch.Generator().manual_seed(4)
     shapes = [(16,), (16,), (20,), (), (), (20,)]
     *x, dh = (torch.randn(1, 40, 2, *d, generator=g) for d in shapes)
     leaves = [y.requires_grad_() for y in x]
-    real, column = kernels.scan, kernels.normalizer_grad
+    real, launches = kernels.scan, []
 
     def scan(name: str, *args: Any, dot: Any = None, **options: Any) -> Any:
         found = real(name, *args, dot=dot, **options)
-        if name == "dv":
-            grid = args[3]
-            share = torch.zeros(2, grid.rows, grid.slots * grid.plan.L)
-            share[:, :, :40] = (dh * dot)[0].sum(-1).T * torch.tensor([0.3, 0.7])[:, None, None]
-            found = found._replace(dot=share)
-        return found
-
-    def blind(dh: Any, h: Any, *args: Any) -> Any:
-        return column(dh * torch.nan, h * torch.nan, *args)
+        if name != "dv":
+            return found
+        dh, weights = args[2:4]
+        rows, chunks, L = *weights.sizes[:2], weights.plan.L
+        share = dh.builder.new("share", 2, rows, chunks, L)
+        numbers = {"T": 40, "H": 2, "V": 20, "rest": rows * chunks * L, "slots": chunks}
+        dh.builder.launch(
+            "share",
+            _share_kernel,
+            (80,),
+            1,
+            1,
+            reads={"dh": dh, "h": dot},
+            writes={"dot": share},
+            numbers=numbers,
+            constants={"L": L, "BLOCK": 32},
+        )
+        launches.append(dh.builder.launches)
+        return found._replace(dot=share)
 
     with planned():
         h, _ = tfla.mlstm(*leaves, backend="triton")
         wanted = torch.autograd.grad(h, leaves, dh)
-        monkeypatch.setattr(kernels, "scan", scan)
-        monkeypatch.setattr(kernels, "normalizer_grad", blind)
+    monkeypatch.setattr(kernels, "scan", scan)
+    with planned():
         h, _ = tfla.mlstm(*leaves, backend="triton")
         # The same but for dh . h, summed in another order.
         for one, other in zip(torch.autograd.grad(h, leaves, dh), wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    (column,) = (x for x in launches[0] if x.label == "column")
+    reads = column.parameters.reads
+    assert reads["dh"] is None and reads["h"] is None
 
 
 def spread(x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tfla
+from tfla import kernels
+from tfla.kernels import runtime
+from tfla.kernels.program import Symbol
+from tfla.spec import CallSpec, Inputs, Options
 
 K, V = 8, 6
 VARIANTS = [("exp", True), ("sigmoid", False)]
@@ -127,12 +131,17 @@ def test_tokens_of_no_sequence_are_not_read(states: bool, input_gate: str, norma
 
 
 def test_more_offsets_than_a_block_of_the_kernel_has() -> None:
-    from tfla.kernels.grid import offsets
+    def ordered(spec: CallSpec, *x: Symbol) -> tuple[Symbol]:
+        return (kernels.offsets(x[-1], spec.T),)
 
     g = torch.Generator().manual_seed(0)
     values = torch.randint(-50, 9000, (5000,), generator=g)
     meant = values.clamp(0, 7000).cummax(0).values
-    assert torch.equal(offsets(values, 7000), meant)
+    tokens = torch.empty(1, 7000, 1, 1)
+    x = Inputs(*[tokens] * 3, *[tokens[..., 0]] * 2, None, None, None, values)
+    options = Options(1.0, "exp", True, True, False, False, "triton", "ieee")
+    (found,) = runtime.execute(ordered, CallSpec.of(x, options), x)
+    assert torch.equal(found, meant)
 
 
 def strided(x: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Ahead-of-time builds of the kernels that a call would launch, for a GPU that need not be there.
 
-``launches`` runs a call on tensors without memory and records what it would launch; ``build``
-compiles one launch to machine code.
+``launches`` reads them off the Programs of a call; ``build`` compiles one launch to machine code.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
@@ -21,10 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-import tfla
-from tfla import kernels, ops, plan
-from tfla.gates import INPUT_GATES
-from tfla.spec import CallSpec, Inputs, Options, products_of
+from tfla import plan
+from tfla.kernels import planning
+from tfla.kernels.program import Program
+from tfla.programs import call_of, programs
+from tfla.spec import CallSpec, Precision, products_of
 
 DEVICES = {
     ("cuda", 80): plan.Device((8, 0), 108, 166912),
@@ -77,9 +77,10 @@ class Resources:
 
 
 def record(
-    kernel: Any, shape: tuple[int, int], args: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any, shape: tuple[int, int], named: dict[str, Any], aligned: Collection[str] = ()
 ) -> Launch:
-    named = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    """A launch of values by the names of parameters, a pointer as its dtype. aligned: pointers that
+    are multiples of 16."""
     signature, fixed, divisible = [], [], []
     skip = set(kernel.do_not_specialize or ())
     for index, (parameter, name) in enumerate(zip(kernel.params, kernel.arg_names, strict=True)):
@@ -91,9 +92,10 @@ def record(
         ):
             signature.append((name, "constexpr"))
             fixed.append((name, value))
-        elif isinstance(value, torch.Tensor):
-            signature.append((name, "*" + TYPES[value.dtype]))
-            divisible.append(index)
+        elif isinstance(value, str):
+            signature.append((name, "*" + value))
+            if name in aligned:
+                divisible.append(index)
         elif isinstance(value, float):
             signature.append((name, "fp32"))
         else:
@@ -103,8 +105,34 @@ def record(
     return Launch(kernel, tuple(signature), tuple(fixed), tuple(divisible), *shape)
 
 
-def launches(
-    device: plan.Device,
+def of_tensors(
+    kernel: Any, shape: tuple[int, int], args: tuple[Any, ...], constants: dict[str, Any]
+) -> Launch:
+    """A launch of tensors, all aligned, and numbers, in the order of the kernel's parameters."""
+    named = {
+        name: TYPES[x.dtype] if isinstance(x, torch.Tensor) else x
+        for name, x in (dict(zip(kernel.arg_names, args, strict=False)) | constants).items()
+    }
+    return record(kernel, shape, named, kernel.arg_names)
+
+
+def of_program(program: Program) -> list[Launch]:
+    """Its launches, as the compiler needs them."""
+    found = []
+    for x in program.launches:
+        p = x.parameters
+        buffers = {
+            name: None if n is None else program.buffers[n]
+            for name, n in (p.reads | p.updates | p.writes).items()
+        }
+        named = {name: None if b is None else b.dtype for name, b in buffers.items()}
+        aligned = [name for name, b in buffers.items() if b is not None and b.aligned]
+        rest = p.numbers | p.constants
+        found.append(record(x.kernel, (x.warps, x.stages), {**named, **rest}, aligned))
+    return found
+
+
+def call(
     B: int,
     T: int,
     H: int,
@@ -116,64 +144,24 @@ def launches(
     backward: bool = True,
     state: bool = False,
     packed: int = 0,
-    override: Any = None,
-    precision: str | None = None,
-) -> list[Launch]:
-    """What the forward and the backward pass of one problem launch on ``device``. override: Plan
-    -> Plan. precision: of fp32 products; None: as torch is set."""
-    seen: list[Launch] = []
-
-    def recorder(
-        kernel: Any,
-        grid: tuple[int, ...],
-        shape: tuple[int, int],
-        tensors: tuple[Any, ...],
-        *numbers: float,
-        **constants: Any,
-    ) -> None:
-        if 0 not in grid:
-            seen.append(record(kernel, shape, (*tensors, *numbers), constants))
-
-    def new(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    f32 = torch.float32
-    N = packed or B
-    normalize = INPUT_GATES[gate].normalize
-    start = (
-        [new(N, H, K, V, of=f32), new(N, H, K, of=f32), new(N, H, of=f32)] if state else [None] * 3
-    )
-    if not normalize:
-        start[1:] = [None, None]
-    cu_seqlens = new(N + 1, of=torch.int32) if packed else None
-    x = Inputs(
-        new(B, T, H, K),
-        new(B, T, H, K),
-        new(B, T, H, V),
-        new(B, T, H, of=f32),
-        new(B, T, H, of=f32),
-        *start,
-        cu_seqlens,
-    )
+    precision: Precision | None = None,
+) -> CallSpec:
+    """precision: of fp32 products; None: as torch is set."""
     products = precision or products_of(dtype)
-    options = Options(K**-0.5, gate, True, normalize, state, backward, "triton", products)
-    spec = CallSpec.of(x, options)
-    with contextlib.ExitStack() as stack:
-        for module in (kernels, kernels.step):
-            stack.enter_context(mock.patch.object(module, "launch", recorder))
-        stack.enter_context(mock.patch("tfla.kernels.grid.launch", recorder))
-        stack.enter_context(mock.patch("tfla.kernels.grid.device_of", lambda _: device))
-        stack.enter_context(mock.patch.dict("tfla.kernels.grid._plans", clear=True))
-        if override is not None:
-            real = kernels.plan_of
-            stack.enter_context(
-                mock.patch.object(kernels, "plan_of", lambda *a: override(real(*a)))
-            )
-        h, *_, saved = ops.forward(x, spec)
-        if backward:
-            dC, dn = (start[0], start[1]) if state else (None, None)
-            ops.backward(h, dC, dn, h, saved, x, spec)
-    return list(dict.fromkeys(seen))
+    packs = bool(packed)
+    problem = plan.Problem(B, T, H, K, V, packed or B, packs, dtype.itemsize, products)
+    return call_of(problem, dtype, gate, states=state, needs_grad=backward)
+
+
+def launches(
+    device: plan.Device, *shape: int, override: Any = None, **options: Any
+) -> list[Launch]:
+    """What the forward and the backward pass of one ``call`` launch on ``device``, each once.
+    override: Plan -> Plan."""
+    with contextlib.nullcontext() if override is None else planning.changed(override):
+        both = programs(call(*shape, **options), device)
+    found = [launch for one in both if one is not None for launch in of_program(one)]
+    return list(dict.fromkeys(found))
 
 
 def build(launch: Launch, backend: str, arch: int | str) -> Any:
@@ -221,6 +209,3 @@ def resources(compiled: Any, backend: str) -> Resources:
         len(products),
         sum("}, {" in p for p in products),
     )
-
-
-assert tfla

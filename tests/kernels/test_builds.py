@@ -17,11 +17,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 import triton
-from builds import DEVICES, Launch, binary, build, launches, record, resources
+from builds import DEVICES, Launch, binary, build, launches, of_tensors, resources
 
 from tfla import kernels
 from tfla.gates import INPUT_GATES
-from tfla.kernels import pointwise, step
+from tfla.kernels import planning, pointwise, step
 from tfla.kernels.hopper import _scan_hopper_kernel
 from tfla.kernels.mma import _scan_mma_kernel
 from tfla.kernels.scan import _scan_kernel
@@ -163,7 +163,7 @@ def test_what_lies_between_matrix_products_builds(target: tuple[str, int | str])
     seen: list[Launch] = []
 
     def recorder(kernel, grid, shape, tensors, *numbers, **constants) -> None:
-        seen.append(record(kernel, shape, (*tensors, *numbers), constants))
+        seen.append(of_tensors(kernel, shape, (*tensors, *numbers), constants))
 
     y, wide = (torch.empty(64, n, dtype=torch.bfloat16, device="meta") for n in (21888, 12288))
     with mock.patch("tfla.kernels.pointwise.launch", recorder):
@@ -203,9 +203,9 @@ def test_short_documents_keep_no_states() -> None:
             backend="triton",
             precision="ieee",
         )
-        return 4 * math.prod(kernels.saved_shape(spec, ends)) / 2**20
+        return 4 * math.prod(kernels.saved_shape(spec)) / 2**20
 
-    with mock.patch("tfla.kernels.grid.device_of", lambda _: DEVICES["cuda", 90]):
+    with planning.planned_for(DEVICES["cuda", 90]):
         assert kept(10_000) < kept(1) + 10_000 * 0.1
         assert kept(10_000, ends=True) > 10_000 * 2
 
@@ -222,7 +222,7 @@ def test_a_step_builds(target: tuple[str, int | str], B: int, gate: str, state: 
     seen: list[Launch] = []
 
     def recorder(kernel, grid, shape, tensors, *numbers, **constants) -> None:
-        seen.append(record(kernel, shape, (*tensors, *numbers), constants))
+        seen.append(of_tensors(kernel, shape, (*tensors, *numbers), constants))
 
     def new(*shape: int, of: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")

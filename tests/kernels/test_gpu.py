@@ -187,7 +187,7 @@ def test_offsets_that_no_host_has_read(gate: str, states: bool, values: list[int
     outside = torch.ones(T, dtype=torch.bool, device="cuda")
     outside[meant[0] : meant[-1]] = False
     expected = run(torch.tensor([0, *meant, T], device="cuda"), True)
-    for _ in range(3):  # the third is played from a tape
+    for _ in range(3):  # the second and the third launch by the driver
         for a, b in zip(run(table[:, 1], False), expected, strict=True):
             assert (a[:, outside] == 0).all()
             a, b = a[:, ~outside].float(), b[:, ~outside].float()
@@ -347,7 +347,7 @@ def test_a_second_run_is_the_same_bit_for_bit() -> None:
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 @pytest.mark.parametrize(("gate", "launches"), [("exp", 3), ("sigmoid", 2)])
 def test_a_call_is_a_few_launches_from_any_thread(gate: str, launches: int) -> None:
-    """Played from a tape, which knows the CUDA driver alone: a new thread has no context yet."""
+    """From the cache, by the CUDA driver alone: a new thread has no context yet."""
     x = [torch.randn(1, 300, 4, D, device="cuda").bfloat16() for D in (128, 128, 256)]
     gates = [torch.randn(1, 300, 4, device="cuda") for _ in range(2)]
 

@@ -20,11 +20,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
-from builds import DEVICES, build, launches, record
+from builds import DEVICES, build, call, launches, of_tensors
 
-import tfla
-from tfla import _compat, kernels
-from tfla.kernels import host
+from tfla import _compat
+from tfla.kernels import runtime
+from tfla.kernels.program import Program, Symbol
+from tfla.programs import programs
+from tfla.spec import CallSpec
 
 SIZES = {"u64": 8, "s64": 8, "b64": 8, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "f32": 4}
 
@@ -128,7 +130,7 @@ class Built:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def call(*args: Any, num_warps: int, num_stages: int, **constants: Any) -> Any:
-            launch = record(self.kernel, (num_warps, num_stages), args, constants)
+            launch = of_tensors(self.kernel, (num_warps, num_stages), args, constants)
             compiled = build(launch, "cuda", 90)
             self.sizes = read(compiled.asm["ptx"])
             self.kinds = dict(launch.signature)
@@ -138,24 +140,11 @@ class Built:
         return call
 
 
-def calls(gate: str) -> list[Any]:
-    """What a forward and a backward pass launch on Hopper: kernel, grid, shape, tensors, ..."""
-    seen: list[Any] = []
-
-    def launch(*args: Any, **constants: Any) -> None:
-        seen.append((*args, constants))
-
-    x = [torch.zeros(2, 300, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
-    x += [torch.zeros(2, 300, 2, requires_grad=True) for _ in "if"]
-    with (
-        mock.patch.object(kernels, "launch", launch),
-        mock.patch("tfla.kernels.grid.device_of", lambda _: DEVICES["cuda", 90]),
-        mock.patch.dict("tfla.kernels.grid._plans", clear=True),
-        mock.patch("tfla.checks.why_not_triton", lambda q: None),
-    ):
-        h = tfla.mlstm(*x, input_gate=gate, backend="triton")[0]
-        torch.autograd.grad(h, x, torch.ones_like(h))
-    return seen
+def passes(gate: str) -> list[Program]:
+    """What a forward and a backward pass launch on Hopper."""
+    both = programs(call(2, 300, 2, 64, 64, gate=gate), DEVICES["cuda", 90])
+    assert both.backward is not None
+    return [both.forward, both.backward]
 
 
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
@@ -168,11 +157,17 @@ def test_a_launch_hands_over_its_own_arguments(gate: str) -> None:
         kept.append((weakref.ref(memory), size, memory.data_ptr()))
         return memory
 
-    seen = calls(gate)
-    assert len(seen) == (9 if gate == "exp" else 6)
-    for kernel, grid, shape, tensors, *numbers, constants in seen:
-        built, driver = Built(kernel), Driver([], [])
+    launches_ = [(p, x) for p in passes(gate) for x in p.launches]
+    assert len(launches_) == (9 if gate == "exp" else 6)
+    for program, x in launches_:
+        built, driver = Built(x.kernel), Driver([], [])
         real = driver.cuLaunchKernelEx
+        tensors = [
+            None if n is None else torch.zeros(16, dtype=runtime.TYPES[program.buffers[n].dtype])
+            for n in x.buffers
+        ]
+        numbers, constants = x.numbers, x.parameters.constants
+        shape = x.warps, x.stages
 
         def launch(*args: Any, real: Any = real) -> int:
             assert kept[-1][0]() is not None
@@ -181,19 +176,19 @@ def test_a_launch_hands_over_its_own_arguments(gate: str) -> None:
         driver.cuLaunchKernelEx = launch  # type: ignore[method-assign]
         with (
             mock.patch.object(_compat, "_driver", lambda driver=driver: driver),
-            mock.patch.object(host, "_allocate", allocate),
-            mock.patch.object(host, "_stream", lambda index: 7),
-            mock.patch.object(host, "_compiled", {}),
+            mock.patch.object(runtime, "_allocate", allocate),
+            mock.patch.object(runtime, "_stream", lambda index: 7),
+            mock.patch.object(runtime, "_compiled", {}),
         ):
-            host.launch(built, grid, shape, tensors, *numbers, **constants)
+            runtime.launch(built, x.grid, shape, tensors, *numbers, **constants)
             assert not driver.seen  # Triton's
             driver.sizes = built.sizes
-            host.launch(built, grid, shape, tensors, *numbers, **constants)
+            runtime.launch(built, x.grid, shape, tensors, *numbers, **constants)
         ((*where, got),) = driver.seen
-        assert where[:2] == [(*grid, 1, 1)[:3], (32 * shape[0], 1, 1)] and where[3:] == [7, 11]
-        programs = torch.Size(grid).numel()
-        assert kept[-1][1] == 128 * programs and kept[-1][0]() is None
-        named = dict(zip(kernel.arg_names, (*tensors, *numbers), strict=False))
+        assert where[:2] == [(*x.grid, 1, 1)[:3], (32 * shape[0], 1, 1)] and where[3:] == [7, 11]
+        count = torch.Size(x.grid).numel()
+        assert kept[-1][1] == 128 * count and kept[-1][0]() is None
+        named = dict(zip(x.kernel.arg_names, (*tensors, *numbers), strict=False))
         forms = {"i32": "i", "i64": "q", "fp32": "f"}
         wanted = [
             struct.pack("Q", named[name].data_ptr())
@@ -326,41 +321,56 @@ def patched(kernel: Counted) -> Any:
         ("pack_launch", kernel.packed),
         ("_stream", lambda index: 7),
         ("_compiled", {}),
-        ("_tapes", {}),
+        ("_passes", {}),
     ):
-        stack.enter_context(mock.patch.object(host, name, value))
+        stack.enter_context(mock.patch.object(runtime, name, value))
     return stack
 
 
 def test_a_profiler_sees_every_launch_while_its_hooks_are_there() -> None:
-    """And none after it is gone: calls are played from their tape again."""
+    """And none after it is gone: Programs are played again."""
     from triton import knobs
 
     kernel = Counted(object())
+    kernel.arg_names = ["x", "y", "N", "BLOCK"]  # type: ignore[attr-defined]
+    kernel.__name__ = "counted"  # type: ignore[attr-defined]
+    spec = call(1, 64, 1, 16, 16).but(device=torch.device("cpu"), dtype=torch.float32)
+    q = torch.ones(1, 64, 1, 16)
 
-    def function(options: None, x: torch.Tensor) -> tuple[torch.Tensor]:
-        y = torch.empty_like(x)
-        host.launch(kernel, (1,), (4, 2), (x, y), 1, BLOCK=16)
+    def function(spec: CallSpec, x: Symbol) -> tuple[Symbol]:
+        y = x.builder.new("y", *x.shape)
+        x.builder.launch(
+            "one",
+            kernel,
+            (1,),
+            4,
+            2,
+            reads={"x": x},
+            writes={"y": y},
+            numbers={"N": 1},
+            constants={"BLOCK": 16},
+        )
         return (y,)
 
-    def call() -> tuple[int, int]:
+    def once() -> tuple[int, int]:
         before = kernel.by_triton, kernel.by_driver
-        host.recorded(function, None, [torch.ones(64)])
+        runtime.execute(function, spec, (q,))
         return kernel.by_triton - before[0], kernel.by_driver - before[1]
 
     def hook(*_: Any) -> None: ...
 
     with patched(kernel):
-        assert [call() for _ in range(4)] == [(1, 0), (0, 1), (0, 1), (0, 1)]
+        assert [once() for _ in range(4)] == [(1, 0), (0, 1), (0, 1), (0, 1)]
         for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
             chain.add(hook)
             try:
-                assert [call() for _ in range(2)] == [(1, 0)] * 2
-                host.launch(kernel, (1,), (4, 2), (torch.ones(64), None), 1, BLOCK=16)
+                assert [once() for _ in range(2)] == [(1, 0)] * 2
+                runtime.launch(kernel, (1,), (4, 2), (torch.ones(64), None), 1, BLOCK=16)
             finally:
                 chain.remove(hook)
-            assert call() == (0, 1)
-        assert any(isinstance(tape, host._Tape) for tape in host._tapes.values())
+            assert once() == (0, 1)
+        (found,) = runtime._passes.values()
+        assert found.players[0].ready is not None
 
 
 def test_the_users_allocator_stays_and_ours_serves_every_thread() -> None:
@@ -369,7 +379,7 @@ def test_the_users_allocator_stays_and_ours_serves_every_thread() -> None:
     kernel = Counted(None)  # never packed, as in the interpreter
 
     def run() -> None:
-        host.launch(kernel, (1,), (4, 2), (torch.ones(64),), 1)
+        runtime.launch(kernel, (1,), (4, 2), (torch.ones(64),), 1)
 
     def mine(size: int, alignment: int, stream: int | None) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int8)
@@ -391,19 +401,19 @@ def test_the_users_allocator_stays_and_ours_serves_every_thread() -> None:
             one = threading.Thread(target=thread)
             one.start()
             one.join()
-    assert after == [True] * 3 and kernel.allocators == [host._allocate] * 3
+    assert after == [True] * 3 and kernel.allocators == [runtime._allocate] * 3
 
 
 def test_scratch_memory_of_an_unset_allocator_is_ours() -> None:
     kernel = Counted(None)
     before = allocator()
     with patched(kernel):
-        host.launch(kernel, (1,), (4, 2), (torch.ones(64),), 1)
-    assert allocator() is before and kernel.allocators == [host._allocate]
+        runtime.launch(kernel, (1,), (4, 2), (torch.ones(64),), 1)
+    assert allocator() is before and kernel.allocators == [runtime._allocate]
 
 
 def test_tensors_without_memory_launch_nothing() -> None:
     kernel = Counted(object())
     with patched(kernel):
-        host.launch(kernel, (1,), (4, 2), (torch.ones(64, device="meta"),), 1)
+        runtime.launch(kernel, (1,), (4, 2), (torch.ones(64, device="meta"),), 1)
     assert not kernel.by_triton and not kernel.by_driver

@@ -138,24 +138,21 @@ class Implementation:
         if self.chunk is None or not self.ours:
             yield
             return
-        places: list[tuple[Any, str, Any]] = [(layout, "L", self.chunk)]
-        if torch.cuda.is_available():
-            kernels: Any = importlib.import_module("tfla.kernels")
-            places.append((kernels, "plan_of", _plan_of(self)))
-        before = [(module, name, getattr(module, name)) for module, name, _ in places]
-        try:
-            for module, name, value in places:
-                setattr(module, name, value)
-            yield
-        finally:
-            for module, name, value in before:
-                setattr(module, name, value)
+        before = layout.L
+        with contextlib.ExitStack() as stack:
+            if torch.cuda.is_available():
+                planning: Any = importlib.import_module("tfla.kernels.planning")
+                stack.enter_context(planning.changed(_change_of(self)))
+            layout.L = self.chunk
+            try:
+                yield
+            finally:
+                layout.L = before
 
 
 @functools.lru_cache(maxsize=64)  # one function an implementation, as calls that come again ask for
-def _plan_of(x: Implementation) -> Any:
-    grid: Any = importlib.import_module("tfla.kernels.grid")
-    return lambda spec: x.planned(grid.plan_of(spec))
+def _change_of(x: Implementation) -> Callable[[Plan], Plan]:
+    return x.planned
 
 
 # ---------------------------------------------------------------- the implementations

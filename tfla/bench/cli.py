@@ -12,7 +12,7 @@ import torch
 import typer
 
 import tfla
-from tfla import gates
+from tfla import _compat, gates
 from tfla.bench import COMMANDS, cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
 from tfla.bench.bias import NAMES, Study, check_options
@@ -21,10 +21,13 @@ from tfla.bench.language_study import (
     NAMES as MIXERS,
 )
 from tfla.bench.language_study import SIZES, Asked, Training, open_study, size_for
+from tfla.bench.memory import LAUNCHES
 from tfla.bench.memory import memory as counted_memory
 from tfla.bench.runs import Task, work_off
 from tfla.bench.transfer import VARIANTS
 from tfla.plan import Problem, plan
+from tfla.programs import call_of, programs
+from tfla.spec import Precision
 from tfla.xlstm.checkpoint import RunError
 from tfla.xlstm.config import XLSTMConfig
 
@@ -406,7 +409,7 @@ def roofline(
         found, chunk = r.reference_kernels(problem, normalize), r.layout.L
         how = f'backend "reference": chunk {chunk}, computed in fp32, bytes estimated'
     else:
-        planned = plan(problem, machine.device)
+        planned = r.for_dtype(plan(problem, machine.device), getattr(torch, kind))
         found, how = r.kernels(problem, planned, normalize), str(planned)
         chunk = L = planned.L
     bandwidth, rate = machine.bytes_per_s, machine.flops_per_s[kind]
@@ -487,10 +490,13 @@ def show_plan(
     dtype: Annotated[str, _option("bf16, fp16 or fp32.")] = "bf16",
     tf32: Annotated[bool, _option("fp32 products in TF32, if torch is set to it.")] = False,
     packed: Annotated[int, _option("Sequences packed along T, with states; B is 1.")] = 0,
+    gate: Annotated[str, _option(f"{gates.described()}.")] = "exp",
 ) -> None:
     """Chunk, spans, segments and tiles of the kernels that serve a call: chosen from these integers
-    and the device's alone, never by trial.
+    and the device's alone, never by trial; then the launches of a forward and a backward pass.
     """
+    if gate not in gates.INPUT_GATES:
+        raise RunError(f"--gate is {gate}, wanted {' or '.join(gates.INPUT_GATES)}")
     if packed and B != 1:
         raise RunError(f"B is {B}, wanted 1 with --packed {packed}: the sequences lie along T")
     if device != "this" and device.lower() not in r.MACHINES:
@@ -499,14 +505,24 @@ def show_plan(
         known = r.MACHINES[device.lower()].device
         assert known is not None
     elif torch.cuda.is_available():
-        from tfla.kernels.grid import device_of
+        from tfla.kernels.planning import device_of
 
         known = device_of(torch.empty(0, device="cuda"))
     else:
         raise RunError("there is no GPU here; name one: --device h200")
     size = DTYPES[_dtype(dtype, False)].itemsize
-    precision = "tf32" if tf32 and size == 4 else "ieee"
-    print(plan(Problem(B, T, H, K, V, packed or B, bool(packed), size, precision), known))
+    precision: Precision = "tf32" if tf32 and size == 4 else "ieee"
+    problem = Problem(B, T, H, K, V, packed or B, bool(packed), size, precision)
+    planned = plan(problem, known)
+    print(planned)
+    if error := _compat.triton_error():
+        print(f"launches: the kernels need Triton ({error})")
+    elif max(planned.h.splits, planned.dq.splits) > LAUNCHES:
+        print(f"launches: more than {LAUNCHES} a pass")
+    else:
+        spec = call_of(problem, DTYPES[_dtype(dtype, False)], gate, states=bool(packed))
+        for name, program in programs(spec, known)._asdict().items():
+            print(f"\n{name}: {program}")
 
 
 class _Session:
@@ -613,8 +629,8 @@ def _machine(name: str, dtype: str) -> tuple[Any, str]:
     found = measure.ceiling(device, kind)
     planned = None
     if device.type == "cuda":
-        grid: Any = importlib.import_module("tfla.kernels.grid")
-        planned = grid.device_of(torch.empty(0, device=device))
+        planning: Any = importlib.import_module("tfla.kernels.planning")
+        planned = planning.device_of(torch.empty(0, device=device))
     rates = {words: found["flops_per_s"]}
     described = measure.machine(device)["device"]
     return r.Machine(described, found["bytes_per_s"], rates, "measured", planned), words

@@ -1,21 +1,19 @@
-"""Memory of one call, counted: the call is carried out on tensors without memory, with the plan of
-the device, and every allocation of its forward and its backward pass is followed."""
+"""Memory of one call, counted: on "triton" the sizes in its Programs, on "reference" the
+allocations of the call on tensors without memory, followed one by one."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tfla import _compat, ops
-from tfla.gates import input_gate
 from tfla.plan import Device, Problem, plan
-from tfla.spec import CallSpec, Inputs, Options
+from tfla.programs import call_of, programs
+from tfla.spec import Inputs
 
 LAUNCHES = 4096  # of a pass: beyond it nobody waits for the count
 
@@ -72,15 +70,11 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-@contextlib.contextmanager
-def _planned(device: Device | None) -> Iterator[str]:
-    """The backend of a device; on "triton" with its plans."""
-    if device is None:
-        yield "reference"
-        return
-    grid: Any = importlib.import_module("tfla.kernels.grid")
-    with grid.planned_for(device):
-        yield "triton"
+def _made(program: Any) -> int:
+    """Bytes that a Program allocates: what it leaves, and its workspace."""
+    program_of: Any = importlib.import_module("tfla.kernels.program")
+    left = sum(program.buffers[n].bytes for n in program.outputs)
+    return left + program_of.fit(program.workspace)[1]
 
 
 def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> Memory:
@@ -92,40 +86,23 @@ def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> 
         planned = plan(p, device)
         if max(planned.h.splits, planned.dq.splits) > LAUNCHES:
             raise RuntimeError(f"a pass takes more than {LAUNCHES} launches")
-    if not _compat.can_record():
+    elif not _compat.can_record():
         raise RuntimeError("this torch does not let allocations be followed")
 
-    def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
+    spec = call_of(p, dtype, gate, backend="reference" if device is None else "triton")
     rows = p.B, p.T, p.H
-    full = [new(*rows, of=torch.float32) for _ in "if"]
-    x = Inputs(
-        q=new(*rows, p.K),
-        k=new(*rows, p.K),
-        v=new(*rows, p.V),
-        i=full[0],
-        f=full[1],
-        C=None,
-        n=None,
-        m=None,
-        cu_seqlens=None,
-    )
-    dh = new(*rows, p.V)
-    kind = input_gate(gate)
-    with torch.no_grad(), _planned(device) as backend:
-        options = Options(
-            scale=1.0,
-            input_gate=kind.name,
-            sigmoid_f=True,
-            normalize=kind.normalize,
-            final_state=False,
-            needs_grad=True,
-            backend=backend,
-            precision=p.precision,
-        )
-        spec = CallSpec.of(x, options)
-        tokens = x.q, x.k, x.v, x.i, x.f
+    tokens = [torch.empty(*rows, D, dtype=dtype, device="meta") for D in (p.K, p.K, p.V)]
+    tokens += [torch.empty(*rows, dtype=torch.float32, device="meta") for _ in "if"]
+    if device is not None:
+        both = programs(spec, device)
+        assert both.backward is not None
+        made = [both.forward.buffers[n] for n in both.forward.outputs]
+        kept, output = (sum(b.bytes for b in made if b.role == x) for x in ("saved", "output"))
+        return Memory(_bytes(*tokens), output, kept, _made(both.forward), _made(both.backward))
+    q, k, v, i, f = tokens
+    x = Inputs(q, k, v, i, f, None, None, None, None)
+    dh = torch.empty_like(x.v)
+    with torch.no_grad():
         with _Allocations(*tokens) as forward:
             h, C, n, m, saved = ops.forward(x, spec)
         del C, n, m

@@ -11,8 +11,11 @@ splits that each repeat the product with the values, and both are filled up to w
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+
+import torch
 
 from tfla.plan import Device, Plan, Problem
 from tfla.reference import layout
@@ -112,6 +115,11 @@ def limit_ms(kernels: list[Kernel], machine: Machine, dtype: str) -> float:
     return sum(max(kernel.ms(machine, dtype)) for kernel in kernels)
 
 
+def for_dtype(plan: Plan, dtype: torch.dtype) -> Plan:
+    """The plan as calls of a dtype follow it: of fp16 the denominator has a launch of its own."""
+    return dataclasses.replace(plan, divides=plan.divides and dtype != torch.float16)
+
+
 def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list[Kernel]:
     """The kernels of a call on a GPU, gates in fp32, no initial state; forward alone if not
     `train`."""
@@ -167,13 +175,16 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
             found.append(Kernel(f"{name}: cut", backward, launches, flops, moved, through))
 
     if normalize:
-        small("sums", False, 2 * tokens * p.K, tokens * (p.K * e + g) + n_chunk + 16 * chunks)
+        moved = tokens * (p.K * e + g) + 8 * vector + n_chunk + 16 * chunks
+        small("sums", False, 2 * tokens * p.K, moved)
         own = 16 * vector if divides else 4 * chunks  # the vectors that wait for the gauge, or it
         small("gauge", False, 4 * chunks * p.K, 2 * n_chunk + 20 * chunks + own)
     if not divides:
-        flops = 2 * tokens * p.K * (plan.L + 1) if normalize else 0
-        moved = 2 * tokens * p.K * e + n_chunk if normalize else 0
-        small("weights", False, flops, tokens * g + 7 * vector + 4 * chunks + moved)
+        if normalize:
+            moved = 2 * tokens * p.K * e + n_chunk + 15 * vector + 24 * chunks
+            small("denominator", False, 2 * tokens * p.K * (plan.L + 1), moved)
+        else:
+            small("weights", False, 0, tokens * g + 7 * vector + 4 * chunks)
     scan("h", False)
     if not train:
         return found

@@ -22,7 +22,7 @@ from torch import Tensor
 from tfla.bench import cases, check, measure, roofline
 from tfla.bench.cases import DTYPES, Implementation, Shape
 from tfla.gates import input_gate
-from tfla.plan import Problem
+from tfla.plan import Problem, plan
 from tfla.spec import products_of
 
 Row = dict[str, Any]
@@ -264,11 +264,11 @@ def _plan(
     x: Implementation, shape: Shape, dtype: torch.dtype, device: torch.device, backward: bool
 ) -> Row:
     """What our kernels cost by their plan: more than the function, which reads nothing twice."""
-    grid: Any = importlib.import_module("tfla.kernels.grid")
+    planning: Any = importlib.import_module("tfla.kernels.planning")
     q = torch.empty(0, dtype=dtype, device=device)
     B, T, H, K, V = dataclasses.astuple(shape)
     problem = Problem(B, T, H, K, V, B, False, dtype.itemsize, products_of(dtype))
-    planned = x.planned(grid.plan(problem, grid.device_of(q)))
+    planned = roofline.for_dtype(x.planned(plan(problem, planning.device_of(q))), dtype)
     found = roofline.kernels(problem, planned, input_gate(x.function).normalize, train=backward)
     moved, flops = sum(kernel.bytes for kernel in found), sum(kernel.flops for kernel in found)
     return {"plan": str(planned), "plan_bytes": moved, "plan_flops": flops}

@@ -1,40 +1,40 @@
-"""The backend "triton": launches of the kernels in this folder, with the functions of
-``tfla.backend``.
+"""The backend "triton": the scan algebra as launches of the kernels in this folder, with the
+functions of ``tfla.backend``.
 
-One call allocates everything it needs and never asks the device for a value. Files: layout.py
-(where things lie), gates.py (exponents, gate gradients), normalizer.py, scan.py (the scan),
-hopper.py with hopper_parts.py (the scan for Hopper), pointwise.py (for models),
-step.py (decode), grid.py (the plan of a call, its buffers), host.py (launches, tapes of them).
+They work on ``Symbol``s: what they allocate and launch becomes a ``Program`` (program.py), once for
+a kind of call, which runtime.py plays on tensors. A call allocates everything it needs and never
+asks the device for a value. Files: layout.py (where things lie), gates.py (exponents, gate
+gradients), normalizer.py, scan.py (the scan), mma.py and hopper.py with their parts (the scan by
+hand), pointwise.py (for models), step.py (decode), planning.py (which plan), weights.py (sizes and
+what is saved).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from tfla.backend import Results, ScanName
-from tfla.kernels import gates, host, normalizer
-from tfla.kernels.grid import (
-    GateWeights,
-    _geometry,
-    _new,
-    _split,
-    clear,
-    offsets,
-    padded,
-    plan_of,
-    rows_of,
-    tables,
-)
-from tfla.kernels.host import launch
+from tfla.backend import ScanName
+from tfla.kernels import gates, normalizer
 from tfla.kernels.layout import _joined_kernel
+from tfla.kernels.planning import plan_of
+from tfla.kernels.program import Symbol, name_of
+from tfla.kernels.runtime import execute
 from tfla.kernels.scan import _join_kernel, _scan_kernel
 from tfla.kernels.step import update
-from tfla.plan import Tile
+from tfla.kernels.weights import (
+    GateWeights,
+    clear,
+    offsets,
+    saved_elements,
+    saved_parts,
+    sizes_of,
+    strides,
+    tables,
+)
+from tfla.plan import Tile, Units
 from tfla.spec import CallSpec, Inputs
 
 __all__ = [
@@ -58,245 +58,283 @@ __all__ = [
 FOLDS_PACKING = True  # then as fast whatever their number and lengths
 
 
-def execute(function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]) -> Results:
-    """See ``tfla.kernels.host``. Plans that are pinned have tapes of their own, launches that are
-    watched have none."""
-    if launch is not host.launch:
-        return function(spec, *tensors)
-    return host.recorded(function, spec, tensors, plan_of)
+def saved_shape(spec: CallSpec) -> tuple[int, ...]:
+    """The shape that ``saved`` will have; sizes of the call may be symbols."""
+    return (saved_elements(spec),)
 
 
-def saved_shape(spec: CallSpec, at_ends: bool) -> tuple[int, ...]:
-    """The shape that ``saved`` will have."""
-    return (sum(map(padded, _geometry(spec, plan_of(spec), at_ends)[-1])),)
-
-
-def saved(weights: GateWeights) -> Tensor:
+def saved(weights: GateWeights) -> Symbol:
     """What the backward pass needs of the forward's weights."""
-    return weights.buffer
+    return weights.vectors.builder.whole
 
 
-def fold_packing(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def fold_packing(f: Symbol, cu_seqlens: Symbol) -> tuple[Symbol, Symbol]:
     """The forget gates of packed sequences as of one, in fp32, and the (2,) offsets of that one.
     See ``tfla.algorithm``."""
-    _, T, H = f.shape
-    out = _new(f, 1, T, H)
-    ends = torch.empty(2, dtype=torch.int64, device=f.device)
-    launch(
+    (_, T, H), builder = f.shape, f.builder
+    out, ends = builder.new("f folded", 1, T, H), builder.new("offsets folded", 2, dtype="i64")
+    builder.launch(
+        "fold packing",
         _joined_kernel,
-        (max(triton.cdiv(T, 64), 1),),
-        (4, 1),
-        (f, cu_seqlens, out, ends),
-        T,
-        cu_seqlens.shape[0] - 1,
-        H,
-        *f.stride()[1:],
-        BLOCK=64,
-        BLOCK_H=16,
+        (max(-(-T // 64), 1),),
+        4,
+        1,
+        reads={"f": f, "cu_seqlens": cu_seqlens},
+        writes={"out": out, "ends": ends},
+        numbers={"T": T, "N": cu_seqlens.shape[0] - 1, "H": H}
+        | {"stride_ft": f.strides[1], "stride_fh": f.strides[2]},
+        constants={"BLOCK": 64, "BLOCK_H": 16},
     )
     return out, ends
 
 
-def gate_weights(
-    x: Inputs, spec: CallSpec, at_ends: bool, saved: Tensor | None = None
-) -> GateWeights:
+def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None) -> GateWeights:
     """The weights of every chunk, the denominator folded into the target side; see
     ``tfla.reference.gate_weights``."""
-    T, H, K, N, i, f, cu_seqlens = spec.T, spec.H, spec.K, spec.N, x.i, x.f, x.cu_seqlens
-    normalize, keep, scale = spec.normalize, spec.needs_grad, spec.scale
-    q, k = rows_of(x.q), rows_of(x.k)
-    n, m = (None if t is None else t.contiguous() for t in (x.n, x.m))
-    plan = plan_of(spec)
-    rows, slots, spans, sizes = _geometry(spec, plan, at_ends)
-    buffer = q.new_empty(sum(map(padded, sizes)), dtype=torch.float32) if saved is None else saved
-    vectors, decay, kept, *rest = _split(buffer, sizes)
-    n_chunk, n_final, m_final = (
-        (rest[0], rest[1].view(N, H, K), rest[2].view(N, H)) if normalize else (None, None, None)
+    plan, builder = plan_of(spec), x.q.builder
+    units = Units(plan.L, plan.span, plan.kept)
+    shapes, keeps = saved_parts(spec, units), spec.needs_grad or saved is not None
+
+    def part(name: str) -> Symbol | None:
+        if name not in shapes:
+            return None
+        if keeps:
+            return builder.part(name, *shapes[name], given=saved is not None)
+        return builder.new(name, *shapes[name])
+
+    vectors, decay, C_ends, n_chunk, n_final = map(
+        part, ("vectors", "decay", "C_ends", "n_chunk", "n_final")
     )
-    C_ends = kept.view(rows, spans, *plan.kept) if keep else None
-    dC_ends = None if saved is None or C_ends is None else torch.empty_like(C_ends)
+    assert vectors is not None and decay is not None
+    forward = saved is None
+    dC_ends = None if forward or C_ends is None else builder.new("dC_ends", *C_ends.shape)
     # fp16 would lose what is small beside a gauge and not beside a denominator.
     undivided = None
-    if normalize and plan.divides and q.dtype != torch.float16 and saved is None:
-        undivided = torch.empty_like(vectors) if keep else vectors
+    if spec.normalize and plan.divides and x.q.dtype != "fp16" and forward:
+        undivided = builder.new("undivided", *vectors.shape) if keeps else vectors
     weights = GateWeights(
-        spec,
-        plan,
-        cu_seqlens,
-        tables(cu_seqlens, T, plan),
-        rows,
-        slots,
-        spans,
-        buffer,
-        vectors,
-        undivided,
-        decay,
-        C_ends,
-        dC_ends,
-        n_chunk,
-        n_final,
-        m_final,
-        at_ends,
+        spec=spec,
+        plan=plan,
+        sizes=sizes_of(spec, units),
+        cu_seqlens=x.cu_seqlens,
+        tables=tables(x.cu_seqlens, spec.T, plan),
+        vectors=vectors,
+        undivided=undivided,
+        decay=decay,
+        C_ends=C_ends,
+        dC_ends=dC_ends,
+        n_chunk=n_chunk,
+        n_final=n_final,
+        m_final=builder.new("m_final", spec.N, spec.H) if spec.normalize and forward else None,
     )
-    if saved is not None:
-        return weights
-    chunk_table, packed = weights.tables[0], cu_seqlens is not None
-    gates_at = *i.stride(), *f.stride()
-    log_i = gates.form_of(spec.input_gate).log_i
-    forms = {"LOG_I": log_i, "SIGMOID_F": spec.sigmoid_f, "PACKED": packed}
-    if not normalize:
-        launch(
+    if forward and spec.normalize:
+        _normalized(x, weights)
+    elif forward:
+        builder.launch(
+            "weights",
             gates._weights_kernel,
-            (weights.chunks(),),
-            (plan.gate_warps, 2),
-            (i, f, cu_seqlens, chunk_table, vectors, decay),
-            *gates_at,
-            *weights.common(),
-            scale,
-            L=plan.L,
-            **forms,
-        )
-        return weights
-    sums = _new(q, weights.chunks() * K)
-    chunk_f, chunk_p = (q.new_empty(weights.chunks(), dtype=torch.float64) for _ in range(2))
-    gauge = None if undivided is not None else torch.empty_like(chunk_f)
-    made = vectors if undivided is None else undivided
-    launch(
-        normalizer._sums_kernel,
-        (weights.chunks(),),
-        (plan.gate_warps, 2),
-        (k, i, f, cu_seqlens, chunk_table, sums, chunk_f, chunk_p, made),
-        *k.stride()[:3],
-        *gates_at,
-        *weights.common(),
-        K,
-        L=plan.L,
-        BLOCK_K=plan.block_k,
-        **forms,
-    )
-    launch(
-        normalizer._gauge_kernel,
-        (N * H, triton.cdiv(K, plan.block_n)),
-        (4, 2),
-        (cu_seqlens, sums, chunk_f, chunk_p, n, m, gauge, made, decay, n_chunk, n_final, m_final),
-        *weights.common(),
-        K,
-        scale,
-        L=plan.L,
-        BLOCK=plan.block_c,
-        BLOCK_K=plan.block_n,
-        HAS_N=n is not None,
-        HAS_M=m is not None,
-        PACKED=packed,
-    )
-    if gauge is not None:
-        # den may be next to 0: where TF32 is allowed, three of its products in place of one.
-        products = "ieee" if spec.precision == "ieee" else "tf32x3"
-        launch(
-            normalizer._denominator_kernel,
-            (weights.chunks(),),
-            (plan.small_warps, 2),
-            (q, k, cu_seqlens, chunk_table, gauge, m_final, n_chunk, chunk_f, chunk_p, made),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *weights.common(),
-            K,
-            scale,
-            L=plan.L,
-            BLOCK_K=plan.block_k,
-            PACKED=packed,
-            PRECISION=products,
+            (weights.chunks,),
+            plan.gate_warps,
+            2,
+            reads={"i": x.i, "f": x.f, "cu_seqlens": x.cu_seqlens, "table": weights.tables[0]},
+            writes={"weights": vectors, "decay": decay},
+            numbers=strides("i", x.i) | strides("f", x.f) | weights.common | {"scale": spec.scale},
+            constants={"L": plan.L} | _gate_forms(spec),
         )
     return weights
+
+
+def _gate_forms(spec: CallSpec) -> dict[str, Any]:
+    log_i = gates.form_of(spec.input_gate).log_i
+    return {"LOG_I": log_i, "SIGMOID_F": spec.sigmoid_f, "PACKED": spec.packed}
+
+
+def _normalized(x: Inputs[Symbol], weights: GateWeights) -> None:
+    """The launches that make the weights of a normalised call: the gauge of each chunk by itself,
+    the gauge over the chunks, and, unless the scan of h does it, the denominator."""
+    spec, plan, builder = weights.spec, weights.plan, x.q.builder
+    N, H, K, chunks = spec.N, spec.H, spec.K, weights.chunks
+    rows = weights.sizes.rows, weights.sizes.chunks
+    sums = builder.new("sums", *rows, K)
+    chunk_f, chunk_p = (builder.new(name, *rows, dtype="fp64") for name in ("chunk_f", "chunk_p"))
+    gauge = builder.new("gauge", *rows, dtype="fp64") if weights.undivided is None else None
+    made = weights.vectors if weights.undivided is None else weights.undivided
+    where = {"cu_seqlens": x.cu_seqlens, "table": weights.tables[0]}
+    builder.launch(
+        "sums",
+        normalizer._sums_kernel,
+        (chunks,),
+        plan.gate_warps,
+        2,
+        reads={"k": x.k, "i": x.i, "f": x.f} | where,
+        writes={"sums": sums, "chunk_f": chunk_f, "chunk_p": chunk_p, "weights": made},
+        numbers=strides("k", x.k)
+        | strides("i", x.i)
+        | strides("f", x.f)
+        | weights.common
+        | {"K": K},
+        constants={"L": plan.L, "BLOCK_K": plan.block_k} | _gate_forms(spec),
+    )
+    builder.launch(
+        "gauge",
+        normalizer._gauge_kernel,
+        (N * H, -(-K // plan.block_n)),
+        4,
+        2,
+        reads={
+            "cu_seqlens": x.cu_seqlens,
+            "sums": sums,
+            "chunk_f": chunk_f,
+            "chunk_p": chunk_p,
+            "n_first": x.n,
+            "m_first": x.m,
+        },
+        updates={"weights": made if gauge is None else None},
+        writes={
+            "gauge": gauge,
+            "decay": weights.decay,
+            "n_chunk": weights.n_chunk,
+            "n_last": weights.n_final,
+            "m_last": weights.m_final,
+        },
+        numbers=weights.common | {"K": K, "scale": spec.scale},
+        constants={
+            "L": plan.L,
+            "BLOCK": plan.block_c,
+            "BLOCK_K": plan.block_n,
+            "HAS_N": x.n is not None,
+            "HAS_M": x.m is not None,
+            "PACKED": spec.packed,
+        },
+    )
+    if gauge is None:
+        return
+    builder.launch(
+        "denominator",
+        normalizer._denominator_kernel,
+        (chunks,),
+        plan.small_warps,
+        2,
+        reads={"q": x.q, "k": x.k}
+        | where
+        | {
+            "gauge": gauge,
+            "m_last": weights.m_final,
+            "n_chunk": weights.n_chunk,
+            "chunk_f": chunk_f,
+            "chunk_p": chunk_p,
+        },
+        updates={"weights": made},
+        writes={},
+        numbers=strides("q", x.q)
+        | strides("k", x.k)
+        | weights.common
+        | {"K": K, "scale": spec.scale},
+        constants={
+            "L": plan.L,
+            "BLOCK_K": plan.block_k,
+            "PACKED": spec.packed,
+            # den may be next to 0: where TF32 is allowed, three of its products in place of one.
+            "PRECISION": "ieee" if spec.precision == "ieee" else "tf32x3",
+        },
+    )
 
 
 class NormalizerGrad(NamedTuple):
     """The normaliser's share of the backward pass."""
 
-    d: Tensor  # (rows, slots, L)
-    sums: Tensor  # (rows, slots, K) of each chunk, for dn
-    dn_chunk: Tensor | None = None  # (rows, slots, K) dn at the end of each chunk
-    dn_first: Tensor | None = None  # (N, H, K)
+    d: Symbol  # (rows, chunks, L)
+    sums: Symbol  # (rows, chunks, K) of each chunk, for dn
+    dn_chunk: Symbol | None = None  # (rows, chunks, K) dn at the end of each chunk
+    dn_first: Symbol | None = None  # (N, H, K)
 
 
 def normalizer_grad(
-    dh: Tensor, h: Tensor, q: Tensor, n: Tensor | None, weights: GateWeights, dv: Scan | None
+    dh: Symbol, h: Symbol, q: Symbol, n: Symbol | None, weights: GateWeights, dv: Scan | None
 ) -> NormalizerGrad:
     """The column that makes the gradient of the division exact; see
     ``tfla.reference.normalizer_grad``. The scan of dv may have made dh . h."""
-    K, V = weights.spec.K, weights.spec.V
-    dh_h, q = None if dv is None else dv.dot, rows_of(q)
-    if dh_h is None:
-        dh, h = rows_of(dh), rows_of(h)
-    column = NormalizerGrad(_new(q, weights.size), _new(q, weights.chunks() * K))
-    launch(
+    spec, plan, builder = weights.spec, weights.plan, q.builder
+    dh_h = None if dv is None else dv.dot
+    rows = weights.sizes.rows, weights.sizes.chunks
+    column = NormalizerGrad(builder.new("d", *rows, plan.L), builder.new("dn sums", *rows, spec.K))
+    builder.launch(
+        "column",
         normalizer._column_kernel,
-        (weights.chunks(),),
-        (weights.plan.small_warps if dh_h is None else weights.plan.gate_warps, 2),
-        (
-            dh,
-            h,
-            q,
-            dh_h,
-            weights.cu_seqlens,
-            weights.tables[0],
-            weights.vectors,
-            column.d,
-            column.sums,
-        ),
-        *dh.stride()[:3],
-        *h.stride()[:3],
-        *q.stride()[:3],
-        *weights.common(),
-        weights.size,
-        K,
-        V,
-        L=weights.plan.L,
-        BLOCK_K=weights.plan.block_k,
-        BLOCK_V=weights.plan.block_v,
-        PARTS=0 if dh_h is None else dh_h.numel() // max(weights.size, 1),
-        PACKED=weights.cu_seqlens is not None,
+        (weights.chunks,),
+        plan.small_warps if dh_h is None else plan.gate_warps,
+        2,
+        reads={
+            "dh": dh if dh_h is None else None,
+            "h": h if dh_h is None else None,
+            "q": q,
+            "dh_h": dh_h,
+            "cu_seqlens": weights.cu_seqlens,
+            "table": weights.tables[0],
+            "weights": weights.vectors,
+        },
+        writes={"d": column.d, "sums": column.sums},
+        numbers=strides("d", dh)
+        | strides("h", h)
+        | strides("q", q)
+        | weights.common
+        | {"size": weights.size, "K": spec.K, "V": spec.V},
+        constants={
+            "L": plan.L,
+            "BLOCK_K": plan.block_k,
+            "BLOCK_V": plan.block_v,
+            "PARTS": 0 if dh_h is None else dh_h.shape[0],
+            "PACKED": spec.packed,
+        },
     )
     return column
 
 
 def with_final_grad(
-    column: NormalizerGrad, dn: Tensor | None, weights: GateWeights
+    column: NormalizerGrad, dn: Symbol | None, weights: GateWeights
 ) -> NormalizerGrad:
     """dn from the end of each sequence to its start; see ``tfla.reference.with_final_grad``."""
-    N, H, K = weights.spec.N, weights.spec.H, weights.spec.K
-    dn = None if dn is None else dn.contiguous()
-    dn_chunk = torch.empty_like(column.sums)
-    dn_first = column.d.new_empty(N, H, K)
-    launch(
+    spec, plan, builder = weights.spec, weights.plan, column.d.builder
+    dn_chunk = builder.new("dn_chunk", *column.sums.shape)
+    dn_first = builder.new("dn_first", spec.N, spec.H, spec.K)
+    builder.launch(
+        "column states",
         normalizer._column_state_kernel,
-        (N * H, triton.cdiv(K, weights.plan.block_n)),
-        (4, 2),
-        (weights.cu_seqlens, column.sums, weights.decay, dn, dn_chunk, dn_first),
-        *weights.common(),
-        K,
-        L=weights.plan.L,
-        BLOCK=weights.plan.block_c,
-        BLOCK_K=weights.plan.block_n,
-        HAS_DN=dn is not None,
-        PACKED=weights.cu_seqlens is not None,
+        (spec.N * spec.H, -(-spec.K // plan.block_n)),
+        4,
+        2,
+        reads={
+            "cu_seqlens": weights.cu_seqlens,
+            "sums": column.sums,
+            "decay": weights.decay,
+            "dn_last": dn,
+        },
+        writes={"dn_chunk": dn_chunk, "dn_first": dn_first},
+        numbers=weights.common | {"K": spec.K},
+        constants={
+            "L": plan.L,
+            "BLOCK": plan.block_c,
+            "BLOCK_K": plan.block_n,
+            "HAS_DN": dn is not None,
+            "PACKED": spec.packed,
+        },
     )
     return column._replace(dn_chunk=dn_chunk, dn_first=dn_first)
 
 
 def initial_state_decay(
-    weights: GateWeights, column: NormalizerGrad | None, first: Tensor | None
+    weights: Any, column: Any, first: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """What the state before token 0 weighs at every token, and d; see ``tfla.reference``. Past the
-    end of the sequence ``first`` (1,), which token 0 belongs to, they are any numbers."""
-    B, T, H = weights.spec.B, weights.spec.T, weights.spec.H
-    L, chunks = weights.plan.L, triton.cdiv(T, weights.plan.L)
-    rows = weights.vectors.view(weights.rows, weights.slots, -1, L)
-    parts = [rows[:, :, 2], weights.decay.view(weights.rows, weights.slots)]
+    end of the sequence ``first`` (1,), which token 0 belongs to, they are any numbers. Weights and
+    column have tensors here, for an exchange lies between Programs."""
+    spec, sizes, L = weights.spec, weights.sizes, weights.plan.L
+    B, T, H, chunks = spec.B, spec.T, spec.H, -(-spec.T // L)
+    parts = [weights.vectors[:, :, 2], weights.decay]
     if column is not None:
-        parts.append(column.d.view(weights.rows, weights.slots, L))
+        parts.append(column.d)
     if first is not None:  # its first slot is its own number: what came before it is empty
-        chosen = (first + torch.arange(chunks, device=first.device)).clamp(max=weights.slots - 1)
+        chosen = (first + torch.arange(chunks, device=first.device)).clamp(max=sizes.chunks - 1)
         parts = [part.index_select(1, chosen) for part in parts]
     edge, decay, *d = parts
     before = decay.double().cumprod(1).roll(1, 1)  # along the last axis, as GPUs do it well
@@ -311,279 +349,381 @@ def initial_state_decay(
 class Scan(NamedTuple):
     """What a scan leaves behind."""
 
-    out: Tensor  # (B, T, H, X)
-    dot: Tensor | None  # (parts, rows, slots, L) shares of the row dot products
-    final: Tensor | None  # (N, H, A, X)
+    out: Symbol  # (B, T, H, X)
+    dot: Symbol | None  # (parts, rows, chunks, L) shares of the row dot products
+    final: Symbol | None  # (N, H, A, X)
     column: NormalizerGrad | None
+
+
+class _Slice(NamedTuple):
+    """The part of a contraction that one launch of a scan takes, and what that launch has besides
+    the operands."""
+
+    first: int  # column of a and b
+    width: int
+    out: Symbol
+    partial: Symbol | None  # what the slices before it add up to, fp32
+    is_last: bool
 
 
 def scan(
     name: ScanName,
-    a: Tensor,
-    b: Tensor,
-    x: Tensor,
+    a: Symbol,
+    b: Symbol,
+    x: Symbol,
     weights: GateWeights,
-    state: Tensor | None = None,
+    state: Symbol | None = None,
     *,
     column: NormalizerGrad | None = None,
-    dot: Tensor | None = None,
+    dot: Symbol | None = None,
     against: Scan | None = None,
     final: bool = True,
 ) -> Scan:
     """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans,
     dq and dk start from them.
 
-    A wide contraction is done in pieces, each adding to the last one's output in fp32.
+    A wide contraction is done in slices, each adding to the last one's output in fp32.
     """
-    B, T, H = weights.spec.B, weights.spec.T, weights.spec.H
-    A, X = a.shape[-1], x.shape[-1]
-    tile = weights.plan.tile(name)
-    # From one end of a sequence to the other, for dq and dk to follow span by span.
-    walks = name in ("h", "dv")
-    reverse = name in ("dk", "dv")
-    a, b, x = (rows_of(t, tile.descriptor or tile.mma) for t in (a, b, x))
+    spec, plan, sizes, builder = weights.spec, weights.plan, weights.sizes, a.builder
+    B, T, H, A, X = *a.shape, x.shape[-1]
+    tile = plan.tile(name)
     if name == "dv" and not tile.hopper:
         dot = None
-    y = None if dot is None else rows_of(dot, tile.hopper or tile.mma)
-    out = x.new_empty(B, T, H, X)
-    end = _new(x, weights.spec.N, H, A, X) if walks and final else None
-    dots = None if y is None else _new(x, tile.tiles * weights.size)
-    ends = weights.dC_ends if reverse else weights.C_ends
-    keep = walks and ends is not None
-    if ends is None and weights.plan.segment:
-        ends = _new(x, weights.rows, weights.spans, *weights.plan.kept)
-    walk = reverse, walks, keep
-    if tile.splits == 1:
-        _scan_piece(tile, a, b, x, out, None, y, dots, weights, state, end, ends, *walk, column)
-    else:
-        previous = None
-        for start in range(0, A, tile.block_a):
-            piece = slice(start, min(start + tile.block_a, A))
-            last = piece.stop == A
-            target = out if last else _new(x, B, T, H, X)
-            kept = ends
-            if ends is not None:
-                kept = ends[:, :, start:] if walks else ends[..., start:]
-            _scan_piece(
-                tile,
-                a[..., piece],
-                b[..., piece],
-                x,
-                target,
-                previous,
-                y if last else None,
-                dots,
-                weights,
-                None if state is None else state[:, :, piece],
-                None if end is None else end[:, :, piece],
-                kept,
-                *walk,
-                column if last else None,
-            )
-            previous = target
-    return Scan(out, dots, end, column)
+    # From one end of a sequence to the other, for dq and dk to follow span by span.
+    stores_states = name in ("h", "dv")
+    ends = weights.dC_ends if name in ("dv", "dk") else weights.C_ends
+    keeps_states = stores_states and ends is not None
+    if ends is None and plan.segment:
+        ends = builder.new("states", sizes.rows, sizes.states, *plan.kept)
+    call = _Scan(
+        name=name,
+        tile=tile,
+        a=a,
+        b=b,
+        x=x,
+        y=dot,
+        out=builder.new(name, B, T, H, X, dtype=x.dtype),
+        dots=None
+        if dot is None
+        else builder.new(f"{name} dot", tile.tiles, sizes.rows, sizes.chunks, plan.L),
+        final=builder.new(f"{name} final", spec.N, H, A, X) if stores_states and final else None,
+        weights=weights,
+        state=state,
+        ends=ends,
+        keeps_states=keeps_states,
+        column=column,
+    )
+    partial = None
+    for first in range(0, A, tile.block_a):
+        last = first + tile.block_a >= A
+        out = call.out if last else builder.new(f"{name} partial", B, T, H, X)
+        width = min(tile.block_a, A - first)
+        call.launch(_Slice(first, width, out, partial, last))
+        partial = out
+    return Scan(call.out, call.dots, call.final, column)
 
 
-def _scan_piece(
-    tile: Tile,
-    a: Tensor,
-    b: Tensor,
-    x: Tensor,
-    out: Tensor,
-    partial: Tensor | None,
-    y: Tensor | None,
-    dots: Tensor | None,
-    weights: GateWeights,
-    state: Tensor | None,
-    final: Tensor | None,
-    ends: Tensor | None,
-    reverse: bool,
-    walks: bool,
-    keep: bool,
-    column: NormalizerGrad | None,
-) -> None:
-    """One launch of the scan; where h or dv is cut, two before it make the states that its pieces
-    start from."""
-    T, H, N = weights.spec.T, weights.spec.H, weights.spec.N
-    A, X = a.shape[-1], x.shape[-1]
-    plan = weights.plan
-    packed = weights.cu_seqlens is not None
-    unit = plan.segment if walks else plan.span
-    cut = unit > 0 and ends is not None
-    pieces = N
-    if cut:
-        pieces = T // unit + N if packed else N * max(triton.cdiv(T, unit), 1)
-    vector = None
-    if column is not None:
-        vector = column.dn_chunk if reverse else weights.n_chunk
-    stride_e = plan.kept[0] * plan.kept[1]
-    stride_ea, stride_ex = (plan.kept[1], 1) if walks else (1, plan.kept[1])
-    strides_s, strides_f = ((0, 0, 0, 0) if t is None else t.stride() for t in (state, final))
+class _Scan(NamedTuple):
+    """A scan with all that its launches share."""
 
-    kernel = _scan_kernel
-    forms: dict[str, Any] = {
-        "TRANSPOSED": tile.transposed,
-        "DESCRIPTOR": tile.descriptor,
-        "PRECISION": weights.spec.precision,
-    }
-    if tile.mma:
-        from tfla.kernels.mma import _scan_mma_kernel
+    name: ScanName
+    tile: Tile
+    a: Symbol
+    b: Symbol
+    x: Symbol
+    y: Symbol | None
+    out: Symbol
+    dots: Symbol | None
+    final: Symbol | None
+    weights: GateWeights
+    state: Symbol | None
+    ends: Symbol | None
+    keeps_states: bool
+    column: NormalizerGrad | None
 
-        kernel = _scan_mma_kernel
-        forms = {"STAGES": tile.stages, "Y_AHEAD": tile.y_ahead, "WARPS": tile.warps}
-    vectors = weights.vectors
-    divides: tuple[Tensor | None, ...] = ()  # by what the scan of h divides, and where it notes it
+    @property
+    def reverse(self) -> bool:
+        return self.name in ("dv", "dk")
+
+    @property
+    def stores_states(self) -> bool:
+        return self.name in ("h", "dv")
+
+    def launch(self, part: _Slice) -> None:
+        """One launch; where h or dv is cut, two before it make the states that its pieces start
+        from."""
+        plan, spec = self.weights.plan, self.weights.spec
+        T, N, H = spec.T, spec.N, spec.H
+        unit = plan.segment if self.stores_states else plan.span
+        cut = unit > 0 and self.ends is not None
+        pieces = N
+        if cut:
+            pieces = T // unit + N if spec.packed else N * max(-(-T // unit), 1)
+        if cut and self.stores_states:
+            left = self.a.builder.new(f"{self.name} left", pieces, H)
+            self._pieces(part, left, unit, pieces)
+            self._join(part, left, unit)
+        self._whole(part, unit, cut, pieces)
+
+    def _whole(self, part: _Slice, unit: int, cut: bool, pieces: int) -> None:
+        weights, tile, last = self.weights, self.tile, part.is_last
+        column = self.column if last else None
+        vector = None
+        if column is not None:
+            vector = column.dn_chunk if self.reverse else weights.n_chunk
+        vectors, n_in, folded = weights.vectors, None, None
+        if tile.hopper and self.name == "h" and weights.undivided is not None:
+            # The scan makes the denominator, and notes it for the backward pass.
+            vectors, n_in = weights.undivided, weights.n_chunk
+            folded = weights.vectors if self.keeps_states else None
+        reads = {
+            "a": self.a,
+            "b": self.b,
+            "x": self.x,
+            "y": self.y if last else None,
+            "partial": part.partial,
+            "weights": vectors,
+            "decay": weights.decay,
+            "d": None if column is None else column.d,
+            "vector": vector,
+            **({"n_in": n_in} if tile.hopper else {}),
+            "state": self.state,
+            "cu_seqlens": weights.cu_seqlens,
+            "table": weights.tables[2 if self.stores_states else 1],
+        }
+        # Kept states are read where a piece starts from one, updated where it also stores some.
+        starts = cut and self.ends is not None
+        writes = {
+            "final": self.final,
+            "out": part.out,
+            "dot": self.dots if last else None,
+            "left": None,
+            **({"folded": folded} if tile.hopper else {}),
+        }
+        self._launch(self.name, part, unit, cut, pieces, reads, writes, self.keeps_states, starts)
+
+    def _pieces(self, part: _Slice, left: Symbol, unit: int, pieces: int) -> None:
+        """What each piece makes of an empty state, to where the next one starts from."""
+        weights, hopper = self.weights, self.tile.hopper
+        reads = {
+            "a": None,
+            "b": self.b,
+            "x": self.x,
+            "y": None,
+            "partial": None,
+            "weights": self._sources(),
+            "decay": weights.decay,
+            "d": None,
+            "vector": None,
+            **({"n_in": None} if hopper else {}),
+            "state": None,
+            "cu_seqlens": weights.cu_seqlens,
+            "table": weights.tables[2],
+        }
+        writes = {"final": None, "out": None, "dot": None, "left": left}
+        writes |= {"folded": None} if hopper else {}
+        label = f"{self.name}: cut"
+        self._launch(label, part, unit, True, pieces, reads, writes, False, False)
+
+    def _sources(self) -> Symbol:
+        weights = self.weights
+        if self.tile.hopper and self.name == "h" and weights.undivided is not None:
+            return weights.undivided
+        return weights.vectors
+
+    def _launch(
+        self,
+        label: str,
+        part: _Slice,
+        unit: int,
+        cut: bool,
+        pieces: int,
+        reads: dict[str, Symbol | None],
+        writes: dict[str, Symbol | None],
+        keep: bool,
+        starts: bool,
+    ) -> None:
+        weights, plan, spec, tile = self.weights, self.weights.plan, self.weights.spec, self.tile
+        # Kept states and the last one stand between what is read and what is written: each slice
+        # adds its rows to those of the slices before it.
+        ends, updates = {"ends": self.ends}, dict[str, Symbol | None]()
+        is_first = part.first == 0
+        if not keep and writes["out"] is not None:
+            reads = reads | ends
+        elif starts or not is_first:
+            updates = ends
+        else:
+            writes = ends | writes
+        if not is_first:
+            updates = updates | {"final": writes.pop("final")}
+        X, y = self.x.shape[-1], self.y if part.is_last else None
+        e = _state_strides(plan.kept, self.stores_states)
+        kernel, forms = _kernel_of(tile, spec.precision, self.stores_states and y is not None)
+        self.a.builder.launch(
+            label,
+            kernel,
+            (tile.tiles * spec.H * pieces,),
+            tile.warps,
+            tile.stages,
+            reads=reads,
+            updates=updates,
+            writes=writes,
+            numbers=strides("a", self.a)
+            | strides("b", self.b)
+            | strides("x", self.x)
+            | strides("y", self.x if y is None else y)
+            | _strides_of("s", self.state)
+            | _strides_of("f", self.final)
+            | weights.common
+            | {
+                "spans": weights.sizes.states,
+                "UNIT": unit,
+                "size": weights.size,
+                "stride_e": plan.kept[0] * plan.kept[1],
+                "first_a": part.first or None,  # none to add costs no register
+                "A": part.width,
+                "X": X,
+            },
+            constants={
+                "L": plan.L,
+                "BLOCK_A": tile.block_a,
+                "BLOCK_X": tile.block_x,
+                "SPAN": plan.span,
+                "STRIDE_EA": e[0],
+                "STRIDE_EX": e[1],
+                "REVERSE": self.reverse,
+                "CUT": cut,
+                "KEEP": keep,
+                "ENDS": spec.at_ends,
+                **forms,
+            },
+        )
+
+    def _join(self, part: _Slice, left: Symbol, unit: int) -> None:
+        """From what each piece makes of an empty state to the state at its end."""
+        weights, plan, spec = self.weights, self.weights.plan, self.weights.spec
+        X = self.x.shape[-1]
+        self.a.builder.launch(
+            f"{self.name}: cut",
+            _join_kernel,
+            (spec.N * spec.H, -(-part.width * X // 1024)),
+            4,
+            2,
+            reads={"left": left, "state": self.state, "cu_seqlens": weights.cu_seqlens},
+            updates={"ends": self.ends},
+            writes={},
+            numbers=_strides_of("s", self.state)
+            | {
+                "T": spec.T,
+                "H": spec.H,
+                "spans": weights.sizes.states,
+                "UNIT": unit,
+                "stride_e": plan.kept[0] * plan.kept[1],
+                "first_a": part.first or None,  # none to add costs no register
+                "A": part.width,
+                "X": X,
+            },
+            constants={
+                "SPAN": plan.span,
+                "BLOCK": 1024,
+                "STRIDE_EA": _state_strides(plan.kept, True)[0],
+                "REVERSE": self.reverse,
+                "ENDS": spec.at_ends,
+            },
+        )
+
+
+def _state_strides(kept: tuple[int, int], straight: bool) -> tuple[int, int]:
+    """Of a kept state (A, X): h and dv keep it so, dq and dk read it as (X, A)."""
+    return (kept[1], 1) if straight else (1, kept[1])
+
+
+def _strides_of(name: str, x: Symbol | None) -> dict[str, int]:
+    """Of a state, or zeros."""
+    if x is None:
+        return {f"stride_{name}{axis}": 0 for axis in "nhax"}
+    return strides(name, x, "nhax")
+
+
+def _kernel_of(tile: Tile, precision: str, of_x: bool) -> tuple[Any, dict[str, Any]]:
+    """The kernel of a tile, and the constants that it alone has. of_x: are the row products those
+    of x and y?"""
     if tile.hopper:
         from tfla.kernels.hopper import _scan_hopper_kernel
 
-        kernel = _scan_hopper_kernel
-        forms = {"OF_X": walks and y is not None, "STAGES": tile.stages}
-        divides = None, None
-        if walks and not reverse and weights.undivided is not None:
-            vectors = weights.undivided
-            divides = weights.n_chunk, weights.vectors if keep else None
+        return _scan_hopper_kernel, {"OF_X": of_x, "STAGES": tile.stages}
+    if tile.mma:
+        from tfla.kernels.mma import _scan_mma_kernel
 
-    def run(whole: bool, left: Tensor | None) -> None:
-        tensors = (
-            out,
-            partial,
-            y,
-            dots,
-            None if column is None else column.d,
-            vector,
-            *divides,
-            state,
-            final,
-        )
-        out_, partial_, y_, dots_, d, *rest = tensors if whole else [None] * len(tensors)
-        launch(
-            kernel,
-            (tile.tiles * H * pieces,),
-            (tile.warps, tile.stages),
-            (
-                a,
-                b,
-                x,
-                out_,
-                partial_,
-                y_,
-                dots_,
-                vectors,
-                weights.decay,
-                d,
-                *rest,
-                ends,
-                left,
-                weights.cu_seqlens,
-                weights.tables[2 if walks else 1],
-            ),
-            *a.stride()[:3],
-            *b.stride()[:3],
-            *x.stride()[:3],
-            *(x if y is None else y).stride()[:3],
-            *strides_s,
-            *strides_f,
-            *weights.common(),
-            weights.spans,
-            unit,
-            weights.size,
-            stride_e,
-            A,
-            X,
-            L=plan.L,
-            BLOCK_A=tile.block_a,
-            BLOCK_X=tile.block_x,
-            SPAN=plan.span,
-            STRIDE_EA=stride_ea,
-            STRIDE_EX=stride_ex,
-            REVERSE=reverse,
-            CUT=cut,
-            KEEP=keep and whole,
-            ENDS=weights.ends,
-            **forms,
-        )
-
-    if cut and walks:
-        left = torch.empty(pieces, H, dtype=torch.float32, device=x.device)
-        run(False, left)
-        launch(
-            _join_kernel,
-            (N * H, triton.cdiv(A * X, 1024)),
-            (4, 2),
-            (ends, left, state, weights.cu_seqlens),
-            *strides_s,
-            T,
-            H,
-            weights.spans,
-            unit,
-            stride_e,
-            A,
-            X,
-            SPAN=plan.span,
-            BLOCK=1024,
-            STRIDE_EA=stride_ea,
-            REVERSE=reverse,
-            ENDS=weights.ends,
-        )
-    run(True, None)
+        forms = {"STAGES": tile.stages, "Y_AHEAD": tile.y_ahead, "WARPS": tile.warps}
+        return _scan_mma_kernel, forms
+    return _scan_kernel, {
+        "TRANSPOSED": tile.transposed,
+        "DESCRIPTOR": tile.descriptor,
+        "PRECISION": precision,
+    }
 
 
 def gate_gradients(
-    i: Tensor, f: Tensor, dq: Scan, dk: Scan, weights: GateWeights
-) -> tuple[Tensor, Tensor]:
-    """(di, df), fp32; see ``tfla.reference.gate_gradients``."""
-    spec = weights.spec
-    B, T, H, K = spec.B, spec.T, spec.H, spec.K
-    di, df = _new(weights.vectors, B, T, H), _new(weights.vectors, B, T, H)
+    i: Symbol, f: Symbol, dq: Scan, dk: Scan, weights: GateWeights, dtypes: tuple[Any, Any]
+) -> tuple[Symbol, Symbol]:
+    """(di, df) in these dtypes; see ``tfla.reference.gate_gradients``."""
+    spec, plan, builder = weights.spec, weights.plan, i.builder
+    B, T, H = spec.B, spec.T, spec.H
+    di, df = (
+        builder.new(name, B, T, H, dtype=name_of(dtype))
+        for name, dtype in zip(("di", "df"), dtypes, strict=True)
+    )
     column = dk.column
-    size = max(weights.size, 1)
     assert dq.dot is not None and dk.dot is not None
-    span = weights.plan.span
-    pieces = B * triton.cdiv(T, span) if weights.cu_seqlens is None else T // span + spec.N
-    launch(
+    pieces = T // plan.span + spec.N if spec.packed else B * -(-T // plan.span)
+    builder.launch(
+        "gate gradients",
         gates._gradients_kernel,
         (pieces * H,),
-        (8, 2),
-        (
-            i,
-            f,
-            weights.cu_seqlens,
-            weights.tables[1],
-            weights.vectors,
-            dq.dot,
-            dk.dot,
-            weights.C_ends,
-            weights.dC_ends,
-            weights.n_chunk,
-            weights.n_final,
-            None if column is None else column.dn_chunk,
-            di,
-            df,
-        ),
-        *i.stride(),
-        *f.stride(),
-        T,
-        H,
-        weights.slots,
-        weights.spans,
-        weights.size,
-        K,
-        weights.plan.kept[0] * weights.plan.kept[1],
-        L=weights.plan.L,
-        SPAN=span,
-        BLOCK_K=weights.plan.block_k,
-        Q_PARTS=dq.dot.numel() // size,
-        K_PARTS=dk.dot.numel() // size,
-        GRADIENT_I=gates.form_of(spec.input_gate).gradient,
-        SIGMOID_F=spec.sigmoid_f,
-        NORMALIZE=spec.normalize,
-        PACKED=weights.cu_seqlens is not None,
-        ENDS=weights.ends,
+        8,
+        2,
+        reads={
+            "i": i,
+            "f": f,
+            "cu_seqlens": weights.cu_seqlens,
+            "table": weights.tables[1],
+            "weights": weights.vectors,
+            "q_dq": dq.dot,
+            "k_dk": dk.dot,
+            "C_ends": weights.C_ends,
+            "dC_ends": weights.dC_ends,
+            "n_chunk": weights.n_chunk,
+            "n_last": weights.n_final,
+            "dn_chunk": None if column is None else column.dn_chunk,
+        },
+        writes={"di": di, "df": df},
+        numbers=strides("i", i)
+        | strides("f", f)
+        | weights.common
+        | {
+            "spans": weights.sizes.states,
+            "size": weights.size,
+            "K": spec.K,
+            "state": plan.kept[0] * plan.kept[1],
+        },
+        constants={
+            "L": plan.L,
+            "SPAN": plan.span,
+            "BLOCK_K": plan.block_k,
+            "Q_PARTS": dq.dot.shape[0],
+            "K_PARTS": dk.dot.shape[0],
+            "GRADIENT_I": gates.form_of(spec.input_gate).gradient,
+            "SIGMOID_F": spec.sigmoid_f,
+            "NORMALIZE": spec.normalize,
+            "PACKED": spec.packed,
+            "ENDS": spec.at_ends,
+        },
     )
     return di, df
 
 
-def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
+def initial_gradients(dv: Scan, dk: Scan) -> tuple[Symbol, Symbol | None]:
     """(dC_0, dn_0): what the reverse scans leave at the start of the sequences."""
     assert dv.final is not None
     return dv.final, None if dk.column is None else dk.column.dn_first

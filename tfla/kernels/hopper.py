@@ -38,22 +38,22 @@ def _scan_hopper_kernel(
     a,
     b,
     x,
-    out,
-    partial,
     y,
-    dot,
+    partial,
     weights,
     decay,
     d,
     vector,
     n_in,
-    folded,
     state,
-    final,
-    ends,
-    left,
     cu_seqlens,
     table,
+    ends,
+    final,
+    out,
+    dot,
+    left,
+    folded,
     stride_ab,
     stride_at,
     stride_ah,
@@ -81,6 +81,7 @@ def _scan_hopper_kernel(
     UNIT,
     size,
     stride_e,
+    first_a,
     A,
     X,
     L: gl.constexpr,
@@ -182,6 +183,10 @@ def _scan_hopper_kernel(
     first_x = tile * BLOCK_X
     tokens = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
     lines = gl.maximum(chunks, 1)
+    if first_a is not None:
+        b += first_a
+        if WHOLE:
+            a += first_a
     b += batch * stride_bb + start * stride_bt + head * stride_bh
     x += batch * stride_xb + start * stride_xt + head * stride_xh
     b_rows = _rows(b, [tokens, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
@@ -242,12 +247,16 @@ def _scan_hopper_kernel(
     entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
     if ends is not None:
         ends += span * stride_e + first_x * STRIDE_EX
+        if first_a is not None:
+            ends += first_a * STRIDE_EA
     S = gl.zeros([BLOCK_X, HALF], gl.float32, layout=STATE)
     S_2 = S
     if WHOLE and state is not None:
         at_first = (high == chunks) if REVERSE else (low == 0)
         rows = gl.where(at_first, A, 0) if CUT else A  # the other pieces start from what was kept
         state += n.to(gl.int64) * stride_sn + head * stride_sh
+        if first_a is not None:
+            state += first_a * stride_sa
         first_at = state + columns[:, None] * stride_sx + lanes[None, :] * stride_sa
         valid = (columns < X)[:, None] & (lanes < rows)[None, :]
         S = gl.load(first_at, mask=valid, other=0.0)
@@ -439,6 +448,8 @@ def _scan_hopper_kernel(
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(gl.int64) * stride_fn + head * stride_fh
+            if first_a is not None:
+                last += first_a * stride_fa
             last += columns[:, None] * stride_fx + lanes[None, :] * stride_fa
             gl.store(last, S, mask=(columns < X)[:, None] & (lanes < A)[None, :])
             if HALVES == 2:

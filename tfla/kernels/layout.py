@@ -169,7 +169,18 @@ def _last(cu_seqlens, at, U, N, SLOTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "unit_0", "unit_1", "unit_2", "size_0", "size_1", "size_2"])
 def _tables_kernel(
-    cu_seqlens, table, N, unit_0, unit_1, unit_2, size_0, size_1, size_2, BLOCK: tl.constexpr
+    cu_seqlens,
+    table_0,
+    table_1,
+    table_2,
+    N,
+    unit_0,
+    unit_1,
+    unit_2,
+    size_0,
+    size_1,
+    size_2,
+    BLOCK: tl.constexpr,
 ):
     """The sequence of every slot, for three units at once."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -177,7 +188,9 @@ def _tables_kernel(
     U = tl.where(which == 0, unit_0, tl.where(which == 1, unit_1, unit_2)).to(tl.int64)
     w = slot - tl.where(which == 0, 0, tl.where(which == 1, size_0, size_0 + size_1))
     n = tl.minimum(_last(cu_seqlens, w, U, N, True), N - 1)
-    tl.store(table + slot, n, mask=slot < size_0 + size_1 + size_2)
+    tl.store(table_0 + w, n, mask=which == 0)
+    tl.store(table_1 + w, n, mask=which == 1)
+    tl.store(table_2 + w, n, mask=(which == 2) & (w < size_2))
 
 
 @triton.jit(do_not_specialize=["T", "N", "H", "stride_ft", "stride_fh"])

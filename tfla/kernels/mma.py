@@ -171,20 +171,20 @@ def _scan_mma_kernel(
     a,
     b,
     x,
-    out,
-    partial,
     y,
-    dot,
+    partial,
     weights,
     decay,
     d,
     vector,
     state,
-    final,
-    ends,
-    left,
     cu_seqlens,
     table,
+    ends,
+    final,
+    out,
+    dot,
+    left,
     stride_ab,
     stride_at,
     stride_ah,
@@ -212,6 +212,7 @@ def _scan_mma_kernel(
     UNIT,
     size,
     stride_e,
+    first_a,
     A,
     X,
     L: gl.constexpr,
@@ -288,6 +289,10 @@ def _scan_mma_kernel(
     first_x = tile * BLOCK_X
     tokens = length.to(gl.int32)
     decay += slot
+    if first_a is not None:
+        b += first_a
+        if WHOLE:
+            a += first_a
     b += batch * stride_bb + start * stride_bt + head * stride_bh
     x += batch * stride_xb + start * stride_xt + head * stride_xh
     b_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
@@ -328,6 +333,10 @@ def _scan_mma_kernel(
     entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
     if ends is not None:
         ends += span * stride_e + first_x * STRIDE_EX
+        if first_a is not None:
+            ends += first_a * STRIDE_EA
+    if WHOLE and state is not None and first_a is not None:
+        state += first_a * stride_sa
     S = ()
     for piece in gl.static_range(PIECES):
         lane = lanes + piece * PIECE
@@ -483,6 +492,8 @@ def _scan_mma_kernel(
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(gl.int64) * stride_fn + head * stride_fh
+            if first_a is not None:
+                last += first_a * stride_fa
             last += columns[:, None] * stride_fx + lanes[None, :] * stride_fa
             for piece in gl.static_range(PIECES):
                 inside = (columns < X)[:, None] & (lanes + piece * PIECE < A)[None, :]

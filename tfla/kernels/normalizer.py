@@ -259,8 +259,8 @@ def _gauge_kernel(
     chunk_p,
     n_first,
     m_first,
-    gauge,
     weights,
+    gauge,
     decay,
     n_chunk,
     n_last,
@@ -465,14 +465,15 @@ def _column_kernel(
     dot = tl.zeros([L], tl.float32)
     for part in tl.static_range(PARTS):
         dot += tl.load(dh_h + part * size.to(tl.int64) + here)
-    dh_rows = dh + batch * stride_db + t * stride_dt + head * stride_dh
-    h_rows = h + batch * stride_hb + t * stride_ht + head * stride_hh
-    for block in range(0, 0 if PARTS else V, BLOCK_V):
-        value = block + tl.arange(0, BLOCK_V)
-        there = inside[:, None] & (value < V)[None, :]
-        dh_tile = tl.load(dh_rows[:, None] + value[None, :], mask=there, other=0.0)
-        h_tile = tl.load(h_rows[:, None] + value[None, :], mask=there, other=0.0)
-        dot += tl.sum(dh_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
+    if not PARTS:
+        dh_rows = dh + batch * stride_db + t * stride_dt + head * stride_dh
+        h_rows = h + batch * stride_hb + t * stride_ht + head * stride_hh
+        for block in range(0, V, BLOCK_V):
+            value = block + tl.arange(0, BLOCK_V)
+            there = inside[:, None] & (value < V)[None, :]
+            dh_tile = tl.load(dh_rows[:, None] + value[None, :], mask=there, other=0.0)
+            h_tile = tl.load(h_rows[:, None] + value[None, :], mask=there, other=0.0)
+            dot += tl.sum(dh_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
     own = weights + slot * VECTORS * L + l
     mark = tl.load(own + MARK * L)
     sign = tl.where(mark > 2.0, mark - 4.0, mark)

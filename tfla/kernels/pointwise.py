@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfla.kernels.host import launch
+from tfla.kernels.runtime import launch
 
 
 @triton.jit

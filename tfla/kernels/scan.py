@@ -58,20 +58,20 @@ def _scan_kernel(
     a,
     b,
     x,
-    out,
-    partial,
     y,
-    dot,
+    partial,
     weights,
     decay,
     d,
     vector,
     state,
-    final,
-    ends,
-    left,
     cu_seqlens,
     table,
+    ends,
+    final,
+    out,
+    dot,
+    left,
     stride_ab,
     stride_at,
     stride_ah,
@@ -99,6 +99,7 @@ def _scan_kernel(
     UNIT,
     size,
     stride_e,
+    first_a,
     A,
     X,
     L: tl.constexpr,
@@ -153,6 +154,10 @@ def _scan_kernel(
     first_x = tile * BLOCK_X
     columns = first_x + tl.arange(0, BLOCK_X)
     lanes = tl.arange(0, BLOCK_A)
+    if first_a is not None:
+        b += first_a
+        if out is not None:
+            a += first_a
     b_rows = b + batch * stride_bb + start * stride_bt + head * stride_bh
     x_rows = x + batch * stride_xb + start * stride_xt + head * stride_xh
     out_at = ((batch * T + start) * H + head) * X
@@ -171,6 +176,8 @@ def _scan_kernel(
                 out_rows, [n_rows, X], [H.to(tl.int64) * X, 1], [L, BLOCK_X]
             )
 
+    if ends is not None and first_a is not None:
+        ends += first_a * STRIDE_EA
     # The state, in the orientation that it has on chip. It lies in ``ends`` in tiles whose strides
     # are constants, so that the addresses of kept states take no registers; only the base moves.
     if TRANSPOSED:
@@ -186,6 +193,8 @@ def _scan_kernel(
         if CUT:  # the pieces after the first start from what was kept
             rows = tl.where((high == chunks) if REVERSE else (low == 0), A, 0)
         state += n.to(tl.int64) * stride_sn + head * stride_sh
+        if first_a is not None:
+            state += first_a * stride_sa
         if TRANSPOSED:
             at = columns[:, None] * stride_sx + lanes[None, :] * stride_sa
             first = (columns < X)[:, None] & (lanes < rows)[None, :]
@@ -310,6 +319,8 @@ def _scan_kernel(
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(tl.int64) * stride_fn + head * stride_fh
+            if first_a is not None:
+                last += first_a * stride_fa
             if TRANSPOSED:
                 last += columns[:, None] * stride_fx + lanes[None, :] * stride_fa
             else:
@@ -319,10 +330,10 @@ def _scan_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
 def _join_kernel(
-    ends,
     left,
     state,
     cu_seqlens,
+    ends,
     stride_sn,
     stride_sh,
     stride_sa,
@@ -332,6 +343,7 @@ def _join_kernel(
     spans,
     UNIT,
     stride_e,
+    first_a,
     A,
     X,
     SPAN: tl.constexpr,
@@ -355,9 +367,13 @@ def _join_kernel(
     lane, column = entry // X, entry % X
     inside = entry < A * X
     S = tl.zeros([BLOCK], tl.float32)
+    if first_a is not None:
+        ends += first_a * STRIDE_EA
     if state is not None:
         first_at = n.to(tl.int64) * stride_sn + head * stride_sh
         first_at += lane * stride_sa + column * stride_sx
+        if first_a is not None:
+            first_at += first_a * stride_sa
         S = tl.load(state + first_at, mask=inside, other=0.0)
     for step in range(0, pieces - 1):
         piece = (pieces - 1 - step) if REVERSE else step

@@ -19,8 +19,8 @@ from tfla.kernels.gates import (
     limited,
     within,
 )
-from tfla.kernels.grid import device_of
-from tfla.kernels.host import launch
+from tfla.kernels.planning import device_of
+from tfla.kernels.runtime import launch
 from tfla.spec import StepInputs, StepOptions
 
 REGISTERS = 16384  # fp32 entries of the state that one program holds, 128 a thread, or half of it

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tfla.backend import Results
+from tfla.backend import Exchange, Results
 from tfla.reference.chunked import (
     NormalizerGrad,
     Scan,
@@ -62,9 +62,14 @@ def fold_packing(f: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError("this backend takes packed sequences one by one")
 
 
-def execute(function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...]) -> Results:
+def execute(
+    function: Callable[..., Results],
+    spec: CallSpec,
+    tensors: tuple[Any, ...],
+    exchange: Exchange | None = None,
+) -> Results:
     """``function(spec, *tensors)``: nothing is kept from call to call."""
-    return function(spec, *tensors)
+    return function(spec, *tensors) if exchange is None else function(spec, *tensors, exchange)
 
 
 def offsets(cu_seqlens: Tensor, T: int) -> Tensor:

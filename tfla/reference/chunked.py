@@ -150,13 +150,19 @@ def scan(
 
 def initial_gradients(dv: Scan, dk: Scan) -> tuple[Tensor, Tensor | None]:
     """(dC_0, dn_0): what the reverse scans leave at the start of the sequences."""
-    return dv.final, dk.column  # type: ignore[return-value]
+    assert dv.final is not None
+    return dv.final, dk.column
 
 
 def gate_gradients(
-    i: Tensor, f: Tensor, dq: Scan, dk: Scan, weights: GateWeights
+    i: Tensor,
+    f: Tensor,
+    dq: Scan,
+    dk: Scan,
+    weights: GateWeights,
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor, Tensor]:
-    """(di, df) of (B, T, H), fp32 (fp64).
+    """(di, df) of (B, T, H), computed in fp32 (fp64), in these dtypes.
 
     With G_rs = D_rs (q_r . k_s) (dh_r . v_s + d_r), what flows from token s to token r,
     dlog_i_s = sum_{r>=s} G_rs = k_s . dk_s and dlog_f_t = sum_{r>=t>s} G_rs, summed as it stands:
@@ -165,7 +171,8 @@ def gate_gradients(
     spec = weights.spec
     dlog_i, dlog_f = (weights.layout.tokens_of(x, spec.B, spec.T) for x in (dk.dlog_i, dk.dlog_f))
     i, f = i.to(weights.dtype), f.to(weights.dtype)
-    return gates.gate_gradients(dlog_i, dlog_f, i, f, spec.activations)
+    di, df = gates.gate_gradients(dlog_i, dlog_f, i, f, spec.activations)
+    return di.to(dtypes[0]).contiguous(), df.to(dtypes[1]).contiguous()
 
 
 # ---------------------------------------------------------------- states along the chunks

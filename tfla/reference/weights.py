@@ -92,12 +92,10 @@ class GateWeights:
 def gate_weights(
     x: Inputs,
     spec: CallSpec,
-    at_ends: bool,
     saved: Tensor | None = None,
     may_separate: bool = True,
 ) -> GateWeights:
-    """The weights of every chunk. at_ends: may there be a dC where sequences end? saved: nu, (B, T,
-    H), of an earlier call, or None."""
+    """The weights of every chunk. saved: nu, (B, T, H), of an earlier call, or None."""
     q, i, f, n, m = x.q, x.i, x.f, x.n, x.m
     B, T, H, scale, normalize = spec.B, spec.T, spec.H, spec.scale, spec.normalize
     width = max(spec.K, spec.V)
@@ -140,7 +138,7 @@ def gate_weights(
         factor, target = ((x / den).clamp(max=info.max / 4) for x in (factor, target))
         large = target.device.type == "cpu" and not (target < LARGEST).all()
         if any(map(any, separable)) and large:
-            return gate_weights(x, spec, at_ends, saved, may_separate=False)
+            return gate_weights(x, spec, saved, may_separate=False)
     return GateWeights(
         spec,
         layout,
@@ -155,7 +153,7 @@ def gate_weights(
         n=n,
         nu=saved if normalize else None,
         m_final=layout.by_sequence(put(e.m_final)),
-        again=partial(gate_weights, x, spec, at_ends, saved, may_separate=False),
+        again=partial(gate_weights, x, spec, saved, may_separate=False),
     )
 
 
@@ -197,6 +195,6 @@ def saved(weights: GateWeights) -> Tensor:
     return weights.carry.new_empty(0) if weights.nu is None else weights.nu
 
 
-def saved_shape(spec: CallSpec, at_ends: bool) -> tuple[int, ...]:
+def saved_shape(spec: CallSpec) -> tuple[int, ...]:
     """The shape that ``saved`` will have."""
     return (spec.B, spec.T, spec.H) if spec.normalize else (0,)

@@ -1,0 +1,99 @@
+"""Which plan serves a call, and the integers of the device that it is made for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfla.plan import Device, Plan, Problem, Units, plan, units
+from tfla.spec import CallSpec
+
+Change = Callable[[Plan], Plan]
+
+_devices: dict[torch.device, Device] = {}
+_plans: dict[tuple[Any, ...], Plan] = {}
+_meta = torch.device("meta")
+
+
+class _Now:
+    """What plans depend on besides the call: the same for all threads, for a backward pass runs in
+    threads of autograd's."""
+
+    change: Change | None = None
+    device: Device | None = None  # that tensors without memory are planned for
+
+
+def mode() -> tuple[Change | None, Device | None]:
+    """What a plan, and so a Program, depends on besides the call."""
+    return _Now.change, _Now.device
+
+
+def device_of(x: Tensor | CallSpec) -> Device:
+    """The integers of x's device; a small part where there is none (the interpreter)."""
+    if x.device == _meta and _Now.device is not None:
+        return _Now.device
+    if x.device not in _devices:
+        if x.device.type == "cuda":
+            p = torch.cuda.get_device_properties(x.device)
+            capability = (0, 0) if torch.version.hip else (p.major, p.minor)
+            shared = getattr(p, "shared_memory_per_block_optin", 65536)
+            _devices[x.device] = Device(capability, p.multi_processor_count, shared)
+        else:
+            _devices[x.device] = Device((0, 0), 4, 65536)
+    return _devices[x.device]
+
+
+def _problem(spec: CallSpec) -> Problem:
+    s = spec
+    return Problem(s.B, s.T, s.H, s.K, s.V, s.N, s.packed, s.dtype.itemsize, s.precision)
+
+
+def plan_of(spec: CallSpec) -> Plan:
+    """The plan that serves a call, all of whose sizes are integers."""
+    problem = _problem(spec)
+    key = (spec.device, problem, *mode())
+    found = _plans.get(key)
+    if found is None:
+        found = plan(problem, device_of(spec))
+        if _Now.change is not None:
+            found = _Now.change(found)
+        if len(_plans) >= 10_000:
+            _plans.clear()
+        _plans[key] = found
+    return found
+
+
+def units_of(spec: CallSpec) -> list[tuple[int, Units]]:
+    """(1 or 0, units): those of the plan have a 1. Sizes of the call may be symbols, which nothing
+    here compares."""
+    if _Now.change is None:
+        return units(_problem(spec), device_of(spec))
+    numbers = {name: int(getattr(spec, name)) for name in "BTHKVN"}
+    found = plan_of(spec.but(**numbers))
+    return [(1, Units(found.L, found.span, found.kept))]
+
+
+@contextlib.contextmanager
+def planned_for(device: Device) -> Iterator[None]:
+    """Calls on tensors without memory (device "meta") are planned as if they lay on ``device``, and
+    allocate what they would there; nothing is launched."""
+    before, _Now.device = _Now.device, device
+    try:
+        yield
+    finally:
+        _Now.device = before
+
+
+@contextlib.contextmanager
+def changed(change: Change) -> Iterator[None]:
+    """Every plan is what ``change`` makes of it. Calls know their Programs again if it is the same
+    function again."""
+    before, _Now.change = _Now.change, change
+    try:
+        yield
+    finally:
+        _Now.change = before

@@ -1,0 +1,173 @@
+"""The weights of a call and where they lie: sizes, the tables of packed sequences, and the arrays
+that the forward pass saves for the backward pass."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from tfla.kernels import gates
+from tfla.kernels.layout import _clear_kernel, _offsets_kernel, _tables_kernel
+from tfla.kernels.planning import units_of
+from tfla.kernels.program import Symbol, padded
+from tfla.plan import Plan, Units
+from tfla.spec import CallSpec
+
+Tables = tuple[Symbol | None, Symbol | None, Symbol | None]
+
+
+class Sizes(NamedTuple):
+    """How many of what a call has. They may be symbols."""
+
+    rows: int  # of chunks: (batch, head), or heads alone when sequences are packed
+    chunks: int  # a row; called slots in kernels, for some of them may be empty
+    states: int  # kept states a row
+
+
+def sizes_of(spec: CallSpec, units: Units) -> Sizes:
+    T, N, H = spec.T, spec.N, spec.H
+    if spec.packed:
+        chunks, spans = T // units.L + N, T // units.span + N
+        return Sizes(H, chunks, spans if spec.at_ends else T // units.span)
+    chunks, spans = -(-T // units.L), -(-T // units.span)
+    # Where nothing comes from the ends of sequences there is one less: where two spans meet.
+    return Sizes(spec.B * H, chunks, spans if spec.at_ends else spans - 1 + 1 // (1 + spans))
+
+
+def saved_parts(spec: CallSpec, units: Units) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the backward pass needs of the forward pass, all fp32."""
+    s = sizes_of(spec, units)
+    parts: dict[str, tuple[int, ...]] = {
+        "vectors": (s.rows, s.chunks, gates.VECTORS.value, units.L),
+        "decay": (s.rows, s.chunks),
+    }
+    if spec.needs_grad:
+        parts["C_ends"] = (s.rows, s.states, *units.kept)
+    if spec.normalize:
+        parts |= {"n_chunk": (s.rows, s.chunks, spec.K), "n_final": (spec.N, spec.H, spec.K)}
+    return parts
+
+
+def saved_elements(spec: CallSpec) -> int:
+    """Of all of them in one allocation, each with room for one more (see ``program``)."""
+    return sum(
+        is_so * sum(padded(math.prod(shape) + 1) for shape in saved_parts(spec, units).values())
+        for is_so, units in units_of(spec)
+    )
+
+
+class GateWeights(NamedTuple):
+    """The weights of a call, and where they lie."""
+
+    spec: CallSpec
+    plan: Plan
+    sizes: Sizes
+    cu_seqlens: Symbol | None
+    tables: Tables  # which sequence each chunk, span and segment belongs to; None unless packed
+    vectors: Symbol  # (rows, chunks, VECTORS, L), see gates.py
+    undivided: Symbol | None  # the same without the denominator, where the scan of h makes it
+    decay: Symbol  # (rows, chunks)
+    # (rows, states, *plan.kept) C at the ends of spans, where the backward pass starts from
+    C_ends: Symbol | None
+    dC_ends: Symbol | None  # the same of dC
+    n_chunk: Symbol | None  # (rows, chunks, K) n entering each chunk
+    n_final: Symbol | None  # (N, H, K)
+    m_final: Symbol | None  # (N, H), in the forward pass
+
+    @property
+    def chunks(self) -> int:
+        """Of all rows, over which small kernels run."""
+        return self.sizes.rows * self.sizes.chunks
+
+    @property
+    def size(self) -> int:
+        """Numbers in a vector of all rows."""
+        return self.chunks * self.plan.L
+
+    @property
+    def common(self) -> dict[str, int]:
+        return {"T": self.spec.T, "H": self.spec.H, "slots": self.sizes.chunks}
+
+
+@functools.cache
+def _stride_names(name: str, axes: str) -> tuple[str, ...]:
+    return tuple([f"stride_{name}{axis}" for axis in axes])
+
+
+def strides(name: str, x: Symbol, axes: str = "bth") -> dict[str, int]:
+    """The first strides of x as parameters of a kernel."""
+    return dict(zip(_stride_names(name, axes), x.strides, strict=False))
+
+
+# ---------------------------------------------------------------- packed sequences
+
+
+def offsets(cu_seqlens: Symbol, T: int) -> Symbol:
+    """The offsets that kernels read: dense, int64, ascending within [0, T], whatever was given."""
+    (count,), builder = cu_seqlens.shape, cu_seqlens.builder
+    out = builder.new("offsets", count, dtype="i64")
+    builder.launch(
+        "offsets",
+        _offsets_kernel,
+        (1,),
+        8,
+        1,
+        reads={"cu_seqlens": cu_seqlens},
+        writes={"out": out},
+        numbers={"T": T, "N": count - 1, "stride": cu_seqlens.strides[0]},
+        constants={"BLOCK": 2048},
+    )
+    return out
+
+
+def clear(offsets: Symbol, *outputs: Symbol) -> None:
+    """Zeros in up to five outputs (1, T, ...) at tokens that belong to no sequence, in one launch.
+    ``offsets``: those of the function of this name."""
+    T, N = outputs[0].shape[1], offsets.shape[0] - 1
+    given = [*outputs, *[None] * (5 - len(outputs))]
+    names = "abcde"
+    offsets.builder.launch(
+        "clear",
+        _clear_kernel,
+        (offsets.builder.device.multiprocessors * 2 if T else 0,),
+        4,
+        1,
+        reads={"offsets": offsets},
+        updates=dict(zip(names, given, strict=True)),
+        writes={},
+        numbers={"T": T, "N": N}
+        | {
+            f"width_{name}": 0 if x is None else x.numel // max(T, 1)
+            for name, x in zip(names, given, strict=True)
+        },
+        constants={"BLOCK": 2048},
+    )
+
+
+def tables(cu_seqlens: Symbol | None, T: int, plan: Plan) -> Tables:
+    """Of packed sequences: which one each slot of chunks, spans and segments belongs to, in one
+    launch."""
+    if cu_seqlens is None:
+        return None, None, None
+    N, builder = cu_seqlens.shape[0] - 1, cu_seqlens.builder
+    units = (plan.L, plan.span, plan.segment or plan.span)
+    sizes = [padded(T // unit + N) for unit in units]
+    chunk, span, segment = (
+        builder.new(f"{name} table", size, dtype="i32")
+        for name, size in zip(("chunk", "span", "segment"), sizes, strict=True)
+    )
+    builder.launch(
+        "tables",
+        _tables_kernel,
+        (-(-sum(sizes) // 256),),
+        4,
+        1,
+        reads={"cu_seqlens": cu_seqlens},
+        writes={"table_0": chunk, "table_1": span, "table_2": segment},
+        numbers={"N": N}
+        | {f"unit_{n}": unit for n, unit in enumerate(units)}
+        | {f"size_{n}": size for n, size in enumerate(sizes)},
+        constants={"BLOCK": 256},
+    )
+    return chunk, span, segment
