@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import recurrence as oracle
 import torch
 from checks import (
     assert_close,
@@ -13,6 +14,8 @@ from checks import (
     sixteen_bits,
 )
 from problems import EXTREME, RESETS, Case, make_inputs, normalized, variants
+
+import tfla
 
 MANY = 24  # sequences, where errors are compared: the ratio of two errors needs many samples
 
@@ -165,3 +168,23 @@ def test_sixteen_bits_are_told_from_fourteen(input_gate: str, gates: str) -> Non
     if gates == "ordinary":
         lines = sixteen_bits(truth | {"df": 1.003 * truth["df"]}, truth, case, inputs, c)
         assert [line.split(":")[0] for line in lines] == ["df"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_log_gates_of_many_magnitudes(seed: int) -> None:
+    """Whether a token or the state before it decides a gauge is told by a comparison of numbers of
+    1e-18 to 10: rounding any of them on the way would take away a whole decay."""
+    g = torch.Generator().manual_seed(seed)
+
+    def magnitudes() -> torch.Tensor:
+        size = torch.rand(8, 70, 3, generator=g, dtype=torch.float64) * 19 - 18
+        return -(10**size) * torch.randint(0, 2, size.shape, generator=g)
+
+    q, k, v = torch.randn(3, 8, 70, 3, 6, generator=g, dtype=torch.float64).unbind(0)
+    tokens = [x.float() for x in (q, k, v, magnitudes(), magnitudes())]
+    truth, memory = oracle.linear_attention(*(x.double() for x in tokens), normalize=True)
+    h, state = tfla.linear_attention(*tokens, normalize=True, output_final_state=True)
+    assert state is not None and state.m is not None and memory.m is not None
+    C = state.C.double() * (state.m.double() - memory.m).exp()[..., None, None]
+    assert_close(h.double(), truth, 2e-5)
+    assert_close(C, memory.C, 2e-6)

@@ -287,7 +287,7 @@ def test_only_the_command_changes_torchs_threads() -> None:
     assert found == ["threads.py"]
     uses = re.compile(r"^ *(from tfla.threads|from tfla import .*threads)", re.M)
     found = [p.stem for p in PACKAGE.rglob("*.py") if uses.search(p.read_text())]
-    assert sorted(found) == ["cli", "demo", "render"]
+    assert sorted(found) == ["cli", "demo", "language", "render"]
 
 
 # ------------------------------------------------------------------------------- the command

@@ -269,7 +269,11 @@ def _max_plus(log_i: Tensor, log_f: Tensor, dtype: torch.dtype) -> tuple[Tensor,
         ordinary = log_i.masked_fill(log_i <= LOG_I_NOTHING, 0.0)
         if ordinary.amin() > -PLAIN and ordinary.amax() < PLAIN:
             total = log_f.cumsum(-1)  # up to 64 * 16: fp64 keeps 1e-13 of a difference of these
-            return total, (log_i - total).cummax(-1).values + total
+            most, which = (log_i - total).cummax(-1)
+            # Of a token that is its own maximum log_i itself, to the bit: who has won, the token or
+            # the state, is told by their being equal.
+            own = which == torch.arange(log_i.shape[-1], device=log_i.device)
+            return total, torch.where(own, log_i, most + total)
     # By doubling: no difference of sums.
     total, top, reach = log_f, log_i, 1
     while reach < log_i.shape[-1]:

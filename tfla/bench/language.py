@@ -40,6 +40,7 @@ from tfla.bench.language_study import (
 from tfla.bench.models import LOGITS_BOUND
 from tfla.bench.runs import Row, Task, Tell, reason_of
 from tfla.errors import RunError
+from tfla.threads import Threads
 from tfla.xlstm import checkpoint, files
 from tfla.xlstm.config import XLSTMConfig
 from tfla.xlstm.data import Codec, Corpus
@@ -195,7 +196,7 @@ def language(task: Task, device: torch.device, tell: Tell) -> None:
         if found is None or name not in found.measured:
             raise RunError(NOT_PLANNED)
         if device.type == "cpu":
-            torch.set_num_threads(found.threads)  # others would round otherwise
+            Threads(found.threads).set()  # another number would round otherwise
         lr = training.lr if training.lr is not None else study.best_rate(name)
         folder = study.training_folder(name, lr, training.seed)
         row |= {"lr": lr, "steps": found.steps}
