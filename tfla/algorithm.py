@@ -5,8 +5,8 @@
                 dk = reverse scan([v | 1], [dh | d], q; [dC_T | dn_T]^T)
                 dv = reverse scan(k, q, dh; dC_T)
 
-and the gate gradients follow from the row dot products q . dq and k . dk. Nothing here knows which
-backend it is, nor which gate.
+and the gate gradients follow: "triton" sums the row dot products q . dq and k . dk, "reference"
+what flows across the border of each token. Nothing here knows which backend it is, nor which gate.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _backward(
     if column is not None:
         column = backend.with_final_grad(column, dn, weights)
     dC_T = None if dC is None else dC.mT
-    dk = backend.scan("dk", x.v, dh, x.q, weights, dC_T, column=column, dot=x.k, against=dq)
+    dk = backend.scan("dk", x.v, dh, x.q, weights, dC_T, column=column, dot=x.k)
     di, df = backend.gate_gradients(x.i, x.f, dq, dk, weights, spec.gate_dtypes)
     clear(backend, given, dq.out, dk.out, dv.out, di, df)
     dC_0, dn_0 = (None, None) if x.C is None else backend.initial_gradients(dv, dk)

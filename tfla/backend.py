@@ -59,7 +59,9 @@ Exchange = Callable[[Any, Any], Callable[[], tuple[Any, Any]]]
 
 class Backend(Protocol[X, W, D, S]):
     """The scan algebra. Shapes: q, k (B, T, H, K); v, h, dh (B, T, H, V); gates (B, T, H); states
-    (N, H, ...). No function waits for the device."""
+    (N, H, ...). No function waits for the device, but "reference" to read offsets. The results of
+    the scans of dv and dq may be there only when that of dk has run: a backward pass calls all
+    three, and dk last."""
 
     @property
     def FOLDS_PACKING(self) -> bool:
@@ -86,7 +88,6 @@ class Backend(Protocol[X, W, D, S]):
         *,
         column: D | None = None,
         dot: X | None = None,
-        against: S | None = None,
         final: bool = True,
     ) -> S:
         """out_t = sum_{s<=t} D_ts (a_t . b_s) x_s + w_t a_t^T state, "dv" and "dk" in reverse. See

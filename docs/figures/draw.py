@@ -125,7 +125,7 @@ def call() -> Drawing:
     d.arrow((570, 166), (620, 190))
     d.arrow((742, 76), (742, 170), style="dash")
     d.box(620, 254, 130, 56, "launches\non the GPU", "blue")
-    d.box(420, 254, 150, 56, "tape: the launches\nof an earlier call", "orange")
+    d.box(420, 254, 150, 56, "Program: buffers\nand launches", "orange")
     d.arrow((685, 210), (685, 254))
     d.arrow((570, 282), (620, 282))
     d.arrow((620, 204), (560, 254), style="dash")

@@ -376,7 +376,6 @@ def scan(
     *,
     column: NormalizerGrad | None = None,
     dot: Symbol | None = None,
-    against: Scan | None = None,
     final: bool = True,
 ) -> Scan:
     """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans,

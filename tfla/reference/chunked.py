@@ -119,7 +119,6 @@ def scan(
     *,
     column: NormalizerGrad | None = None,
     dot: Tensor | None = None,
-    against: Scan | None = None,
     final: bool = True,
 ) -> Scan:
     """The primitive: every output and every gradient of every variant is one call.
@@ -130,7 +129,7 @@ def scan(
     name: which of the calls this is: "h", "dv", "dq" or "dk"; dv and dk run in reverse.
     a, b: (B, T, H, A). x: (B, T, H, X), dtype of out. state: (N, H, A, X) or None. column: part of
     the contraction. dot: (B, T, H, X), for gate gradients; h with dv, which may return dh . h (not
-    here). against: the scan of dq, for dk. final: is the state after the last chunk wanted?
+    here). final: is the state after the last chunk wanted?
 
     Those of dv and dq return at once and are filled in by that of dk, which is always the last.
     """
