@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,22 +112,29 @@ def backward(spec: CallSpec, *tensors: Any) -> Results:
     # An output that was not wanted is empty, and so is its cotangent.
     dC = dC if spec.final_state else None
     dn = dn if spec.final_state and spec.normalize else None
-    backend = backend_of(spec.backend)
-    return _backward(backend, x, spec, h, saved, dh, dC, dn, exchange[0] if exchange else None)
+    after = _After(h, saved, dh, dC, dn)
+    return _backward(backend_of(spec.backend), x, spec, after, exchange[0] if exchange else None)
+
+
+class _After(NamedTuple, Generic[X]):
+    """What a backward pass takes besides the inputs of the forward pass."""
+
+    h: X
+    saved: X
+    dh: X
+    dC: X | None
+    dn: X | None
 
 
 def _backward(
     backend: Backend[X, W, D, S],
     x: Inputs,
     spec: CallSpec,
-    h: X,
-    saved: X,
-    dh: X,
-    dC: X | None,
-    dn: X | None,
+    after: _After[X],
     exchange: Exchange | None,
 ) -> Results[X]:
     """dq needs no final state: an exchange begins before it, and ends after it with dC and dn."""
+    h, saved, dh, dC, dn = after
     given = ordered(backend, x)
     x, one = _fold_packing(backend, given, spec)
     weights = backend.gate_weights(x, one, saved)

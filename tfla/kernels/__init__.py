@@ -499,7 +499,8 @@ class _Scan(NamedTuple):
             "left": None,
             **({"folded": folded} if tile.hopper else {}),
         }
-        self._launch(self.name, part, unit, cut, pieces, reads, writes, self.keeps_states, starts)
+        keep = self.keeps_states
+        self._launch(self.name, part, unit, cut, pieces, reads, writes, keep=keep, starts=starts)
 
     def _pieces(self, part: _Slice, left: Symbol, unit: int, pieces: int) -> None:
         """What each piece makes of an empty state, to where the next one starts from."""
@@ -522,7 +523,7 @@ class _Scan(NamedTuple):
         writes = {"final": None, "out": None, "dot": None, "left": left}
         writes |= {"folded": None} if hopper else {}
         label = f"{self.name}: cut"
-        self._launch(label, part, unit, True, pieces, reads, writes, False, False)
+        self._launch(label, part, unit, True, pieces, reads, writes, keep=False, starts=False)
 
     def _sources(self) -> Symbol:
         weights = self.weights
@@ -539,6 +540,7 @@ class _Scan(NamedTuple):
         pieces: int,
         reads: dict[str, Symbol | None],
         writes: dict[str, Symbol | None],
+        *,
         keep: bool,
         starts: bool,
     ) -> None:

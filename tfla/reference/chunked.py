@@ -541,10 +541,11 @@ def _backward_pass(t: _Backward, weights: GateWeights, dq: Scan, dv: Scan) -> Sc
                 sums += [g.dq.sum(), g.dk.sum(), g.dv.sum()]
                 layout.store(g.dk, dk_, block, r)
             else:
-                D = weights.between(block)
-                g = _gradients(q, k, v, dh, d_, states, worth, D, w, r, False)
+                of_block = _Weights(weights.between(block), w, r)
+                operands = q, k, v, dh, d_, states, worth, of_block
+                g = _gradients(*operands, select=False)
                 if not _is_finite(g.dq, g.dk, g.dv):
-                    g = _gradients(q, k, v, dh, d_, states, worth, D, w, r, True)
+                    g = _gradients(*operands, select=True)
                 layout.store(g.dk, dk_, block)
             layout.store(g.dq, dq_, block)
             layout.store(g.dv, dv_, block)
@@ -650,6 +651,14 @@ def _separable_gradients(
     return _Grads(dq, dk, dv, dot_q, dot_k, P.mul_(G))
 
 
+class _Weights(NamedTuple):
+    """Of a block: D (R, L, L), w of a target and r of a source in the state, (R, L)."""
+
+    D: Tensor
+    w: Tensor
+    r: Tensor
+
+
 def _gradients(
     q: Tensor,
     k: Tensor,
@@ -658,12 +667,12 @@ def _gradients(
     d: Tensor | None,
     states: _State,
     worth: _State,
-    D: Tensor,
-    w: Tensor,
-    r: Tensor,
+    weights: _Weights,
+    *,
     select: bool,
 ) -> _Grads:
     """Of any block, from operands without weights. select: as in ``_outputs``."""
+    D, w, r = weights
     none = D == 0.0
     scores = torch.bmm(q, k.mT)
     G = torch.bmm(dh, v.mT)
