@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import tfla
 import tfla.nn
+from tfla.xlstm import Block, XLSTMConfig
 
 Runs = dict[str, Callable[[], object]]
 
@@ -42,9 +44,9 @@ def medians(runs: Runs, seconds: float = 4.0) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def trained(module: nn.Module, x: Tensor) -> Callable[[], object]:
+def trained(module: Callable[..., Any], x: Tensor) -> Callable[[], object]:
     """A forward and a backward pass."""
-    weights = list(module.parameters())
+    weights = list(module.parameters())  # type: ignore[attr-defined]
 
     def run() -> object:
         y = module(x)[0]
@@ -195,12 +197,28 @@ def decode() -> None:
         )
 
 
+def compiled() -> None:
+    print("\ncompiled: a block of a language model, forward and backward, ms\n")
+    print(f"{'size':>6} {'heads':>6} {'B x T':>9} {'eager':>8} {'compiled':>9} {'ratio':>6}")
+    for size, heads, B, T in ((128, 4, 4, 256), (256, 4, 4, 512), (512, 4, 1, 1024)):
+        config = XLSTMConfig(vocab_size=16, hidden_size=size, num_layers=1, num_heads=heads)
+        block, x = Block(config), torch.randn(B, T, size)
+        made = torch.compile(block, fullgraph=True)
+        t = medians({"eager": trained(block, x), "compiled": trained(made, x)})
+        print(
+            f"{size:6} {heads:6} {B:3} x {T:<4} {t['eager']:8.1f} {t['compiled']:9.1f} "
+            f"{t['compiled'] / t['eager']:6.2f}",
+            flush=True,
+        )
+
+
 STUDIES: dict[str, Callable[[], None]] = {
     "layers": lambda: layers([100, 300, 1000]),
     "packed": packed,
     "quadratic": quadratic,
     "products": products,
     "decode": decode,
+    "compiled": compiled,
 }
 
 

@@ -84,7 +84,7 @@ def main() -> None:
                     off = ((a - b).abs().max() / a.abs().max()).item()
                     times = measure.in_turns(both, device, 50, options.seconds, 2)
                     row = [statistics.median(times[who]) for who in both]
-                    label = f"{str(shape):24}{name:34}{what:14}"
+                    label = f"{str(shape):24}{f'{kind} {name}':34}{what:14}"
                     print(f"{label}{row[0]:10.2f}{row[1]:10.2f}{off:10.1e}", flush=True)
 
 

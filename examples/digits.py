@@ -54,7 +54,7 @@ def main() -> None:
     print(f"{'layer':10} {'parameters':>10} {'test accuracy':>13} {'seconds':>8}")
     for name, make in {
         "nn.LSTM": lambda: nn.LSTM(8, HIDDEN, batch_first=True),
-        "tfla MLSTM": lambda: MLSTM(8, HIDDEN, num_heads=8, num_layers=2),
+        "tfla MLSTM": lambda: MLSTM(8, HIDDEN, 2, batch_first=True, num_heads=8),
     }.items():
         torch.manual_seed(0)
         model = Reader(make())

@@ -529,7 +529,13 @@ def test_nothing_is_wider_than_the_console(
 
 
 def test_a_result_is_drawn_again(root: Path, tmp_path: Path, capsys: Any) -> None:
-    words = ["bench", "draw", str(root / "docs" / "gpu-decode.json"), "--out", str(tmp_path)]
+    words = [
+        "bench",
+        "draw",
+        str(root / "docs" / "results" / "gpu-decode.json"),
+        "--out",
+        str(tmp_path),
+    ]
     assert run_command(words) == 0
     assert (tmp_path / "decode-batch.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "odd.json").write_text('{"format": 1, "rows": [{"study": "batch"}]}')

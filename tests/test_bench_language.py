@@ -184,18 +184,35 @@ def test_bits_a_byte_in_closed_form(study: Study) -> None:
     corpus, asked = study.corpus(), study.asked
     model, bits = table_model(corpus)
     found = language.judged(model, corpus, asked, CPU)
-    stream, size = language_study.reported_text(corpus, asked.sized)
-    each = bits[stream[:-1], stream[1:]]
-    assert found["bits"] == pytest.approx(each.sum().item() / size, rel=1e-5)
-    assert found["bits_long"] == pytest.approx(found["bits"], rel=1e-5)
-    long = 8 * asked.context
-    windows = each[: len(each) // long * long].view(-1, long).mean(0)
+    pieces, _ = language_study.reported_text(corpus, asked)
+    held = corpus.info["held_out"]
+    tuning, first = language_study.tuning_text(corpus, asked.sized)
+    size = (held["bytes"] - len(first)) / (held["tokens"] - 1 - len(tuning))  # without the last end
+    each = bits[pieces[:, :-1], pieces[:, 1:]] / size
+    assert each.shape == (len(pieces), 8 * asked.context) and len(pieces) > 2
+    assert found["bits"] == pytest.approx(each.mean().item(), rel=1e-5)
+    assert found["bits_long"] == pytest.approx(each.mean().item(), rel=1e-5)
     edges = found["positions"]
-    assert edges[0] == 0 and edges[-1] == long and asked.context in edges
     assert len(found["by_position"]) == len(edges) - 1
     for begin, end, value in zip(edges, edges[1:], found["by_position"], strict=False):
-        expected = windows[begin:end].mean().item() * len(each) / size
-        assert value == pytest.approx(expected, rel=1e-5)
+        assert value == pytest.approx(each[:, begin:end].mean().item(), rel=1e-5)
+
+
+def test_windows_begin_without_memory(study: Study) -> None:
+    """Of a model that remembers, written out: in windows of the context, and in the long ones."""
+    corpus, asked = study.corpus(), study.asked
+    torch.manual_seed(3)
+    model = XLSTM(XLSTMConfig(corpus.codec.vocab_size, 8, num_layers=1, num_heads=2))
+    with torch.no_grad():
+        model.blocks[0].mlstm.gates.bias.fill_(2.0)
+    found = language.judged(model, corpus, asked, CPU)
+    pieces, size = language_study.reported_text(corpus, asked)
+    for name, window in (("bits", asked.context), ("bits_long", 8 * asked.context)):
+        rows = pieces[:, :-1].reshape(-1, window), pieces[:, 1:].reshape(-1, window)
+        log_p = model(rows[0])[0].detach().double().log_softmax(-1)
+        nats = -log_p.gather(-1, rows[1][..., None]).mean().item()
+        assert found[name] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert found["bits"] != pytest.approx(found["bits_long"], rel=1e-5)
 
 
 def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(study: Study) -> None:
@@ -204,10 +221,9 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(study: Study) -
     with torch.no_grad():
         model.head.weight.zero_()
     found = language.judged(model, corpus, study.asked, CPU)
-    stream, size = language_study.reported_text(corpus, study.asked.sized)
-    expected = math.log2(257) * (len(stream) - 1) / size
+    _, bytes_per_token = language_study.reported_text(corpus, study.asked)
     for bits in (found["bits"], found["bits_long"], *found["by_position"]):
-        assert bits == pytest.approx(expected, rel=1e-5)
+        assert bits == pytest.approx(math.log2(257) / bytes_per_token, rel=1e-5)
 
 
 def trained_tokenizer(texts: Path, lower: bool) -> Tokenizer:
@@ -229,10 +245,10 @@ def test_bits_are_by_byte_with_a_tokenizer_too(texts: Path, asked: Asked, tmp_pa
     corpus = study.corpus()
     model, bits = table_model(corpus)
     found = language.judged(model, corpus, study.asked, CPU)
-    stream, size = language_study.reported_text(corpus, study.asked.sized)
-    assert size > 1.5 * len(stream)
-    each = bits[stream[:-1], stream[1:]]
-    assert found["bits"] == pytest.approx(each.sum().item() / size, rel=1e-5)
+    pieces, bytes_per_token = language_study.reported_text(corpus, study.asked)
+    assert bytes_per_token > 1.5
+    each = bits[pieces[:, :-1], pieces[:, 1:]] / bytes_per_token
+    assert found["bits"] == pytest.approx(each.mean().item(), rel=1e-5)
     assert found["sample"]
 
 
@@ -248,13 +264,21 @@ def test_a_tokenizer_that_loses_text_is_refused(texts: Path, asked: Asked, tmp_p
 
 
 def test_the_reported_text_is_none_that_rates_are_chosen_by(study: Study) -> None:
-    corpus, size = study.corpus(), study.asked.sized
-    tuning, first = language_study.tuning_text(corpus, size)
-    reported, count = language_study.reported_text(corpus, size)
-    whole, raw = corpus.held_out(10**9)
-    assert torch.equal(torch.cat((tuning, reported[1:])), whole[: len(tuning) + len(reported) - 1])
-    assert len(first) + count <= len(raw) and count > len(first)
-    assert bytes(t for t in reported[1:].tolist() if t < 256) == raw[len(first) :][:count]
+    corpus, asked = study.corpus(), study.asked
+    tuning, _ = language_study.tuning_text(corpus, asked.sized)
+    whole, _ = corpus.held_out(10**9)
+    rest, long = whole[len(tuning) - 1 :], 8 * asked.context
+    every, _ = language_study.reported_text(corpus, asked)
+    assert len(every) == (len(rest) - 1) // long  # as much as there is
+    small = dataclasses.replace(SIZES["0.1m"], reported_bytes=3 * long, tuning_bytes=500)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "0.1m", small)
+        tuning, _ = language_study.tuning_text(corpus, asked.sized)
+        pieces, _ = language_study.reported_text(corpus, asked)
+    rest = whole[len(tuning) - 1 :]
+    assert len(pieces) == 3
+    assert torch.equal(pieces[0], rest[: long + 1])
+    assert torch.equal(pieces[-1], rest[-long - 1 :])  # from its beginning to its end
 
 
 @pytest.mark.parametrize("context", [1, 3, 16, 256, 1024])
@@ -393,7 +417,6 @@ def test_tuning_bits_are_those_of_training(study: Study) -> None:
 # ---------------------------------------------------------------- the command
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_by_command(
     texts: Path, asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -490,3 +513,20 @@ def test_what_cannot_be_is_one_line(
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
     assert not (out / "language.json").exists()
+
+
+def test_the_page_states_what_its_result_holds() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "performance/language.md").read_text()
+    rows = report.load(docs / "results/language.json")["rows"]
+    best = {name: language_study.chosen(rows, name) for name in NAMES}
+    for lr in sorted({row["lr"] for row in rows if row.get("swept")}):
+        swept = [row["curve"][-1] for row in rows if row.get("swept") and row["lr"] == lr]
+        cells = [f"{bits:.3f}" for bits in swept]
+        bold = [f"**{cell}**" for cell in cells]
+        assert any(f"| {' | '.join(words)} |" in page for words in (cells, bold))
+    for key in ("bits", "bits_long"):
+        values = [[row[key] for row in best[name]] for name in NAMES]
+        assert f"| {' | '.join(f'{sum(x) / len(x):.3f}' for x in values)} |" in page
+        assert f"| {' | '.join(f'{min(x):.3f} to {max(x):.3f}' for x in values)} |" in page
+    assert f"{best['attention'][0]['tokens'][-1]:,} bytes" in page

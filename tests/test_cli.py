@@ -116,6 +116,12 @@ def is_one_line(result: tuple[int, str, str], *parts: str) -> None:
         ("train --steps 0", ["--steps is 0, wanted above 0"]),
         ("train --batch 0", ["--batch is 0, wanted at least 1"]),
         ("train --held-out 2", ["--held-out is 2.0, wanted above 0 and at most 0.5"]),
+        (f"train --hidden-size {10**30}", ["--hidden-size must be below 2^31; got 1000"]),
+        (f"train --num-layers {10**400}", ["--num-layers must be below 2^31; got 1000"]),
+        (
+            "train words --num-layers 2000000000 --context 8",
+            ["a model of ", " GB of memory; take a smaller model"],
+        ),
         ("train --hidden-size 30 --num-heads 4", ["--hidden-size", "--num-heads = 4"]),
         ("train --input-gate relu", ["--input-gate", "'relu'", "'exp' or 'sigmoid'"]),
         ("train --device cpo", ["--device is cpo, wanted auto, cpu, cuda or cuda:1"]),
@@ -172,6 +178,7 @@ def test_what_the_caller_can_put_right_is_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "text").write_text("a few words")
+    (tmp_path / "words").write_text("a few words " * 40)
     is_one_line(call(line.replace("RUN", str(trained))), *parts)
 
 

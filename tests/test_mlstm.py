@@ -24,6 +24,7 @@ from problems import (
 )
 
 import tfla
+from tfla.reference import layout
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -337,3 +338,20 @@ def test_on_a_gpu_with_the_reference(
             normalize=normalize,
         )
     )
+
+
+@pytest.mark.parametrize("lengths", [None, (130, 0, 64, 3, 70)])
+@pytest.mark.parametrize(("block", "few"), [(1, 1), (20_000, 1), (2**20, 2**20)])
+def test_however_many_chunks_are_worked_on_at_once(
+    block: int, few: int, lengths: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sequence after the other, some, all; chunk by chunk, or several chunks at once."""
+    monkeypatch.setattr(layout, "BLOCK", block)
+    monkeypatch.setattr(layout, "FEW", few)
+    for gates in (
+        "ordinary",
+        "f=-1e5",
+        "resets 1%",
+    ):  # with weights that are products of factors, and others
+        case = Case(T=210, B=5, gates=gates) if lengths is None else packed(*lengths, gates=gates)
+        check_against_recurrence(case)

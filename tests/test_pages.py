@@ -88,11 +88,21 @@ MADE = {"performance/index.md", "performance/where_we_lose.md", "reference/comma
 }
 
 
+def prose(page: Path) -> list[str]:
+    """The lines of a page outside of its blocks of code."""
+    lines, code = [], False
+    for line in page.read_text("utf-8").splitlines():
+        fence = line.lstrip().startswith("```")
+        code ^= fence
+        if not (code or fence):
+            lines.append(line)
+    return lines
+
+
 @pytest.mark.parametrize("page", [*DOCS, *PROJECT], ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     dead = []
-    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)", "\n".join(prose(page))):
         parts = urlsplit(link)
         if parts.scheme in ("http", "https"):
             continue
@@ -106,6 +116,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         elif parts.fragment and target.suffix == ".md" and parts.fragment not in anchors(target):
             dead.append(link)
     assert not dead
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    words = re.compile(r"^[A-Z0-9_]{4,}$|\b(?:TODO|FIXME|TBD|XXX)\b", re.MULTILINE)
+    left = {name(page): words.findall("\n".join(prose(page))) for page in [*DOCS, *PROJECT]}
+    assert not {page: found for page, found in left.items() if found}
 
 
 # ------------------------------------------------------------------------------- the files

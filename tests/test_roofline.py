@@ -200,11 +200,12 @@ def test_memory_grows_with_tokens_and_not_with_what_the_caller_has() -> None:
 
 
 def test_memory_of_the_reference_is_what_torch_allocates() -> None:
-    """Followed on the CPU, by the same passes on real tensors."""
+    """Followed on the CPU, by the same passes on real tensors, of gates as they are counted."""
     B, T, H, K, V = 2, 256, 2, 32, 48
     problem = Problem(B, T, H, K, V, B, False, 4, "ieee")
     x = [torch.randn(B, T, H, D, requires_grad=True) for D in (K, K, V)]
-    x += [torch.randn(B, T, H, requires_grad=True) for _ in "if"]
+    # Gates as at the start of training: those that forget at once take more.
+    x += [(torch.randn(B, T, H) + bias).requires_grad_() for bias in (0, 4)]
     dh = torch.randn(B, T, H, V)
 
     def run(_: int) -> object:

@@ -64,11 +64,10 @@ def mlstm(
             q and k, and dq and dk are sums over a group, made in fp32.
         i, f: (B, T, H) gate pre-activations, any floating dtype; computed in fp32 (fp64 for fp64
             q), their sums in fp64. f = +-inf and i = -inf are exact limits. Log-gates above 2^100
-            (1.3e30) count as that, i = +inf among them, those below -2^100 as -inf. A sum of gates
-            has 53 bits: sums of gates up to 1e6 are exact to 1e-8, and beside 2^53 (9e15) of one
-            gate a difference of 1 in another is lost. The final m is fp32 (fp64 for fp64 q): up
-            to 1e9 its rounding is made up for by C and n, beyond it m alone is rounded. NaN stays
-            NaN, in its own and later tokens.
+            (1.3e30) count as 2^100, i = +inf among them; those below -2^100 count as -inf. Sums of
+            gates have 53 bits: up to 1e6 they are exact to 1e-8, and next to a gate of 2^53 (9e15)
+            a difference of 1 in another is lost. The final m is fp32 (fp64 for fp64 q). Up to 1e9
+            C and n compensate for its rounding. NaN stays NaN, in its own and later tokens.
         input_gate: "exp" or "sigmoid".
         normalize: divide by the normaliser? None: True for "exp", False for "sigmoid", the paper's
             two variants.
@@ -84,18 +83,20 @@ def mlstm(
             every input and in h, of packed sequences each by itself. The states are then those
             behind a sequence's last token and before its first.
         group: a torch.distributed process group (or DeviceMesh of one dimension) over whose ranks T
-            is split evenly, in rank order: each rank gives and gets its own tokens, but the whole
-            ``cu_seqlens`` and ``initial_state``, and gets the whole final state. Gradients are
-            those of the sum of all ranks' losses; that of ``initial_state`` is on the rank where a
-            sequence begins, 0 on the others. All ranks must call, and run backward.
-        backend: None picks the fastest that can do it; "reference" or "triton" is obeyed or raises.
+            is split evenly, in rank order. Each rank passes its own tokens, but the whole
+            ``cu_seqlens`` and ``initial_state``; it gets h of its own tokens and the whole final
+            state. Gradients are those of the sum of all ranks' losses; that of ``initial_state`` is
+            on the rank where a sequence begins, 0 on the others. All ranks must call, and all must
+            run the backward pass.
+        backend: None picks the fastest that supports the call; "reference" or "triton" runs or
+            raises an error.
 
-    What is not finite stays in its row of B and its head, and in later tokens; NaN and inf in q, k
-    and v may reach earlier tokens of their own chunk of up to 64. It stays in its packed sequence,
-    but for "triton" without states in or out: there sequences run as one row, in which a closed
-    forget gate clears the state, and NaN and inf may reach the two neighbours of a sequence (on
-    Hopper, whose kernel multiplies the state by 0, all that follow, or in gradients precede it).
-    Finite inputs never spoil an earlier token.
+    NaN and inf reach later tokens of their head and their row of B, and no other head or row. Those
+    in q, k and v may also reach earlier tokens of their own chunk of up to 64. They stay in their
+    packed sequence, except on "triton" without states in or out. There packed sequences run as one
+    row, in which a closed forget gate clears the state, and NaN and inf may reach the two
+    neighbours of a sequence (on Hopper, whose kernel multiplies the state by 0, all that follow;
+    in gradients, all that precede). Finite inputs never spoil an earlier token.
 
     Returns:
         h: (B, T, H, V) in v's dtype, and the final State or None. Gradients are exact for any
@@ -103,8 +104,8 @@ def mlstm(
         RuntimeError.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted. RuntimeError: a
-        named backend cannot serve.
+        TypeError, ValueError: naming the argument, what came and what is expected.
+        RuntimeError: the backend that ``backend`` names cannot serve the call.
 
     Example:
         >>> import torch, tfla
@@ -154,7 +155,7 @@ def linear_attention(
     group: Any = None,
     backend: BackendName | None = None,
 ) -> tuple[Tensor, State | None]:
-    r"""Linear attention with scalar gates: the mother of the family.
+    r"""Linear attention with scalar gates: the family that ``mlstm`` belongs to.
 
         C_t = exp(log_f_t) C_{t-1} + exp(log_i_t) k_t v_t^T          h_t = C_t^T (scale q_t)
 
@@ -170,7 +171,7 @@ def linear_attention(
             multiple of G, as in ``mlstm`` (Mamba-2's B and C have G = 1 or 8).
         log_f, log_i: (B, T, H), (H,) or None (= 0): natural logarithms of the decay and of the
             weight of each token, with the limits of ``mlstm``. Positive ones are allowed, and may
-            overflow when not normalised, as log_f = +inf does: that is the function asked for.
+            overflow when not normalised, as log_f = +inf does, because the function does.
         normalize, scale, initial_state, output_final_state, cu_seqlens, reverse, group, backend: as
             in ``mlstm``.
 

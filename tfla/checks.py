@@ -1,6 +1,6 @@
 """What comes in by the public functions: argument checks and dtypes.
 
-Every error names the argument, what came and what is wanted.
+Every error names the argument, what came and what is expected.
 """
 
 from __future__ import annotations

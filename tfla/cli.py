@@ -120,8 +120,8 @@ def train(
     resume: Annotated[
         bool,
         _run(
-            "Continue the run in --out from its last checkpoint, with the options it had; those "
-            "given again replace them. Without a checkpoint it starts at the beginning.",
+            "Continue the run in --out from its last checkpoint, with the options it had; options "
+            "that are passed again replace them. Without a checkpoint it starts at the beginning.",
             "--resume",
         ),
     ] = False,
@@ -226,7 +226,7 @@ def train(
     weight_decay: Annotated[
         float, _training("For matrices; norms, biases, gates and embeddings have none.")
     ] = 0.1,
-    clip: Annotated[float, _training("Largest norm of the gradient.")] = 1.0,
+    clip: Annotated[float, _training("A gradient of a larger norm is scaled down to it.")] = 1.0,
 ) -> None:
     """Train an xLSTM language model. A run that was stopped or killed goes on with --resume;
     ctrl-C, SIGTERM and SIGHUP save a checkpoint first (a second ctrl-C does not wait for it).
@@ -513,7 +513,7 @@ def evaluate(
 ) -> None:
     """Print what a text costs with the model: bits per byte and per token, and perplexity, 2 to the
     power of the bits per token. The text is one stream, each file behind the token that ends a
-    document, read in windows as in training: the first tokens of a window are the dear ones.
+    document, read in windows as in training: the first tokens of a window cost most.
     """
     # fmt: on
     _require("rich", "numpy", "safetensors")
@@ -602,10 +602,10 @@ def plot(
             None, "The picture, a PNG.", default="loss.png in the run; of several runs.png, here"
         ),
     ] = None,
-    over: Annotated[str, _option(None, "What lies to the right: seconds or steps.")] = "seconds",
+    over: Annotated[str, _option(None, "The horizontal axis: seconds or steps.")] = "seconds",
 ) -> None:
-    """Draw training and held-out loss of runs, of one that goes on too, from their metrics.jsonl.
-    Several are drawn in one picture, each in its colour.
+    """Draw training and held-out loss of runs, also of one that is still going on, from their
+    metrics.jsonl. Several are drawn in one picture, each in its colour.
     """
     # fmt: on
     _require("matplotlib", "numpy", "safetensors")

@@ -131,7 +131,7 @@ def supports(
         (backend, reason): "triton" or "reference", and one sentence.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted.
+        TypeError, ValueError: naming the argument, what came and what is expected.
 
     Example:
         >>> import torch, tfla

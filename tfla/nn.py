@@ -86,7 +86,7 @@ class MLSTM(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
+        ValueError, TypeError: naming the argument, what came and what is expected.
 
     Example:
         >>> import torch, tfla.nn
@@ -176,7 +176,7 @@ class MLSTM(nn.Module):
             see ``States``.
 
         Raises:
-            ValueError, TypeError: naming the argument, what came and what is wanted.
+            ValueError, TypeError: naming the argument, what came and what is expected.
         """
         directions = 1 + self.bidirectional
         states: list[tfla.State | None] = [None] * len(self.layers)

@@ -141,7 +141,7 @@ def scores(console: "Console", found: Sequence["Score"], window: int) -> None:
     if lost:
         line(
             console,
-            f"the tokens do not give back {lost:,} bytes, so nothing is said in bits per byte",
+            f"the tokens do not give back {lost:,} bytes, so bits per byte are not stated",
         )
 
 

@@ -16,9 +16,10 @@ PASSES = {"forward": "forward", "forward+backward": "with backward"}
 # What a measurement is of: if one of these has changed since, its page says so.
 KERNELS = ["tfla/kernels", "tfla/plan.py", "tfla/algorithm.py"]
 SOURCES = {
-    "bench-cpu": ["tfla/reference.py", "tfla/reference", "tfla/algorithm.py"],
-    "transfer": ["tfla/reference.py", "tfla/reference", "tfla/algorithm.py"],
-    "transfer-bias": ["tfla/reference.py", "tfla/reference", "tfla/xlstm/model.py"],
+    "bench-cpu": ["tfla/reference", "tfla/algorithm.py"],
+    "language": ["tfla/reference", "tfla/xlstm/model.py", "tfla/bench/language_study.py"],
+    "transfer": ["tfla/reference", "tfla/algorithm.py"],
+    "transfer-bias": ["tfla/reference", "tfla/xlstm/model.py"],
     "gpu-model": [*KERNELS, "tfla/xlstm/model.py", "tfla/xlstm/generate.py"],
     "gpu-stacks": [*KERNELS, "tfla/xlstm/model.py", "tfla/integrations"],
     "gpu-scale": [*KERNELS, "tfla/parallel.py", "tfla/xlstm/parallel.py"],

@@ -20,10 +20,8 @@ import notebooks  # noqa: E402
 import results  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-# Files of the repository's root that are pages too, and what stands in front of their links there.
-PROJECT = {"CONTRIBUTING.md": "contributing", "ARCHITECTURE.md": "architecture"} | {
-    "CHANGELOG.md": "changelog"
-}
+# Files of the repository's root that are pages of the site too.
+PROJECT = {f"{name.upper()}.md": name for name in ("contributing", "architecture", "changelog")}
 
 
 # ---------------------------------------------------------------- pages that are generated

@@ -175,6 +175,8 @@ def test_offsets_of_any_strides(
     grads = torch.autograd.grad(h.sum(), leaves)
     for name, cu in strided(CU).items():
         assert torch.equal(cu, CU)
+        if compiled and name not in ("column of a table", "int32"):
+            continue  # a graph takes the strides as the call does
         # A call that comes again may be played from a record of it.
         for _ in range(3 if name == "column of a table" and not compiled else 1):
             again = fn(cu)

@@ -26,7 +26,7 @@ class CausalAttention(nn.Module):
     """The mixer. It keeps no state: a sequence is read in whole.
 
     Raises:
-        ValueError: naming what came and what is wanted, when `hidden_size` is no even number for
+        ValueError: naming what came and what is expected, when `hidden_size` is no even number for
             each of `num_heads`, or a state is given or asked for.
 
     Example:

@@ -241,20 +241,21 @@ def course(records: Sequence[Record], asked: Asked) -> Row:
 def judged(model: XLSTM, corpus: Corpus, asked: Asked, device: torch.device) -> Row:
     """What a trained model is worth on the reported text: bits a byte in windows of the context and
     of LONG times it, the same by position in the long ones; and a text that it writes."""
-    stream, size = reported_text(corpus, asked.sized)
+    pieces, bytes_per_token = reported_text(corpus, asked)
     short, long = (
-        token_nats(model, stream, window, asked.precision, device)
+        torch.cat([token_nats(model, piece, window, asked.precision, device) for piece in pieces])
         for window in (asked.context, LONG * asked.context)
     )
-    per_byte = (len(stream) - 1) / size  # tokens
     edges = position_edges(asked.context)
-    whole = long[: (len(stream) - 1) // long.shape[1]]
+    bits, bits_long = (
+        x.mean(dtype=torch.float64).item() / math.log(2) / bytes_per_token for x in (short, long)
+    )
     return {
-        "reported_bytes": size,
-        "bits": short.sum(dtype=torch.float64).item() / math.log(2) / size,
-        "bits_long": long.sum(dtype=torch.float64).item() / math.log(2) / size,
+        "reported_bytes": round(long.numel() * bytes_per_token),
+        "bits": bits,
+        "bits_long": bits_long,
         "positions": edges,
-        "by_position": [per_byte * bits for bits in bits_by_position(whole, edges)],
+        "by_position": [x / bytes_per_token for x in bits_by_position(long, edges)],
         "sample": written(model, corpus.codec, SAMPLE, asked.precision, device),
     }
 
@@ -269,7 +270,7 @@ def position_edges(context: int) -> list[int]:
 
 
 def bits_by_position(nats: Tensor, edges: Sequence[int]) -> list[float]:
-    """Bits a token of each range of positions, the mean over whole windows (windows, positions)."""
+    """Bits a token of each range of positions, the mean over windows (windows, positions)."""
     bits = nats.double().mean(0) / math.log(2)
     return [bits[begin:end].mean().item() for begin, end in pairwise(edges)]
 

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tfla.bench.attention import CausalAttention
@@ -54,7 +55,7 @@ class Size:
     batch: int  # windows in a step
     rates: tuple[float, ...]  # learning rates of the sweep
     tuning_bytes: int  # held-out text of the evaluations during training
-    reported_bytes: int  # further held-out text, read once at the end
+    reported_bytes: int  # of further held-out text, read once at the end
 
     def config(self, name: str) -> dict[str, Any]:
         """Fields of the XLSTMConfig of the model `name`; attention ignores gate and heads."""
@@ -254,12 +255,11 @@ def check_corpus(corpus: Corpus, asked: Asked) -> None:
             "nothing can be said in bits a byte; give another, or none"
         )
     corpus.begin(0, asked.context)  # long enough to train on?
-    stream, _ = reported_text(corpus, asked.sized)
-    if len(stream) <= LONG * asked.context:
+    pieces, _ = reported_text(corpus, asked)
+    if not len(pieces):
         raise RunError(
-            f"the held-out text ends {len(stream):,} tokens after the part that is for tuning, a "
-            f"window of {LONG} times --context takes {LONG * asked.context + 1:,}; give more texts "
-            "or a smaller --context"
+            f"the held-out text has no {LONG * asked.context:,} tokens after the part that is for "
+            f"tuning, {LONG} times --context; give more texts or a smaller --context"
         )
 
 
@@ -274,12 +274,19 @@ def tuning_text(corpus: Corpus, size: Size) -> tuple[Tensor, bytes]:
     return corpus.held_out(tuning_bytes(corpus, size))
 
 
-def reported_text(corpus: Corpus, size: Size) -> tuple[Tensor, int]:
-    """The held-out text after the tuning text: (tokens,), of which the first is not predicted, and
-    the number of bytes that the others encode."""
-    tuning, read = tuning_text(corpus, size)
-    both, whole = corpus.held_out(len(read) + size.reported_bytes)
-    return both[len(tuning) - 1 :], len(whole) - len(read)
+def reported_text(corpus: Corpus, asked: Asked) -> tuple[Tensor, float]:
+    """Pieces of the held-out text after the tuning text, evenly spread over all of it: tokens
+    (pieces, LONG times the context, and one before them that is not predicted); and how many bytes
+    a token there encodes, the mean. No pieces where the text is too short for one."""
+    tuning, read = tuning_text(corpus, asked.sized)
+    whole, raw = corpus.held_out(corpus.info["held_out"]["bytes"])
+    rest, window = whole[len(tuning) - 1 :], LONG * asked.context
+    bytes_per_token = (len(raw) - len(read)) / max(1, len(rest) - 1)
+    fit = (len(rest) - 1) // window
+    count = min(fit, max(1, round(asked.sized.reported_bytes / (bytes_per_token * window))))
+    starts = torch.linspace(0, len(rest) - 1 - window, count).long()
+    pieces = [rest[start : start + window + 1] for start in starts]
+    return torch.stack(pieces) if pieces else rest.new_empty(0, window + 1), bytes_per_token
 
 
 def steps_that_fit(seconds: float, measured: Mapping[str, Row], trainings: int, most: int) -> int:

@@ -201,6 +201,7 @@ def peak(device: torch.device) -> Iterator[Peak]:
         torch.cuda.synchronize(device)
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # or the profiler writes into tables
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         yield found

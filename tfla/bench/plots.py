@@ -344,6 +344,7 @@ def _learning(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     for ax, x in zip(axes, ("tokens of training", "seconds of training"), strict=True):
         _scale(ax, late)
         ax.set_xlim(left=0)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         _name(ax, "", x, "held-out bits a byte" if ax is axes[0] else "")
     return _finish(figure, [axes], f"{_models(rows)}, {_spread(rows)}\n{about}")
 
@@ -357,7 +358,7 @@ def _by_position(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure
     for name, best in _best(rows).items():
         late += _band(ax, name, middle, [row["by_position"] for row in best])
     _scale(ax, late)
-    ax.axvline(context, color=LIMIT, ls=":", label=f"windows of training: {context:,} tokens")
+    ax.axvline(context, color=LIMIT, ls=":", label=f"windows of training: {context:,}")
     ax.set_xscale("log", base=2)
     ticks = [t for t in (2**n for n in range(3, 20)) if t <= edges[-1]]
     ax.set_xticks(ticks, [f"{t:,}" for t in ticks])

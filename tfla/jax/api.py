@@ -83,7 +83,7 @@ def mlstm(
         both modes and any number of times, through the normaliser and through both states.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted.
+        TypeError, ValueError: naming the argument, what came and what is expected.
         NotImplementedError: ``group``, and ``backend="triton"``.
 
     Example:
@@ -297,7 +297,7 @@ _warned: set[str] = set()
 
 
 def _pick_backend(backend: BackendName | None) -> None:
-    """Only "reference" is there; on a GPU that is said once."""
+    """Only "reference" is there; on a GPU tfla.jax warns once."""
     if backend is None:
         platform = jax.default_backend()
         if platform in ("gpu", "cuda", "rocm") and platform not in _warned:

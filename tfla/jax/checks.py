@@ -1,6 +1,6 @@
 """What comes in by the public functions: the state, argument checks and dtypes.
 
-Every error names the argument, what came and what is wanted, as those of ``tfla.checks`` do.
+Every error names the argument, what came and what is expected, as those of ``tfla.checks`` do.
 """
 
 from __future__ import annotations

@@ -319,8 +319,12 @@ def _weighted(x: Tensor, weight: Tensor, select: bool) -> Tensor:
 
 
 def _is_finite(*tensors: Tensor | None) -> bool:
-    """Nothing is inf or NaN (a sum may overflow too, which costs time only)."""
-    return all(x is None or (x.device.type == "cpu" and math.isfinite(x.sum())) for x in tensors)
+    """Nothing is inf or NaN (a sum may overflow too, which costs time only). Devices are not asked,
+    and where there are no values they are finite."""
+    return all(
+        x is None or x.is_meta or (x.device.type == "cpu" and math.isfinite(x.sum()))
+        for x in tensors
+    )
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
@@ -372,13 +376,13 @@ def _forward_pass(
             kr = k_ if simple else k_ * r[..., None]
             weight = weights.carried(block)
             active = S.rows(0, rows)
-            C, n, C_after, n_after = *active, None, None
+            before_C, before_n, C_after, n_after = *active, None, None
             needed = final or block is not group.blocks[-1]
             if block.number > 1:
-                C, C_after = _walk(C, kr, v_, weight, simple)
+                before_C, C_after = _walk(before_C, kr, v_, weight, simple)
                 if spec.normalize:
-                    n, n_after = _walk(n, kr, _ones(kr), weight, simple)
-            states = _State(C, n)
+                    before_n, n_after = _walk(before_n, kr, _ones(kr), weight, simple)
+            states = _State(before_C, before_n)
             if simple:
                 y, d = _separable_outputs(q_, k_, v_, states, spec.normalize)
                 sums.append(y.sum())
@@ -401,9 +405,9 @@ def _forward_pass(
             if d is not None and nu is not None:
                 nu[block.chunks, :, : block.size] = d.view(-1, H, block.size)
             if block.number == 1 and needed:
-                C_after = _next(C, kr, v_, weight, simple)
+                C_after = _next(before_C, kr, v_, weight, simple)
             if block.number == 1 and spec.normalize:
-                n_after = _next(n, kr, _ones(kr), weight, simple)
+                n_after = _next(before_n, kr, _ones(kr), weight, simple)
             S = _State(_joined(C_after, S.C, rows), _joined(n_after, S.n, rows))
         if any(separable) and not _is_finite(torch.stack(sums), S.C, S.n):
             return None

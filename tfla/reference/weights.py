@@ -138,7 +138,8 @@ def gate_weights(
         den = torch.maximum(layout.chunks_of(saved, dtype).abs(), floor)
         # Of a token that weighs nothing, but finite: 1 / den may be 2^126, and inf times 0 is NaN.
         factor, target = ((x / den).clamp(max=info.max / 4) for x in (factor, target))
-        if any(map(any, separable)) and not target.amax() < LARGEST:
+        large = target.device.type == "cpu" and not (target < LARGEST).all()
+        if any(map(any, separable)) and large:
             return gate_weights(x, spec, at_ends, saved, may_separate=False)
     return GateWeights(
         spec,
@@ -161,10 +162,11 @@ def gate_weights(
 def _separable(
     layout: Layout, p: Tensor, b: Tensor, may_separate: bool
 ) -> tuple[Tensor, list[list[bool]]]:
-    """(h (C, H), which blocks are separable). Other devices are not asked for values."""
+    """(h (C, H), which blocks are separable). Other devices are not asked for values; where there
+    are none, as where memory is counted, gates are ordinary."""
     h = torch.zeros_like(b[..., 0])
     no = [[False] * len(group.blocks) for group in layout.groups]
-    if b.device.type != "cpu" or not may_separate:
+    if b.device.type not in ("cpu", "meta") or not may_separate:
         return h, no
     least, most = b.aminmax(dim=-1)
     half = ((least + most) / 2).round()
@@ -172,7 +174,7 @@ def _separable(
     least, most = least - half, torch.maximum(most - half, source.amax(-1))
     weak = ((source < NOTHING) & (p > gates.NOTHING / 2)).any(-1)
     fits = (least >= -SEPARABLE) & (most <= SEPARABLE) & ~weak
-    if fits.all():
+    if b.is_meta or fits.all():
         return half, [[True] * len(group.blocks) for group in layout.groups]
     chunk_fits = fits.all(-1)
     found = [

@@ -1,6 +1,6 @@
 """Arguments that are whole numbers, of whatever make: Python's, NumPy's, tensors.
 
-Every error names the argument, what came and what is wanted. A bool, a float and a text are never
+Every error names the argument, what came and what is expected. A bool, a float and a text are never
 taken for an integer.
 """
 

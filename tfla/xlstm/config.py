@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class XLSTMConfig:
         tie_embeddings: the head shares the weight of the embedding.
 
     Raises:
-        TypeError, ValueError: naming the field, what came and what is wanted.
+        TypeError, ValueError: naming the field, what came and what is expected.
 
     Example:
         >>> from tfla.xlstm import XLSTMConfig
@@ -61,6 +62,8 @@ class XLSTMConfig:
                 raise TypeError(f"{name} must be an int; got {value!r}.")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}.")
+            if value >= 2**31:  # beyond the sizes of tensors, in products with others
+                raise ValueError(f"{name} must be below 2^31; got {reprlib.repr(value)}.")
         factors = ("qk_dim_factor", "v_dim_factor", "ffn_factor")
         for name in (*factors, "gate_soft_cap", "logit_soft_cap", "norm_eps"):
             value = getattr(self, name)

@@ -87,7 +87,7 @@ class Stream:
         state: has read all but `last`; ``take`` from it to keep a branch.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted.
+        TypeError, ValueError: naming the argument, what came and what is expected.
         FloatingPointError: the model's logits are NaN or infinite, so there is nothing to sample
             from. On a GPU, where a look costs a wait, it is raised after the prompts, where `stop`
             waits anyway, and at the end.

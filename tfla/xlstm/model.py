@@ -228,7 +228,7 @@ class XLSTM(nn.Module):
             logits: (B, T, vocab) fp32 (fp64 in an fp64 model), and the state or None.
 
         Raises:
-            TypeError, ValueError: naming the argument, what came and what is wanted.
+            TypeError, ValueError: naming the argument, what came and what is expected.
         """
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens must be a tensor (B, T); got {type(tokens).__name__}.")

@@ -64,7 +64,7 @@ def score_documents(
     """The score of documents, one after the other, each behind the id that ends one.
 
     The stream is read as in training, in windows of `context` tokens, each from an empty state, so
-    the first tokens of a window are the dear ones. `read` is told of the bytes as they are read.
+    the first tokens of a window cost most. `read` is called with the bytes as they are read.
 
     Example:
         writer = load_writer(Path("runs/train"))

@@ -13,6 +13,7 @@ the clock. `Placement` is the seam to many devices: the loop and the model know 
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -174,10 +175,24 @@ class TrainState:
 def initial(config: XLSTMConfig, weights: Path | None, device: torch.device | str = "cpu") -> XLSTM:
     """A model before its first step, in fp32: drawn from torch's generator on `device` (the CPU's
     numbers are the same wherever it is trained), or read from `weights`."""
+    needed = 4 * config.num_parameters()
+    if needed > (there := _physical_memory()):  # before as many layers are made as fit into it
+        raise RunError(
+            f"a model of {config.num_parameters():,} parameters takes {needed / 1e9:,.0f} GB, this "
+            f"machine has {there / 1e9:,.0f} GB of memory; take a smaller model"
+        )
     if weights is not None:
         return load(weights, device, torch.float32).train()
     with torch.device(device):  # torch's default one may be another
         return XLSTM(config)
+
+
+def _physical_memory() -> float:
+    """Bytes of memory of this machine; infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return math.inf
 
 
 def check_moments(
@@ -344,7 +359,7 @@ def evaluate(
     a token, where `size` is the number of tokens but the first.
 
     The stream is read in windows, by default of the training context, from an empty state, so a
-    window's first tokens are the dear ones: sum over all tokens but the first of
+    window's first tokens cost most: sum over all tokens but the first of
     -log2 p(token | its window), over `size`.
     """
     nats = total_nats(model, stream, window or options.context, options.precision, device)
