@@ -1,7 +1,8 @@
 """tfla.nn.MLSTM in place of torch.nn.LSTM: handwritten digits, read row by row.
 
 The data are the 1,797 images of 8 x 8 pixels that scikit-learn brings (pip install scikit-learn).
-Each is a sequence of 8 rows; what the layer says after the last one is to name the digit.
+Each is a sequence of 8 rows; what the layer says after the last one is to name the digit. Both
+learn it; on sequences as short as these nn.LSTM takes less time. ragged.py shows where MLSTM does.
 """
 
 import time
