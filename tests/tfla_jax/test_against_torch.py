@@ -288,6 +288,8 @@ def in_words_of_jax(text: str) -> str:
         ("torch.", ""),
         (" on cpu", ""),
         ("tensor", "array"),
+        ("x.transpose(1, 2) makes", "jnp.swapaxes(x, 1, 2) makes"),
+        (", without a copy.", "."),
     ):
         text = text.replace(here, there)
     return text

@@ -21,6 +21,12 @@ DTYPES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float
 OFFSETS = tuple(map(jnp.dtype, (jnp.int32, jnp.int64)))
 
 
+HEADS_FIRST = (
+    " Some of the arrays seem to have their heads first, (B, H, T, ...): jnp.swapaxes(x, 1, 2) "
+    "makes (B, T, H, ...) of them."
+)
+
+
 class State(NamedTuple):
     """The state of N sequences: all that a linear recurrent model remembers. A pytree.
 
@@ -56,6 +62,12 @@ def array(name: str, x: Any) -> Array:
     return jnp.asarray(x)
 
 
+def _transposed(q: Array, v: Array) -> bool:
+    """Would q (B, ., ., K) and v (B, ., ., V) fit with the heads of both, or of one, first?"""
+    (B, T, G), (N, *rest) = q.shape[:3], v.shape[:3]
+    return B == N and (G == rest[1] or T == rest[1] or G == rest[0])
+
+
 def operands(q: Any, k: Any, v: Any, axes: Sequence[str]) -> tuple[Array, Array, Array]:
     """q, k and v. axes: their names but the last, as ("B", "T", "H")."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -80,6 +92,7 @@ def operands(q: Any, k: Any, v: Any, axes: Sequence[str]) -> tuple[Array, Array,
         sizes = ", ".join([*(str(size) for size in q.shape[:-2]), "H", "V"])
         raise ValueError(
             f"v must be ({', '.join(axes)}, V) = ({sizes}) beside q {what(q)}; got {what(v)}."
+            + (HEADS_FIRST if len(axes) == 3 and _transposed(q, v) else "")
         )
     G, H = q.shape[-2], v.shape[-2]
     if H % G:
@@ -103,7 +116,8 @@ def gate(name: str, x: Any, v: Array) -> Array:
             return jnp.broadcast_to(x, shape)
         per_head = " or (H,)" if name.startswith("log_") else ""
         axes = "(B, T, H)" if len(shape) == 3 else "(B, H)"
-        raise ValueError(f"{name} must be {axes} = {tuple(shape)}{per_head}; got {what(x)}.")
+        hint = HEADS_FIRST if len(shape) == 3 and x.shape == (shape[0], shape[2], shape[1]) else ""
+        raise ValueError(f"{name} must be {axes} = {tuple(shape)}{per_head}; got {what(x)}.{hint}")
     return x
 
 
