@@ -60,7 +60,8 @@ class _AfterTorch(MetaPathFinder):
                 execute(module)
                 _import_functions()
 
-            loader.exec_module = execute_and_import
+            with suppress(AttributeError):  # a loader of another make: when they are asked for
+                loader.exec_module = execute_and_import
         return spec
 
 
