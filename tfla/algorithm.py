@@ -161,7 +161,7 @@ def _backward(
     if column is not None:
         column = backend.with_final_grad(column, dn, weights)
     dC_T = None if dC is None else dC.mT
-    dk = backend.scan("dk", x.v, dh, x.q, weights, dC_T, column=column, dot=x.k)
+    dk = backend.scan("dk", x.v, dh, x.q, weights, dC_T, column=column, dot=x.k, dq=dq)
     di, df = backend.gate_gradients(x.i, x.f, dq, dk, weights, spec.gate_dtypes)
     clear(backend, given, dq.out, dk.out, dv.out, di, df)
     dC_0, dn_0 = (None, None) if x.C is None else backend.initial_gradients(dv, dk)

@@ -331,7 +331,6 @@ def _sequence(call: _Call) -> tuple[Tensor, State | None]:
         return h, state if spec.final_state else None
     if _is_negative(call.scale):  # the kernels take the scale into an exponent
         x = x._replace(q=-x.q)
-    x = shapes.each_head(x)
     ranks = 1 if group is None else group.size()
     if call.reverse:
         x = shapes.mirrored(x, spec.T * ranks)
@@ -552,7 +551,7 @@ def _validated_step(call: _StepCall) -> tuple[StepInputs, StepOptions, bool]:
 
 def _run_step(x: StepInputs, options: StepOptions, inplace: bool) -> tuple[Tensor, State]:
     given = State(x.C, x.n, x.m)
-    h, after = ops.step(shapes.each_head(x), options, inplace)
+    h, after = ops.step(x, options, inplace)
     return h, given if inplace else after
 
 
@@ -561,10 +560,9 @@ def _step_with_gradients(
 ) -> tuple[Tensor, State]:
     """A step as a sequence of one token."""
     q, scale = (-x.q, -options.scale) if options.scale < 0 else (x.q, options.scale)
-    x = shapes.each_head(x._replace(q=q))
     states = x.C, x.n, x.m
     C, n, m = (None if s is None else s.to(state_dtype(q.dtype)) for s in states)
-    q, k, v, i, f = (t[:, None] for t in (x.q, x.k, x.v, x.i, x.f))
+    q, k, v, i, f = (t[:, None] for t in (q, x.k, x.v, x.i, x.f))
     one = Inputs(q, k, v, i, f, C, n, m, None)
     names = options.input_gate, options.sigmoid_f
     wanted = Options(scale, *names, normalize, True, True, options.backend, products_of(q.dtype))

@@ -27,6 +27,7 @@ from torch import Tensor
 from tfla import _compat, algorithm, gates, log, ops
 from tfla.gates import EMPTY
 from tfla.offsets import check_offsets
+from tfla.shapes import each_head
 from tfla.spec import CallSpec, Inputs
 
 CUT = gates.LOG_F_NOTHING  # below any gauge, and finite: a log weight of 0
@@ -194,8 +195,9 @@ def _left(x: Inputs, spec: CallSpec, part: Part) -> _States:
     m, followed = gates.rounded(m, full)
     b = log_f.sum(-1).clamp(min=CUT)  # which fp32 holds
     w = (power - followed[..., None]).exp().to(full).transpose(1, 2)
-    C = _product(x.k, w, x.v, full)
-    n = _sum_of(x.k, w, full) if spec.normalize else None
+    k = each_head(x.k, spec.H)
+    C = _product(k, w, x.v, full)
+    n = _sum_of(k, w, full) if spec.normalize else None
     begins = _pick(part.starts, part.last)
     if x.C is not None and begins is not False:
         n = None if n is None or x.n is None else torch.stack([n, _pick(x.n, part.last)])
@@ -280,8 +282,9 @@ def backward(
                 w, d = backend.initial_state_decay(weights, column, part.first)
                 used = None if part.head is None else part.head & enters[0]
                 w = _mask(used, w, 0.0)
-                dC = _product(x.q, w, dh, full)
-                dn = None if d is None else _sum_of(x.q, w * _mask(used, d, 0.0), full)
+                q = each_head(x.q, spec.H)
+                dC = _product(q, w, dh, full)
+                dn = None if d is None else _sum_of(q, w * _mask(used, d, 0.0), full)
             gauge = dC.new_zeros(dC.shape[:2]) if m is None else _pick(m, part.first)
             if given and enters is not False:
                 _, log_f = gates.log_gates(x.i.double(), x.f.double(), spec.activations)

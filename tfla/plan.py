@@ -40,6 +40,12 @@ class Problem:
     bytes: int  # of an element of q, k, v
     # Of fp32 products; says nothing of 16-bit operands ("ieee").
     precision: Literal["ieee", "tf32"]
+    G: int | None = None  # heads of q and k; None: as many as of v, H
+
+    @property
+    def R(self) -> int:
+        """Heads of a group: those that share a head of q and k."""
+        return 1 if self.G is None else self.H // self.G
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,19 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class GroupTile:
+    """The shape of the kernels that make dq and dk of groups of heads, grouped.py."""
+
+    block_k: int  # columns of q and k; a program makes the gradient of two chunks of their tokens
+    block_v: int  # columns of v that a product takes at once
+    splits: int  # programs that share the heads of a group; their sums are added in the end
+    scores_warps: int
+    scores_stages: int
+    states_warps: int
+    states_stages: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that is decided before a launch."""
 
@@ -80,6 +99,7 @@ class Plan:
     small_warps: int
     gate_warps: int  # of kernels over the gates of a chunk
     divides: bool  # the scan of h makes the denominator itself, but for fp16
+    group: GroupTile | None  # where heads share q and k
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -91,7 +111,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = f"chunk {self.L}, span {self.span}, segment {self.segment or 'none'}"
-        return "\n".join([head, f"h, dv   {self.h}", f"dq, dk  {self.dq}"])
+        return "\n".join([head, f"h, dv   {self.h}", f"dq, dk  {self.group or self.dq}"])
 
 
 def power_of_two(n: int, low: int = 16) -> int:
@@ -207,9 +227,37 @@ def _span(p: Problem, dq: Tile, programs: int) -> int:
 def _units(device: Device, p: Problem, shape: Shape) -> tuple[Units, Tile, Tile]:
     """With the tiles of h and of dq."""
     h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
-    span = _span(p, dq, _programs(device, p, shape, h, dq))
+    L = _chunk(shape, _mean(p))
+    span = GROUP_SPAN * L if p.R > 1 else _span(p, dq, _programs(device, p, shape, h, dq))
     kept = h.splits * h.block_a, h.tiles * h.block_x
-    return Units(_chunk(shape, _mean(p)), span, kept), h, dq
+    return Units(L, span, kept), h, dq
+
+
+# Chunks between the states that dq and dk of groups start from: with 4 the states of 128 heads of
+# 64, kept in bf16, take twice the memory.
+GROUP_SPAN = 8
+
+
+def _group(p: Problem, device: Device, L: int) -> GroupTile | None:
+    """The heads of a group are split over programs only where tokens and groups are too few to
+    fill the machine."""
+    if p.R == 1 or p.G is None:
+        return None
+    plain = p.bytes == 4  # products on the plain units, or three of TF32
+    block_k = min(32 if plain else 128, power_of_two(p.K))
+    programs = p.N * -(-_mean(p) // (2 * L)) * p.G * -(-p.K // block_k)
+    splits = 1
+    while splits < p.R and 2 * splits * programs <= device.multiprocessors:
+        splits *= 2
+    return GroupTile(
+        block_k,
+        min(32 if plain else 128, power_of_two(p.V)),
+        splits,
+        scores_warps=4,
+        scores_stages=2,
+        states_warps=4 if plain or L < 64 else 8,
+        states_stages=2,
+    )
 
 
 def units(problem: Problem, device: Device) -> list[tuple[int, Units]]:
@@ -259,6 +307,7 @@ def plan(problem: Problem, device: Device) -> Plan:
         small_warps=2 if L <= 32 and shape.mma else 4,
         gate_warps=1 if L <= 32 and shape.mma else 2,
         divides=divides,
+        group=_group(p, device, L),
     )
 
 

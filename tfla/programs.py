@@ -31,6 +31,7 @@ def call_of(
         B=p.B,
         T=p.T,
         H=p.H,
+        G=p.H if p.G is None else p.G,
         K=p.K,
         V=p.V,
         N=p.N,
@@ -71,8 +72,8 @@ def programs(spec: CallSpec, device: Device, *, final_grads: bool = True) -> Pro
     C, n, m = of(full, N, H, K, V), of(full, N, H, K), of(full, N, H)
     start, normal = spec.initial_state, spec.normalize
     layouts: dict[str, Layout | None] = {
-        "q": of(spec.dtype, B, T, H, K),
-        "k": of(spec.dtype, B, T, H, K),
+        "q": of(spec.dtype, B, T, spec.G, K),
+        "k": of(spec.dtype, B, T, spec.G, K),
         "v": of(spec.dtype, B, T, H, V),
         "i": of(spec.gate_dtypes[0], B, T, H),
         "f": of(spec.gate_dtypes[1], B, T, H),

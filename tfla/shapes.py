@@ -1,33 +1,20 @@
-"""Calls of other shapes as the one that backends take: groups of heads, and mirrored sequences.
-
-A backend takes q and k with as many heads as v, and sequences from their first token to their last.
-Both functions are made of torch's own, so gradients, graphs and process groups know them: dq and dk
-are summed over a group in fp32 by the backward pass of ``expand``, whatever the dtype.
-"""
+"""Calls of other shapes as those that backends take: groups of heads, for what takes none, and
+mirrored sequences, for backends run them from their first token to their last."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 from torch import Tensor
 
-from tfla.spec import Inputs, StepInputs
-
-X = TypeVar("X", Inputs, StepInputs)
+from tfla.spec import Inputs
 
 
-def each_head(x: X) -> X:
-    """x with q and k of all H heads of v: head h reads group h // (H // G) of the G that q and k
-    have. With G = 1 these are views, else copies."""
-    G, H = x.q.shape[-2], x.v.shape[-2]
-    if G == H:
-        return x
-
-    def spread(t: Tensor) -> Tensor:
-        return t.unsqueeze(-2).expand(*t.shape[:-1], H // G, -1).flatten(-3, -2)
-
-    return x._replace(q=spread(x.q), k=spread(x.k))
+def each_head(x: Tensor, H: int) -> Tensor:
+    """q or k (..., G, K) as H heads have it: head h has group h // (H // G). With G = 1 it is a
+    view, else a copy."""
+    G = x.shape[-2]
+    return x.unsqueeze(-2).expand(*x.shape[:-1], H // G, -1).flatten(-3, -2) if G != H else x
 
 
 def mirrored(x: Inputs, T: int) -> Inputs:

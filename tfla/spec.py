@@ -1,6 +1,7 @@
 """A call as a value: its tensors by name, and all that it is besides their numbers.
 
-Dimensions: B batch, T tokens, H heads, K q/k head dim, V v head dim, N sequences.
+Dimensions: B batch, T tokens, H heads, G heads of q and k, K q/k head dim, V v head dim, N
+sequences.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ torch.serialization.add_safe_globals([State])
 class Inputs(NamedTuple, Generic[X]):
     """The tensors of a call over sequences."""
 
-    q: X  # (B, T, H, K)
-    k: X  # (B, T, H, K)
+    q: X  # (B, T, G, K)
+    k: X  # (B, T, G, K)
     v: X  # (B, T, H, V)
     i: X  # (B, T, H)
     f: X  # (B, T, H)
@@ -94,8 +95,8 @@ OPTIONS = (
 class StepInputs(NamedTuple):
     """The tensors of a call of one token."""
 
-    q: Tensor  # (B, H, K)
-    k: Tensor  # (B, H, K)
+    q: Tensor  # (B, G, K)
+    k: Tensor  # (B, G, K)
     v: Tensor  # (B, H, V)
     i: Tensor  # (B, H)
     f: Tensor  # (B, H)
@@ -131,7 +132,8 @@ class CallSpec:
 
     B: int  # rows; 1 if packed
     T: int  # tokens in each, of this rank
-    H: int  # heads
+    H: int  # heads of v, the gates and the states
+    G: int  # of q and k: head h of v reads group h // (H // G)
     K: int  # width of q and k
     V: int  # width of v and h
     N: int  # sequences: B, or as many as are packed
@@ -153,12 +155,13 @@ class CallSpec:
     @staticmethod
     def of(x: Inputs[Tensor], options: Options) -> CallSpec:
         """The call of these tensors."""
-        (B, T, H, V), K, packed = x.v.shape, x.q.shape[-1], x.cu_seqlens is not None
+        (B, T, H, V), (G, K), packed = x.v.shape, x.q.shape[-2:], x.cu_seqlens is not None
         N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
         return CallSpec(
             B,
             T,
             H,
+            G,
             K,
             V,
             N,
@@ -186,6 +189,11 @@ class CallSpec:
     @property
     def activations(self) -> Activations:
         return Activations(self.input_gate, self.sigmoid_f)
+
+    @property
+    def R(self) -> int:
+        """Heads of a group: those that share a head of q and k."""
+        return self.H // self.G
 
     @property
     def at_ends(self) -> bool:

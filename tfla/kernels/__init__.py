@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tfla.backend import ScanName
-from tfla.kernels import gates, normalizer
+from tfla.kernels import gates, groups, normalizer
 from tfla.kernels.layout import _joined_kernel
 from tfla.kernels.planning import plan_of
 from tfla.kernels.program import Symbol, name_of
@@ -93,21 +93,22 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
     ``tfla.reference.gate_weights``."""
     plan, builder = plan_of(spec), x.q.builder
     units = Units(plan.L, plan.span, plan.kept)
-    shapes, keeps = saved_parts(spec, units), spec.needs_grad or saved is not None
+    parts, keeps = saved_parts(spec, units), spec.needs_grad or saved is not None
 
     def part(name: str) -> Symbol | None:
-        if name not in shapes:
+        if name not in parts:
             return None
+        shape, dtype = parts[name]
         if keeps:
-            return builder.part(name, *shapes[name], given=saved is not None)
-        return builder.new(name, *shapes[name])
+            return builder.part(name, *shape, dtype=dtype, given=saved is not None)
+        return builder.new(name, *shape, dtype=dtype)
 
     vectors, decay, C_ends, n_chunk, n_final = map(
         part, ("vectors", "decay", "C_ends", "n_chunk", "n_final")
     )
     assert vectors is not None and decay is not None
     forward = saved is None
-    dC_ends = None if forward or C_ends is None else builder.new("dC_ends", *C_ends.shape)
+    dC_ends = None if forward or C_ends is None else builder.new("dC_ends", *C_ends.shape, dtype=C_ends.dtype)
     # fp16 would lose what is small beside a gauge and not beside a denominator.
     undivided = None
     if spec.normalize and plan.divides and x.q.dtype != "fp16" and forward:
@@ -172,7 +173,7 @@ def _normalized(x: Inputs[Symbol], weights: GateWeights) -> None:
         | strides("i", x.i)
         | strides("f", x.f)
         | weights.common
-        | {"K": K},
+        | {"K": K, "R": spec.R},
         constants={"L": plan.L, "BLOCK_K": plan.block_k} | _gate_forms(spec),
     )
     builder.launch(
@@ -229,7 +230,7 @@ def _normalized(x: Inputs[Symbol], weights: GateWeights) -> None:
         numbers=strides("q", x.q)
         | strides("k", x.k)
         | weights.common
-        | {"K": K, "scale": spec.scale},
+        | {"K": K, "R": spec.R, "scale": spec.scale},
         constants={
             "L": plan.L,
             "BLOCK_K": plan.block_k,
@@ -278,7 +279,7 @@ def normalizer_grad(
         | strides("h", h)
         | strides("q", q)
         | weights.common
-        | {"size": weights.size, "K": spec.K, "V": spec.V},
+        | {"size": weights.size, "K": spec.K, "V": spec.V, "R": spec.R},
         constants={
             "L": plan.L,
             "BLOCK_K": plan.block_k,
@@ -353,6 +354,7 @@ class Scan(NamedTuple):
     dot: Symbol | None  # (parts, rows, chunks, L) shares of the row dot products
     final: Symbol | None  # (N, H, A, X)
     column: NormalizerGrad | None
+    scores: groups.Scores | None = None  # of groups of heads: made with dq, for dk
 
 
 class _Slice(NamedTuple):
@@ -377,6 +379,7 @@ def scan(
     column: NormalizerGrad | None = None,
     dot: Symbol | None = None,
     final: bool = True,
+    dq: Scan | None = None,
 ) -> Scan:
     """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans,
     dq and dk start from them.
@@ -384,7 +387,9 @@ def scan(
     A wide contraction is done in slices, each adding to the last one's output in fp32.
     """
     spec, plan, sizes, builder = weights.spec, weights.plan, weights.sizes, a.builder
-    B, T, H, A, X = *a.shape, x.shape[-1]
+    B, T, H, A, X = spec.B, spec.T, spec.H, a.shape[-1], x.shape[-1]
+    if spec.R > 1 and name in ("dq", "dk"):
+        return _of_groups(name, a, b, x, weights, state, column, dot, dq)
     tile = plan.tile(name)
     if name == "dv" and not tile.hopper:
         dot = None
@@ -420,6 +425,30 @@ def scan(
         call.launch(_Slice(first, width, out, partial, last))
         partial = out
     return Scan(call.out, call.dots, call.final, column)
+
+
+def _of_groups(
+    name: ScanName,
+    a: Symbol,
+    b: Symbol,
+    x: Symbol,
+    weights: GateWeights,
+    state: Symbol | None,
+    column: NormalizerGrad | None,
+    y: Symbol | None,
+    dq: Scan | None,
+) -> Scan:
+    """dq, or dk after it, where heads share q and k; see groups.py."""
+    assert y is not None
+    d, vector = None, None
+    if column is not None:
+        d, vector = column.d, weights.n_chunk if name == "dq" else column.dn_chunk
+    made = None if dq is None else dq.scores
+    if made is None:
+        made = groups.scores(y, x, b, a, d, weights)
+    operands = groups.Operands(a, b, x, y, state, d, vector)
+    out = groups.gradient(operands, made, weights, reverse=name == "dk")
+    return Scan(out, made.q_dq if name == "dq" else made.k_dk, None, column, made)
 
 
 class _Scan(NamedTuple):
@@ -584,6 +613,7 @@ class _Scan(NamedTuple):
                 "first_a": part.first or None,  # none to add costs no register
                 "A": part.width,
                 "X": X,
+                "R": spec.R,
             },
             constants={
                 "L": plan.L,

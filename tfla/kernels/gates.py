@@ -311,8 +311,9 @@ def _gradients_kernel(
     meet = tl.zeros([1024], tl.float32)
     for block in range(0, state, 1024):
         entry = block + tl.arange(0, 1024)
-        C = tl.load(C_ends + span * state + entry, mask=entry < state, other=0.0)
-        meet += C * tl.load(dC_ends + span * state + entry, mask=entry < state, other=0.0)
+        C = tl.load(C_ends + span * state + entry, mask=entry < state, other=0.0).to(tl.float32)
+        dC = tl.load(dC_ends + span * state + entry, mask=entry < state, other=0.0)
+        meet += C * dC.to(tl.float32)
     total = tl.sum(meet, 0).to(tl.float64)
     end = tl.minimum((j + 1) * SPAN, length)
     if NORMALIZE:

@@ -84,6 +84,7 @@ def _scan_hopper_kernel(
     first_a,
     A,
     X,
+    R,
     L: gl.constexpr,
     BLOCK_A: gl.constexpr,
     BLOCK_X: gl.constexpr,
@@ -97,7 +98,8 @@ def _scan_hopper_kernel(
     OF_X: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: x . y."""
+    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: x . y.
+    R: heads that share a and b (see ``tfla.kernels.scan``)."""
     PACKED: gl.constexpr = cu_seqlens is not None
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
@@ -187,7 +189,7 @@ def _scan_hopper_kernel(
         b += first_a
         if WHOLE:
             a += first_a
-    b += batch * stride_bb + start * stride_bt + head * stride_bh
+    b += batch * stride_bb + start * stride_bt + head // R * stride_bh
     x += batch * stride_xb + start * stride_xt + head * stride_xh
     b_rows = _rows(b, [tokens, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
     x_rows = _rows(x, [tokens, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
@@ -200,7 +202,7 @@ def _scan_hopper_kernel(
     channels = b_in, v_in, x_in
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if WHOLE:
-        a += batch * stride_ab + start * stride_at + head * stride_ah
+        a += batch * stride_ab + start * stride_at + head // R * stride_ah
         a_in = part.channel(_rows(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE), 0, STAGES)
         channels = b_in, a_in, v_in, x_in
         out_at = ((batch * T + start) * H + head) * X
@@ -266,10 +268,11 @@ def _scan_hopper_kernel(
     if WHOLE and CUT:
         if (high < chunks) if REVERSE else (low > 0):
             before = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e + entry
-            S = gl.load(before, mask=(columns < X)[:, None] & (lanes < A)[None, :], other=0.0)
+            valid = (columns < X)[:, None] & (lanes < A)[None, :]
+            S = gl.load(before, mask=valid, other=0.0).to(gl.float32)
             if HALVES == 2:
                 valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
-                S_2 = gl.load(before + SECOND, mask=valid, other=0.0)
+                S_2 = gl.load(before + SECOND, mask=valid, other=0.0).to(gl.float32)
     keep_next = gl.load(decay + slot + (gl.maximum(high - 1, low) if REVERSE else low))
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
     source = gl.expand_dims(gl.arange(0, L, layout=SOURCES), SOURCES.dim)

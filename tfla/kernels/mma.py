@@ -215,6 +215,7 @@ def _scan_mma_kernel(
     first_a,
     A,
     X,
+    R,
     L: gl.constexpr,
     BLOCK_A: gl.constexpr,
     BLOCK_X: gl.constexpr,
@@ -293,7 +294,7 @@ def _scan_mma_kernel(
         b += first_a
         if WHOLE:
             a += first_a
-    b += batch * stride_bb + start * stride_bt + head * stride_bh
+    b += batch * stride_bb + start * stride_bt + head // R * stride_bh
     x += batch * stride_xb + start * stride_xt + head * stride_xh
     b_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
     x_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_X], X_TILE)
@@ -301,7 +302,7 @@ def _scan_mma_kernel(
     rows = (b, stride_bt, 0, A, b_s), (x, stride_xt, first_x, X, x_s)
     lines = ((weights + slot * (VECTORS * L), 0, VECTORS * L, v_s),)
     if WHOLE:
-        a += batch * stride_ab + start * stride_at + head * stride_ah
+        a += batch * stride_ab + start * stride_at + head // R * stride_ah
         a_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
         rows += ((a, stride_at, 0, A, a_s),)
         p_all = gl.allocate_shared_memory(dtype, [2 if PAIR else 1, L, L], _tile_layout(L, dtype))
@@ -353,7 +354,8 @@ def _scan_mma_kernel(
             if (high < chunks) if REVERSE else (low > 0):
                 before = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e + entry
                 valid = (columns < X)[:, None] & (lane < A)[None, :]
-                S_piece = gl.load(before + piece * PIECE * STRIDE_EA, mask=valid, other=0.0)
+                kept = before + piece * PIECE * STRIDE_EA
+                S_piece = gl.load(kept, mask=valid, other=0.0).to(gl.float32)
         S += (S_piece,)
 
     keep_next = gl.load(decay + (gl.maximum(high - 1, low) if REVERSE else low))

@@ -3,7 +3,7 @@ backward pass.
 
 nu = n . scale q is one more column of values, but inside the scan it would spill; here it is a sum
 a chunk, a scan over the chunks and one product a chunk. The denominator then goes into the
-exponents, and one scan serves all.
+exponents, and one scan serves all. R heads share a head of q and k.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def _sums_kernel(
     H,
     slots,
     K,
+    R,
     L: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LOG_I: tl.constexpr,
@@ -133,7 +134,7 @@ def _sums_kernel(
     inside = t < length
     t = start + t
     # The first tile is on its way while the gates are worked on.
-    rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
+    rows = k + batch * stride_kb + t * stride_kt + head // R * stride_kh
     column = tl.arange(0, BLOCK_K)
     seen = inside[:, None] & (column < K)[None, :]
     tile = tl.load(rows[:, None] + column[None, :], mask=seen, other=0.0)
@@ -358,6 +359,7 @@ def _denominator_kernel(
     H,
     slots,
     K,
+    R,
     scale,
     L: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -374,8 +376,8 @@ def _denominator_kernel(
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
     scores = tl.zeros([L, L], tl.float32)
     nu = tl.zeros([L], tl.float32)
-    q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
-    k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
+    q_rows = q + batch * stride_qb + t * stride_qt + head // R * stride_qh
+    k_rows = k + batch * stride_kb + t * stride_kt + head // R * stride_kh
     for block in range(0, K, BLOCK_K):
         column = block + tl.arange(0, BLOCK_K)
         seen = inside[:, None] & (column < K)[None, :]
@@ -441,6 +443,7 @@ def _column_kernel(
     size,
     K,
     V,
+    R,
     L: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -458,7 +461,7 @@ def _column_kernel(
     t = start + j * L + l
     here = slot * L + l
     # The first tile is on its way while the vectors are worked on.
-    rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
+    rows = q + batch * stride_qb + t * stride_qt + head // R * stride_qh
     column = tl.arange(0, BLOCK_K)
     seen = inside[:, None] & (column < K)[None, :]
     tile = tl.load(rows[:, None] + column[None, :], mask=seen, other=0.0)

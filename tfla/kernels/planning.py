@@ -49,7 +49,7 @@ def device_of(x: Tensor | CallSpec) -> Device:
 
 def _problem(spec: CallSpec) -> Problem:
     s = spec
-    return Problem(s.B, s.T, s.H, s.K, s.V, s.N, s.packed, s.dtype.itemsize, s.precision)
+    return Problem(s.B, s.T, s.H, s.K, s.V, s.N, s.packed, s.dtype.itemsize, s.precision, s.G)
 
 
 def plan_of(spec: CallSpec) -> Plan:

@@ -150,6 +150,11 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def saved_room(elements: int, dtype: str) -> int:
+    """Numbers of fp32 in which so many of a dtype lie, and one more; they may be a symbol."""
+    return padded(-(-(elements + 1) * BYTES[dtype] // 4))
+
+
 def fit(uses: Mapping[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
     """Offsets for buffers of (bytes, first use, last use), large ones first, and the size of all:
     what is never used at the same time may lie in the same place."""
@@ -298,16 +303,16 @@ class Builder:
         """Here one Program ends and another begins."""
         self.cuts.append(len(self.launches))
 
-    def part(self, name: str, *shape: int, given: bool) -> Symbol:
-        """One of the arrays, fp32, that a forward pass saves for its backward pass. given: this is
-        the backward pass. Whoever wants them in one allocation has ``saved`` for it."""
+    def part(self, name: str, *shape: int, dtype: str = "fp32", given: bool) -> Symbol:
+        """One of the arrays that a forward pass saves for its backward pass. given: this is the
+        backward pass. Whoever wants them in one allocation has ``saved`` for it."""
         role: Role = "saved"
         if given:
-            x = self.input(name, Layout("fp32", shape, dense(shape)), role)
+            x = self.input(name, Layout(dtype, shape, dense(shape)), role)
         else:
-            x = self.new(name, *shape, role=role)
+            x = self.new(name, *shape, dtype=dtype, role=role)
         self.saved[x.buffer] = self.saved_elements
-        self.saved_elements += padded(x.numel + 1)
+        self.saved_elements += saved_room(x.numel, dtype)
         return x
 
     @property

@@ -217,8 +217,8 @@ class _Player:
                 found = tensors[part.place]
                 if part.place == self.last:
                     found = shared[part.offset : self.size].view(part.dtype)
-                elif part.offset:
-                    found = found[part.offset // part.dtype.itemsize :]
+                elif part.offset or found.dtype != part.dtype:  # a part of what is saved
+                    found = found.view(part.dtype)[part.offset // part.dtype.itemsize :]
                 pointers[n] = found
             return found
 
@@ -325,7 +325,8 @@ class _Pass:
         buffers = built.programs[0].buffers
         for n, first in built.saved.items():
             assert saved is not None
-            parts[n] = _Part(saved, 4 * first, torch.float32, buffers[n].shape)
+            dtype = TYPES[buffers[n].dtype]
+            parts[n] = _Part(saved, 4 * first, dtype, buffers[n].shape)
         self.parts = parts
         self.blank = places + 1 - len(tensors)
         self.players = [

@@ -8,7 +8,8 @@
 A program owns BLOCK_X columns of one head of one segment and walks over its chunks, forward or in
 reverse. Which vector is the row and which the column exponent is all that the direction changes
 (``math.md``). TRANSPOSED keeps S as (X, A), the register operand of the next product, where it
-would otherwise pass through shared memory.
+would otherwise pass through shared memory. R heads of x share
+a head of a and b, which are then q and k: dq and dk of such groups are made in grouped.py.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def _scan_kernel(
     first_a,
     A,
     X,
+    R,
     L: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -158,11 +160,11 @@ def _scan_kernel(
         b += first_a
         if out is not None:
             a += first_a
-    b_rows = b + batch * stride_bb + start * stride_bt + head * stride_bh
+    b_rows = b + batch * stride_bb + start * stride_bt + head // R * stride_bh
     x_rows = x + batch * stride_xb + start * stride_xt + head * stride_xh
     out_at = ((batch * T + start) * H + head) * X
     if out is not None:
-        a_rows = a + batch * stride_ab + start * stride_at + head * stride_ah
+        a_rows = a + batch * stride_ab + start * stride_at + head // R * stride_ah
         out_rows = out + out_at
     if y is not None:
         y_rows = y + batch * stride_yb + start * stride_yt + head * stride_yh
@@ -206,7 +208,7 @@ def _scan_kernel(
         if (high < chunks) if REVERSE else (low > 0):
             before = (high if REVERSE else low) * L // SPAN - 1
             kept = ends + (span + before) * stride_e + first_x * STRIDE_EX + entry
-            S = tl.load(kept, mask=inside, other=0.0)
+            S = tl.load(kept, mask=inside, other=0.0).to(tl.float32)
 
     l = tl.arange(0, L)
     for step in range(0, high - low):
@@ -380,5 +382,5 @@ def _join_kernel(
         end = (piece if REVERSE else piece + 1) * (UNIT // SPAN) - 1
         at = ends + (span + end) * stride_e + lane * STRIDE_EA + column
         remains = tl.load(left + (first + piece) * H + head)
-        S = scaled(S, remains) + tl.load(at, mask=inside, other=0.0)
+        S = scaled(S, remains) + tl.load(at, mask=inside, other=0.0).to(tl.float32)
         tl.store(at, S, mask=inside)

@@ -62,6 +62,7 @@ def _step_kernel(
     H,
     K,
     V,
+    R,
     rows,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -69,7 +70,8 @@ def _step_kernel(
     LOG_I: tl.constexpr,
     SIGMOID_F: tl.constexpr,
 ):
-    """C' = exp(log_f + m - m') C + exp(log_i - m') k v^T, and h, for BLOCK_V columns of one head.
+    """C' = exp(log_f + m - m') C + exp(log_i - m') k v^T, and h, for BLOCK_V columns of one head; R heads share
+    one of q and k.
 
     Every program of a head reads n and m, and the last one to have done so writes them. STRIDE_CK
     is constant, which saves a register in ten.
@@ -92,9 +94,9 @@ def _step_kernel(
     inside = (lanes < K)[:, None] & (columns < V)[None, :]
     C_old = tl.load(C_at, mask=inside, other=0.0)
     tl.debug_barrier()  # else the compiler puts this off until the gates are there
-    q_at = q + batch * stride_qb + head * stride_qh + lanes
+    q_at = q + batch * stride_qb + head // R * stride_qh + lanes
     q_row = tl.load(q_at, mask=lanes < K, other=0.0).to(tl.float32) * scale
-    k_at = k + batch * stride_kb + head * stride_kh + lanes
+    k_at = k + batch * stride_kb + head // R * stride_kh + lanes
     k_row = tl.load(k_at, mask=lanes < K, other=0.0).to(tl.float32)
     v_at = v + batch * stride_vb + head * stride_vh + columns
     v_row = tl.load(v_at, mask=columns < V, other=0.0).to(tl.float32)
@@ -162,7 +164,7 @@ def _arrived(m: Tensor) -> Tensor:
 def update(x: StepInputs, options: StepOptions) -> Tensor:
     """One token: writes new states over old (rows ``slots``, or all); h (B, H, V) in v's dtype."""
     q, k, v, i, f, C, n, m, slots = x
-    (B, H, K), V = q.shape, v.shape[-1]
+    (B, H, V), (G, K) = v.shape, q.shape[1:]
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     slots = None if slots is None else slots.contiguous()
     h = v.new_empty(B, H, V)
@@ -190,6 +192,7 @@ def update(x: StepInputs, options: StepOptions) -> Tensor:
         H,
         K,
         V,
+        H // G,
         C.shape[0],
         BLOCK_K=block_k,
         BLOCK_V=block_v,

@@ -7,10 +7,12 @@ import functools
 import math
 from typing import NamedTuple
 
+import torch
+
 from tfla.kernels import gates
 from tfla.kernels.layout import _clear_kernel, _offsets_kernel, _tables_kernel
 from tfla.kernels.planning import units_of
-from tfla.kernels.program import Symbol, padded
+from tfla.kernels.program import Symbol, padded, saved_room
 from tfla.plan import Plan, Units
 from tfla.spec import CallSpec
 
@@ -35,24 +37,43 @@ def sizes_of(spec: CallSpec, units: Units) -> Sizes:
     return Sizes(spec.B * H, chunks, spans if spec.at_ends else spans - 1 + 1 // (1 + spans))
 
 
-def saved_parts(spec: CallSpec, units: Units) -> dict[str, tuple[int, ...]]:
-    """Shapes of what the backward pass needs of the forward pass, all fp32."""
+class SavedPart(NamedTuple):
+    """An array that the backward pass needs of the forward pass."""
+
+    shape: tuple[int, ...]
+    dtype: str = "fp32"
+
+    @property
+    def elements(self) -> int:
+        """Of fp32 that it takes in one allocation, with room for one more (see ``program``)."""
+        return saved_room(math.prod(self.shape), self.dtype)
+
+
+def saved_parts(spec: CallSpec, units: Units) -> dict[str, SavedPart]:
+    """What the backward pass needs of the forward pass."""
     s = sizes_of(spec, units)
-    parts: dict[str, tuple[int, ...]] = {
-        "vectors": (s.rows, s.chunks, gates.VECTORS.value, units.L),
-        "decay": (s.rows, s.chunks),
+    parts = {
+        "vectors": SavedPart((s.rows, s.chunks, gates.VECTORS.value, units.L)),
+        "decay": SavedPart((s.rows, s.chunks)),
     }
     if spec.needs_grad:
-        parts["C_ends"] = (s.rows, s.states, *units.kept)
+        parts["C_ends"] = SavedPart((s.rows, s.states, *units.kept), kept_dtype(spec))
     if spec.normalize:
-        parts |= {"n_chunk": (s.rows, s.chunks, spec.K), "n_final": (spec.N, spec.H, spec.K)}
+        parts["n_chunk"] = SavedPart((s.rows, s.chunks, spec.K))
+        parts["n_final"] = SavedPart((spec.N, spec.H, spec.K))
     return parts
 
 
+def kept_dtype(spec: CallSpec) -> str:
+    """Of the states at the ends of spans. Spans are short where dq and dk of groups start from
+    them, and products there take bf16; fp16 might not hold a state."""
+    return "bf16" if spec.R > 1 and spec.dtype == torch.bfloat16 else "fp32"
+
+
 def saved_elements(spec: CallSpec) -> int:
-    """Of all of them in one allocation, each with room for one more (see ``program``)."""
+    """Of all of them in one allocation."""
     return sum(
-        is_so * sum(padded(math.prod(shape) + 1) for shape in saved_parts(spec, units).values())
+        is_so * sum(part.elements for part in saved_parts(spec, units).values())
         for is_so, units in units_of(spec)
     )
 

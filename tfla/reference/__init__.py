@@ -30,7 +30,8 @@ from tfla.reference.chunked import (
 from tfla.reference.decode import update
 from tfla.reference.recurrence import recurrence, step
 from tfla.reference.weights import GateWeights, gate_weights, saved, saved_shape
-from tfla.spec import CallSpec
+from tfla.shapes import each_head
+from tfla.spec import CallSpec, Inputs
 
 __all__ = [
     "FOLDS_PACKING",
@@ -68,8 +69,24 @@ def execute(
     tensors: tuple[Any, ...],
     exchange: Exchange | None = None,
 ) -> Results:
-    """``function(spec, *tensors)``: nothing is kept from call to call."""
-    return function(spec, *tensors) if exchange is None else function(spec, *tensors, exchange)
+    """``function(spec, *tensors)``: nothing is kept from call to call. Of groups, q and k go in as
+    all H heads of v have them, and dq and dk are summed over a group; with G = 1 those are views,
+    else copies."""
+    more = () if exchange is None else (exchange,)
+    if spec.G == spec.H:
+        return function(spec, *tensors, *more)
+    q, k, *rest = tensors
+    spread = (each_head(x, spec.H) for x in (q, k))
+    results = function(spec.but(G=spec.H), *spread, *rest, *more)
+    if len(tensors) == len(Inputs._fields):  # a forward pass
+        return results
+    return *(_sum_of_groups(x, spec) for x in results[:2]), *results[2:]
+
+
+def _sum_of_groups(x: Tensor | None, spec: CallSpec) -> Tensor:
+    """(B, T, G, K) of x (B, T, H, K), in its dtype."""
+    assert x is not None
+    return x.unflatten(2, (spec.G, spec.R)).sum(3, dtype=spec.state_dtype).to(x.dtype)
 
 
 def offsets(cu_seqlens: Tensor, T: int) -> Tensor:

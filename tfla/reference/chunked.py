@@ -120,6 +120,7 @@ def scan(
     column: NormalizerGrad | None = None,
     dot: Tensor | None = None,
     final: bool = True,
+    dq: Scan | None = None,
 ) -> Scan:
     """The primitive: every output and every gradient of every variant is one call.
 

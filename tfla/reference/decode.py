@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tfla.reference.recurrence import step
+from tfla.shapes import each_head
 from tfla.spec import StepInputs, StepOptions, state_dtype
 
 # For so many heads of all rows Python's own numbers are faster than tensors of gates, each of whose
@@ -38,6 +39,7 @@ def update(x: StepInputs, options: StepOptions) -> Tensor:
     """One token: writes the new state over the old (in rows ``slots``, or all); h (B, H, V)."""
     dtype = state_dtype(x.q.dtype)
     q, k, v, i, f = (t if t.dtype == dtype else t.to(dtype) for t in x[:5])
+    q, k = each_head(q, v.shape[1]), each_head(k, v.shape[1])
     log_i = options.activations.gate.log_i(i)
     token = Token(q, k, v, log_i, logsigmoid(f) if options.sigmoid_f else f)
     h = None

@@ -1,0 +1,615 @@
+"""dq and dk where R heads of v share a head of q and k, in Triton.
+
+With P_h = D_h (dh_h v_h^T + d_h) of head h, C_h the state before a token's tile and dC_h the
+gradient of the one behind it, sums over the heads h of a group,
+
+    dq = S k + sum_h w_h (dh_h C_h^T + d_h n_h)      S = sum_h P_h, within a tile
+    dk = S^T q + sum_h r_h (v_h dC_h^T + dn_h)
+
+where w is what the state before the tile weighs at a token, and r what a token weighs in the state
+behind it. All of it is summed in fp32; no gradient of a single head is ever in memory.
+
+    _scores_kernel    S of every tile of 2 L tokens, and row and column sums of P_h * (q k^T), the
+                      shares of q . dq and k . dk that lie within the tile: the same numbers in both,
+                      for what the gate gradients are made of is their difference
+    _gradient_kernel  dq from S and from the states, dk likewise in reverse, each with the other
+                      share of q . dq or k . dk
+
+The scans of h and dv have left states every SPAN tokens. A program starts from one of them and adds
+the tiles between it and its own.
+
+Arguments that both have: q, k (B, T, G, K), v, dh (B, T, H, V), ``weights`` and ``decay`` as in
+gates.py, d (rows, chunks, L) of a normalised call or None; scores (splits, spans, G, tiles of a
+span, 2 L, 2 L), the sums S; parts (n, rows, chunks, L) of q . dq and of k . dk. Each of ``splits``
+programs has some heads of a group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power, scaled, within
+from tfla.kernels.layout import first_kept, first_slot, sequence, unit
+from tfla.kernels.program import Symbol
+from tfla.kernels.scan import _spare
+from tfla.kernels.weights import GateWeights, strides
+
+LARGEST = tl.constexpr(3.0e38)  # in fp32 and in bf16; times 0 it is 0
+
+
+@triton.jit
+def _rows(x, stride, t, length, first, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(ROWS, BLOCK) of x from token t, column ``first``; zeros past ``length`` and ``width``."""
+    l = t + tl.arange(0, ROWS)
+    column = first + tl.arange(0, BLOCK)
+    seen = (l < length)[:, None] & (column < width)[None, :]
+    return tl.load(x + l.to(tl.int64)[:, None] * stride + column[None, :], mask=seen, other=0.0)
+
+
+@triton.jit
+def _vector(weights, chunk, chunks, WHICH: tl.constexpr, L: tl.constexpr):
+    """One of the vectors of a chunk of a sequence; zeros behind the last one. weights: of the
+    first."""
+    at = weights + chunk.to(tl.int64) * (VECTORS * L) + WHICH * L + tl.arange(0, L)
+    return tl.load(at, mask=chunk < chunks, other=0.0)
+
+
+@triton.jit
+def _edges(weights, decay, chunk, chunks, SOURCES: tl.constexpr, L: tl.constexpr):
+    """What the state before a tile weighs at its 2 L tokens, or with SOURCES what they weigh in the
+    state behind it. chunk: the first of its two."""
+    l = tl.arange(0, 2 * L)
+    c = chunk + l // L
+    which: tl.constexpr = FIRST_SOURCE + 2 if SOURCES else 2
+    at = weights + c.to(tl.int64) * (VECTORS * L) + which * L + l % L
+    edge = tl.load(at, mask=c < chunks, other=0.0)
+    between = chunk + 1 if SOURCES else chunk
+    keep = tl.load(decay + between, mask=between < chunks, other=1.0)
+    crosses = (l < L) if SOURCES else (l >= L)
+    return tl.where(crosses, scaled(edge, keep), edge)
+
+
+@triton.jit
+def _decay_of(decay, chunk, chunks):
+    """What a tile leaves of the state before it."""
+    first = tl.load(decay + chunk, mask=chunk < chunks, other=1.0)
+    return scaled(first, tl.load(decay + chunk + 1, mask=chunk + 1 < chunks, other=1.0))
+
+
+@triton.jit
+def _within_chunk(
+    P, weights, chunk, chunks, L: tl.constexpr, PRECISE: tl.constexpr
+):
+    """D * P of targets and sources of one chunk."""
+    row = _vector(weights, chunk, chunks, 0, L)[:, None]
+    row_rest = _vector(weights, chunk, chunks, 1, L)[:, None]
+    col = _vector(weights, chunk, chunks, FIRST_SOURCE, L)[None, :]
+    col_rest = _vector(weights, chunk, chunks, FIRST_SOURCE + 1, L)[None, :]
+    D = power(row + col, row_rest + col_rest, PRECISE)
+    l = tl.arange(0, L)
+    # What weighs nothing is 0, also where the product has overflowed.
+    return tl.where((l[:, None] >= l[None, :]) & (D != 0.0), P * D, 0.0)
+
+
+@triton.jit
+def _product(
+    a,
+    b,
+    stride_a,
+    stride_b,
+    t_a,
+    t_b,
+    length,
+    width,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(L, L) rows of a from token t_a times rows of b from token t_b."""
+    P = tl.zeros([L, L], tl.float32)
+    for first in range(0, width, BLOCK):
+        A = _rows(a, stride_a, t_a, length, first, width, L, BLOCK)
+        B = _rows(b, stride_b, t_b, length, first, width, L, BLOCK)
+        P = tl.dot(A, tl.trans(B), P, input_precision=PRECISION)
+    return P
+
+
+@triton.jit
+def _scores_of(
+    q,
+    k,
+    stride_q,
+    stride_k,
+    t_q,
+    t_k,
+    length,
+    K,
+    L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """q k^T, finite so that 0 times it is 0; of bf16 in bf16, which takes half of the registers."""
+    P = _product(q, k, stride_q, stride_k, t_q, t_k, length, K, L, BLOCK_K, PRECISION)
+    P = within(P, -LARGEST, LARGEST)
+    if q.dtype.element_ty == tl.bfloat16:
+        return P.to(tl.bfloat16)
+    else:
+        return P
+
+
+@triton.jit(do_not_specialize=["T", "slots"])
+def _scores_kernel(
+    q,
+    k,
+    v,
+    dh,
+    weights,
+    decay,
+    d,
+    cu_seqlens,
+    table,
+    scores,
+    q_dq,
+    k_dk,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_db,
+    stride_dt,
+    stride_dh,
+    T,
+    H,
+    slots,
+    K,
+    V,
+    R,
+    HEADS,
+    L: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """S of a tile, chunks one and two: three products of L x L a head, for what the second chunk
+    writes does not reach the first. HEADS: of a group that a program has. ONE_BLOCK: V fits into a
+    block."""
+    PACKED: tl.constexpr = cu_seqlens is not None
+    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    TILES: tl.constexpr = SPAN // (2 * L)
+    split = tl.program_id(1)
+    G = H // R
+    tile = tl.program_id(0) % TILES
+    group = (tl.program_id(0) // TILES) % G
+    n, j = unit(tl.program_id(0) // TILES // G, cu_seqlens, table, T, SPAN, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    first = j * SPAN + tile * (2 * L)
+    if first >= length:
+        return
+    length = length.to(tl.int32)
+    one = first.to(tl.int32)
+    two = one + L
+    chunk = one // L
+    chunks = (length + L - 1) // L
+    slot = first_slot(n, start, L, PACKED)
+    q += batch * stride_qb + start * stride_qt + group.to(tl.int64) * stride_qh
+    k += batch * stride_kb + start * stride_kt + group.to(tl.int64) * stride_kh
+    v += batch * stride_vb + start * stride_vt
+    dh += batch * stride_db + start * stride_dt
+    QK = _scores_of(q, k, stride_qt, stride_kt, one, one, length, K, L, BLOCK_K, PRECISION)
+    QK_2 = _scores_of(q, k, stride_qt, stride_kt, two, two, length, K, L, BLOCK_K, PRECISION)
+    QK_21 = _scores_of(q, k, stride_qt, stride_kt, two, one, length, K, L, BLOCK_K, PRECISION)
+    S = tl.zeros([L, L], tl.float32)
+    S_2 = tl.zeros([L, L], tl.float32)
+    S_21 = tl.zeros([L, L], tl.float32)
+    l = tl.arange(0, L)
+    low = split * HEADS
+    for r in range(low, tl.minimum(low + HEADS, R)):
+        head = (group * R + r).to(tl.int64)
+        row = head if PACKED else batch * H + head
+        own = row * slots + slot
+        here = weights + own * (VECTORS * L)
+        v_head = v + head * stride_vh
+        dh_head = dh + head * stride_dh
+        if ONE_BLOCK:
+            V_1 = _rows(v_head, stride_vt, one, length, 0, V, L, BLOCK_V)
+            V_2 = _rows(v_head, stride_vt, two, length, 0, V, L, BLOCK_V)
+            dh_1 = _rows(dh_head, stride_dt, one, length, 0, V, L, BLOCK_V)
+            dh_2 = _rows(dh_head, stride_dt, two, length, 0, V, L, BLOCK_V)
+            P = tl.dot(dh_1, tl.trans(V_1), input_precision=PRECISION)
+            P_2 = tl.dot(dh_2, tl.trans(V_2), input_precision=PRECISION)
+            P_21 = tl.dot(dh_2, tl.trans(V_1), input_precision=PRECISION)
+        else:
+            P = _product(
+                dh_head, v_head, stride_dt, stride_vt, one, one, length, V, L, BLOCK_V, PRECISION
+            )
+            P_2 = _product(
+                dh_head, v_head, stride_dt, stride_vt, two, two, length, V, L, BLOCK_V, PRECISION
+            )
+            P_21 = _product(
+                dh_head, v_head, stride_dt, stride_vt, two, one, length, V, L, BLOCK_V, PRECISION
+            )
+        if d is not None:
+            d_1 = tl.load(d + (own + chunk) * L + l)
+            d_2 = tl.load(d + (own + chunk + 1) * L + l, mask=chunk + 1 < chunks, other=0.0)
+            P += d_1[:, None]
+            P_2 += d_2[:, None]
+            P_21 += d_2[:, None]
+        P = _within_chunk(P, here, chunk, chunks, L, PRECISE)
+        P_2 = _within_chunk(P_2, here, chunk + 1, chunks, L, PRECISE)
+        target = _vector(here, chunk + 1, chunks, 2, L)[:, None]
+        source = _vector(here, chunk, chunks, FIRST_SOURCE + 2, L)[None, :]
+        P_21 = scaled(scaled(P_21, target), source)
+        S += P
+        S_2 += P_2
+        S_21 += P_21
+        W = P * QK
+        W_2 = P_2 * QK_2
+        W_21 = P_21 * QK_21
+        at = (own + chunk) * L + l
+        there = (l >= 0) & (chunk + 1 < chunks)
+        tl.store(q_dq + at, tl.sum(W, 1))
+        tl.store(q_dq + at + L, tl.sum(W_21 + W_2, 1), mask=there)
+        tl.store(k_dk + at, tl.sum(W + W_21, 0))
+        tl.store(k_dk + at + L, tl.sum(W_2, 0), mask=there)
+    scores += (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (4 * L * L)
+    at = scores + l[:, None] * (2 * L) + l[None, :]
+    tl.store(at, S.to(scores.dtype.element_ty))
+    tl.store(at + 2 * L * L, S_21.to(scores.dtype.element_ty))
+    tl.store(at + 2 * L * L + L, S_2.to(scores.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "slots", "spans"])
+def _gradient_kernel(
+    a,
+    b,
+    x,
+    y,
+    weights,
+    decay,
+    d,
+    vector,
+    state,
+    cu_seqlens,
+    table,
+    ends,
+    scores,
+    dot,
+    out,
+    stride_ab,
+    stride_at,
+    stride_ah,
+    stride_bb,
+    stride_bt,
+    stride_bh,
+    stride_xb,
+    stride_xt,
+    stride_xh,
+    stride_yb,
+    stride_yt,
+    stride_yh,
+    stride_sn,
+    stride_sh,
+    stride_sa,
+    stride_sx,
+    T,
+    H,
+    slots,
+    spans,
+    size,
+    stride_e,
+    stride_split,
+    K,
+    V,
+    R,
+    HEADS,
+    L: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STRIDE_EK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ENDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_K columns of dq of a tile, with a = dh, b = v, x = k and y = q; with REVERSE of dk,
+    with a = v, b = dh, x = q and y = k. The state lies as (V, K), a product's right operand; of
+    what was kept it reads (K, V)."""
+    PACKED: tl.constexpr = cu_seqlens is not None
+    FITTED: tl.constexpr = a.dtype.element_ty == tl.float16
+    TILES: tl.constexpr = SPAN // (2 * L)
+    blocks = tl.cdiv(K, BLOCK_K)
+    block = tl.program_id(1) % blocks
+    split = tl.program_id(1) // blocks
+    G = H // R
+    tile = tl.program_id(0) % TILES
+    group = (tl.program_id(0) // TILES) % G
+    n, j = unit(tl.program_id(0) // TILES // G, cu_seqlens, table, T, SPAN, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    first = j * SPAN + tile * (2 * L)
+    if first >= length:
+        return
+    # Tiles between the state that was kept and this one.
+    between = tile
+    if REVERSE:
+        of_span = tl.minimum(length - j * SPAN, SPAN)
+        between = ((of_span + 2 * L - 1) // (2 * L)).to(tl.int32) - 1 - tile
+    is_kept = j > 0
+    kept = j - 1
+    if REVERSE:
+        is_kept = ENDS or ((j + 1) * SPAN < length)
+        kept = j
+    length = length.to(tl.int32)
+    token = first.to(tl.int32)
+    chunk = token // L
+    chunks = (length + L - 1) // L
+    slot = first_slot(n, start, L, PACKED)
+    kept += first_kept(n, start, SPAN, PACKED, ENDS)
+    k_first = block * BLOCK_K
+    column = k_first + tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, BLOCK_V)
+    l = tl.arange(0, 2 * L)
+    a += batch * stride_ab + start * stride_at
+    b += batch * stride_bb + start * stride_bt
+    x += batch * stride_xb + start * stride_xt + group.to(tl.int64) * stride_xh
+    y += batch * stride_yb + start * stride_yt + group.to(tl.int64) * stride_yh
+    X = _rows(x, stride_xt, token, length, k_first, K, 2 * L, BLOCK_K)
+    Y = _rows(y, stride_yt, token, length, k_first, K, 2 * L, BLOCK_K)
+    # The sums S, targets first; above the diagonal there may be anything.
+    scores += (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (4 * L * L)
+    target, source = (l[None, :], l[:, None]) if REVERSE else (l[:, None], l[None, :])
+    P = tl.load(scores + target * (2 * L) + source, mask=target >= source, other=0.0)
+    if FITTED:
+        P_spare = _spare(P, 1)
+        total = tl.dot((P * tl.exp2(-P_spare)).to(X.dtype), X) * tl.exp2(P_spare)
+    else:
+        total = tl.dot(P, X, input_precision=PRECISION)
+    low = split * HEADS
+    for r in range(low, tl.minimum(low + HEADS, R)):
+        head = (group * R + r).to(tl.int64)
+        row = head if PACKED else batch * H + head
+        own = row * slots + slot
+        here = weights + own * (VECTORS * L)
+        edge = _edges(here, decay + own, chunk, chunks, REVERSE, L)
+        a_head = a + head * stride_ah
+        b_head = b + head * stride_bh
+        ends_head = ends + (row * spans + kept) * stride_e
+        U = tl.zeros([2 * L, BLOCK_K], tl.float32)
+        for v_first in range(0, BLOCK_V if ONE_BLOCK else V, BLOCK_V):
+            value = v_first + lane
+            inside = (value < V)[:, None] & (column < K)[None, :]
+            at = ends_head + column[None, :] * STRIDE_EK + value[:, None]
+            S = tl.load(at, mask=inside & is_kept, other=0.0).to(tl.float32)
+            if state is not None:
+                at = state + n.to(tl.int64) * stride_sn + head * stride_sh
+                at += value[:, None] * stride_sa + column[None, :] * stride_sx
+                S += tl.load(at, mask=inside & (j == 0), other=0.0)
+            for step in range(0, between):
+                c = chunk + 2 * (between - step) if REVERSE else chunk - 2 * (between - step)
+                B = _rows(b_head, stride_bt, c * L, length, v_first, V, 2 * L, BLOCK_V)
+                Z = _rows(x, stride_xt, c * L, length, k_first, K, 2 * L, BLOCK_K)
+                weight = _edges(here, decay + own, c, chunks, not REVERSE, L)
+                B_weighed = scaled(B.to(tl.float32), weight[:, None])
+                S = scaled(S, _decay_of(decay + own, c, chunks))
+                if FITTED:
+                    B_spare = _spare(B_weighed, 0)
+                    B_weighed *= tl.exp2(-B_spare)
+                    S *= tl.exp2(-tl.trans(B_spare))
+                S = tl.dot(tl.trans(B_weighed.to(Z.dtype)), Z, S, input_precision=PRECISION)
+                if FITTED:
+                    S *= tl.exp2(tl.trans(B_spare))
+            A = _rows(a_head, stride_at, token, length, v_first, V, 2 * L, BLOCK_V)
+            if FITTED:
+                S_spare = _spare(S, 0)
+                U += tl.dot(A, (S * tl.exp2(-S_spare)).to(A.dtype)) * tl.exp2(S_spare)
+            else:
+                U = tl.dot(A, S.to(A.dtype), U, input_precision=PRECISION)
+        there = chunk + l // L < chunks
+        here_l = (own + chunk) * L + l
+        if d is not None:
+            if REVERSE:
+                last = tl.minimum(chunk + 1, chunks - 1)
+                U += tl.load(vector + (own + last) * K + column, mask=column < K, other=0.0)[None, :]
+            else:
+                n_row = tl.load(vector + (own + chunk) * K + column, mask=column < K, other=0.0)
+                U += tl.load(d + here_l, mask=there, other=0.0)[:, None] * n_row[None, :]
+        U = scaled(U, edge[:, None])
+        total += U
+        part = (1 + block) * size.to(tl.int64)
+        tl.store(dot + part + here_l, tl.sum(U * Y.to(tl.float32), 1), mask=there)
+    token_l = token + l
+    at = (batch * T + start + token_l)[:, None] * (G * K) + group * K + column[None, :]
+    seen = (token_l < length)[:, None] & (column < K)[None, :]
+    out += split.to(tl.int64) * stride_split
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out (size), the sum of parts (PARTS, size)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * size.to(tl.int64) + at, mask=at < size, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+# ---------------------------------------------------------------- launches
+
+
+class Scores(NamedTuple):
+    """What ``_scores_kernel`` makes for both gradients."""
+
+    sums: Symbol  # (splits, spans, G, tiles, 2 L, 2 L)
+    q_dq: Symbol  # (parts, rows, chunks, L), the first of the parts
+    k_dk: Symbol
+
+
+def _pieces(weights: GateWeights) -> int:
+    """Spans of all sequences, over whose tiles programs run."""
+    spec, span = weights.spec, weights.plan.span
+    return spec.T // span + spec.N if spec.packed else spec.N * -(-spec.T // span)
+
+
+def _grid(weights: GateWeights) -> tuple[int, ...]:
+    """Programs for a part of the heads and of the columns."""
+    plan = weights.plan
+    return (_pieces(weights) * weights.spec.G * (plan.span // (2 * plan.L)),)
+
+
+def _precision(weights: GateWeights) -> str:
+    """Of products of fp32: where TF32 is allowed, three of its products in place of one, for
+    dlog_f is a difference."""
+    return "ieee" if weights.spec.precision == "ieee" else "tf32x3"
+
+
+def scores(q: Symbol, k: Symbol, v: Symbol, dh: Symbol, d: Symbol | None, weights: GateWeights) -> Scores:
+    """The sums S of all tiles, and the shares of q . dq and k . dk within them."""
+    spec, plan, builder = weights.spec, weights.plan, q.builder
+    tile = plan.group
+    assert tile is not None
+    rows = weights.sizes.rows, weights.sizes.chunks, plan.L
+    parts = 1 + -(-spec.K // tile.block_k)
+    low = "bf16" if q.dtype == "bf16" else "fp32"
+    (tiles,) = _grid(weights)
+    made = Scores(
+        builder.new("scores", tile.splits, tiles, 2 * plan.L, 2 * plan.L, dtype=low),
+        builder.new("dq dot", parts, *rows),
+        builder.new("dk dot", parts, *rows),
+    )
+    builder.launch(
+        "scores",
+        _scores_kernel,
+        (tiles, tile.splits),
+        tile.scores_warps,
+        tile.scores_stages,
+        reads={
+            "q": q,
+            "k": k,
+            "v": v,
+            "dh": dh,
+            "weights": weights.vectors,
+            "decay": weights.decay,
+            "d": d,
+            "cu_seqlens": weights.cu_seqlens,
+            "table": weights.tables[1],
+        },
+        writes={"scores": made.sums, "q_dq": made.q_dq, "k_dk": made.k_dk},
+        numbers=strides("q", q)
+        | strides("k", k)
+        | strides("v", v)
+        | strides("d", dh)
+        | weights.common
+        | {"K": spec.K, "V": spec.V, "R": spec.R, "HEADS": -(-spec.R // tile.splits)},
+        constants={
+            "L": plan.L,
+            "SPAN": plan.span,
+            "BLOCK_K": tile.block_k,
+            "BLOCK_V": tile.block_v,
+            "ONE_BLOCK": spec.V <= tile.block_v,
+            "PRECISION": _precision(weights),
+        },
+    )
+    return made
+
+
+class Operands(NamedTuple):
+    """What the gradient of q or of k is made of; see ``_gradient_kernel``."""
+
+    a: Symbol  # (B, T, H, V)
+    b: Symbol  # (B, T, H, V)
+    x: Symbol  # (B, T, G, K)
+    y: Symbol  # (B, T, G, K)
+    state: Symbol | None  # (N, H, V, K)
+    d: Symbol | None  # (rows, chunks, L) of a normalised call
+    vector: Symbol | None  # (rows, chunks, K) n before each chunk, dn behind it, likewise
+
+
+def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) -> Symbol:
+    """dq, or with ``reverse`` dk, (B, T, G, K); the shares of q . dq or k . dk beyond the tiles go
+    to the others in ``made``."""
+    spec, plan, builder = weights.spec, weights.plan, x.a.builder
+    tile = plan.group
+    ends = weights.dC_ends if reverse else weights.C_ends
+    assert tile is not None and ends is not None
+    name = "dk" if reverse else "dq"
+    shape = spec.B, spec.T, spec.G, spec.K
+    out = builder.new(name, *shape, dtype=x.x.dtype)
+    whole = out if tile.splits == 1 else builder.new(f"{name} parts", tile.splits, *shape)
+    dot = made.k_dk if reverse else made.q_dq
+    # dC at the end of a sequence is among what was kept.
+    state = None if reverse else x.state
+    builder.launch(
+        name,
+        _gradient_kernel,
+        (*_grid(weights), -(-spec.K // tile.block_k) * tile.splits),
+        tile.states_warps,
+        tile.states_stages,
+        reads={
+            "a": x.a,
+            "b": x.b,
+            "x": x.x,
+            "y": x.y,
+            "weights": weights.vectors,
+            "decay": weights.decay,
+            "d": x.d,
+            "vector": x.vector,
+            "state": state,
+            "cu_seqlens": weights.cu_seqlens,
+            "table": weights.tables[1],
+            "ends": ends,
+            "scores": made.sums,
+        },
+        updates={"dot": dot},
+        writes={"out": whole},
+        numbers=strides("a", x.a)
+        | strides("b", x.b)
+        | strides("x", x.x)
+        | strides("y", x.y)
+        | (strides("s", state, "nhax") if state else {f"stride_s{axis}": 0 for axis in "nhax"})
+        | weights.common
+        | {
+            "spans": weights.sizes.states,
+            "size": weights.size,
+            "stride_e": plan.kept[0] * plan.kept[1],
+            "stride_split": out.numel,
+            "K": spec.K,
+            "V": spec.V,
+            "R": spec.R,
+            "HEADS": -(-spec.R // tile.splits),
+        },
+        constants={
+            "L": plan.L,
+            "SPAN": plan.span,
+            "BLOCK_K": tile.block_k,
+            "BLOCK_V": tile.block_v,
+            "STRIDE_EK": plan.kept[1],
+            "ONE_BLOCK": spec.V <= tile.block_v,
+            "REVERSE": reverse,
+            "ENDS": spec.at_ends,
+            "PRECISION": _precision(weights),
+        },
+    )
+    if whole is not out:
+        builder.launch(
+            name,
+            _sum_kernel,
+            (-(-out.numel // 1024),),
+            4,
+            1,
+            reads={"parts": whole},
+            writes={"out": out},
+            numbers={"size": out.numel},
+            constants={"PARTS": tile.splits, "BLOCK": 1024},
+        )
+    return out
