@@ -34,7 +34,7 @@ from tfla.kernels.weights import (
     strides,
     tables,
 )
-from tfla.plan import Tile, Units
+from tfla.plan import Tile, Units, power_of_two
 from tfla.spec import CallSpec, Inputs
 
 __all__ = [
@@ -741,6 +741,7 @@ def gate_gradients(
         constants={
             "L": plan.L,
             "SPAN": plan.span,
+            "BLOCK": power_of_two(plan.span),
             "BLOCK_K": plan.block_k,
             "Q_PARTS": dq.dot.shape[0],
             "K_PARTS": dk.dot.shape[0],

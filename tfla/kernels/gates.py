@@ -273,6 +273,7 @@ def _gradients_kernel(
     state,
     L: tl.constexpr,
     SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     Q_PARTS: tl.constexpr,
     K_PARTS: tl.constexpr,
@@ -284,7 +285,7 @@ def _gradients_kernel(
 ):
     """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the end of its span
     of SPAN tokens, and of the states that meet there; it restarts at tokens that erase what came
-    before."""
+    before. BLOCK: SPAN, or the next power of two."""
     w = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     size = size.to(tl.int64)
@@ -299,11 +300,11 @@ def _gradients_kernel(
     first = row * slots + first_slot(n, start, L, PACKED)
     # Tokens from the last to the first: the scan runs forward.
     behind = tl.minimum((j + 1) * SPAN, ((length + L - 1) // L * L).to(tl.int32))
-    position = behind - 1 - tl.arange(0, SPAN)
+    position = behind - 1 - tl.arange(0, BLOCK)
     inside = (position >= j * SPAN) & (position < length)
     here = first * L + position
-    dlog_i = tl.zeros([SPAN], tl.float32)
-    dot = tl.zeros([SPAN], tl.float32)
+    dlog_i = tl.zeros([BLOCK], tl.float32)
+    dot = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(K_PARTS):
         dlog_i += tl.load(k_dk + part * size + here, mask=inside, other=0.0)
     for part in tl.static_range(Q_PARTS):

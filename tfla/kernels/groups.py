@@ -80,15 +80,43 @@ def _decay_of(decay, chunk, chunks):
 
 
 @triton.jit
-def _within_chunk(
-    P, weights, chunk, chunks, L: tl.constexpr, PRECISE: tl.constexpr
-):
+def _exponents(weights, chunk, chunks, L: tl.constexpr):
+    """Of targets and of sources of a chunk, each as (whole, rest)."""
+    return (
+        _vector(weights, chunk, chunks, 0, L),
+        _vector(weights, chunk, chunks, 1, L),
+        _vector(weights, chunk, chunks, FIRST_SOURCE, L),
+        _vector(weights, chunk, chunks, FIRST_SOURCE + 1, L),
+    )
+
+
+@triton.jit
+def _vectors_of(weights, d, own, chunk, chunks, L: tl.constexpr):
+    """What the scores of a tile take of a head besides v and dh: exponents of both chunks, what the
+    state between them weighs at targets, what sources weigh in it, d of both. own: the slot of the
+    first chunk of the sequence."""
+    here = weights + own * (VECTORS * L)
+    d_1 = tl.zeros([L], tl.float32)
+    d_2 = d_1
+    if d is not None:
+        at = d + (own + chunk) * L + tl.arange(0, L)
+        d_1 = tl.load(at)
+        d_2 = tl.load(at + L, mask=chunk + 1 < chunks, other=0.0)
+    return (
+        _exponents(here, chunk, chunks, L),
+        _exponents(here, chunk + 1, chunks, L),
+        _vector(here, chunk + 1, chunks, 2, L),
+        _vector(here, chunk, chunks, FIRST_SOURCE + 2, L),
+        d_1,
+        d_2,
+    )
+
+
+@triton.jit
+def _within_chunk(P, exponents, L: tl.constexpr, PRECISE: tl.constexpr):
     """D * P of targets and sources of one chunk."""
-    row = _vector(weights, chunk, chunks, 0, L)[:, None]
-    row_rest = _vector(weights, chunk, chunks, 1, L)[:, None]
-    col = _vector(weights, chunk, chunks, FIRST_SOURCE, L)[None, :]
-    col_rest = _vector(weights, chunk, chunks, FIRST_SOURCE + 1, L)[None, :]
-    D = power(row + col, row_rest + col_rest, PRECISE)
+    row, row_rest, col, col_rest = exponents
+    D = power(row[:, None] + col[None, :], row_rest[:, None] + col_rest[None, :], PRECISE)
     l = tl.arange(0, L)
     # What weighs nothing is 0, also where the product has overflowed.
     return tl.where((l[:, None] >= l[None, :]) & (D != 0.0), P * D, 0.0)
@@ -213,11 +241,15 @@ def _scores_kernel(
     S_21 = tl.zeros([L, L], tl.float32)
     l = tl.arange(0, L)
     low = split * HEADS
-    for r in range(low, tl.minimum(low + HEADS, R)):
+    high = tl.minimum(low + HEADS, R)
+    own = ((group * R + low) if PACKED else (batch * H + group * R + low)).to(tl.int64) * slots + slot
+    vectors = _vectors_of(weights, d, own, chunk, chunks, L)
+    for r in range(low, high):
         head = (group * R + r).to(tl.int64)
-        row = head if PACKED else batch * H + head
-        own = row * slots + slot
-        here = weights + own * (VECTORS * L)
+        one_of, two_of, target, source, d_1, d_2 = vectors
+        # Those of the next head are on their way while this one is worked on.
+        following = own + tl.where(r + 1 < high, slots, 0)
+        vectors = _vectors_of(weights, d, following, chunk, chunks, L)
         v_head = v + head * stride_vh
         dh_head = dh + head * stride_dh
         if ONE_BLOCK:
@@ -225,42 +257,39 @@ def _scores_kernel(
             V_2 = _rows(v_head, stride_vt, two, length, 0, V, L, BLOCK_V)
             dh_1 = _rows(dh_head, stride_dt, one, length, 0, V, L, BLOCK_V)
             dh_2 = _rows(dh_head, stride_dt, two, length, 0, V, L, BLOCK_V)
-            P = tl.dot(dh_1, tl.trans(V_1), input_precision=PRECISION)
-            P_2 = tl.dot(dh_2, tl.trans(V_2), input_precision=PRECISION)
             P_21 = tl.dot(dh_2, tl.trans(V_1), input_precision=PRECISION)
+            P_2 = tl.dot(dh_2, tl.trans(V_2), input_precision=PRECISION)
+            P = tl.dot(dh_1, tl.trans(V_1), input_precision=PRECISION)
         else:
-            P = _product(
-                dh_head, v_head, stride_dt, stride_vt, one, one, length, V, L, BLOCK_V, PRECISION
+            P_21 = _product(
+                dh_head, v_head, stride_dt, stride_vt, two, one, length, V, L, BLOCK_V, PRECISION
             )
             P_2 = _product(
                 dh_head, v_head, stride_dt, stride_vt, two, two, length, V, L, BLOCK_V, PRECISION
             )
-            P_21 = _product(
-                dh_head, v_head, stride_dt, stride_vt, two, one, length, V, L, BLOCK_V, PRECISION
+            P = _product(
+                dh_head, v_head, stride_dt, stride_vt, one, one, length, V, L, BLOCK_V, PRECISION
             )
         if d is not None:
-            d_1 = tl.load(d + (own + chunk) * L + l)
-            d_2 = tl.load(d + (own + chunk + 1) * L + l, mask=chunk + 1 < chunks, other=0.0)
-            P += d_1[:, None]
-            P_2 += d_2[:, None]
             P_21 += d_2[:, None]
-        P = _within_chunk(P, here, chunk, chunks, L, PRECISE)
-        P_2 = _within_chunk(P_2, here, chunk + 1, chunks, L, PRECISE)
-        target = _vector(here, chunk + 1, chunks, 2, L)[:, None]
-        source = _vector(here, chunk, chunks, FIRST_SOURCE + 2, L)[None, :]
-        P_21 = scaled(scaled(P_21, target), source)
-        S += P
-        S_2 += P_2
-        S_21 += P_21
-        W = P * QK
-        W_2 = P_2 * QK_2
-        W_21 = P_21 * QK_21
+            P_2 += d_2[:, None]
+            P += d_1[:, None]
         at = (own + chunk) * L + l
         there = (l >= 0) & (chunk + 1 < chunks)
-        tl.store(q_dq + at, tl.sum(W, 1))
+        P_21 = scaled(scaled(P_21, target[:, None]), source[None, :])
+        S_21 += P_21
+        W_21 = P_21 * QK_21
+        P_2 = _within_chunk(P_2, two_of, L, PRECISE)
+        S_2 += P_2
+        W_2 = P_2 * QK_2
         tl.store(q_dq + at + L, tl.sum(W_21 + W_2, 1), mask=there)
-        tl.store(k_dk + at, tl.sum(W + W_21, 0))
         tl.store(k_dk + at + L, tl.sum(W_2, 0), mask=there)
+        P = _within_chunk(P, one_of, L, PRECISE)
+        S += P
+        W = P * QK
+        tl.store(q_dq + at, tl.sum(W, 1))
+        tl.store(k_dk + at, tl.sum(W + W_21, 0))
+        own = following
     scores += (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (4 * L * L)
     at = scores + l[:, None] * (2 * L) + l[None, :]
     tl.store(at, S.to(scores.dtype.element_ty))
@@ -317,6 +346,7 @@ def _gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STRIDE_EK: tl.constexpr,
+    TILE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
     ENDS: tl.constexpr,
@@ -327,23 +357,17 @@ def _gradient_kernel(
     what was kept it reads (K, V)."""
     PACKED: tl.constexpr = cu_seqlens is not None
     FITTED: tl.constexpr = a.dtype.element_ty == tl.float16
-    TILES: tl.constexpr = SPAN // (2 * L)
+    UPDATES: tl.constexpr = SPAN // (2 * L) - 1 - TILE if REVERSE else TILE
     blocks = tl.cdiv(K, BLOCK_K)
     block = tl.program_id(1) % blocks
     split = tl.program_id(1) // blocks
     G = H // R
-    tile = tl.program_id(0) % TILES
-    group = (tl.program_id(0) // TILES) % G
-    n, j = unit(tl.program_id(0) // TILES // G, cu_seqlens, table, T, SPAN, PACKED)
+    group = tl.program_id(0) % G
+    n, j = unit(tl.program_id(0) // G, cu_seqlens, table, T, SPAN, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    first = j * SPAN + tile * (2 * L)
+    first = j * SPAN + TILE * (2 * L)
     if first >= length:
         return
-    # Tiles between the state that was kept and this one.
-    between = tile
-    if REVERSE:
-        of_span = tl.minimum(length - j * SPAN, SPAN)
-        between = ((of_span + 2 * L - 1) // (2 * L)).to(tl.int32) - 1 - tile
     is_kept = j > 0
     kept = j - 1
     if REVERSE:
@@ -366,7 +390,8 @@ def _gradient_kernel(
     X = _rows(x, stride_xt, token, length, k_first, K, 2 * L, BLOCK_K)
     Y = _rows(y, stride_yt, token, length, k_first, K, 2 * L, BLOCK_K)
     # The sums S, targets first; above the diagonal there may be anything.
-    scores += (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (4 * L * L)
+    place = split * tl.num_programs(0) + tl.program_id(0)
+    scores += (place.to(tl.int64) * (SPAN // (2 * L)) + TILE) * (4 * L * L)
     target, source = (l[None, :], l[:, None]) if REVERSE else (l[:, None], l[None, :])
     P = tl.load(scores + target * (2 * L) + source, mask=target >= source, other=0.0)
     if FITTED:
@@ -374,6 +399,11 @@ def _gradient_kernel(
         total = tl.dot((P * tl.exp2(-P_spare)).to(X.dtype), X) * tl.exp2(P_spare)
     else:
         total = tl.dot(P, X, input_precision=PRECISION)
+    # The tiles between the state that was kept and this one, none of them behind the sequence.
+    others = ()
+    for step in tl.static_range(UPDATES):
+        t = token + (UPDATES - step if REVERSE else step - UPDATES) * (2 * L)
+        others += (_rows(x, stride_xt, t, length, k_first, K, 2 * L, BLOCK_K),)
     low = split * HEADS
     for r in range(low, tl.minimum(low + HEADS, R)):
         head = (group * R + r).to(tl.int64)
@@ -389,23 +419,23 @@ def _gradient_kernel(
             value = v_first + lane
             inside = (value < V)[:, None] & (column < K)[None, :]
             at = ends_head + column[None, :] * STRIDE_EK + value[:, None]
-            S = tl.load(at, mask=inside & is_kept, other=0.0).to(tl.float32)
+            S = tl.load(at, mask=inside & is_kept, other=0.0)
             if state is not None:
                 at = state + n.to(tl.int64) * stride_sn + head * stride_sh
                 at += value[:, None] * stride_sa + column[None, :] * stride_sx
-                S += tl.load(at, mask=inside & (j == 0), other=0.0)
-            for step in range(0, between):
-                c = chunk + 2 * (between - step) if REVERSE else chunk - 2 * (between - step)
+                S = S.to(tl.float32) + tl.load(at, mask=inside & (j == 0), other=0.0)
+            for step in tl.static_range(UPDATES):
+                c = chunk + (UPDATES - step if REVERSE else step - UPDATES) * 2
                 B = _rows(b_head, stride_bt, c * L, length, v_first, V, 2 * L, BLOCK_V)
-                Z = _rows(x, stride_xt, c * L, length, k_first, K, 2 * L, BLOCK_K)
                 weight = _edges(here, decay + own, c, chunks, not REVERSE, L)
                 B_weighed = scaled(B.to(tl.float32), weight[:, None])
-                S = scaled(S, _decay_of(decay + own, c, chunks))
+                S = S.to(tl.float32) * _decay_of(decay + own, c, chunks)
                 if FITTED:
                     B_spare = _spare(B_weighed, 0)
                     B_weighed *= tl.exp2(-B_spare)
                     S *= tl.exp2(-tl.trans(B_spare))
-                S = tl.dot(tl.trans(B_weighed.to(Z.dtype)), Z, S, input_precision=PRECISION)
+                B_low = tl.trans(B_weighed.to(B.dtype))
+                S = tl.dot(B_low, others[step], S, input_precision=PRECISION)
                 if FITTED:
                     S *= tl.exp2(tl.trans(B_spare))
             A = _rows(a_head, stride_at, token, length, v_first, V, 2 * L, BLOCK_V)
@@ -423,10 +453,9 @@ def _gradient_kernel(
             else:
                 n_row = tl.load(vector + (own + chunk) * K + column, mask=column < K, other=0.0)
                 U += tl.load(d + here_l, mask=there, other=0.0)[:, None] * n_row[None, :]
-        U = scaled(U, edge[:, None])
-        total += U
-        part = (1 + block) * size.to(tl.int64)
-        tl.store(dot + part + here_l, tl.sum(U * Y.to(tl.float32), 1), mask=there)
+        total += U * edge[:, None]
+        U_y = tl.sum(U * Y.to(tl.float32), 1) * edge
+        tl.store(dot + (1 + block) * size.to(tl.int64) + here_l, U_y, mask=there)
     token_l = token + l
     at = (batch * T + start + token_l)[:, None] * (G * K) + group * K + column[None, :]
     seen = (token_l < length)[:, None] & (column < K)[None, :]
@@ -549,57 +578,60 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
     dot = made.k_dk if reverse else made.q_dq
     # dC at the end of a sequence is among what was kept.
     state = None if reverse else x.state
-    builder.launch(
-        name,
-        _gradient_kernel,
-        (*_grid(weights), -(-spec.K // tile.block_k) * tile.splits),
-        tile.states_warps,
-        tile.states_stages,
-        reads={
-            "a": x.a,
-            "b": x.b,
-            "x": x.x,
-            "y": x.y,
-            "weights": weights.vectors,
-            "decay": weights.decay,
-            "d": x.d,
-            "vector": x.vector,
-            "state": state,
-            "cu_seqlens": weights.cu_seqlens,
-            "table": weights.tables[1],
-            "ends": ends,
-            "scores": made.sums,
-        },
-        updates={"dot": dot},
-        writes={"out": whole},
-        numbers=strides("a", x.a)
-        | strides("b", x.b)
-        | strides("x", x.x)
-        | strides("y", x.y)
-        | (strides("s", state, "nhax") if state else {f"stride_s{axis}": 0 for axis in "nhax"})
-        | weights.common
-        | {
-            "spans": weights.sizes.states,
-            "size": weights.size,
-            "stride_e": plan.kept[0] * plan.kept[1],
-            "stride_split": out.numel,
-            "K": spec.K,
-            "V": spec.V,
-            "R": spec.R,
-            "HEADS": -(-spec.R // tile.splits),
-        },
-        constants={
-            "L": plan.L,
-            "SPAN": plan.span,
-            "BLOCK_K": tile.block_k,
-            "BLOCK_V": tile.block_v,
-            "STRIDE_EK": plan.kept[1],
-            "ONE_BLOCK": spec.V <= tile.block_v,
-            "REVERSE": reverse,
-            "ENDS": spec.at_ends,
-            "PRECISION": _precision(weights),
-        },
-    )
+    for place in range(plan.span // (2 * plan.L)):
+        is_first = place == 0
+        builder.launch(
+            name,
+            _gradient_kernel,
+            (_pieces(weights) * spec.G, -(-spec.K // tile.block_k) * tile.splits),
+            tile.states_warps,
+            tile.states_stages,
+            reads={
+                "a": x.a,
+                "b": x.b,
+                "x": x.x,
+                "y": x.y,
+                "weights": weights.vectors,
+                "decay": weights.decay,
+                "d": x.d,
+                "vector": x.vector,
+                "state": state,
+                "cu_seqlens": weights.cu_seqlens,
+                "table": weights.tables[1],
+                "ends": ends,
+                "scores": made.sums,
+            },
+            updates={"dot": dot} | ({} if is_first else {"out": whole}),
+            writes={"out": whole} if is_first else {},
+            numbers=strides("a", x.a)
+            | strides("b", x.b)
+            | strides("x", x.x)
+            | strides("y", x.y)
+            | (strides("s", state, "nhax") if state else {f"stride_s{axis}": 0 for axis in "nhax"})
+            | weights.common
+            | {
+                "spans": weights.sizes.states,
+                "size": weights.size,
+                "stride_e": plan.kept[0] * plan.kept[1],
+                "stride_split": out.numel,
+                "K": spec.K,
+                "V": spec.V,
+                "R": spec.R,
+                "HEADS": -(-spec.R // tile.splits),
+            },
+            constants={
+                "L": plan.L,
+                "SPAN": plan.span,
+                "BLOCK_K": tile.block_k,
+                "BLOCK_V": tile.block_v,
+                "STRIDE_EK": plan.kept[1],
+                "TILE": place,
+                "ONE_BLOCK": spec.V <= tile.block_v,
+                "REVERSE": reverse,
+                "ENDS": spec.at_ends,
+                "PRECISION": _precision(weights),
+            },
+        )
     if whole is not out:
         builder.launch(
             name,
