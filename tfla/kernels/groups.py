@@ -50,6 +50,27 @@ def _rows(x, stride, t, length, first, width, ROWS: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
+def _of_head(
+    x,
+    head,
+    stride_h,
+    stride_t,
+    t,
+    length,
+    first,
+    V,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """The same of a head of x, v or dh; DESCRIPTOR: the copy engine has x as (T, H V)."""
+    if DESCRIPTOR:
+        return x.load([t, head.to(tl.int32) * V + first])
+    else:
+        return _rows(x + head * stride_h, stride_t, t, length, first, V, ROWS, BLOCK)
+
+
+@triton.jit
 def _vector(weights, chunk, chunks, WHICH: tl.constexpr, L: tl.constexpr):
     """One of the vectors of a chunk of a sequence; zeros behind the last one. weights: of the
     first."""
@@ -206,6 +227,7 @@ def _scores_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """S of a tile, chunks one and two: three products of L x L a head, for what the second chunk
@@ -233,6 +255,9 @@ def _scores_kernel(
     k += batch * stride_kb + start * stride_kt + group.to(tl.int64) * stride_kh
     v += batch * stride_vb + start * stride_vt
     dh += batch * stride_db + start * stride_dt
+    if DESCRIPTOR:
+        v = tl.make_tensor_descriptor(v, [length, H * V], [stride_vt, 1], [L, BLOCK_V])
+        dh = tl.make_tensor_descriptor(dh, [length, H * V], [stride_dt, 1], [L, BLOCK_V])
     QK = _scores_of(q, k, stride_qt, stride_kt, one, one, length, K, L, BLOCK_K, PRECISION)
     QK_2 = _scores_of(q, k, stride_qt, stride_kt, two, two, length, K, L, BLOCK_K, PRECISION)
     QK_21 = _scores_of(q, k, stride_qt, stride_kt, two, one, length, K, L, BLOCK_K, PRECISION)
@@ -250,17 +275,25 @@ def _scores_kernel(
         # Those of the next head are on their way while this one is worked on.
         following = own + tl.where(r + 1 < high, slots, 0)
         vectors = _vectors_of(weights, d, following, chunk, chunks, L)
-        v_head = v + head * stride_vh
-        dh_head = dh + head * stride_dh
         if ONE_BLOCK:
-            V_1 = _rows(v_head, stride_vt, one, length, 0, V, L, BLOCK_V)
-            V_2 = _rows(v_head, stride_vt, two, length, 0, V, L, BLOCK_V)
-            dh_1 = _rows(dh_head, stride_dt, one, length, 0, V, L, BLOCK_V)
-            dh_2 = _rows(dh_head, stride_dt, two, length, 0, V, L, BLOCK_V)
+            V_1 = _of_head(
+                v, head, stride_vh, stride_vt, one, length, 0, V, L, BLOCK_V, DESCRIPTOR
+            )
+            V_2 = _of_head(
+                v, head, stride_vh, stride_vt, two, length, 0, V, L, BLOCK_V, DESCRIPTOR
+            )
+            dh_1 = _of_head(
+                dh, head, stride_dh, stride_dt, one, length, 0, V, L, BLOCK_V, DESCRIPTOR
+            )
+            dh_2 = _of_head(
+                dh, head, stride_dh, stride_dt, two, length, 0, V, L, BLOCK_V, DESCRIPTOR
+            )
             P_21 = tl.dot(dh_2, tl.trans(V_1), input_precision=PRECISION)
             P_2 = tl.dot(dh_2, tl.trans(V_2), input_precision=PRECISION)
             P = tl.dot(dh_1, tl.trans(V_1), input_precision=PRECISION)
         else:
+            v_head = v + head * stride_vh
+            dh_head = dh + head * stride_dh
             P_21 = _product(
                 dh_head, v_head, stride_dt, stride_vt, two, one, length, V, L, BLOCK_V, PRECISION
             )
@@ -297,7 +330,7 @@ def _scores_kernel(
     tl.store(at + 2 * L * L + L, S_2.to(scores.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["T", "slots", "spans"])
+@triton.jit(do_not_specialize=["T", "slots", "spans", "rows"])
 def _gradient_kernel(
     a,
     b,
@@ -335,6 +368,7 @@ def _gradient_kernel(
     slots,
     spans,
     size,
+    rows,
     stride_e,
     stride_split,
     K,
@@ -348,6 +382,7 @@ def _gradient_kernel(
     STRIDE_EK: tl.constexpr,
     TILE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     REVERSE: tl.constexpr,
     ENDS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -404,6 +439,14 @@ def _gradient_kernel(
     for step in tl.static_range(UPDATES):
         t = token + (UPDATES - step if REVERSE else step - UPDATES) * (2 * L)
         others += (_rows(x, stride_xt, t, length, k_first, K, 2 * L, BLOCK_K),)
+    if DESCRIPTOR:
+        a = tl.make_tensor_descriptor(a, [length, H * V], [stride_at, 1], [2 * L, BLOCK_V])
+        b = tl.make_tensor_descriptor(b, [length, H * V], [stride_bt, 1], [2 * L, BLOCK_V])
+        rows_kept = stride_e // STRIDE_EK  # of one state
+        last = (rows * spans * rows_kept).to(tl.int32)
+        ends = tl.make_tensor_descriptor(
+            ends, [last, STRIDE_EK], [STRIDE_EK, 1], [BLOCK_K, BLOCK_V]
+        )
     low = split * HEADS
     for r in range(low, tl.minimum(low + HEADS, R)):
         head = (group * R + r).to(tl.int64)
@@ -411,22 +454,27 @@ def _gradient_kernel(
         own = row * slots + slot
         here = weights + own * (VECTORS * L)
         edge = _edges(here, decay + own, chunk, chunks, REVERSE, L)
-        a_head = a + head * stride_ah
-        b_head = b + head * stride_bh
-        ends_head = ends + (row * spans + kept) * stride_e
         U = tl.zeros([2 * L, BLOCK_K], tl.float32)
         for v_first in range(0, BLOCK_V if ONE_BLOCK else V, BLOCK_V):
             value = v_first + lane
             inside = (value < V)[:, None] & (column < K)[None, :]
-            at = ends_head + column[None, :] * STRIDE_EK + value[:, None]
-            S = tl.load(at, mask=inside & is_kept, other=0.0)
+            at = row * spans + kept
+            if DESCRIPTOR:  # before the first one there are zeros
+                at = tl.where(is_kept, at * rows_kept + k_first, -BLOCK_K)
+                S = tl.trans(ends.load([at.to(tl.int32), v_first]))
+            else:
+                at = ends + at * stride_e + column[None, :] * STRIDE_EK + value[:, None]
+                S = tl.load(at, mask=inside & is_kept, other=0.0)
             if state is not None:
                 at = state + n.to(tl.int64) * stride_sn + head * stride_sh
                 at += value[:, None] * stride_sa + column[None, :] * stride_sx
                 S = S.to(tl.float32) + tl.load(at, mask=inside & (j == 0), other=0.0)
             for step in tl.static_range(UPDATES):
                 c = chunk + (UPDATES - step if REVERSE else step - UPDATES) * 2
-                B = _rows(b_head, stride_bt, c * L, length, v_first, V, 2 * L, BLOCK_V)
+                t = c * L
+                B = _of_head(
+                    b, head, stride_bh, stride_bt, t, length, v_first, V, 2 * L, BLOCK_V, DESCRIPTOR
+                )
                 weight = _edges(here, decay + own, c, chunks, not REVERSE, L)
                 B_weighed = scaled(B.to(tl.float32), weight[:, None])
                 S = S.to(tl.float32) * _decay_of(decay + own, c, chunks)
@@ -438,7 +486,9 @@ def _gradient_kernel(
                 S = tl.dot(B_low, others[step], S, input_precision=PRECISION)
                 if FITTED:
                     S *= tl.exp2(tl.trans(B_spare))
-            A = _rows(a_head, stride_at, token, length, v_first, V, 2 * L, BLOCK_V)
+            A = _of_head(
+                a, head, stride_ah, stride_at, token, length, v_first, V, 2 * L, BLOCK_V, DESCRIPTOR
+            )
             if FITTED:
                 S_spare = _spare(S, 0)
                 U += tl.dot(A, (S * tl.exp2(-S_spare)).to(A.dtype)) * tl.exp2(S_spare)
@@ -502,6 +552,14 @@ def _precision(weights: GateWeights) -> str:
     return "ieee" if weights.spec.precision == "ieee" else "tf32x3"
 
 
+def _has_descriptors(weights: GateWeights, *tensors: Symbol) -> bool:
+    """Can the copy engine have v and dh as (T, H V), and are their heads whole blocks of that?"""
+    spec, plan = weights.spec, weights.plan
+    assert plan.group is not None
+    whole = plan.h.descriptor and spec.V == plan.group.block_v and spec.dtype.itemsize == 2
+    return whole and all(x.strides[2] == spec.V for x in tensors) and weights.sizes.states > 0
+
+
 def scores(q: Symbol, k: Symbol, v: Symbol, dh: Symbol, d: Symbol | None, weights: GateWeights) -> Scores:
     """The sums S of all tiles, and the shares of q . dq and k . dk within them."""
     spec, plan, builder = weights.spec, weights.plan, q.builder
@@ -546,6 +604,7 @@ def scores(q: Symbol, k: Symbol, v: Symbol, dh: Symbol, d: Symbol | None, weight
             "BLOCK_K": tile.block_k,
             "BLOCK_V": tile.block_v,
             "ONE_BLOCK": spec.V <= tile.block_v,
+            "DESCRIPTOR": _has_descriptors(weights, v, dh),
             "PRECISION": _precision(weights),
         },
     )
@@ -612,6 +671,7 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
             | {
                 "spans": weights.sizes.states,
                 "size": weights.size,
+                "rows": weights.sizes.rows,
                 "stride_e": plan.kept[0] * plan.kept[1],
                 "stride_split": out.numel,
                 "K": spec.K,
@@ -627,6 +687,7 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
                 "STRIDE_EK": plan.kept[1],
                 "TILE": place,
                 "ONE_BLOCK": spec.V <= tile.block_v,
+                "DESCRIPTOR": _has_descriptors(weights, x.a, x.b),
                 "REVERSE": reverse,
                 "ENDS": spec.at_ends,
                 "PRECISION": _precision(weights),
