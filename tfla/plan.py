@@ -80,7 +80,7 @@ class GroupTile:
     scores_warps: int
     scores_stages: int
     states_warps: int
-    states_stages: int
+    states_stages: tuple[int, ...]  # by the tiles between a kept state and the program's own
 
 
 @dataclass(frozen=True)
@@ -243,20 +243,43 @@ def _group(p: Problem, device: Device, L: int) -> GroupTile | None:
     if p.R == 1 or p.G is None:
         return None
     plain = p.bytes == 4  # products on the plain units, or three of TF32
-    block_k = min(32 if plain else 128, power_of_two(p.K))
-    programs = p.N * -(-_mean(p) // (2 * L)) * p.G * -(-p.K // block_k)
+    block_k = min(32 if plain else 64, power_of_two(p.K))
+    programs = max(1, p.N * -(-_mean(p) // (GROUP_SPAN * L)) * p.G * -(-p.K // block_k))
     splits = 1
-    while splits < p.R and 2 * splits * programs <= device.multiprocessors:
+    while splits < p.R and splits * programs < 8 * device.multiprocessors:
         splits *= 2
+    block_v = min(32 if plain else 128, power_of_two(p.V))
+    scores = device.shared_memory // (4 * L * block_v * p.bytes) if L == 64 else 2
     return GroupTile(
         block_k,
-        min(32 if plain else 128, power_of_two(p.V)),
+        block_v,
         splits,
-        scores_warps=4,
-        scores_stages=2,
-        states_warps=4 if plain or L < 64 else 8,
-        states_stages=2,
+        scores_warps=4 if plain or L < 64 else 8,
+        scores_stages=max(1, min(5, scores - 1)),
+        states_warps=4,
+        states_stages=tuple(
+            _states_stages(p, device, L, block_k, block_v, updates)
+            for updates in range(GROUP_SPAN // 2)
+        ),
     )
+
+
+def _states_stages(
+    p: Problem, device: Device, L: int, block_k: int, block_v: int, updates: int
+) -> int:
+    """Heads whose operands a program holds in shared memory, so that two programs find room, or at
+    least one: copies from memory take longer than the work on a head. With tiles between, Triton
+    holds one head less than its stages, and one state."""
+    rows, state = p.bytes * 2 * L * block_v, p.bytes * block_k * block_v
+    each, rest, held = rows + state, state, 0
+    if updates:
+        others = updates * p.bytes * 2 * L * block_k
+        each, rest, held = rows * (1 + updates), others + rows + state + 2048, 1
+    for programs, least in ((2, 2), (1, 1)):
+        stages = held + (device.shared_memory // programs - 2048 - rest) // each
+        if stages >= least:
+            return min(4, stages)
+    return 1
 
 
 def units(problem: Problem, device: Device) -> list[tuple[int, Units]]:

@@ -20,7 +20,7 @@ the tiles between it and its own.
 
 Arguments that both have: q, k (B, T, G, K), v, dh (B, T, H, V), ``weights`` and ``decay`` as in
 gates.py, d (rows, chunks, L) of a normalised call or None; scores (splits, spans, G, tiles of a
-span, 2 L, 2 L), the sums S; parts (n, rows, chunks, L) of q . dq and of k . dk. Each of ``splits``
+span, 3, L, L), the blocks of S that are not 0; parts (n, rows, chunks, L) of q . dq and of k . dk. Each of ``splits``
 programs has some heads of a group.
 """
 
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -47,6 +48,17 @@ def _rows(x, stride, t, length, first, width, ROWS: tl.constexpr, BLOCK: tl.cons
     column = first + tl.arange(0, BLOCK)
     seen = (l < length)[:, None] & (column < width)[None, :]
     return tl.load(x + l.to(tl.int64)[:, None] * stride + column[None, :], mask=seen, other=0.0)
+
+
+@triton.jit
+def _widened(x, PACKED_PAIRS: tl.constexpr):
+    """x in fp32. What is the same for all heads the compiler would widen once, and hold in twice as
+    many registers: of bf16 on NVIDIA GPUs it cannot know that it is the same."""
+    if PACKED_PAIRS:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2
+        )
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -98,6 +110,31 @@ def _decay_of(decay, chunk, chunks):
     """What a tile leaves of the state before it."""
     first = tl.load(decay + chunk, mask=chunk < chunks, other=1.0)
     return scaled(first, tl.load(decay + chunk + 1, mask=chunk + 1 < chunks, other=1.0))
+
+
+@triton.jit
+def _factors(
+    weights,
+    decay,
+    own,
+    chunk,
+    chunks,
+    UPDATES: tl.constexpr,
+    REVERSE: tl.constexpr,
+    L: tl.constexpr,
+):
+    """What a gradient takes of a head besides its operands: what the state weighs at the tokens of
+    the tile; of each tile between them and what was kept, what its tokens weigh in the state behind
+    it, and what it leaves of the one before. own: the slot of the first chunk of the sequence."""
+    here = weights + own * (VECTORS * L)
+    decay += own
+    in_states = ()
+    keeps = ()
+    for step in tl.static_range(UPDATES):
+        c = chunk + (UPDATES - step if REVERSE else step - UPDATES) * 2
+        in_states += (_edges(here, decay, c, chunks, not REVERSE, L),)
+        keeps += (_decay_of(decay, c, chunks),)
+    return _edges(here, decay, chunk, chunks, REVERSE, L), in_states, keeps
 
 
 @triton.jit
@@ -228,6 +265,7 @@ def _scores_kernel(
     BLOCK_V: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    PACKED_PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """S of a tile, chunks one and two: three products of L x L a head, for what the second chunk
@@ -311,23 +349,23 @@ def _scores_kernel(
         there = (l >= 0) & (chunk + 1 < chunks)
         P_21 = scaled(scaled(P_21, target[:, None]), source[None, :])
         S_21 += P_21
-        W_21 = P_21 * QK_21
+        W_21 = P_21 * _widened(QK_21, PACKED_PAIRS)
         P_2 = _within_chunk(P_2, two_of, L, PRECISE)
         S_2 += P_2
-        W_2 = P_2 * QK_2
+        W_2 = P_2 * _widened(QK_2, PACKED_PAIRS)
         tl.store(q_dq + at + L, tl.sum(W_21 + W_2, 1), mask=there)
         tl.store(k_dk + at + L, tl.sum(W_2, 0), mask=there)
         P = _within_chunk(P, one_of, L, PRECISE)
         S += P
-        W = P * QK
+        W = P * _widened(QK, PACKED_PAIRS)
         tl.store(q_dq + at, tl.sum(W, 1))
         tl.store(k_dk + at, tl.sum(W + W_21, 0))
         own = following
-    scores += (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (4 * L * L)
-    at = scores + l[:, None] * (2 * L) + l[None, :]
+    scores += (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (3 * L * L)
+    at = scores + l[:, None] * L + l[None, :]
     tl.store(at, S.to(scores.dtype.element_ty))
-    tl.store(at + 2 * L * L, S_21.to(scores.dtype.element_ty))
-    tl.store(at + 2 * L * L + L, S_2.to(scores.dtype.element_ty))
+    tl.store(at + L * L, S_21.to(scores.dtype.element_ty))
+    tl.store(at + 2 * L * L, S_2.to(scores.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["T", "slots", "spans", "rows"])
@@ -385,6 +423,7 @@ def _gradient_kernel(
     DESCRIPTOR: tl.constexpr,
     REVERSE: tl.constexpr,
     ENDS: tl.constexpr,
+    PACKED_PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_K columns of dq of a tile, with a = dh, b = v, x = k and y = q; with REVERSE of dk,
@@ -424,11 +463,12 @@ def _gradient_kernel(
     y += batch * stride_yb + start * stride_yt + group.to(tl.int64) * stride_yh
     X = _rows(x, stride_xt, token, length, k_first, K, 2 * L, BLOCK_K)
     Y = _rows(y, stride_yt, token, length, k_first, K, 2 * L, BLOCK_K)
-    # The sums S, targets first; above the diagonal there may be anything.
+    # The sums S, of which the blocks of targets in the second chunk lie behind that of the first.
     place = split * tl.num_programs(0) + tl.program_id(0)
-    scores += (place.to(tl.int64) * (SPAN // (2 * L)) + TILE) * (4 * L * L)
+    scores += (place.to(tl.int64) * (SPAN // (2 * L)) + TILE) * (3 * L * L)
     target, source = (l[None, :], l[:, None]) if REVERSE else (l[:, None], l[None, :])
-    P = tl.load(scores + target * (2 * L) + source, mask=target >= source, other=0.0)
+    entry = (target // L + source // L) * (L * L) + target % L * L + source % L
+    P = tl.load(scores + entry, mask=target >= source, other=0.0)
     if FITTED:
         P_spare = _spare(P, 1)
         total = tl.dot((P * tl.exp2(-P_spare)).to(X.dtype), X) * tl.exp2(P_spare)
@@ -448,36 +488,40 @@ def _gradient_kernel(
             ends, [last, STRIDE_EK], [STRIDE_EK, 1], [BLOCK_K, BLOCK_V]
         )
     low = split * HEADS
-    for r in range(low, tl.minimum(low + HEADS, R)):
+    high = tl.minimum(low + HEADS, R)
+    row = ((group * R + low) if PACKED else (batch * H + group * R + low)).to(tl.int64)
+    factors = _factors(weights, decay, row * slots + slot, chunk, chunks, UPDATES, REVERSE, L)
+    for r in range(low, high):
         head = (group * R + r).to(tl.int64)
-        row = head if PACKED else batch * H + head
         own = row * slots + slot
-        here = weights + own * (VECTORS * L)
-        edge = _edges(here, decay + own, chunk, chunks, REVERSE, L)
+        edge, in_states, keeps = factors
+        # Those of the next head are on their way while this one is worked on.
+        following = row + tl.where(r + 1 < high, 1, 0)
+        factors = _factors(
+            weights, decay, following * slots + slot, chunk, chunks, UPDATES, REVERSE, L
+        )
         U = tl.zeros([2 * L, BLOCK_K], tl.float32)
         for v_first in range(0, BLOCK_V if ONE_BLOCK else V, BLOCK_V):
             value = v_first + lane
             inside = (value < V)[:, None] & (column < K)[None, :]
-            at = row * spans + kept
             if DESCRIPTOR:  # before the first one there are zeros
-                at = tl.where(is_kept, at * rows_kept + k_first, -BLOCK_K)
-                S = tl.trans(ends.load([at.to(tl.int32), v_first]))
+                first_row = tl.where(is_kept, (row * spans + kept) * rows_kept + k_first, -BLOCK_K)
+                S = tl.trans(ends.load([first_row.to(tl.int32), v_first]))
             else:
-                at = ends + at * stride_e + column[None, :] * STRIDE_EK + value[:, None]
+                at = ends + (row * spans + kept) * stride_e
+                at += column[None, :] * STRIDE_EK + value[:, None]
                 S = tl.load(at, mask=inside & is_kept, other=0.0)
             if state is not None:
-                at = state + n.to(tl.int64) * stride_sn + head * stride_sh
-                at += value[:, None] * stride_sa + column[None, :] * stride_sx
-                S = S.to(tl.float32) + tl.load(at, mask=inside & (j == 0), other=0.0)
+                initial = state + n.to(tl.int64) * stride_sn + head * stride_sh
+                initial += value[:, None] * stride_sa + column[None, :] * stride_sx
+                S = S.to(tl.float32) + tl.load(initial, mask=inside & (j == 0), other=0.0)
             for step in tl.static_range(UPDATES):
-                c = chunk + (UPDATES - step if REVERSE else step - UPDATES) * 2
-                t = c * L
+                t = token + (UPDATES - step if REVERSE else step - UPDATES) * (2 * L)
                 B = _of_head(
                     b, head, stride_bh, stride_bt, t, length, v_first, V, 2 * L, BLOCK_V, DESCRIPTOR
                 )
-                weight = _edges(here, decay + own, c, chunks, not REVERSE, L)
-                B_weighed = scaled(B.to(tl.float32), weight[:, None])
-                S = S.to(tl.float32) * _decay_of(decay + own, c, chunks)
+                B_weighed = scaled(B.to(tl.float32), in_states[step][:, None])
+                S = S.to(tl.float32) * keeps[step]
                 if FITTED:
                     B_spare = _spare(B_weighed, 0)
                     B_weighed *= tl.exp2(-B_spare)
@@ -504,13 +548,14 @@ def _gradient_kernel(
                 n_row = tl.load(vector + (own + chunk) * K + column, mask=column < K, other=0.0)
                 U += tl.load(d + here_l, mask=there, other=0.0)[:, None] * n_row[None, :]
         total += U * edge[:, None]
-        U_y = tl.sum(U * Y.to(tl.float32), 1) * edge
+        U_y = tl.sum(U * _widened(Y, PACKED_PAIRS), 1) * edge
         tl.store(dot + (1 + block) * size.to(tl.int64) + here_l, U_y, mask=there)
+        row = following
     token_l = token + l
-    at = (batch * T + start + token_l)[:, None] * (G * K) + group * K + column[None, :]
+    to = (batch * T + start + token_l)[:, None] * (G * K) + group * K + column[None, :]
     seen = (token_l < length)[:, None] & (column < K)[None, :]
     out += split.to(tl.int64) * stride_split
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=seen)
+    tl.store(out + to, total.to(out.dtype.element_ty), mask=seen)
 
 
 @triton.jit
@@ -529,7 +574,7 @@ def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 class Scores(NamedTuple):
     """What ``_scores_kernel`` makes for both gradients."""
 
-    sums: Symbol  # (splits, spans, G, tiles, 2 L, 2 L)
+    sums: Symbol  # (splits, spans times G times tiles of a span, 3, L, L)
     q_dq: Symbol  # (parts, rows, chunks, L), the first of the parts
     k_dk: Symbol
 
@@ -552,6 +597,11 @@ def _precision(weights: GateWeights) -> str:
     return "ieee" if weights.spec.precision == "ieee" else "tf32x3"
 
 
+def _packs(weights: GateWeights) -> bool:
+    nvidia = weights.vectors.builder.device.capability[0] > 0
+    return nvidia and weights.spec.dtype == torch.bfloat16
+
+
 def _has_descriptors(weights: GateWeights, *tensors: Symbol) -> bool:
     """Can the copy engine have v and dh as (T, H V), and are their heads whole blocks of that?"""
     spec, plan = weights.spec, weights.plan
@@ -570,7 +620,7 @@ def scores(q: Symbol, k: Symbol, v: Symbol, dh: Symbol, d: Symbol | None, weight
     low = "bf16" if q.dtype == "bf16" else "fp32"
     (tiles,) = _grid(weights)
     made = Scores(
-        builder.new("scores", tile.splits, tiles, 2 * plan.L, 2 * plan.L, dtype=low),
+        builder.new("scores", tile.splits, tiles, 3, plan.L, plan.L, dtype=low),
         builder.new("dq dot", parts, *rows),
         builder.new("dk dot", parts, *rows),
     )
@@ -605,6 +655,7 @@ def scores(q: Symbol, k: Symbol, v: Symbol, dh: Symbol, d: Symbol | None, weight
             "BLOCK_V": tile.block_v,
             "ONE_BLOCK": spec.V <= tile.block_v,
             "DESCRIPTOR": _has_descriptors(weights, v, dh),
+            "PACKED_PAIRS": _packs(weights),
             "PRECISION": _precision(weights),
         },
     )
@@ -644,7 +695,7 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
             _gradient_kernel,
             (_pieces(weights) * spec.G, -(-spec.K // tile.block_k) * tile.splits),
             tile.states_warps,
-            tile.states_stages,
+            tile.states_stages[plan.span // (2 * plan.L) - 1 - place if reverse else place],
             reads={
                 "a": x.a,
                 "b": x.b,
@@ -690,6 +741,7 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
                 "DESCRIPTOR": _has_descriptors(weights, x.a, x.b),
                 "REVERSE": reverse,
                 "ENDS": spec.at_ends,
+                "PACKED_PAIRS": _packs(weights),
                 "PRECISION": _precision(weights),
             },
         )
