@@ -23,7 +23,7 @@ def test_a_plan_covers_its_problem(
     K, V = dims
     p = plan(Problem(2, T, 3, K, V, 2, False, bytes, "ieee"), device)
     for tile, A, X in ((p.h, K, V), (p.dq, V, K)):
-        assert tile.splits * tile.block_a >= A > (tile.splits - 1) * tile.block_a
+        assert tile.slices * tile.block_a >= A > (tile.slices - 1) * tile.block_a
         assert tile.tiles * tile.block_x >= X > (tile.tiles - 1) * tile.block_x
         # The state of a program is at most half of its registers.
         assert tile.block_a * tile.block_x <= 128 * 32 * tile.warps

@@ -62,7 +62,7 @@ def test_a_tile_is_counted_as_its_program_runs() -> None:
     assert set(found) == {"weights", "h"}
 
 
-def test_splits_repeat_the_values_and_carry_partial_sums() -> None:
+def test_slices_repeat_the_values_and_carry_partial_sums() -> None:
     problem = Problem(1, 128, 1, 128, 64, 1, False, 2, "ieee")
 
     def scan(block_a: int) -> r.Kernel:
@@ -99,7 +99,7 @@ def test_cutting_a_sequence_costs_launches_and_bytes() -> None:
     found = plan(problem, Device((9, 0), 132, 232448))
     assert found.segment
     cut = by_name(r.kernels(problem, found, normalize=True))
-    assert cut["h: cut"].launches == 2 * found.h.splits
+    assert cut["h: cut"].launches == 2 * found.h.slices
     assert 0 < cut["h: cut"].flops < cut["h"].flops
 
 
@@ -306,8 +306,8 @@ def test_memory_that_cannot_be_counted_says_why(monkeypatch: pytest.MonkeyPatch)
         memory(Problem(1, 64, 1, 64, 64, 1, False, 2, "ieee"), H200.device, torch.bfloat16, "exp")
 
 
-def test_a_contraction_of_millions_of_splits_is_counted_at_once() -> None:
-    """Equal to the sum over splits, and in no time."""
+def test_a_contraction_of_millions_of_slices_is_counted_at_once() -> None:
+    """Equal to the sum over slices, and in no time."""
     problem = Problem(1, 64, 1, 10**9, 8, 1, False, 2, "ieee")
     found = by_name(r.kernels(problem, plan(problem, H200.device or Device((9, 0), 1, 1)), False))
     assert found["h"].launches > 10**6 and found["h"].flops > 4 * 64 * 10**9 * 8
@@ -322,5 +322,5 @@ def test_a_contraction_of_millions_of_splits_is_counted_at_once() -> None:
         for K in (320, 384)
     )
     assert (few.launches, more.launches) == (5, 6)
-    per_split = 2 * 64 * 64 + 64 * (2 * 64 + 4 * 64)
-    assert more.flops - few.flops == 64 * per_split
+    per_slice = 2 * 64 * 64 + 64 * (2 * 64 + 4 * 64)
+    assert more.flops - few.flops == 64 * per_slice

@@ -50,7 +50,7 @@ class Tile:
     X: int
     block_a: int
     block_x: int
-    splits: int  # launches, each with block_a of the contraction and adding to the last
+    slices: int  # of the contraction: launches, each with block_a of it and adding to the last
     warps: int
     stages: int
     transposed: bool
@@ -84,7 +84,7 @@ class Plan:
     @property
     def kept(self) -> tuple[int, int]:
         """(rows, columns) of a kept state, tiles filled up."""
-        return self.h.splits * self.h.block_a, self.h.tiles * self.h.block_x
+        return self.h.slices * self.h.block_a, self.h.tiles * self.h.block_x
 
     def tile(self, name: str) -> Tile:
         return self.h if name in ("h", "dv") else self.dq
@@ -208,7 +208,7 @@ def _units(device: Device, p: Problem, shape: Shape) -> tuple[Units, Tile, Tile]
     """With the tiles of h and of dq."""
     h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
     span = _span(p, dq, _programs(device, p, shape, h, dq))
-    kept = h.splits * h.block_a, h.tiles * h.block_x
+    kept = h.slices * h.block_a, h.tiles * h.block_x
     return Units(_chunk(shape, _mean(p)), span, kept), h, dq
 
 
@@ -287,7 +287,7 @@ def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
         X,
         block_a,
         block_x,
-        splits=-(-A // block_a),
+        slices=-(-A // block_a),
         warps=warps,
         stages=stages,
         # The transposed form has block_x rows, of which a warp-group product needs 64.

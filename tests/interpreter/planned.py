@@ -29,7 +29,7 @@ def planned(tile: dict[str, object] | None = None, **fields: object) -> Iterator
 
     def change(t: Tile) -> Tile:
         t = dataclasses.replace(t, **tile or {})  # type: ignore[arg-type]
-        return dataclasses.replace(t, splits=-(-t.A // t.block_a))
+        return dataclasses.replace(t, slices=-(-t.A // t.block_a))
 
     def pinned(p: Plan) -> Plan:
         changed = {"L": 16, "span": 32, "block_c": 4} | fields

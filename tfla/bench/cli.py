@@ -517,7 +517,7 @@ def show_plan(
     print(planned)
     if error := _compat.triton_error():
         print(f"launches: the kernels need Triton ({error})")
-    elif max(planned.h.splits, planned.dq.splits) > LAUNCHES:
+    elif max(planned.h.slices, planned.dq.slices) > LAUNCHES:
         print(f"launches: more than {LAUNCHES} a pass")
     else:
         spec = call_of(problem, DTYPES[_dtype(dtype, False)], gate, states=bool(packed))

@@ -6,7 +6,7 @@ costs, a token and head,
     2 L A + 2 L X + 4 A X         scores, scores times values, state out of and into the chunk
 
 and h, dq, dk, dv are a scan each. A plan computes X in tiles that each repeat the scores, A in
-splits that each repeat the product with the values, and both are filled up to whole blocks.
+slices that each repeat the product with the values, and both are filled up to whole blocks.
 """
 
 from __future__ import annotations
@@ -141,11 +141,11 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
         column = normalize and name in ("dq", "dk")
         flops = moved = through = 0
         filled = tile.tiles * tile.block_x
-        inner = max(tile.splits - 2, 0)
-        # (how many, is it the first, is it the last): K = 10^9 has 8 million splits.
-        alike = [(1, True, tile.splits == 1), (inner, False, False), (tile.splits > 1, False, True)]
+        inner = max(tile.slices - 2, 0)
+        # (how many, is it the first, is it the last): K = 10^9 has 8 million slices.
+        alike = [(1, True, tile.slices == 1), (inner, False, False), (tile.slices > 1, False, True)]
         for count, first, last in alike:
-            width = tile.A - (tile.splits - 1) * tile.block_a if last else tile.block_a
+            width = tile.A - (tile.slices - 1) * tile.block_a if last else tile.block_a
             flops += (
                 count
                 * tokens
@@ -165,13 +165,13 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
         if train:  # kept states: h and dv write them, dq and dk start from them
             moved += spans * state
             through += spans * state
-        found.append(Kernel(name, backward, tile.splits, flops, moved, through))
+        found.append(Kernel(name, backward, tile.slices, flops, moved, through))
         if plan.segment and name in ("h", "dv"):  # at most: what has faded is not read
-            flops = tokens * 2 * tile.splits * tile.block_a * tile.tiles * tile.block_x
+            flops = tokens * 2 * tile.slices * tile.block_a * tile.tiles * tile.block_x
             ends = math.ceil(p.T / plan.segment) * rows * state
-            shared, own = tokens * tile.A * e + 2 * vector, tokens * tile.X * e * tile.splits
+            shared, own = tokens * tile.A * e + 2 * vector, tokens * tile.X * e * tile.slices
             moved, through = shared + own + 3 * ends, tile.tiles * shared + own + 3 * ends
-            launches = 2 * tile.splits
+            launches = 2 * tile.slices
             found.append(Kernel(f"{name}: cut", backward, launches, flops, moved, through))
 
     if normalize:
