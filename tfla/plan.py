@@ -114,25 +114,27 @@ class Shape:
     mma: bool = False
 
 
-# Chosen from ahead-of-time builds: the widest that leave (next to) nothing on the stack and two
-# programs a multiprocessor.
+# By the file of the kernel and what it is for. Chosen from ahead-of-time builds: the widest that
+# leave (next to) nothing on the stack and two programs a multiprocessor.
 SHAPES = {
-    "ieee": Shape(16, 64, 16, 4, 2),  # products on the plain units; anything wider spills kilobytes
-    "hopper": Shape(64, 256, 128, 8, 2, True, True),  # hopper.py
+    "hopper.py": Shape(64, 256, 128, 8, 2, transposed=True, hopper=True),
     # fp32 as sums of two bf16: two stages fill the shared memory, 256 rows spill 900 bytes.
-    "hopper pairs": Shape(64, 128, 128, 8, 2, True, True),
-    "wgmma narrow": Shape(64, 128, 64, 4, 2),  # what cannot use it: short sequences, odd head dims
-    "wgmma wide": Shape(
-        32, 256, 64, 4, 3, True
-    ),  # at L = 64 a contraction of 256 spills 256 to 1,264 bytes
-    "wgmma tf32": Shape(32, 128, 64, 4, 2, True),
-    # mma.py, measured as compiled for 8.0 on an H200 (docs/performance/other_gpus.md).
-    "mma.sync": Shape(32, 256, 128, 8, 2, True, mma=True),
-    "mma.sync pairs": Shape(32, 128, 128, 8, 2, True, mma=True),  # fp32 as sums of two bf16
-    "mma.sync pairs, 99 KiB": Shape(16, 128, 128, 8, 2, True, mma=True),
-    "mma": Shape(64, 128, 64, 4, 2, True),  # what cannot use it: rows that are not of 16 bytes
-    "mma 4 warps": Shape(32, 128, 64, 4, 2),
-    "mma tf32": Shape(32, 64, 32, 4, 2),
+    "hopper.py, fp32": Shape(64, 128, 128, 8, 2, transposed=True, hopper=True),
+    # Measured as compiled for 8.0 on an H200 (docs/performance/other_gpus.md).
+    "mma.py": Shape(32, 256, 128, 8, 2, transposed=True, mma=True),
+    "mma.py, fp32": Shape(32, 128, 128, 8, 2, transposed=True, mma=True),  # as sums of two bf16
+    "mma.py, fp32, 99 KiB": Shape(16, 128, 128, 8, 2, transposed=True, mma=True),
+    # What neither can serve. fp32 on the plain units: anything wider spills kilobytes.
+    "scan.py, ieee": Shape(16, 64, 16, 4, 2),
+    # On 9.0 short sequences and odd head dims; at L = 64 a contraction of 256 spills 256 to 1,264
+    # bytes.
+    "scan.py, 9.0, narrow": Shape(64, 128, 64, 4, 2),
+    "scan.py, 9.0, wide": Shape(32, 256, 64, 4, 3, transposed=True),
+    "scan.py, 9.0, tf32": Shape(32, 128, 64, 4, 2, transposed=True),
+    # On 8.x and 12.x, rows that are not multiples of 16 bytes.
+    "scan.py, 8.x": Shape(64, 128, 64, 4, 2, transposed=True),
+    "scan.py, 10.x and AMD": Shape(32, 128, 64, 4, 2),
+    "scan.py, tf32": Shape(32, 64, 32, 4, 2),
 }
 
 
@@ -142,19 +144,19 @@ LONG = 33  # tokens, from which on hopper.py is worth it
 def _shape(p: Problem, device: Device, mean: int) -> Shape:
     major = device.capability[0]
     if p.bytes == 4 and p.precision == "ieee":
-        return SHAPES["ieee"]
+        return SHAPES["scan.py, ieee"]
     if major == 9 and _descriptors(p, device) and mean >= LONG:
-        return SHAPES["hopper" if p.bytes == 2 else "hopper pairs"]
+        return SHAPES["hopper.py" if p.bytes == 2 else "hopper.py, fp32"]
     if major in (8, 12) and _whole_rows(p):
         if p.bytes == 2:
-            return SHAPES["mma.sync"]
+            return SHAPES["mma.py"]
         small = device.shared_memory < 128 * 1024
-        return SHAPES["mma.sync pairs, 99 KiB" if small else "mma.sync pairs"]
+        return SHAPES["mma.py, fp32, 99 KiB" if small else "mma.py, fp32"]
     if p.bytes == 4:
-        return SHAPES["wgmma tf32" if major == 9 else "mma tf32"]
+        return SHAPES["scan.py, 9.0, tf32" if major == 9 else "scan.py, tf32"]
     if major == 9:
-        return SHAPES["wgmma narrow" if max(p.K, p.V) <= 128 else "wgmma wide"]
-    return SHAPES["mma 4 warps" if major in (0, 10) else "mma"]
+        return SHAPES["scan.py, 9.0, narrow" if max(p.K, p.V) <= 128 else "scan.py, 9.0, wide"]
+    return SHAPES["scan.py, 10.x and AMD" if major in (0, 10) else "scan.py, 8.x"]
 
 
 class Units(NamedTuple):
@@ -278,7 +280,7 @@ def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
     warps, stages = shape.warps, shape.stages
     if shape.hopper:
         warps = block_x // 16
-        stages += shape is SHAPES["hopper"] and block_a <= 128 and block_x == 128
+        stages += shape is SHAPES["hopper.py"] and block_a <= 128 and block_x == 128
     if shape.mma:  # half of the registers of a program hold the state, or less
         warps = 4 if block_a * block_x <= 8192 else shape.warps
         stages += p.bytes == 2 and block_a * block_x <= 4096
