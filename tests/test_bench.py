@@ -242,9 +242,9 @@ def test_a_pinned_span_is_that_of_a_gpus_plan(monkeypatch: pytest.MonkeyPatch) -
         with x.pinned():
             plan = planning.plan_of(spec)
             modes.add(planning.mode())
-        assert plan.span == x.chunk and plan == x.planned(usual)
+        assert plan.checkpoint_every == x.chunk and plan == x.planned(usual)
     assert len(modes) == 6 and planning.mode() not in modes
-    assert planning.plan_of(spec) == usual and usual.span not in (64, 128, 4096)
+    assert planning.plan_of(spec) == usual and usual.checkpoint_every not in (64, 128, 4096)
 
 
 def test_peers_are_chosen_by_parts_of_their_names() -> None:

@@ -27,7 +27,7 @@ def test_a_plan_covers_its_problem(
         assert tile.tiles * tile.block_x >= X > (tile.tiles - 1) * tile.block_x
         # The state of a program is at most half of its registers.
         assert tile.block_a * tile.block_x <= 128 * 32 * tile.warps
-    assert p.span % p.L == 0 and (p.segment == 0 or p.segment % p.span == 0)
+    assert p.checkpoint_every % p.L == 0 and (p.segment == 0 or p.segment % p.checkpoint_every == 0)
     # dq and dk start from what h and dv keep, so the kept tiles must hold every entry.
     assert p.kept[0] >= K and p.kept[1] >= V
 

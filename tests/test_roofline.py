@@ -24,7 +24,7 @@ def tile(A: int, X: int, block_a: int, block_x: int) -> Tile:
 def plan_of(L: int, h: Tile, dq: Tile) -> Plan:
     """A plan with these tiles; what else a plan has does not matter here."""
     real = plan(Problem(1, 64, 1, 64, 64, 1, False, 2, "ieee"), Device((9, 0), 132, 232448))
-    return dataclasses.replace(real, L=L, span=2048, segment=0, h=h, dq=dq)
+    return dataclasses.replace(real, L=L, checkpoint_every=2048, segment=0, h=h, dq=dq)
 
 
 def by_name(kernels: list[r.Kernel]) -> dict[str, r.Kernel]:
@@ -152,7 +152,7 @@ def test_the_counts_are_those_of_the_program(
 ) -> None:
     """Launch by launch: as many, the FLOPs of every scan exactly, and the bytes of what each launch
     reads, updates and writes. A Program says which arrays, not which lines of them: of eight
-    vectors of weights a launch may read one, of n a row a span."""
+    vectors of weights a launch may read one, of n a row a checkpoint."""
     pytest.importorskip("triton")
     device = r.MACHINES[machine].device
     assert device is not None
@@ -240,9 +240,9 @@ def test_named_machines_name_every_dtype() -> None:
 
 @pytest.mark.parametrize(("gate", "both"), [("exp", 2401862144), ("sigmoid", 2378596352)])
 def test_memory_is_what_an_h200_was_seen_to_take(gate: str, both: int) -> None:
-    """docs/results/gpu-memory.json, spans of 2,048: peaks of forward and backward together over
-    what was there before, by torch's allocator. Passes that are played fit their buffers in another
-    way."""
+    """docs/results/gpu-memory.json, a checkpoint every 2,048 tokens: peaks of forward and backward
+    together over what was there before, by torch's allocator. Passes that are played fit their
+    buffers in another way."""
     problem = Problem(8, 8192, 8, 256, 512, 8, False, 2, "ieee")
     m = memory(problem, H200.device, torch.bfloat16, gate)
     assert m.output == 8 * 8192 * 8 * 512 * 2
@@ -259,8 +259,8 @@ def test_memory_of_every_named_machine(name: str) -> None:
     m = memory(problem, device, torch.bfloat16, "sigmoid")
     planned = plan(problem, device)
     rows, kept = 2 * 4, planned.kept[0] * planned.kept[1]
-    chunks, spans = 4096 // planned.L, 4096 // planned.span - 1
-    least = 4 * rows * (chunks + spans * kept)
+    chunks, checkpoints = 4096 // planned.L, 4096 // planned.checkpoint_every - 1
+    least = 4 * rows * (chunks + checkpoints * kept)
     assert least <= m.saved <= least + 4 * rows * 4096 * 8 + 4096
     assert m.forward >= m.output + m.saved
     assert m.backward >= m.inputs  # the gradients of q, k, v, i, f

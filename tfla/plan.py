@@ -69,7 +69,8 @@ class Plan:
     """Everything that is decided before a launch."""
 
     L: int  # tokens a chunk
-    span: int  # tokens between kept states: dq and dk start there, and the sum of df restarts
+    # Tokens between checkpoints, the stored states: dq and dk start there, and the sum of df.
+    checkpoint_every: int
     segment: int  # tokens a piece where h and dv are cut to fill the machine, 0 where they are not
     h: Tile  # h and dv: K -> V
     dq: Tile  # dq and dk: V -> K
@@ -90,7 +91,8 @@ class Plan:
         return self.h if name in ("h", "dv") else self.dq
 
     def __str__(self) -> str:
-        head = f"chunk {self.L}, span {self.span}, segment {self.segment or 'none'}"
+        head = f"chunk {self.L}, checkpoint every {self.checkpoint_every}"
+        head += f", segment {self.segment or 'none'}"
         return "\n".join([head, f"h, dv   {self.h}", f"dq, dk  {self.dq}"])
 
 
@@ -163,7 +165,7 @@ class Units(NamedTuple):
     """What the size of what a forward pass saves depends on; see ``Plan``."""
 
     L: int
-    span: int
+    checkpoint_every: int
     kept: tuple[int, int]
 
 
@@ -195,23 +197,23 @@ def _programs(device: Device, p: Problem, shape: Shape, h: Tile, dq: Tile) -> in
     return device.multiprocessors * (1 if one else 2)
 
 
-def _span(p: Problem, dq: Tile, programs: int) -> int:
-    """Tokens between kept states: as many as leave enough pieces for dq and dk to fill the machine,
+def _checkpoint_every(p: Problem, dq: Tile, programs: int) -> int:
+    """Tokens between checkpoints: as many as leave enough pieces for dq and dk to fill the machine,
     2,048 at most and 256 at least."""
-    mean, span, most = _mean(p), 2048, 2048
+    mean, every, most = _mean(p), 2048, 2048
     while most > 256:
         pieces = -(-mean // most) * p.N * p.H * dq.tiles
         most //= 2
-        span -= most * (1 - is_at_least(pieces, programs))
-    return span
+        every -= most * (1 - is_at_least(pieces, programs))
+    return every
 
 
 def _units(device: Device, p: Problem, shape: Shape) -> tuple[Units, Tile, Tile]:
     """With the tiles of h and of dq."""
     h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
-    span = _span(p, dq, _programs(device, p, shape, h, dq))
+    checkpoint_every = _checkpoint_every(p, dq, _programs(device, p, shape, h, dq))
     kept = h.slices * h.block_a, h.tiles * h.block_x
-    return Units(_chunk(shape, _mean(p)), span, kept), h, dq
+    return Units(_chunk(shape, _mean(p)), checkpoint_every, kept), h, dq
 
 
 def units(problem: Problem, device: Device) -> list[tuple[int, Units]]:
@@ -233,13 +235,13 @@ def plan(problem: Problem, device: Device) -> Plan:
     """The kernels that serve ``problem`` on ``device``."""
     p, mean = problem, _mean(problem)
     shape = _shape(p, device, mean)
-    (L, span, _), h, dq = _units(device, p, shape)
+    (L, checkpoint_every, _), h, dq = _units(device, p, shape)
     wanted = _programs(device, p, shape, h, dq)
     # h and dv are cut where whole sequences leave more than a third of the machine idle.
     programs = max(p.N * p.H * h.tiles, 1)
     segment = 0
-    if 3 * programs < 2 * wanted and mean >= 8 * span:
-        segment = max(4 * span, power_of_two(-(-mean * programs // wanted)))
+    if 3 * programs < 2 * wanted and mean >= 8 * checkpoint_every:
+        segment = max(4 * checkpoint_every, power_of_two(-(-mean * programs // wanted)))
     # A state of two halves leaves no registers for it (256 -> 512: 1.32 ms against 0.83 and 0.29).
     divides = h.hopper and h.A <= 128
     small = min(32 if p.bytes == 4 else 64, power_of_two(max(p.K, p.V)))
@@ -250,7 +252,7 @@ def plan(problem: Problem, device: Device) -> Plan:
         block_c, block_n = 256, 8
     return Plan(
         L,
-        span,
+        checkpoint_every,
         segment,
         h,
         dq,

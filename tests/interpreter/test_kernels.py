@@ -213,15 +213,15 @@ def test_half_precision() -> None:
         checks.check_against_recurrence(Case(**SMALL | {"dtype": torch.float16}))
 
 
-def test_the_forget_gate_of_a_long_span() -> None:
-    """The errors of q . dq and k . dk are the same ones and leave the sum over a span; with
+def test_the_forget_gate_far_from_a_checkpoint() -> None:
+    """The errors of q . dq and k . dk are the same ones and leave the sum up to a checkpoint; with
     q . dq = 0, which is exact where the normaliser is active, df was off by 1.4e-3 here."""
     x = next(x for x in cases.IMPLEMENTATIONS if x.name == "tfla exp")
     call = functools.partial(tfla.mlstm, input_gate="exp", backend="triton")
     x = dataclasses.replace(x, call=lambda leaves: call(**leaves)[0])
     torch.manual_seed(3)
     with (
-        planned(L=32, span=256, segment=1024),
+        planned(L=32, checkpoint_every=256, segment=1024),
         mock.patch.object(bench, "CPU_TOKENS", 2048),
     ):
         errors = bench.judge(

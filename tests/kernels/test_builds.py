@@ -31,7 +31,7 @@ SCANS = (_scan_kernel, _scan_hopper_kernel, _scan_mma_kernel)
 MMA = [target for target in DEVICES if target[0] == "cuda" and target[1] in (80, 86, 89, 120)]
 
 # Bytes of stack a thread. Triton says nothing of spills without a GPU; the linker does. What is
-# tolerated was measured to be touched at the ends of spans only, or (mma.py) is what 255 registers
+# tolerated was measured to be touched at checkpoints only, or (mma.py) is what 255 registers
 # do not hold beside a state of 256 rows: dq and dk were timed with it. Triton 3.9, which was not
 # timed, leaves up to 224 bytes there, and 304 where a contraction of 512 is cut in two.
 SINCE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)

@@ -135,7 +135,7 @@ def memory(
     chunks: Annotated[str, _option("Tokens a kept state.", default="64 to 4096")] = "",
 ) -> None:
     """Peak memory against runtime over how often a state is kept: the paper's chunk; with us, on
-    a GPU, the span after which the backward pass finds a state, on a CPU the chunk.
+    a GPU, the tokens between the checkpoints of the backward pass, on a CPU the chunk.
     """
     _at_least(1, tokens=tokens or 1)
     tokens = tokens or (2048 if session.cpu else 65536)
@@ -492,8 +492,9 @@ def show_plan(
     packed: Annotated[int, _option("Sequences packed along T, with states; B is 1.")] = 0,
     gate: Annotated[str, _option(f"{gates.described()}.")] = "exp",
 ) -> None:
-    """Chunk, spans, segments and tiles of the kernels that serve a call: chosen from these integers
-    and the device's alone, never by trial; then the launches of a forward and a backward pass.
+    """Chunk, checkpoints, segments and tiles of the kernels that serve a call: chosen from these
+    integers and the device's alone, never by trial; then the launches of a forward and a backward
+    pass.
     """
     if gate not in gates.INPUT_GATES:
         raise RunError(f"--gate is {gate}, wanted {' or '.join(gates.INPUT_GATES)}")

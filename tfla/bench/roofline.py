@@ -126,7 +126,8 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
     rows, e, g = p.N * p.H, p.bytes, 2 * FP32
     tokens = p.B * p.T * p.H
     chunks = rows * math.ceil(p.T / plan.L) if not p.packed else p.H * (p.T // plan.L + p.N)
-    spans = p.H * (p.T // plan.span) if p.packed else rows * max(math.ceil(p.T / plan.span) - 1, 0)
+    every = plan.checkpoint_every
+    checkpoints = p.H * (p.T // every) if p.packed else rows * max(math.ceil(p.T / every) - 1, 0)
     state = plan.kept[0] * plan.kept[1] * FP32
     vector = FP32 * tokens
     n_chunk = FP32 * chunks * p.K
@@ -163,8 +164,8 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
             moved += count * (shared + own)
             through += count * (tile.tiles * shared + own)
         if train:  # kept states: h and dv write them, dq and dk start from them
-            moved += spans * state
-            through += spans * state
+            moved += checkpoints * state
+            through += checkpoints * state
         found.append(Kernel(name, backward, tile.slices, flops, moved, through))
         if plan.segment and name in ("h", "dv"):  # at most: what has faded is not read
             flops = tokens * 2 * tile.slices * tile.block_a * tile.tiles * tile.block_x
@@ -197,8 +198,8 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
     scan("dv", normalize and plan.h.hopper)
     scan("dq", True)
     scan("dk", True)
-    moved = (2 * plan.dq.tiles + 1) * vector + 2 * tokens * g + 2 * spans * state
-    small("gate gradients", True, 2 * spans * state // FP32, moved)
+    moved = (2 * plan.dq.tiles + 1) * vector + 2 * tokens * g + 2 * checkpoints * state
+    small("gate gradients", True, 2 * checkpoints * state // FP32, moved)
     return found
 
 

@@ -92,7 +92,7 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
     """The weights of every chunk, the denominator folded into the target side; see
     ``tfla.reference.gate_weights``."""
     plan, builder = plan_of(spec), x.q.builder
-    units = Units(plan.L, plan.span, plan.kept)
+    units = Units(plan.L, plan.checkpoint_every, plan.kept)
     shapes, keeps = saved_parts(spec, units), spec.needs_grad or saved is not None
 
     def part(name: str) -> Symbol | None:
@@ -378,8 +378,8 @@ def scan(
     dot: Symbol | None = None,
     final: bool = True,
 ) -> Scan:
-    """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans,
-    dq and dk start from them.
+    """The primitive; see ``tfla.reference.scan``. h and dv store their states at checkpoints, dq
+    and dk start from them.
 
     A wide contraction is done in slices, each adding to the last one's output in fp32.
     """
@@ -388,12 +388,12 @@ def scan(
     tile = plan.tile(name)
     if name == "dv" and not tile.hopper:
         dot = None
-    # From one end of a sequence to the other, for dq and dk to follow span by span.
+    # Over whole sequences, for dq and dk to follow from checkpoint to checkpoint.
     stores_states = name in ("h", "dv")
     ends = weights.dC_ends if name in ("dv", "dk") else weights.C_ends
     keeps_states = stores_states and ends is not None
     if ends is None and plan.segment:
-        ends = builder.new("states", sizes.rows, sizes.states, *plan.kept)
+        ends = builder.new("states", sizes.rows, sizes.checkpoints, *plan.kept)
     call = _Scan(
         name=name,
         tile=tile,
@@ -453,7 +453,7 @@ class _Scan(NamedTuple):
         from."""
         plan, spec = self.weights.plan, self.weights.spec
         T, N, H = spec.T, spec.N, spec.H
-        unit = plan.segment if self.stores_states else plan.span
+        unit = plan.segment if self.stores_states else plan.checkpoint_every
         cut = unit > 0 and self.ends is not None
         pieces = N
         if cut:
@@ -577,7 +577,7 @@ class _Scan(NamedTuple):
             | _strides_of("f", self.final)
             | weights.common
             | {
-                "spans": weights.sizes.states,
+                "checkpoints_per_head": weights.sizes.checkpoints,
                 "UNIT": unit,
                 "size": weights.size,
                 "stride_e": plan.kept[0] * plan.kept[1],
@@ -589,7 +589,7 @@ class _Scan(NamedTuple):
                 "L": plan.L,
                 "BLOCK_A": tile.block_a,
                 "BLOCK_X": tile.block_x,
-                "SPAN": plan.span,
+                "CHECKPOINT_EVERY": plan.checkpoint_every,
                 "STRIDE_EA": e[0],
                 "STRIDE_EX": e[1],
                 "REVERSE": self.reverse,
@@ -617,7 +617,7 @@ class _Scan(NamedTuple):
             | {
                 "T": spec.T,
                 "H": spec.H,
-                "spans": weights.sizes.states,
+                "checkpoints_per_head": weights.sizes.checkpoints,
                 "UNIT": unit,
                 "stride_e": plan.kept[0] * plan.kept[1],
                 "first_a": part.first or None,  # none to add costs no register
@@ -625,7 +625,7 @@ class _Scan(NamedTuple):
                 "X": X,
             },
             constants={
-                "SPAN": plan.span,
+                "CHECKPOINT_EVERY": plan.checkpoint_every,
                 "BLOCK": 1024,
                 "STRIDE_EA": _state_strides(plan.kept, True)[0],
                 "REVERSE": self.reverse,
@@ -677,7 +677,9 @@ def gate_gradients(
     )
     column = dk.column
     assert dq.dot is not None and dk.dot is not None
-    pieces = T // plan.span + spec.N if spec.packed else B * -(-T // plan.span)
+    pieces = (
+        T // plan.checkpoint_every + spec.N if spec.packed else B * -(-T // plan.checkpoint_every)
+    )
     builder.launch(
         "gate gradients",
         gates._gradients_kernel,
@@ -703,14 +705,14 @@ def gate_gradients(
         | strides("f", f)
         | weights.common
         | {
-            "spans": weights.sizes.states,
+            "checkpoints_per_head": weights.sizes.checkpoints,
             "size": weights.size,
             "K": spec.K,
             "state": plan.kept[0] * plan.kept[1],
         },
         constants={
             "L": plan.L,
-            "SPAN": plan.span,
+            "CHECKPOINT_EVERY": plan.checkpoint_every,
             "BLOCK_K": plan.block_k,
             "Q_PARTS": dq.dot.shape[0],
             "K_PARTS": dk.dot.shape[0],

@@ -242,7 +242,7 @@ def _weights_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "spans", *GATE_STRIDES])
+@triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", *GATE_STRIDES])
 def _gradients_kernel(
     i,
     f,
@@ -267,12 +267,12 @@ def _gradients_kernel(
     T,
     H,
     slots,
-    spans,
+    checkpoints_per_head,
     size,
     K,
     state,
     L: tl.constexpr,
-    SPAN: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr,
     BLOCK_K: tl.constexpr,
     Q_PARTS: tl.constexpr,
     K_PARTS: tl.constexpr,
@@ -282,28 +282,30 @@ def _gradients_kernel(
     PACKED: tl.constexpr,
     ENDS: tl.constexpr,
 ):
-    """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the end of its span
-    of SPAN tokens, and of the states that meet there; it restarts at tokens that erase what came
-    before."""
+    """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the
+    checkpoint after it, CHECKPOINT_EVERY tokens apart, and of the states that meet there; it
+    restarts at tokens that erase what came before."""
     w = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     size = size.to(tl.int64)
-    n, j = unit(w, cu_seqlens, table, T, SPAN, PACKED)
+    n, j = unit(w, cu_seqlens, table, T, CHECKPOINT_EVERY, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    if j * SPAN >= length:
+    if j * CHECKPOINT_EVERY >= length:
         return
     row = head if PACKED else batch * H + head
-    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS) + j
+    checkpoint = (
+        row * checkpoints_per_head + first_kept(n, start, CHECKPOINT_EVERY, PACKED, ENDS) + j
+    )
     if not ENDS:  # dC is 0 where a sequence ends
-        state = tl.where((j + 1) * SPAN < length, state, 0)
+        state = tl.where((j + 1) * CHECKPOINT_EVERY < length, state, 0)
     first = row * slots + first_slot(n, start, L, PACKED)
     # Tokens from the last to the first: the scan runs forward.
-    behind = tl.minimum((j + 1) * SPAN, ((length + L - 1) // L * L).to(tl.int32))
-    position = behind - 1 - tl.arange(0, SPAN)
-    inside = (position >= j * SPAN) & (position < length)
+    behind = tl.minimum((j + 1) * CHECKPOINT_EVERY, ((length + L - 1) // L * L).to(tl.int32))
+    position = behind - 1 - tl.arange(0, CHECKPOINT_EVERY)
+    inside = (position >= j * CHECKPOINT_EVERY) & (position < length)
     here = first * L + position
-    dlog_i = tl.zeros([SPAN], tl.float32)
-    dot = tl.zeros([SPAN], tl.float32)
+    dlog_i = tl.zeros([CHECKPOINT_EVERY], tl.float32)
+    dot = tl.zeros([CHECKPOINT_EVERY], tl.float32)
     for part in tl.static_range(K_PARTS):
         dlog_i += tl.load(k_dk + part * size + here, mask=inside, other=0.0)
     for part in tl.static_range(Q_PARTS):
@@ -311,10 +313,10 @@ def _gradients_kernel(
     meet = tl.zeros([1024], tl.float32)
     for block in range(0, state, 1024):
         entry = block + tl.arange(0, 1024)
-        C = tl.load(C_ends + span * state + entry, mask=entry < state, other=0.0)
-        meet += C * tl.load(dC_ends + span * state + entry, mask=entry < state, other=0.0)
+        C = tl.load(C_ends + checkpoint * state + entry, mask=entry < state, other=0.0)
+        meet += C * tl.load(dC_ends + checkpoint * state + entry, mask=entry < state, other=0.0)
     total = tl.sum(meet, 0).to(tl.float64)
-    end = tl.minimum((j + 1) * SPAN, length)
+    end = tl.minimum((j + 1) * CHECKPOINT_EVERY, length)
     if NORMALIZE:
         slot = first + (end + L - 1) // L
         for block in range(0, K, BLOCK_K):

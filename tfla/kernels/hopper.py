@@ -33,7 +33,7 @@ from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 _rows = tma.make_tensor_descriptor
 
 
-@gluon.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
+@gluon.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "UNIT"])
 def _scan_hopper_kernel(
     a,
     b,
@@ -77,7 +77,7 @@ def _scan_hopper_kernel(
     T,
     H,
     slots,
-    spans,
+    checkpoints_per_head,
     UNIT,
     size,
     stride_e,
@@ -87,7 +87,7 @@ def _scan_hopper_kernel(
     L: gl.constexpr,
     BLOCK_A: gl.constexpr,
     BLOCK_X: gl.constexpr,
-    SPAN: gl.constexpr,
+    CHECKPOINT_EVERY: gl.constexpr,
     STRIDE_EA: gl.constexpr,
     STRIDE_EX: gl.constexpr,
     REVERSE: gl.constexpr,
@@ -175,9 +175,11 @@ def _scan_hopper_kernel(
             if (low == 0) if REVERSE else (high == chunks):
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
-    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
+    first_checkpoint = row * checkpoints_per_head + first_kept(
+        n, start, CHECKPOINT_EVERY, PACKED, ENDS
+    )
     if left is not None:
-        behind = (low if REVERSE else high) * L // SPAN - 1
+        behind = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
         low, high, remains = reaching(decay + slot, low, high, REVERSE)
         gl.store(left + w * H + head, remains)
     first_x = tile * BLOCK_X
@@ -246,7 +248,7 @@ def _scan_hopper_kernel(
     SECOND: gl.constexpr = HALF * STRIDE_EA
     entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
     if ends is not None:
-        ends += span * stride_e + first_x * STRIDE_EX
+        ends += first_checkpoint * stride_e + first_x * STRIDE_EX
         if first_a is not None:
             ends += first_a * STRIDE_EA
     S = gl.zeros([BLOCK_X, HALF], gl.float32, layout=STATE)
@@ -265,7 +267,9 @@ def _scan_hopper_kernel(
             S_2 = gl.load(first_at + HALF * stride_sa, mask=valid, other=0.0)
     if WHOLE and CUT:
         if (high < chunks) if REVERSE else (low > 0):
-            before = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e + entry
+            before = (
+                ends + ((high if REVERSE else low) * L // CHECKPOINT_EVERY - 1) * stride_e + entry
+            )
             S = gl.load(before, mask=(columns < X)[:, None] & (lanes < A)[None, :], other=0.0)
             if HALVES == 2:
                 valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
@@ -289,13 +293,13 @@ def _scan_hopper_kernel(
         if KEEP:
             # The state before the chunk, unless this piece started from it.
             if REVERSE:
-                edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high)
+                edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
                 if ENDS:
                     edge |= c + 1 == chunks
             else:
-                edge = (c * L % SPAN == 0) & (c > low)
+                edge = (c * L % CHECKPOINT_EVERY == 0) & (c > low)
             if edge:
-                kept = (c if REVERSE else c - 1) * L // SPAN
+                kept = (c if REVERSE else c - 1) * L // CHECKPOINT_EVERY
                 part.keep_state(ends + kept * stride_e + entry, S, S_2, HALVES, SECOND)
         if not AHEAD:
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
@@ -440,7 +444,7 @@ def _scan_hopper_kernel(
         tma.store_wait(0)
         if KEEP and ENDS and not REVERSE:
             if (high == chunks) & (low < high):
-                kept = (chunks - 1) * L // SPAN
+                kept = (chunks - 1) * L // CHECKPOINT_EVERY
                 part.keep_state(ends + kept * stride_e + entry, S, S_2, HALVES, SECOND)
     else:
         # What this piece makes of an empty state, to where the next one starts from.

@@ -121,13 +121,13 @@ def chunk(cu_seqlens, table, T, H, slots, L, PACKED: tl.constexpr):
 
 
 @triton.jit
-def first_kept(n, start, SPAN, PACKED: tl.constexpr, ENDS: tl.constexpr):
-    """The same of kept states: one where two spans of SPAN tokens meet, with ENDS one more at the
-    end of every sequence."""
+def first_kept(n, start, CHECKPOINT_EVERY, PACKED: tl.constexpr, ENDS: tl.constexpr):
+    """The same of checkpoints: one after every CHECKPOINT_EVERY tokens inside of a sequence, with
+    ENDS one more at its end."""
     if ENDS:
-        return first_slot(n, start, SPAN, PACKED)
+        return first_slot(n, start, CHECKPOINT_EVERY, PACKED)
     elif PACKED:
-        return start // SPAN
+        return start // CHECKPOINT_EVERY
     else:
         return start * 0
 
@@ -156,14 +156,14 @@ def _last(cu_seqlens, at, U, N, SLOTS: tl.constexpr):
     found by bisection."""
     low = at * 0
     high = low + N
-    span = N
-    while span > 0:
+    width = N
+    while width > 0:
         middle = (low + high) // 2
         start = tl.load(cu_seqlens + middle) // U
         before = (start + middle if SLOTS else start) <= at
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
-        span = span // 2
+        width = width // 2
     return low
 
 

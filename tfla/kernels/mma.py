@@ -166,7 +166,7 @@ def _store_state(at, S, STRIDE_EA: gl.constexpr):
         gl.store(at + n * S[n].shape[1] * STRIDE_EA, S[n])
 
 
-@gluon.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
+@gluon.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "UNIT"])
 def _scan_mma_kernel(
     a,
     b,
@@ -208,7 +208,7 @@ def _scan_mma_kernel(
     T,
     H,
     slots,
-    spans,
+    checkpoints_per_head,
     UNIT,
     size,
     stride_e,
@@ -218,7 +218,7 @@ def _scan_mma_kernel(
     L: gl.constexpr,
     BLOCK_A: gl.constexpr,
     BLOCK_X: gl.constexpr,
-    SPAN: gl.constexpr,
+    CHECKPOINT_EVERY: gl.constexpr,
     STRIDE_EA: gl.constexpr,
     STRIDE_EX: gl.constexpr,
     REVERSE: gl.constexpr,
@@ -243,7 +243,7 @@ def _scan_mma_kernel(
     PIECES: gl.constexpr = BLOCK_A // PIECE
     # Chunks between kept states: the loop over them has no branch, which costs h of 256/512 a
     # quarter of its time.
-    EVERY: gl.constexpr = SPAN // L
+    EVERY: gl.constexpr = CHECKPOINT_EVERY // L
 
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, WARPS // 2], [16, 8])
     STATE: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])  # and the output
@@ -281,9 +281,11 @@ def _scan_mma_kernel(
             if (low == 0) if REVERSE else (high == chunks):
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
-    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
+    first_checkpoint = row * checkpoints_per_head + first_kept(
+        n, start, CHECKPOINT_EVERY, PACKED, ENDS
+    )
     if left is not None:
-        behind = (low if REVERSE else high) * L // SPAN - 1
+        behind = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
         low, high, remains = reaching(decay + slot, low, high, REVERSE)
         gl.store(left + w * H + head, remains)
     first_x = tile * BLOCK_X
@@ -332,7 +334,7 @@ def _scan_mma_kernel(
     lanes = gl.arange(0, PIECE, layout=gl.SliceLayout(0, STATE))
     entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
     if ends is not None:
-        ends += span * stride_e + first_x * STRIDE_EX
+        ends += first_checkpoint * stride_e + first_x * STRIDE_EX
         if first_a is not None:
             ends += first_a * STRIDE_EA
     if WHOLE and state is not None and first_a is not None:
@@ -351,20 +353,24 @@ def _scan_mma_kernel(
             S_piece = gl.load(first, mask=valid, other=0.0)
         if WHOLE and CUT:
             if (high < chunks) if REVERSE else (low > 0):
-                before = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e + entry
+                before = (
+                    ends
+                    + ((high if REVERSE else low) * L // CHECKPOINT_EVERY - 1) * stride_e
+                    + entry
+                )
                 valid = (columns < X)[:, None] & (lane < A)[None, :]
                 S_piece = gl.load(before + piece * PIECE * STRIDE_EA, mask=valid, other=0.0)
         S += (S_piece,)
 
     keep_next = gl.load(decay + (gl.maximum(high - 1, low) if REVERSE else low))
     step = 0
-    first_span = low // EVERY if KEEP else 0
-    n_spans = (high + EVERY - 1) // EVERY - first_span if KEEP else 1
-    for nth in range(0, n_spans):
+    first_interval = low // EVERY if KEEP else 0
+    intervals = (high + EVERY - 1) // EVERY - first_interval if KEEP else 1
+    for nth in range(0, intervals):
         begin, end = low, high
         if KEEP:
             # The state before these chunks, unless this program started from it.
-            this = first_span + (n_spans - 1 - nth if REVERSE else nth)
+            this = first_interval + (intervals - 1 - nth if REVERSE else nth)
             begin, end = this * EVERY, gl.minimum((this + 1) * EVERY, high)
             if REVERSE:
                 wanted = end < high
@@ -484,7 +490,7 @@ def _scan_mma_kernel(
     if WHOLE:
         if KEEP and ENDS and not REVERSE:
             if (high == chunks) & (low < high):
-                kept = (chunks - 1) * L // SPAN
+                kept = (chunks - 1) * L // CHECKPOINT_EVERY
                 _store_state(ends + kept * stride_e + entry, S, STRIDE_EA)
     else:
         # What this piece makes of an empty state, to where the next one starts from.

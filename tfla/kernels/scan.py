@@ -53,7 +53,7 @@ def _spare(x, AXIS: tl.constexpr):
     return tl.expand_dims(power, AXIS)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
+@triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "UNIT"])
 def _scan_kernel(
     a,
     b,
@@ -95,7 +95,7 @@ def _scan_kernel(
     T,
     H,
     slots,
-    spans,
+    checkpoints_per_head,
     UNIT,
     size,
     stride_e,
@@ -105,7 +105,7 @@ def _scan_kernel(
     L: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_X: tl.constexpr,
-    SPAN: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr,
     STRIDE_EA: tl.constexpr,
     STRIDE_EX: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -145,9 +145,11 @@ def _scan_kernel(
             if (low == 0) if REVERSE else (high == chunks):
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
-    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
+    first_checkpoint = row * checkpoints_per_head + first_kept(
+        n, start, CHECKPOINT_EVERY, PACKED, ENDS
+    )
     if left is not None:
-        behind = (low if REVERSE else high) * L // SPAN - 1
+        behind = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
         low, high, remains = reaching(decay + slot, low, high, REVERSE)
         tl.store(left + w * H + head, remains)
 
@@ -204,8 +206,8 @@ def _scan_kernel(
         S = tl.load(state + at, mask=first, other=0.0)
     if out is not None and CUT:
         if (high < chunks) if REVERSE else (low > 0):
-            before = (high if REVERSE else low) * L // SPAN - 1
-            kept = ends + (span + before) * stride_e + first_x * STRIDE_EX + entry
+            before = (high if REVERSE else low) * L // CHECKPOINT_EVERY - 1
+            kept = ends + (first_checkpoint + before) * stride_e + first_x * STRIDE_EX + entry
             S = tl.load(kept, mask=inside, other=0.0)
 
     l = tl.arange(0, L)
@@ -287,10 +289,15 @@ def _scan_kernel(
         if KEEP:
             # The state at the end of the chunk, unless it is where another piece of the sequence
             # starts from.
-            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high)
+            edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
             if ENDS:
                 edge |= c + 1 == chunks
-            kept = ends + (span + c * L // SPAN) * stride_e + first_x * STRIDE_EX + entry
+            kept = (
+                ends
+                + (first_checkpoint + c * L // CHECKPOINT_EVERY) * stride_e
+                + first_x * STRIDE_EX
+                + entry
+            )
         if KEEP and REVERSE:
             if edge:
                 tl.store(kept, S)
@@ -315,7 +322,7 @@ def _scan_kernel(
 
     if out is None:
         # What this piece makes of an empty state, to where the next one starts from.
-        tl.store(ends + (span + behind) * stride_e + first_x * STRIDE_EX + entry, S)
+        tl.store(ends + (first_checkpoint + behind) * stride_e + first_x * STRIDE_EX + entry, S)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(tl.int64) * stride_fn + head * stride_fh
@@ -328,7 +335,7 @@ def _scan_kernel(
             tl.store(last, S, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
+@triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "UNIT"])
 def _join_kernel(
     left,
     state,
@@ -340,13 +347,13 @@ def _join_kernel(
     stride_sx,
     T,
     H,
-    spans,
+    checkpoints_per_head,
     UNIT,
     stride_e,
     first_a,
     A,
     X,
-    SPAN: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE_EA: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -359,7 +366,9 @@ def _join_kernel(
     head = (tl.program_id(0) % H).to(tl.int64)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     row = head if PACKED else batch * H + head
-    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
+    first_checkpoint = row * checkpoints_per_head + first_kept(
+        n, start, CHECKPOINT_EVERY, PACKED, ENDS
+    )
     pieces = ((length + UNIT - 1) // UNIT).to(tl.int32)
     each = tl.maximum((T + UNIT - 1) // UNIT, 1)
     first = first_slot(n, start, UNIT, PACKED) if PACKED else n.to(tl.int64) * each
@@ -377,8 +386,8 @@ def _join_kernel(
         S = tl.load(state + first_at, mask=inside, other=0.0)
     for step in range(0, pieces - 1):
         piece = (pieces - 1 - step) if REVERSE else step
-        end = (piece if REVERSE else piece + 1) * (UNIT // SPAN) - 1
-        at = ends + (span + end) * stride_e + lane * STRIDE_EA + column
+        end = (piece if REVERSE else piece + 1) * (UNIT // CHECKPOINT_EVERY) - 1
+        at = ends + (first_checkpoint + end) * stride_e + lane * STRIDE_EA + column
         remains = tl.load(left + (first + piece) * H + head)
         S = scaled(S, remains) + tl.load(at, mask=inside, other=0.0)
         tl.store(at, S, mask=inside)

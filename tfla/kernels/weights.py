@@ -22,17 +22,18 @@ class Sizes(NamedTuple):
 
     rows: int  # of chunks: (batch, head), or heads alone when sequences are packed
     chunks: int  # a row; called slots in kernels, for some of them may be empty
-    states: int  # kept states a row
+    checkpoints: int  # stored states a row
 
 
 def sizes_of(spec: CallSpec, units: Units) -> Sizes:
     T, N, H = spec.T, spec.N, spec.H
     if spec.packed:
-        chunks, spans = T // units.L + N, T // units.span + N
-        return Sizes(H, chunks, spans if spec.at_ends else T // units.span)
-    chunks, spans = -(-T // units.L), -(-T // units.span)
-    # Where nothing comes from the ends of sequences there is one less: where two spans meet.
-    return Sizes(spec.B * H, chunks, spans if spec.at_ends else spans - 1 + 1 // (1 + spans))
+        inside = T // units.checkpoint_every
+        return Sizes(H, T // units.L + N, inside + N if spec.at_ends else inside)
+    chunks, checkpoints = -(-T // units.L), -(-T // units.checkpoint_every)
+    if not spec.at_ends:  # no gradient comes from there: none at the end of a sequence
+        checkpoints += 1 // (1 + checkpoints) - 1
+    return Sizes(spec.B * H, chunks, checkpoints)
 
 
 def saved_parts(spec: CallSpec, units: Units) -> dict[str, tuple[int, ...]]:
@@ -43,7 +44,7 @@ def saved_parts(spec: CallSpec, units: Units) -> dict[str, tuple[int, ...]]:
         "decay": (s.rows, s.chunks),
     }
     if spec.needs_grad:
-        parts["C_ends"] = (s.rows, s.states, *units.kept)
+        parts["C_ends"] = (s.rows, s.checkpoints, *units.kept)
     if spec.normalize:
         parts |= {"n_chunk": (s.rows, s.chunks, spec.K), "n_final": (spec.N, spec.H, spec.K)}
     return parts
@@ -64,11 +65,13 @@ class GateWeights(NamedTuple):
     plan: Plan
     sizes: Sizes
     cu_seqlens: Symbol | None
-    tables: Tables  # which sequence each chunk, span and segment belongs to; None unless packed
+    tables: (
+        Tables  # which sequence each chunk, checkpoint and segment belongs to; None unless packed
+    )
     vectors: Symbol  # (rows, chunks, VECTORS, L), see gates.py
     undivided: Symbol | None  # the same without the denominator, where the scan of h makes it
     decay: Symbol  # (rows, chunks)
-    # (rows, states, *plan.kept) C at the ends of spans, where the backward pass starts from
+    # (rows, checkpoints, *plan.kept) C at the checkpoints, where the backward pass starts from
     C_ends: Symbol | None
     dC_ends: Symbol | None  # the same of dC
     n_chunk: Symbol | None  # (rows, chunks, K) n entering each chunk
@@ -146,16 +149,16 @@ def clear(offsets: Symbol, *outputs: Symbol) -> None:
 
 
 def tables(cu_seqlens: Symbol | None, T: int, plan: Plan) -> Tables:
-    """Of packed sequences: which one each slot of chunks, spans and segments belongs to, in one
-    launch."""
+    """Of packed sequences: which one each slot of chunks, checkpoints and segments belongs to, in
+    one launch."""
     if cu_seqlens is None:
         return None, None, None
     N, builder = cu_seqlens.shape[0] - 1, cu_seqlens.builder
-    units = (plan.L, plan.span, plan.segment or plan.span)
+    units = (plan.L, plan.checkpoint_every, plan.segment or plan.checkpoint_every)
     sizes = [padded(T // unit + N) for unit in units]
-    chunk, span, segment = (
+    chunk, checkpoint, segment = (
         builder.new(f"{name} table", size, dtype="i32")
-        for name, size in zip(("chunk", "span", "segment"), sizes, strict=True)
+        for name, size in zip(("chunk", "checkpoint", "segment"), sizes, strict=True)
     )
     builder.launch(
         "tables",
@@ -164,10 +167,10 @@ def tables(cu_seqlens: Symbol | None, T: int, plan: Plan) -> Tables:
         4,
         1,
         reads={"cu_seqlens": cu_seqlens},
-        writes={"table_0": chunk, "table_1": span, "table_2": segment},
+        writes={"table_0": chunk, "table_1": checkpoint, "table_2": segment},
         numbers={"N": N}
         | {f"unit_{n}": unit for n, unit in enumerate(units)}
         | {f"size_{n}": size for n, size in enumerate(sizes)},
         constants={"BLOCK": 256},
     )
-    return chunk, span, segment
+    return chunk, checkpoint, segment
