@@ -24,7 +24,7 @@ def tile(A: int, X: int, block_a: int, block_x: int) -> Tile:
 def plan_of(L: int, h: Tile, dq: Tile) -> Plan:
     """A plan with these tiles; what else a plan has does not matter here."""
     real = plan(Problem(1, 64, 1, 64, 64, 1, False, 2, "ieee"), Device((9, 0), 132, 232448))
-    return dataclasses.replace(real, L=L, checkpoint_every=2048, segment=0, h=h, dq=dq)
+    return dataclasses.replace(real, L=L, checkpoint_every=2048, split_len=0, h=h, dq=dq)
 
 
 def by_name(kernels: list[r.Kernel]) -> dict[str, r.Kernel]:
@@ -97,10 +97,10 @@ def test_a_plan_never_undercuts_the_function(K: int, normalize: bool) -> None:
 def test_cutting_a_sequence_costs_launches_and_bytes() -> None:
     problem = Problem(1, 65536, 1, 64, 64, 1, False, 2, "ieee")
     found = plan(problem, Device((9, 0), 132, 232448))
-    assert found.segment
-    cut = by_name(r.kernels(problem, found, normalize=True))
-    assert cut["h: cut"].launches == 2 * found.h.slices
-    assert 0 < cut["h: cut"].flops < cut["h"].flops
+    assert found.split_len
+    split = by_name(r.kernels(problem, found, normalize=True))
+    assert split["h: splits"].launches == 2 * found.h.slices
+    assert 0 < split["h: splits"].flops < split["h"].flops
 
 
 def test_kernels_of_both_variants_are_those_that_are_launched() -> None:
@@ -179,9 +179,9 @@ def test_the_counts_are_those_of_the_program(
     for name, (launches, flops, moved) in found.items():
         k = counted[name]
         assert launches == k.launches
-        if name in ("h", "dv", "dq", "dk", "h: cut", "dv: cut"):
+        if name in ("h", "dv", "dq", "dk", "h: splits", "dv: splits"):
             assert flops == k.flops, name
-        if "cut" in name:  # an estimate of what has not faded
+        if "splits" in name:  # an estimate of what has not faded
             continue
         more = 8 * vector * k.launches  # lines of vectors that are not read
         more += 2 * 4 * chunks * K if name == "gate gradients" else 0

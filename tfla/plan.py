@@ -71,7 +71,7 @@ class Plan:
     L: int  # tokens a chunk
     # Tokens between checkpoints, the stored states: dq and dk start there, and the sum of df.
     checkpoint_every: int
-    segment: int  # tokens a piece where h and dv are cut to fill the machine, 0 where they are not
+    split_len: int  # tokens of a split, where h and dv need several a sequence; 0: they do not
     h: Tile  # h and dv: K -> V
     dq: Tile  # dq and dk: V -> K
     block_k: int  # head dim block of the small kernels
@@ -92,7 +92,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = f"chunk {self.L}, checkpoint every {self.checkpoint_every}"
-        head += f", segment {self.segment or 'none'}"
+        head += f", split_len {self.split_len or 'none'}"
         return "\n".join([head, f"h, dv   {self.h}", f"dq, dk  {self.dq}"])
 
 
@@ -198,13 +198,13 @@ def _programs(device: Device, p: Problem, shape: Shape, h: Tile, dq: Tile) -> in
 
 
 def _checkpoint_every(p: Problem, dq: Tile, programs: int) -> int:
-    """Tokens between checkpoints: as many as leave enough pieces for dq and dk to fill the machine,
-    2,048 at most and 256 at least."""
+    """Tokens between checkpoints: as many as leave enough programs for dq and dk to fill the
+    machine, 2,048 at most and 256 at least."""
     mean, every, most = _mean(p), 2048, 2048
     while most > 256:
-        pieces = -(-mean // most) * p.N * p.H * dq.tiles
+        found = -(-mean // most) * p.N * p.H * dq.tiles
         most //= 2
-        every -= most * (1 - is_at_least(pieces, programs))
+        every -= most * (1 - is_at_least(found, programs))
     return every
 
 
@@ -237,11 +237,11 @@ def plan(problem: Problem, device: Device) -> Plan:
     shape = _shape(p, device, mean)
     (L, checkpoint_every, _), h, dq = _units(device, p, shape)
     wanted = _programs(device, p, shape, h, dq)
-    # h and dv are cut where whole sequences leave more than a third of the machine idle.
+    # h and dv are split where whole sequences leave more than a third of the machine idle.
     programs = max(p.N * p.H * h.tiles, 1)
-    segment = 0
+    split_len = 0
     if 3 * programs < 2 * wanted and mean >= 8 * checkpoint_every:
-        segment = max(4 * checkpoint_every, power_of_two(-(-mean * programs // wanted)))
+        split_len = max(4 * checkpoint_every, power_of_two(-(-mean * programs // wanted)))
     # A state of two halves leaves no registers for it (256 -> 512: 1.32 ms against 0.83 and 0.29).
     divides = h.hopper and h.A <= 128
     small = min(32 if p.bytes == 4 else 64, power_of_two(max(p.K, p.V)))
@@ -253,7 +253,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     return Plan(
         L,
         checkpoint_every,
-        segment,
+        split_len,
         h,
         dq,
         small,

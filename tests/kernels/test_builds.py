@@ -80,7 +80,7 @@ def test_the_scans_build(target: tuple[str, int | str]) -> None:
 # What a call may have, and the least of what it may be.
 ON_MMA: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "states": ((2, 1000, 4, 128, 256), {"state": True, "dtype": torch.float16}),
-    "cut": ((1, 20000, 4, 64, 64), {"state": True, "gate": "sigmoid"}),
+    "splits": ((1, 20000, 4, 64, 64), {"state": True, "gate": "sigmoid"}),
     "packed": ((1, 20000, 4, 48, 80), {"state": True, "packed": 5}),
     "wide": ((2, 1000, 4, 256, 512), {"gate": "sigmoid"}),
     "small": ((4, 20, 4, 16, 8), {"state": True}),

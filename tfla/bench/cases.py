@@ -129,8 +129,8 @@ class Implementation:
         if self.chunk is None or not self.ours:
             return plan
         every = max(self.chunk, plan.L)
-        segment = plan.segment and max(plan.segment, every)
-        return replace(plan, checkpoint_every=every, segment=segment)
+        split_len = plan.split_len and max(plan.split_len, every)
+        return replace(plan, checkpoint_every=every, split_len=split_len)
 
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:

@@ -492,7 +492,7 @@ def show_plan(
     packed: Annotated[int, _option("Sequences packed along T, with states; B is 1.")] = 0,
     gate: Annotated[str, _option(f"{gates.described()}.")] = "exp",
 ) -> None:
-    """Chunk, checkpoints, segments and tiles of the kernels that serve a call: chosen from these
+    """Chunk, checkpoints, splits and tiles of the kernels that serve a call: chosen from these
     integers and the device's alone, never by trial; then the launches of a forward and a backward
     pass.
     """

@@ -167,13 +167,13 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
             moved += checkpoints * state
             through += checkpoints * state
         found.append(Kernel(name, backward, tile.slices, flops, moved, through))
-        if plan.segment and name in ("h", "dv"):  # at most: what has faded is not read
+        if plan.split_len and name in ("h", "dv"):  # at most: what has faded is not read
             flops = tokens * 2 * tile.slices * tile.block_a * tile.tiles * tile.block_x
-            ends = math.ceil(p.T / plan.segment) * rows * state
+            ends = math.ceil(p.T / plan.split_len) * rows * state
             shared, own = tokens * tile.A * e + 2 * vector, tokens * tile.X * e * tile.slices
             moved, through = shared + own + 3 * ends, tile.tiles * shared + own + 3 * ends
             launches = 2 * tile.slices
-            found.append(Kernel(f"{name}: cut", backward, launches, flops, moved, through))
+            found.append(Kernel(f"{name}: splits", backward, launches, flops, moved, through))
 
     if normalize:
         moved = tokens * (p.K * e + g) + 8 * vector + n_chunk + 16 * chunks

@@ -392,7 +392,7 @@ def scan(
     stores_states = name in ("h", "dv")
     ends = weights.dC_ends if name in ("dv", "dk") else weights.C_ends
     keeps_states = stores_states and ends is not None
-    if ends is None and plan.segment:
+    if ends is None and plan.split_len:
         ends = builder.new("states", sizes.rows, sizes.checkpoints, *plan.kept)
     call = _Scan(
         name=name,
@@ -449,22 +449,22 @@ class _Scan(NamedTuple):
         return self.name in ("h", "dv")
 
     def launch(self, part: _Slice) -> None:
-        """One launch; where h or dv is cut, two before it make the states that its pieces start
-        from."""
+        """One launch; where h or dv is split along T, two before it make the states that its splits
+        start from."""
         plan, spec = self.weights.plan, self.weights.spec
         T, N, H = spec.T, spec.N, spec.H
-        unit = plan.segment if self.stores_states else plan.checkpoint_every
-        cut = unit > 0 and self.ends is not None
-        pieces = N
-        if cut:
-            pieces = T // unit + N if spec.packed else N * max(-(-T // unit), 1)
-        if cut and self.stores_states:
-            left = self.a.builder.new(f"{self.name} left", pieces, H)
-            self._pieces(part, left, unit, pieces)
-            self._join(part, left, unit)
-        self._whole(part, unit, cut, pieces)
+        split_len = plan.split_len if self.stores_states else plan.checkpoint_every
+        split_t = split_len > 0 and self.ends is not None
+        splits = N
+        if split_t:
+            splits = T // split_len + N if spec.packed else N * max(-(-T // split_len), 1)
+        if split_t and self.stores_states:
+            left = self.a.builder.new(f"{self.name} left", splits, H)
+            self._split_states(part, left, split_len, splits)
+            self._join(part, left, split_len)
+        self._whole(part, split_len, split_t, splits)
 
-    def _whole(self, part: _Slice, unit: int, cut: bool, pieces: int) -> None:
+    def _whole(self, part: _Slice, split_len: int, split_t: bool, splits: int) -> None:
         weights, tile, last = self.weights, self.tile, part.is_last
         column = self.column if last else None
         vector = None
@@ -490,8 +490,8 @@ class _Scan(NamedTuple):
             "cu_seqlens": weights.cu_seqlens,
             "table": weights.tables[2 if self.stores_states else 1],
         }
-        # Kept states are read where a piece starts from one, updated where it also stores some.
-        starts = cut and self.ends is not None
+        # Kept states are read where a split starts from one, updated where it also stores some.
+        starts = split_t and self.ends is not None
         writes = {
             "final": self.final,
             "out": part.out,
@@ -500,10 +500,12 @@ class _Scan(NamedTuple):
             **({"folded": folded} if tile.hopper else {}),
         }
         keep = self.keeps_states
-        self._launch(self.name, part, unit, cut, pieces, reads, writes, keep=keep, starts=starts)
+        self._launch(
+            self.name, part, split_len, split_t, splits, reads, writes, keep=keep, starts=starts
+        )
 
-    def _pieces(self, part: _Slice, left: Symbol, unit: int, pieces: int) -> None:
-        """What each piece makes of an empty state, to where the next one starts from."""
+    def _split_states(self, part: _Slice, left: Symbol, split_len: int, splits: int) -> None:
+        """What each split makes of an empty state, to where the next one starts from."""
         weights, hopper = self.weights, self.tile.hopper
         reads = {
             "a": None,
@@ -522,8 +524,8 @@ class _Scan(NamedTuple):
         }
         writes = {"final": None, "out": None, "dot": None, "left": left}
         writes |= {"folded": None} if hopper else {}
-        label = f"{self.name}: cut"
-        self._launch(label, part, unit, True, pieces, reads, writes, keep=False, starts=False)
+        label = f"{self.name}: splits"
+        self._launch(label, part, split_len, True, splits, reads, writes, keep=False, starts=False)
 
     def _sources(self) -> Symbol:
         weights = self.weights
@@ -535,9 +537,9 @@ class _Scan(NamedTuple):
         self,
         label: str,
         part: _Slice,
-        unit: int,
-        cut: bool,
-        pieces: int,
+        split_len: int,
+        split_t: bool,
+        splits: int,
         reads: dict[str, Symbol | None],
         writes: dict[str, Symbol | None],
         *,
@@ -563,7 +565,7 @@ class _Scan(NamedTuple):
         self.a.builder.launch(
             label,
             kernel,
-            (tile.tiles * spec.H * pieces,),
+            (tile.tiles * spec.H * splits,),
             tile.warps,
             tile.stages,
             reads=reads,
@@ -578,7 +580,7 @@ class _Scan(NamedTuple):
             | weights.common
             | {
                 "checkpoints_per_head": weights.sizes.checkpoints,
-                "UNIT": unit,
+                "split_len": split_len,
                 "size": weights.size,
                 "stride_e": plan.kept[0] * plan.kept[1],
                 "first_a": part.first or None,  # none to add costs no register
@@ -593,19 +595,19 @@ class _Scan(NamedTuple):
                 "STRIDE_EA": e[0],
                 "STRIDE_EX": e[1],
                 "REVERSE": self.reverse,
-                "CUT": cut,
+                "SPLIT_T": split_t,
                 "KEEP": keep,
                 "ENDS": spec.at_ends,
                 **forms,
             },
         )
 
-    def _join(self, part: _Slice, left: Symbol, unit: int) -> None:
-        """From what each piece makes of an empty state to the state at its end."""
+    def _join(self, part: _Slice, left: Symbol, split_len: int) -> None:
+        """From what each split makes of an empty state to the state at its end."""
         weights, plan, spec = self.weights, self.weights.plan, self.weights.spec
         X = self.x.shape[-1]
         self.a.builder.launch(
-            f"{self.name}: cut",
+            f"{self.name}: splits",
             _join_kernel,
             (spec.N * spec.H, -(-part.width * X // 1024)),
             4,
@@ -618,7 +620,7 @@ class _Scan(NamedTuple):
                 "T": spec.T,
                 "H": spec.H,
                 "checkpoints_per_head": weights.sizes.checkpoints,
-                "UNIT": unit,
+                "split_len": split_len,
                 "stride_e": plan.kept[0] * plan.kept[1],
                 "first_a": part.first or None,  # none to add costs no register
                 "A": part.width,
@@ -677,13 +679,13 @@ def gate_gradients(
     )
     column = dk.column
     assert dq.dot is not None and dk.dot is not None
-    pieces = (
+    intervals = (
         T // plan.checkpoint_every + spec.N if spec.packed else B * -(-T // plan.checkpoint_every)
     )
     builder.launch(
         "gate gradients",
         gates._gradients_kernel,
-        (pieces * H,),
+        (intervals * H,),
         8,
         2,
         reads={

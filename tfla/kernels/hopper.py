@@ -33,7 +33,7 @@ from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
 _rows = tma.make_tensor_descriptor
 
 
-@gluon.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "UNIT"])
+@gluon.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "split_len"])
 def _scan_hopper_kernel(
     a,
     b,
@@ -78,7 +78,7 @@ def _scan_hopper_kernel(
     H,
     slots,
     checkpoints_per_head,
-    UNIT,
+    split_len,
     size,
     stride_e,
     first_a,
@@ -91,7 +91,7 @@ def _scan_hopper_kernel(
     STRIDE_EA: gl.constexpr,
     STRIDE_EX: gl.constexpr,
     REVERSE: gl.constexpr,
-    CUT: gl.constexpr,
+    SPLIT_T: gl.constexpr,
     KEEP: gl.constexpr,
     ENDS: gl.constexpr,
     OF_X: gl.constexpr,
@@ -130,7 +130,7 @@ def _scan_hopper_kernel(
     # they and the exponents are made of is loaded before the copies.
     ROW_PRODUCTS: gl.constexpr = n_in is not None or OF_X
     gl.static_assert(n_in is None or HALVES == 1, "of states of two halves nu is made elsewhere")
-    EARLY: gl.constexpr = ROW_PRODUCTS and FIRST and not CUT and WARPS > 4
+    EARLY: gl.constexpr = ROW_PRODUCTS and FIRST and not SPLIT_T and WARPS > 4
     # The scores of a chunk are made at the end of the one before, where that is no loss (1, for the
     # waits); else, with a column, after the state's share.
     GAINS: gl.constexpr = BLOCK_A == 128 or partial is not None or (REVERSE and vector is not None)
@@ -160,18 +160,18 @@ def _scan_hopper_kernel(
     size = size.to(gl.int64)
     w = (gl.program_id(0) // tiles // H).to(gl.int64)
     n, j = w, 0
-    if CUT:
-        n, j = unit(w, cu_seqlens, table, T, UNIT, PACKED)
+    if SPLIT_T:
+        n, j = unit(w, cu_seqlens, table, T, split_len, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     row = head if PACKED else batch * H + head
     chunks = ((length + L - 1) // L).to(gl.int32)
     low, high = 0, chunks
-    if CUT:
-        if (j > 0) & (j >= (chunks * L + UNIT - 1) // UNIT):
+    if SPLIT_T:
+        if (j > 0) & (j >= (chunks * L + split_len - 1) // split_len):
             return
-        low = (j * (UNIT // L)).to(gl.int32)
-        high = gl.minimum(chunks, (low + UNIT // L).to(gl.int32))
-        if not WHOLE:  # nothing starts from what the last piece leaves
+        low = (j * (split_len // L)).to(gl.int32)
+        high = gl.minimum(chunks, (low + split_len // L).to(gl.int32))
+        if not WHOLE:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
@@ -255,7 +255,9 @@ def _scan_hopper_kernel(
     S_2 = S
     if WHOLE and state is not None:
         at_first = (high == chunks) if REVERSE else (low == 0)
-        rows = gl.where(at_first, A, 0) if CUT else A  # the other pieces start from what was kept
+        rows = (
+            gl.where(at_first, A, 0) if SPLIT_T else A
+        )  # the other splits start from what was kept
         state += n.to(gl.int64) * stride_sn + head * stride_sh
         if first_a is not None:
             state += first_a * stride_sa
@@ -265,7 +267,7 @@ def _scan_hopper_kernel(
         if HALVES == 2:
             valid = (columns < X)[:, None] & (lanes + HALF < rows)[None, :]
             S_2 = gl.load(first_at + HALF * stride_sa, mask=valid, other=0.0)
-    if WHOLE and CUT:
+    if WHOLE and SPLIT_T:
         if (high < chunks) if REVERSE else (low > 0):
             before = (
                 ends + ((high if REVERSE else low) * L // CHECKPOINT_EVERY - 1) * stride_e + entry
@@ -291,7 +293,7 @@ def _scan_hopper_kernel(
         vectors = part.flat(v_in, stage, VECTORS * L)
         col_edge = vectors.slice((COL + 2) * L, L)
         if KEEP:
-            # The state before the chunk, unless this piece started from it.
+            # The state before the chunk, unless this split started from it.
             if REVERSE:
                 edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
                 if ENDS:
@@ -447,7 +449,7 @@ def _scan_hopper_kernel(
                 kept = (chunks - 1) * L // CHECKPOINT_EVERY
                 part.keep_state(ends + kept * stride_e + entry, S, S_2, HALVES, SECOND)
     else:
-        # What this piece makes of an empty state, to where the next one starts from.
+        # What this split makes of an empty state, to where the next one starts from.
         part.keep_state(ends + behind * stride_e + entry, S, S_2, HALVES, SECOND)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):

@@ -166,7 +166,7 @@ def _store_state(at, S, STRIDE_EA: gl.constexpr):
         gl.store(at + n * S[n].shape[1] * STRIDE_EA, S[n])
 
 
-@gluon.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "UNIT"])
+@gluon.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "split_len"])
 def _scan_mma_kernel(
     a,
     b,
@@ -209,7 +209,7 @@ def _scan_mma_kernel(
     H,
     slots,
     checkpoints_per_head,
-    UNIT,
+    split_len,
     size,
     stride_e,
     first_a,
@@ -222,7 +222,7 @@ def _scan_mma_kernel(
     STRIDE_EA: gl.constexpr,
     STRIDE_EX: gl.constexpr,
     REVERSE: gl.constexpr,
-    CUT: gl.constexpr,
+    SPLIT_T: gl.constexpr,
     KEEP: gl.constexpr,
     ENDS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -266,18 +266,18 @@ def _scan_mma_kernel(
     size = size.to(gl.int64)
     w = (gl.program_id(0) // tiles // H).to(gl.int64)
     n, j = w, 0
-    if CUT:
-        n, j = unit(w, cu_seqlens, table, T, UNIT, PACKED)
+    if SPLIT_T:
+        n, j = unit(w, cu_seqlens, table, T, split_len, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     row = head if PACKED else batch * H + head
     chunks = ((length + L - 1) // L).to(gl.int32)
     low, high = 0, chunks
-    if CUT:
-        if (j > 0) & (j >= (chunks * L + UNIT - 1) // UNIT):
+    if SPLIT_T:
+        if (j > 0) & (j >= (chunks * L + split_len - 1) // split_len):
             return
-        low = (j * (UNIT // L)).to(gl.int32)
-        high = gl.minimum(chunks, (low + UNIT // L).to(gl.int32))
-        if not WHOLE:  # nothing starts from what the last piece leaves
+        low = (j * (split_len // L)).to(gl.int32)
+        high = gl.minimum(chunks, (low + split_len // L).to(gl.int32))
+        if not WHOLE:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
@@ -345,13 +345,13 @@ def _scan_mma_kernel(
         S_piece = gl.zeros([BLOCK_X, PIECE], gl.float32, layout=STATE)
         if WHOLE and state is not None:
             known = A
-            if CUT:  # the pieces after the first start from what was kept
+            if SPLIT_T:  # the splits after the first start from what was kept
                 known = gl.where((high == chunks) if REVERSE else (low == 0), A, 0)
             first = state + n.to(gl.int64) * stride_sn + head * stride_sh
             first += columns[:, None] * stride_sx + lane[None, :] * stride_sa
             valid = (columns < X)[:, None] & (lane < known)[None, :]
             S_piece = gl.load(first, mask=valid, other=0.0)
-        if WHOLE and CUT:
+        if WHOLE and SPLIT_T:
             if (high < chunks) if REVERSE else (low > 0):
                 before = (
                     ends
@@ -493,7 +493,7 @@ def _scan_mma_kernel(
                 kept = (chunks - 1) * L // CHECKPOINT_EVERY
                 _store_state(ends + kept * stride_e + entry, S, STRIDE_EA)
     else:
-        # What this piece makes of an empty state, to where the next one starts from.
+        # What this split makes of an empty state, to where the next one starts from.
         _store_state(ends + behind * stride_e + entry, S, STRIDE_EA)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):

@@ -1,14 +1,14 @@
-"""The scan: one kernel body for h, dq, dk and dv, and for the states where a sequence is cut.
+"""The scan: one kernel body for h, dq, dk and dv, and for the states where splits of T begin.
 
     scores = (A B^T + d) * D                     (L, L)     D = exp2(row + column exponents),
     causal or anti-causal out    = edge * (A S + column) + scores X    (L, X)
     S      = decay S + (edge B)^T X              (A, X)     on chip from the first chunk of a
-    segment to its last
+    split to its last
 
-A program owns BLOCK_X columns of one head of one segment and walks over its chunks, forward or in
-reverse. Which vector is the row and which the column exponent is all that the direction changes
-(``math.md``). TRANSPOSED keeps S as (X, A), the register operand of the next product, where it
-would otherwise pass through shared memory.
+A program owns BLOCK_X columns of one head of one split of a sequence and walks over its chunks,
+forward or in reverse. Which vector is the row and which the column exponent is all that the
+direction changes (``math.md``). TRANSPOSED keeps S as (X, A), the register operand of the next
+product, where it would otherwise pass through shared memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _spare(x, AXIS: tl.constexpr):
     return tl.expand_dims(power, AXIS)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "UNIT"])
+@triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "split_len"])
 def _scan_kernel(
     a,
     b,
@@ -96,7 +96,7 @@ def _scan_kernel(
     H,
     slots,
     checkpoints_per_head,
-    UNIT,
+    split_len,
     size,
     stride_e,
     first_a,
@@ -109,7 +109,7 @@ def _scan_kernel(
     STRIDE_EA: tl.constexpr,
     STRIDE_EX: tl.constexpr,
     REVERSE: tl.constexpr,
-    CUT: tl.constexpr,
+    SPLIT_T: tl.constexpr,
     KEEP: tl.constexpr,
     ENDS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -130,18 +130,18 @@ def _scan_kernel(
     size = size.to(tl.int64)
     w = (tl.program_id(0) // tiles // H).to(tl.int64)
     n, j = w, 0
-    if CUT:
-        n, j = unit(w, cu_seqlens, table, T, UNIT, PACKED)
+    if SPLIT_T:
+        n, j = unit(w, cu_seqlens, table, T, split_len, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     row = head if PACKED else batch * H + head
     chunks = ((length + L - 1) // L).to(tl.int32)
     low, high = 0, chunks
-    if CUT:
-        if (j > 0) & (j >= (chunks * L + UNIT - 1) // UNIT):
+    if SPLIT_T:
+        if (j > 0) & (j >= (chunks * L + split_len - 1) // split_len):
             return
-        low = (j * (UNIT // L)).to(tl.int32)
-        high = tl.minimum(chunks, (low + UNIT // L).to(tl.int32))
-        if out is None:  # nothing starts from what the last piece leaves
+        low = (j * (split_len // L)).to(tl.int32)
+        high = tl.minimum(chunks, (low + split_len // L).to(tl.int32))
+        if out is None:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
@@ -192,7 +192,7 @@ def _scan_kernel(
         inside = (lanes < A)[:, None] & (columns < X)[None, :]
     if out is not None and state is not None:
         rows = A
-        if CUT:  # the pieces after the first start from what was kept
+        if SPLIT_T:  # the splits after the first start from what was kept
             rows = tl.where((high == chunks) if REVERSE else (low == 0), A, 0)
         state += n.to(tl.int64) * stride_sn + head * stride_sh
         if first_a is not None:
@@ -204,7 +204,7 @@ def _scan_kernel(
             at = lanes[:, None] * stride_sa + columns[None, :] * stride_sx
             first = (lanes < rows)[:, None] & (columns < X)[None, :]
         S = tl.load(state + at, mask=first, other=0.0)
-    if out is not None and CUT:
+    if out is not None and SPLIT_T:
         if (high < chunks) if REVERSE else (low > 0):
             before = (high if REVERSE else low) * L // CHECKPOINT_EVERY - 1
             kept = ends + (first_checkpoint + before) * stride_e + first_x * STRIDE_EX + entry
@@ -287,7 +287,7 @@ def _scan_kernel(
                 Y = _tile(y_rows, X, stride_yt, t, length, first_x, L, BLOCK_X, False)
                 tl.store(dot + tile * size + (slot + c) * L + l, tl.sum(O * Y.to(tl.float32), 1))
         if KEEP:
-            # The state at the end of the chunk, unless it is where another piece of the sequence
+            # The state at the end of the chunk, unless it is where another split of the sequence
             # starts from.
             edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
             if ENDS:
@@ -321,7 +321,7 @@ def _scan_kernel(
                 tl.store(kept, S)
 
     if out is None:
-        # What this piece makes of an empty state, to where the next one starts from.
+        # What this split makes of an empty state, to where the next one starts from.
         tl.store(ends + (first_checkpoint + behind) * stride_e + first_x * STRIDE_EX + entry, S)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
@@ -335,7 +335,7 @@ def _scan_kernel(
             tl.store(last, S, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "UNIT"])
+@triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "split_len"])
 def _join_kernel(
     left,
     state,
@@ -348,7 +348,7 @@ def _join_kernel(
     T,
     H,
     checkpoints_per_head,
-    UNIT,
+    split_len,
     stride_e,
     first_a,
     A,
@@ -359,7 +359,7 @@ def _join_kernel(
     REVERSE: tl.constexpr,
     ENDS: tl.constexpr,
 ):
-    """From what each piece of a sequence makes of an empty state to the state at its end (its
+    """From what each split of a sequence makes of an empty state to the state at its end (its
     start in reverse), in place."""
     PACKED: tl.constexpr = cu_seqlens is not None
     n = tl.program_id(0) // H
@@ -369,9 +369,9 @@ def _join_kernel(
     first_checkpoint = row * checkpoints_per_head + first_kept(
         n, start, CHECKPOINT_EVERY, PACKED, ENDS
     )
-    pieces = ((length + UNIT - 1) // UNIT).to(tl.int32)
-    each = tl.maximum((T + UNIT - 1) // UNIT, 1)
-    first = first_slot(n, start, UNIT, PACKED) if PACKED else n.to(tl.int64) * each
+    splits = ((length + split_len - 1) // split_len).to(tl.int32)
+    each = tl.maximum((T + split_len - 1) // split_len, 1)
+    first = first_slot(n, start, split_len, PACKED) if PACKED else n.to(tl.int64) * each
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     lane, column = entry // X, entry % X
     inside = entry < A * X
@@ -384,10 +384,10 @@ def _join_kernel(
         if first_a is not None:
             first_at += first_a * stride_sa
         S = tl.load(state + first_at, mask=inside, other=0.0)
-    for step in range(0, pieces - 1):
-        piece = (pieces - 1 - step) if REVERSE else step
-        end = (piece if REVERSE else piece + 1) * (UNIT // CHECKPOINT_EVERY) - 1
+    for step in range(0, splits - 1):
+        split = (splits - 1 - step) if REVERSE else step
+        end = (split if REVERSE else split + 1) * (split_len // CHECKPOINT_EVERY) - 1
         at = ends + (first_checkpoint + end) * stride_e + lane * STRIDE_EA + column
-        remains = tl.load(left + (first + piece) * H + head)
+        remains = tl.load(left + (first + split) * H + head)
         S = scaled(S, remains) + tl.load(at, mask=inside, other=0.0)
         tl.store(at, S, mask=inside)

@@ -65,9 +65,7 @@ class GateWeights(NamedTuple):
     plan: Plan
     sizes: Sizes
     cu_seqlens: Symbol | None
-    tables: (
-        Tables  # which sequence each chunk, checkpoint and segment belongs to; None unless packed
-    )
+    tables: Tables  # which sequence each chunk, checkpoint and split belongs to; None unless packed
     vectors: Symbol  # (rows, chunks, VECTORS, L), see gates.py
     undivided: Symbol | None  # the same without the denominator, where the scan of h makes it
     decay: Symbol  # (rows, chunks)
@@ -149,16 +147,16 @@ def clear(offsets: Symbol, *outputs: Symbol) -> None:
 
 
 def tables(cu_seqlens: Symbol | None, T: int, plan: Plan) -> Tables:
-    """Of packed sequences: which one each slot of chunks, checkpoints and segments belongs to, in
+    """Of packed sequences: which one each slot of chunks, checkpoints and splits belongs to, in
     one launch."""
     if cu_seqlens is None:
         return None, None, None
     N, builder = cu_seqlens.shape[0] - 1, cu_seqlens.builder
-    units = (plan.L, plan.checkpoint_every, plan.segment or plan.checkpoint_every)
+    units = (plan.L, plan.checkpoint_every, plan.split_len or plan.checkpoint_every)
     sizes = [padded(T // unit + N) for unit in units]
-    chunk, checkpoint, segment = (
+    chunk, checkpoint, split = (
         builder.new(f"{name} table", size, dtype="i32")
-        for name, size in zip(("chunk", "checkpoint", "segment"), sizes, strict=True)
+        for name, size in zip(("chunk", "checkpoint", "split_len"), sizes, strict=True)
     )
     builder.launch(
         "tables",
@@ -167,10 +165,10 @@ def tables(cu_seqlens: Symbol | None, T: int, plan: Plan) -> Tables:
         4,
         1,
         reads={"cu_seqlens": cu_seqlens},
-        writes={"table_0": chunk, "table_1": checkpoint, "table_2": segment},
+        writes={"table_0": chunk, "table_1": checkpoint, "table_2": split},
         numbers={"N": N}
         | {f"unit_{n}": unit for n, unit in enumerate(units)}
         | {f"size_{n}": size for n, size in enumerate(sizes)},
         constants={"BLOCK": 256},
     )
-    return chunk, checkpoint, segment
+    return chunk, checkpoint, split
