@@ -124,11 +124,11 @@ def arithmetic(launch: Any, chunks: int) -> int:
 
 def passes_over(launch: Any, name: str) -> float:
     """How often a launch goes over an argument: a slice of a contraction takes its part of a, b and
-    kept states; what is updated is read and written, but kept states only where pieces start."""
+    checkpoints; what is updated is read and written, but checkpoints only where splits start."""
     numbers, c = launch.parameters.numbers, launch.parameters.constants
-    if name == "ends" and "BLOCK_A" in c:
-        rows = numbers["stride_e"] // c["STRIDE_EA"] if c["STRIDE_EX"] == 1 else c["STRIDE_EX"]
-        return c["BLOCK_A"] / rows
+    if name == "checkpoints" and "BLOCK_A" in c:
+        stored, x = numbers["stride_checkpoint"], c["STRIDE_CHECKPOINT_X"]
+        return c["BLOCK_A"] / (stored // c["STRIDE_CHECKPOINT_A"] if x == 1 else x)
     if name in ("a", "b") and "BLOCK_A" in c:
         return numbers["A"] / numbers["stride_ah"]
     return 2 if name in launch.parameters.updates else 1

@@ -72,7 +72,10 @@ def fold_packing(f: Symbol, cu_seqlens: Symbol) -> tuple[Symbol, Symbol]:
     """The forget gates of packed sequences as of one, in fp32, and the (2,) offsets of that one.
     See ``tfla.algorithm``."""
     (_, T, H), builder = f.shape, f.builder
-    out, ends = builder.new("f folded", 1, T, H), builder.new("offsets folded", 2, dtype="i64")
+    out, out_offsets = (
+        builder.new("f folded", 1, T, H),
+        builder.new("offsets folded", 2, dtype="i64"),
+    )
     builder.launch(
         "fold packing",
         _joined_kernel,
@@ -80,12 +83,12 @@ def fold_packing(f: Symbol, cu_seqlens: Symbol) -> tuple[Symbol, Symbol]:
         4,
         1,
         reads={"f": f, "cu_seqlens": cu_seqlens},
-        writes={"out": out, "ends": ends},
+        writes={"out": out, "out_offsets": out_offsets},
         numbers={"T": T, "N": cu_seqlens.shape[0] - 1, "H": H}
         | {"stride_ft": f.strides[1], "stride_fh": f.strides[2]},
         constants={"BLOCK": 64, "BLOCK_H": 16},
     )
-    return out, ends
+    return out, out_offsets
 
 
 def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None) -> GateWeights:
@@ -102,12 +105,16 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
             return builder.part(name, *shapes[name], given=saved is not None)
         return builder.new(name, *shapes[name])
 
-    vectors, decay, C_ends, n_chunk, n_final = map(
-        part, ("vectors", "decay", "C_ends", "n_chunk", "n_final")
+    vectors, decay, C_checkpoints, n_chunk, n_final = map(
+        part, ("vectors", "decay", "C_checkpoints", "n_chunk", "n_final")
     )
     assert vectors is not None and decay is not None
     forward = saved is None
-    dC_ends = None if forward or C_ends is None else builder.new("dC_ends", *C_ends.shape)
+    dC_checkpoints = (
+        None
+        if forward or C_checkpoints is None
+        else builder.new("dC_checkpoints", *C_checkpoints.shape)
+    )
     # fp16 would lose what is small beside a gauge and not beside a denominator.
     undivided = None
     if spec.normalize and plan.divides and x.q.dtype != "fp16" and forward:
@@ -121,8 +128,8 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
         vectors=vectors,
         undivided=undivided,
         decay=decay,
-        C_ends=C_ends,
-        dC_ends=dC_ends,
+        C_checkpoints=C_checkpoints,
+        dC_checkpoints=dC_checkpoints,
         n_chunk=n_chunk,
         n_final=n_final,
         m_final=builder.new("m_final", spec.N, spec.H) if spec.normalize and forward else None,
@@ -390,10 +397,10 @@ def scan(
         dot = None
     # Over whole sequences, for dq and dk to follow from checkpoint to checkpoint.
     stores_states = name in ("h", "dv")
-    ends = weights.dC_ends if name in ("dv", "dk") else weights.C_ends
-    keeps_states = stores_states and ends is not None
-    if ends is None and plan.split_len:
-        ends = builder.new("states", sizes.rows, sizes.checkpoints, *plan.kept)
+    checkpoints = weights.dC_checkpoints if name in ("dv", "dk") else weights.C_checkpoints
+    keeps_states = stores_states and checkpoints is not None
+    if checkpoints is None and plan.split_len:
+        checkpoints = builder.new("states", sizes.rows, sizes.checkpoints, *plan.kept)
     call = _Scan(
         name=name,
         tile=tile,
@@ -408,7 +415,7 @@ def scan(
         final=builder.new(f"{name} final", spec.N, H, A, X) if stores_states and final else None,
         weights=weights,
         state=state,
-        ends=ends,
+        checkpoints=checkpoints,
         keeps_states=keeps_states,
         column=column,
     )
@@ -436,7 +443,7 @@ class _Scan(NamedTuple):
     final: Symbol | None
     weights: GateWeights
     state: Symbol | None
-    ends: Symbol | None
+    checkpoints: Symbol | None
     keeps_states: bool
     column: NormalizerGrad | None
 
@@ -454,7 +461,7 @@ class _Scan(NamedTuple):
         plan, spec = self.weights.plan, self.weights.spec
         T, N, H = spec.T, spec.N, spec.H
         split_len = plan.split_len if self.stores_states else plan.checkpoint_every
-        split_t = split_len > 0 and self.ends is not None
+        split_t = split_len > 0 and self.checkpoints is not None
         splits = N
         if split_t:
             splits = T // split_len + N if spec.packed else N * max(-(-T // split_len), 1)
@@ -491,7 +498,7 @@ class _Scan(NamedTuple):
             "table": weights.tables[2 if self.stores_states else 1],
         }
         # Kept states are read where a split starts from one, updated where it also stores some.
-        starts = split_t and self.ends is not None
+        starts = split_t and self.checkpoints is not None
         writes = {
             "final": self.final,
             "out": part.out,
@@ -549,14 +556,14 @@ class _Scan(NamedTuple):
         weights, plan, spec, tile = self.weights, self.weights.plan, self.weights.spec, self.tile
         # Kept states and the last one stand between what is read and what is written: each slice
         # adds its rows to those of the slices before it.
-        ends, updates = {"ends": self.ends}, dict[str, Symbol | None]()
+        checkpoints, updates = {"checkpoints": self.checkpoints}, dict[str, Symbol | None]()
         is_first = part.first == 0
         if not keep and writes["out"] is not None:
-            reads = reads | ends
+            reads = reads | checkpoints
         elif starts or not is_first:
-            updates = ends
+            updates = checkpoints
         else:
-            writes = ends | writes
+            writes = checkpoints | writes
         if not is_first:
             updates = updates | {"final": writes.pop("final")}
         X, y = self.x.shape[-1], self.y if part.is_last else None
@@ -582,7 +589,7 @@ class _Scan(NamedTuple):
                 "checkpoints_per_head": weights.sizes.checkpoints,
                 "split_len": split_len,
                 "size": weights.size,
-                "stride_e": plan.kept[0] * plan.kept[1],
+                "stride_checkpoint": plan.kept[0] * plan.kept[1],
                 "first_a": part.first or None,  # none to add costs no register
                 "A": part.width,
                 "X": X,
@@ -592,12 +599,12 @@ class _Scan(NamedTuple):
                 "BLOCK_A": tile.block_a,
                 "BLOCK_X": tile.block_x,
                 "CHECKPOINT_EVERY": plan.checkpoint_every,
-                "STRIDE_EA": e[0],
-                "STRIDE_EX": e[1],
+                "STRIDE_CHECKPOINT_A": e[0],
+                "STRIDE_CHECKPOINT_X": e[1],
                 "REVERSE": self.reverse,
                 "SPLIT_T": split_t,
                 "KEEP": keep,
-                "ENDS": spec.at_ends,
+                "AT_SEQUENCE_END": spec.at_sequence_end,
                 **forms,
             },
         )
@@ -613,7 +620,7 @@ class _Scan(NamedTuple):
             4,
             2,
             reads={"left": left, "state": self.state, "cu_seqlens": weights.cu_seqlens},
-            updates={"ends": self.ends},
+            updates={"checkpoints": self.checkpoints},
             writes={},
             numbers=_strides_of("s", self.state)
             | {
@@ -621,7 +628,7 @@ class _Scan(NamedTuple):
                 "H": spec.H,
                 "checkpoints_per_head": weights.sizes.checkpoints,
                 "split_len": split_len,
-                "stride_e": plan.kept[0] * plan.kept[1],
+                "stride_checkpoint": plan.kept[0] * plan.kept[1],
                 "first_a": part.first or None,  # none to add costs no register
                 "A": part.width,
                 "X": X,
@@ -629,9 +636,9 @@ class _Scan(NamedTuple):
             constants={
                 "CHECKPOINT_EVERY": plan.checkpoint_every,
                 "BLOCK": 1024,
-                "STRIDE_EA": _state_strides(plan.kept, True)[0],
+                "STRIDE_CHECKPOINT_A": _state_strides(plan.kept, True)[0],
                 "REVERSE": self.reverse,
-                "ENDS": spec.at_ends,
+                "AT_SEQUENCE_END": spec.at_sequence_end,
             },
         )
 
@@ -696,8 +703,8 @@ def gate_gradients(
             "weights": weights.vectors,
             "q_dq": dq.dot,
             "k_dk": dk.dot,
-            "C_ends": weights.C_ends,
-            "dC_ends": weights.dC_ends,
+            "C_checkpoints": weights.C_checkpoints,
+            "dC_checkpoints": weights.dC_checkpoints,
             "n_chunk": weights.n_chunk,
             "n_last": weights.n_final,
             "dn_chunk": None if column is None else column.dn_chunk,
@@ -722,7 +729,7 @@ def gate_gradients(
             "SIGMOID_F": spec.sigmoid_f,
             "NORMALIZE": spec.normalize,
             "PACKED": spec.packed,
-            "ENDS": spec.at_ends,
+            "AT_SEQUENCE_END": spec.at_sequence_end,
         },
     )
     return di, df

@@ -251,8 +251,8 @@ def _gradients_kernel(
     weights,
     q_dq,
     k_dk,
-    C_ends,
-    dC_ends,
+    C_checkpoints,
+    dC_checkpoints,
     n_chunk,
     n_last,
     dn_chunk,
@@ -280,7 +280,7 @@ def _gradients_kernel(
     SIGMOID_F: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
-    ENDS: tl.constexpr,
+    AT_SEQUENCE_END: tl.constexpr,
 ):
     """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the
     checkpoint after it, CHECKPOINT_EVERY tokens apart, and of the states that meet there; it
@@ -294,9 +294,11 @@ def _gradients_kernel(
         return
     row = head if PACKED else batch * H + head
     checkpoint = (
-        row * checkpoints_per_head + first_kept(n, start, CHECKPOINT_EVERY, PACKED, ENDS) + j
+        row * checkpoints_per_head
+        + first_kept(n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END)
+        + j
     )
-    if not ENDS:  # dC is 0 where a sequence ends
+    if not AT_SEQUENCE_END:  # dC is 0 where a sequence ends
         state = tl.where((j + 1) * CHECKPOINT_EVERY < length, state, 0)
     first = row * slots + first_slot(n, start, L, PACKED)
     # Tokens from the last to the first: the scan runs forward.
@@ -313,8 +315,10 @@ def _gradients_kernel(
     meet = tl.zeros([1024], tl.float32)
     for block in range(0, state, 1024):
         entry = block + tl.arange(0, 1024)
-        C = tl.load(C_ends + checkpoint * state + entry, mask=entry < state, other=0.0)
-        meet += C * tl.load(dC_ends + checkpoint * state + entry, mask=entry < state, other=0.0)
+        C = tl.load(C_checkpoints + checkpoint * state + entry, mask=entry < state, other=0.0)
+        meet += C * tl.load(
+            dC_checkpoints + checkpoint * state + entry, mask=entry < state, other=0.0
+        )
     total = tl.sum(meet, 0).to(tl.float64)
     end = tl.minimum((j + 1) * CHECKPOINT_EVERY, length)
     if NORMALIZE:

@@ -48,7 +48,7 @@ def _scan_hopper_kernel(
     state,
     cu_seqlens,
     table,
-    ends,
+    checkpoints,
     final,
     out,
     dot,
@@ -80,7 +80,7 @@ def _scan_hopper_kernel(
     checkpoints_per_head,
     split_len,
     size,
-    stride_e,
+    stride_checkpoint,
     first_a,
     A,
     X,
@@ -88,12 +88,12 @@ def _scan_hopper_kernel(
     BLOCK_A: gl.constexpr,
     BLOCK_X: gl.constexpr,
     CHECKPOINT_EVERY: gl.constexpr,
-    STRIDE_EA: gl.constexpr,
-    STRIDE_EX: gl.constexpr,
+    STRIDE_CHECKPOINT_A: gl.constexpr,
+    STRIDE_CHECKPOINT_X: gl.constexpr,
     REVERSE: gl.constexpr,
     SPLIT_T: gl.constexpr,
     KEEP: gl.constexpr,
-    ENDS: gl.constexpr,
+    AT_SEQUENCE_END: gl.constexpr,
     OF_X: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -176,7 +176,7 @@ def _scan_hopper_kernel(
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
     first_checkpoint = row * checkpoints_per_head + first_kept(
-        n, start, CHECKPOINT_EVERY, PACKED, ENDS
+        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
     if left is not None:
         behind = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
@@ -245,12 +245,14 @@ def _scan_hopper_kernel(
     # The state, (X, A). Entries of kept states lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, HALF, layout=gl.SliceLayout(0, STATE))
-    SECOND: gl.constexpr = HALF * STRIDE_EA
-    entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
-    if ends is not None:
-        ends += first_checkpoint * stride_e + first_x * STRIDE_EX
+    SECOND: gl.constexpr = HALF * STRIDE_CHECKPOINT_A
+    entry = (columns - first_x)[:, None] * STRIDE_CHECKPOINT_X + lanes[
+        None, :
+    ] * STRIDE_CHECKPOINT_A
+    if checkpoints is not None:
+        checkpoints += first_checkpoint * stride_checkpoint + first_x * STRIDE_CHECKPOINT_X
         if first_a is not None:
-            ends += first_a * STRIDE_EA
+            checkpoints += first_a * STRIDE_CHECKPOINT_A
     S = gl.zeros([BLOCK_X, HALF], gl.float32, layout=STATE)
     S_2 = S
     if WHOLE and state is not None:
@@ -270,7 +272,9 @@ def _scan_hopper_kernel(
     if WHOLE and SPLIT_T:
         if (high < chunks) if REVERSE else (low > 0):
             before = (
-                ends + ((high if REVERSE else low) * L // CHECKPOINT_EVERY - 1) * stride_e + entry
+                checkpoints
+                + ((high if REVERSE else low) * L // CHECKPOINT_EVERY - 1) * stride_checkpoint
+                + entry
             )
             S = gl.load(before, mask=(columns < X)[:, None] & (lanes < A)[None, :], other=0.0)
             if HALVES == 2:
@@ -296,13 +300,15 @@ def _scan_hopper_kernel(
             # The state before the chunk, unless this split started from it.
             if REVERSE:
                 edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
-                if ENDS:
+                if AT_SEQUENCE_END:
                     edge |= c + 1 == chunks
             else:
                 edge = (c * L % CHECKPOINT_EVERY == 0) & (c > low)
             if edge:
                 kept = (c if REVERSE else c - 1) * L // CHECKPOINT_EVERY
-                part.keep_state(ends + kept * stride_e + entry, S, S_2, HALVES, SECOND)
+                part.keep_state(
+                    checkpoints + kept * stride_checkpoint + entry, S, S_2, HALVES, SECOND
+                )
         if not AHEAD:
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         if PAIR:
@@ -444,13 +450,15 @@ def _scan_hopper_kernel(
         P = warpgroup_mma_wait(0, [P])
     if WHOLE:
         tma.store_wait(0)
-        if KEEP and ENDS and not REVERSE:
+        if KEEP and AT_SEQUENCE_END and not REVERSE:
             if (high == chunks) & (low < high):
                 kept = (chunks - 1) * L // CHECKPOINT_EVERY
-                part.keep_state(ends + kept * stride_e + entry, S, S_2, HALVES, SECOND)
+                part.keep_state(
+                    checkpoints + kept * stride_checkpoint + entry, S, S_2, HALVES, SECOND
+                )
     else:
         # What this split makes of an empty state, to where the next one starts from.
-        part.keep_state(ends + behind * stride_e + entry, S, S_2, HALVES, SECOND)
+        part.keep_state(checkpoints + behind * stride_checkpoint + entry, S, S_2, HALVES, SECOND)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(gl.int64) * stride_fn + head * stride_fh

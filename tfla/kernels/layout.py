@@ -121,10 +121,10 @@ def chunk(cu_seqlens, table, T, H, slots, L, PACKED: tl.constexpr):
 
 
 @triton.jit
-def first_kept(n, start, CHECKPOINT_EVERY, PACKED: tl.constexpr, ENDS: tl.constexpr):
+def first_kept(n, start, CHECKPOINT_EVERY, PACKED: tl.constexpr, AT_SEQUENCE_END: tl.constexpr):
     """The same of checkpoints: one after every CHECKPOINT_EVERY tokens inside of a sequence, with
-    ENDS one more at its end."""
-    if ENDS:
+    AT_SEQUENCE_END one more at its end."""
+    if AT_SEQUENCE_END:
         return first_slot(n, start, CHECKPOINT_EVERY, PACKED)
     elif PACKED:
         return start // CHECKPOINT_EVERY
@@ -198,7 +198,7 @@ def _joined_kernel(
     f,
     cu_seqlens,
     out,
-    ends,
+    out_offsets,
     T,
     N,
     H,
@@ -210,8 +210,8 @@ def _joined_kernel(
     """f (T, H), closed at tokens where a sequence begins; and where the first begins and the last
     one ends, the offsets of the one sequence that they are then."""
     if tl.program_id(0) == 0:
-        tl.store(ends, tl.load(cu_seqlens))
-        tl.store(ends + 1, tl.load(cu_seqlens + N))
+        tl.store(out_offsets, tl.load(cu_seqlens))
+        tl.store(out_offsets + 1, tl.load(cu_seqlens + N))
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = _last(cu_seqlens, t, 1, N, False)
     begins = tl.load(cu_seqlens + n) == t

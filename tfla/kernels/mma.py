@@ -161,9 +161,9 @@ def _scaled(x, weight):
 
 
 @gluon.jit
-def _store_state(at, S, STRIDE_EA: gl.constexpr):
+def _store_state(at, S, STRIDE_CHECKPOINT_A: gl.constexpr):
     for n in gl.static_range(len(S)):
-        gl.store(at + n * S[n].shape[1] * STRIDE_EA, S[n])
+        gl.store(at + n * S[n].shape[1] * STRIDE_CHECKPOINT_A, S[n])
 
 
 @gluon.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "split_len"])
@@ -180,7 +180,7 @@ def _scan_mma_kernel(
     state,
     cu_seqlens,
     table,
-    ends,
+    checkpoints,
     final,
     out,
     dot,
@@ -211,7 +211,7 @@ def _scan_mma_kernel(
     checkpoints_per_head,
     split_len,
     size,
-    stride_e,
+    stride_checkpoint,
     first_a,
     A,
     X,
@@ -219,12 +219,12 @@ def _scan_mma_kernel(
     BLOCK_A: gl.constexpr,
     BLOCK_X: gl.constexpr,
     CHECKPOINT_EVERY: gl.constexpr,
-    STRIDE_EA: gl.constexpr,
-    STRIDE_EX: gl.constexpr,
+    STRIDE_CHECKPOINT_A: gl.constexpr,
+    STRIDE_CHECKPOINT_X: gl.constexpr,
     REVERSE: gl.constexpr,
     SPLIT_T: gl.constexpr,
     KEEP: gl.constexpr,
-    ENDS: gl.constexpr,
+    AT_SEQUENCE_END: gl.constexpr,
     STAGES: gl.constexpr,
     Y_AHEAD: gl.constexpr,
     WARPS: gl.constexpr,
@@ -282,7 +282,7 @@ def _scan_mma_kernel(
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
     first_checkpoint = row * checkpoints_per_head + first_kept(
-        n, start, CHECKPOINT_EVERY, PACKED, ENDS
+        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
     if left is not None:
         behind = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
@@ -332,11 +332,13 @@ def _scan_mma_kernel(
     # The state, in pieces of A. Entries of kept states lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, PIECE, layout=gl.SliceLayout(0, STATE))
-    entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
-    if ends is not None:
-        ends += first_checkpoint * stride_e + first_x * STRIDE_EX
+    entry = (columns - first_x)[:, None] * STRIDE_CHECKPOINT_X + lanes[
+        None, :
+    ] * STRIDE_CHECKPOINT_A
+    if checkpoints is not None:
+        checkpoints += first_checkpoint * stride_checkpoint + first_x * STRIDE_CHECKPOINT_X
         if first_a is not None:
-            ends += first_a * STRIDE_EA
+            checkpoints += first_a * STRIDE_CHECKPOINT_A
     if WHOLE and state is not None and first_a is not None:
         state += first_a * stride_sa
     S = ()
@@ -354,12 +356,14 @@ def _scan_mma_kernel(
         if WHOLE and SPLIT_T:
             if (high < chunks) if REVERSE else (low > 0):
                 before = (
-                    ends
-                    + ((high if REVERSE else low) * L // CHECKPOINT_EVERY - 1) * stride_e
+                    checkpoints
+                    + ((high if REVERSE else low) * L // CHECKPOINT_EVERY - 1) * stride_checkpoint
                     + entry
                 )
                 valid = (columns < X)[:, None] & (lane < A)[None, :]
-                S_piece = gl.load(before + piece * PIECE * STRIDE_EA, mask=valid, other=0.0)
+                S_piece = gl.load(
+                    before + piece * PIECE * STRIDE_CHECKPOINT_A, mask=valid, other=0.0
+                )
         S += (S_piece,)
 
     keep_next = gl.load(decay + (gl.maximum(high - 1, low) if REVERSE else low))
@@ -374,14 +378,14 @@ def _scan_mma_kernel(
             begin, end = this * EVERY, gl.minimum((this + 1) * EVERY, high)
             if REVERSE:
                 wanted = end < high
-                if ENDS:
+                if AT_SEQUENCE_END:
                     wanted |= end == chunks
                 kept = this
             else:
                 wanted = begin > low
                 kept = this - 1
             if wanted:
-                _store_state(ends + kept * stride_e + entry, S, STRIDE_EA)
+                _store_state(checkpoints + kept * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A)
         for inner in range(0, end - begin):
             c = (end - 1 - inner) if REVERSE else (begin + inner)
             stage = step % STAGES
@@ -488,13 +492,13 @@ def _scan_mma_kernel(
                     gl.store(dot + c * L + l, gl.sum(dot_s.load(BY_WARP), 0))
 
     if WHOLE:
-        if KEEP and ENDS and not REVERSE:
+        if KEEP and AT_SEQUENCE_END and not REVERSE:
             if (high == chunks) & (low < high):
                 kept = (chunks - 1) * L // CHECKPOINT_EVERY
-                _store_state(ends + kept * stride_e + entry, S, STRIDE_EA)
+                _store_state(checkpoints + kept * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A)
     else:
         # What this split makes of an empty state, to where the next one starts from.
-        _store_state(ends + behind * stride_e + entry, S, STRIDE_EA)
+        _store_state(checkpoints + behind * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A)
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(gl.int64) * stride_fn + head * stride_fh

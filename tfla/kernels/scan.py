@@ -67,7 +67,7 @@ def _scan_kernel(
     state,
     cu_seqlens,
     table,
-    ends,
+    checkpoints,
     final,
     out,
     dot,
@@ -98,7 +98,7 @@ def _scan_kernel(
     checkpoints_per_head,
     split_len,
     size,
-    stride_e,
+    stride_checkpoint,
     first_a,
     A,
     X,
@@ -106,12 +106,12 @@ def _scan_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_X: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr,
-    STRIDE_EA: tl.constexpr,
-    STRIDE_EX: tl.constexpr,
+    STRIDE_CHECKPOINT_A: tl.constexpr,
+    STRIDE_CHECKPOINT_X: tl.constexpr,
     REVERSE: tl.constexpr,
     SPLIT_T: tl.constexpr,
     KEEP: tl.constexpr,
-    ENDS: tl.constexpr,
+    AT_SEQUENCE_END: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -146,7 +146,7 @@ def _scan_kernel(
                 return
     slot = row * slots + first_slot(n, start, L, PACKED)
     first_checkpoint = row * checkpoints_per_head + first_kept(
-        n, start, CHECKPOINT_EVERY, PACKED, ENDS
+        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
     if left is not None:
         behind = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
@@ -178,17 +178,23 @@ def _scan_kernel(
                 out_rows, [n_rows, X], [H.to(tl.int64) * X, 1], [L, BLOCK_X]
             )
 
-    if ends is not None and first_a is not None:
-        ends += first_a * STRIDE_EA
-    # The state, in the orientation that it has on chip. It lies in ``ends`` in tiles whose strides
-    # are constants, so that the addresses of kept states take no registers; only the base moves.
+    if checkpoints is not None and first_a is not None:
+        checkpoints += first_a * STRIDE_CHECKPOINT_A
+    # The state, in the orientation that it has on chip. In ``checkpoints`` it has strides that are
+    # constants, so that the addresses of checkpoints take no registers; only the base moves.
     if TRANSPOSED:
         S = tl.zeros([BLOCK_X, BLOCK_A], tl.float32)
-        entry = tl.arange(0, BLOCK_X)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
+        entry = (
+            tl.arange(0, BLOCK_X)[:, None] * STRIDE_CHECKPOINT_X
+            + lanes[None, :] * STRIDE_CHECKPOINT_A
+        )
         inside = (columns < X)[:, None] & (lanes < A)[None, :]
     else:
         S = tl.zeros([BLOCK_A, BLOCK_X], tl.float32)
-        entry = lanes[:, None] * STRIDE_EA + tl.arange(0, BLOCK_X)[None, :] * STRIDE_EX
+        entry = (
+            lanes[:, None] * STRIDE_CHECKPOINT_A
+            + tl.arange(0, BLOCK_X)[None, :] * STRIDE_CHECKPOINT_X
+        )
         inside = (lanes < A)[:, None] & (columns < X)[None, :]
     if out is not None and state is not None:
         rows = A
@@ -207,7 +213,12 @@ def _scan_kernel(
     if out is not None and SPLIT_T:
         if (high < chunks) if REVERSE else (low > 0):
             before = (high if REVERSE else low) * L // CHECKPOINT_EVERY - 1
-            kept = ends + (first_checkpoint + before) * stride_e + first_x * STRIDE_EX + entry
+            kept = (
+                checkpoints
+                + (first_checkpoint + before) * stride_checkpoint
+                + first_x * STRIDE_CHECKPOINT_X
+                + entry
+            )
             S = tl.load(kept, mask=inside, other=0.0)
 
     l = tl.arange(0, L)
@@ -290,12 +301,12 @@ def _scan_kernel(
             # The state at the end of the chunk, unless it is where another split of the sequence
             # starts from.
             edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
-            if ENDS:
+            if AT_SEQUENCE_END:
                 edge |= c + 1 == chunks
             kept = (
-                ends
-                + (first_checkpoint + c * L // CHECKPOINT_EVERY) * stride_e
-                + first_x * STRIDE_EX
+                checkpoints
+                + (first_checkpoint + c * L // CHECKPOINT_EVERY) * stride_checkpoint
+                + first_x * STRIDE_CHECKPOINT_X
                 + entry
             )
         if KEEP and REVERSE:
@@ -322,7 +333,13 @@ def _scan_kernel(
 
     if out is None:
         # What this split makes of an empty state, to where the next one starts from.
-        tl.store(ends + (first_checkpoint + behind) * stride_e + first_x * STRIDE_EX + entry, S)
+        tl.store(
+            checkpoints
+            + (first_checkpoint + behind) * stride_checkpoint
+            + first_x * STRIDE_CHECKPOINT_X
+            + entry,
+            S,
+        )
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(tl.int64) * stride_fn + head * stride_fh
@@ -340,7 +357,7 @@ def _join_kernel(
     left,
     state,
     cu_seqlens,
-    ends,
+    checkpoints,
     stride_sn,
     stride_sh,
     stride_sa,
@@ -349,15 +366,15 @@ def _join_kernel(
     H,
     checkpoints_per_head,
     split_len,
-    stride_e,
+    stride_checkpoint,
     first_a,
     A,
     X,
     CHECKPOINT_EVERY: tl.constexpr,
     BLOCK: tl.constexpr,
-    STRIDE_EA: tl.constexpr,
+    STRIDE_CHECKPOINT_A: tl.constexpr,
     REVERSE: tl.constexpr,
-    ENDS: tl.constexpr,
+    AT_SEQUENCE_END: tl.constexpr,
 ):
     """From what each split of a sequence makes of an empty state to the state at its end (its
     start in reverse), in place."""
@@ -367,7 +384,7 @@ def _join_kernel(
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     row = head if PACKED else batch * H + head
     first_checkpoint = row * checkpoints_per_head + first_kept(
-        n, start, CHECKPOINT_EVERY, PACKED, ENDS
+        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
     splits = ((length + split_len - 1) // split_len).to(tl.int32)
     each = tl.maximum((T + split_len - 1) // split_len, 1)
@@ -377,7 +394,7 @@ def _join_kernel(
     inside = entry < A * X
     S = tl.zeros([BLOCK], tl.float32)
     if first_a is not None:
-        ends += first_a * STRIDE_EA
+        checkpoints += first_a * STRIDE_CHECKPOINT_A
     if state is not None:
         first_at = n.to(tl.int64) * stride_sn + head * stride_sh
         first_at += lane * stride_sa + column * stride_sx
@@ -387,7 +404,12 @@ def _join_kernel(
     for step in range(0, splits - 1):
         split = (splits - 1 - step) if REVERSE else step
         end = (split if REVERSE else split + 1) * (split_len // CHECKPOINT_EVERY) - 1
-        at = ends + (first_checkpoint + end) * stride_e + lane * STRIDE_EA + column
+        at = (
+            checkpoints
+            + (first_checkpoint + end) * stride_checkpoint
+            + lane * STRIDE_CHECKPOINT_A
+            + column
+        )
         remains = tl.load(left + (first + split) * H + head)
         S = scaled(S, remains) + tl.load(at, mask=inside, other=0.0)
         tl.store(at, S, mask=inside)

@@ -29,9 +29,9 @@ def sizes_of(spec: CallSpec, units: Units) -> Sizes:
     T, N, H = spec.T, spec.N, spec.H
     if spec.packed:
         inside = T // units.checkpoint_every
-        return Sizes(H, T // units.L + N, inside + N if spec.at_ends else inside)
+        return Sizes(H, T // units.L + N, inside + N if spec.at_sequence_end else inside)
     chunks, checkpoints = -(-T // units.L), -(-T // units.checkpoint_every)
-    if not spec.at_ends:  # no gradient comes from there: none at the end of a sequence
+    if not spec.at_sequence_end:  # no gradient comes from there: none at the end of a sequence
         checkpoints += 1 // (1 + checkpoints) - 1
     return Sizes(spec.B * H, chunks, checkpoints)
 
@@ -44,7 +44,7 @@ def saved_parts(spec: CallSpec, units: Units) -> dict[str, tuple[int, ...]]:
         "decay": (s.rows, s.chunks),
     }
     if spec.needs_grad:
-        parts["C_ends"] = (s.rows, s.checkpoints, *units.kept)
+        parts["C_checkpoints"] = (s.rows, s.checkpoints, *units.kept)
     if spec.normalize:
         parts |= {"n_chunk": (s.rows, s.chunks, spec.K), "n_final": (spec.N, spec.H, spec.K)}
     return parts
@@ -70,8 +70,8 @@ class GateWeights(NamedTuple):
     undivided: Symbol | None  # the same without the denominator, where the scan of h makes it
     decay: Symbol  # (rows, chunks)
     # (rows, checkpoints, *plan.kept) C at the checkpoints, where the backward pass starts from
-    C_ends: Symbol | None
-    dC_ends: Symbol | None  # the same of dC
+    C_checkpoints: Symbol | None
+    dC_checkpoints: Symbol | None  # the same of dC
     n_chunk: Symbol | None  # (rows, chunks, K) n entering each chunk
     n_final: Symbol | None  # (N, H, K)
     m_final: Symbol | None  # (N, H), in the forward pass
