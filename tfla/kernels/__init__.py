@@ -96,12 +96,12 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
     ``tfla.reference.gate_weights``."""
     plan, builder = plan_of(spec), x.q.builder
     units = Units(plan.L, plan.checkpoint_every, plan.kept)
-    shapes, keeps = saved_parts(spec, units), spec.needs_grad or saved is not None
+    shapes, trains = saved_parts(spec, units), spec.needs_grad or saved is not None
 
     def part(name: str) -> Symbol | None:
         if name not in shapes:
             return None
-        if keeps:
+        if trains:
             return builder.part(name, *shapes[name], given=saved is not None)
         return builder.new(name, *shapes[name])
 
@@ -118,7 +118,7 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
     # fp16 would lose what is small beside a gauge and not beside a denominator.
     undivided = None
     if spec.normalize and plan.divides and x.q.dtype != "fp16" and forward:
-        undivided = builder.new("undivided", *vectors.shape) if keeps else vectors
+        undivided = builder.new("undivided", *vectors.shape) if trains else vectors
     weights = GateWeights(
         spec=spec,
         plan=plan,
@@ -354,7 +354,7 @@ def initial_state_decay(
 
 
 class Scan(NamedTuple):
-    """What a scan leaves behind."""
+    """What a scan writes."""
 
     out: Symbol  # (B, T, H, X)
     dot: Symbol | None  # (parts, rows, chunks, L) shares of the row dot products
@@ -396,9 +396,9 @@ def scan(
     if name == "dv" and not tile.hopper:
         dot = None
     # Over whole sequences, for dq and dk to follow from checkpoint to checkpoint.
-    stores_states = name in ("h", "dv")
+    over_sequences = name in ("h", "dv")
     checkpoints = weights.dC_checkpoints if name in ("dv", "dk") else weights.C_checkpoints
-    keeps_states = stores_states and checkpoints is not None
+    store_states = over_sequences and checkpoints is not None
     if checkpoints is None and plan.split_len:
         checkpoints = builder.new("states", sizes.rows, sizes.checkpoints, *plan.kept)
     call = _Scan(
@@ -412,11 +412,11 @@ def scan(
         dots=None
         if dot is None
         else builder.new(f"{name} dot", tile.tiles, sizes.rows, sizes.chunks, plan.L),
-        final=builder.new(f"{name} final", spec.N, H, A, X) if stores_states and final else None,
+        final=builder.new(f"{name} final", spec.N, H, A, X) if over_sequences and final else None,
         weights=weights,
         state=state,
         checkpoints=checkpoints,
-        keeps_states=keeps_states,
+        store_states=store_states,
         column=column,
     )
     partial = None
@@ -444,7 +444,7 @@ class _Scan(NamedTuple):
     weights: GateWeights
     state: Symbol | None
     checkpoints: Symbol | None
-    keeps_states: bool
+    store_states: bool
     column: NormalizerGrad | None
 
     @property
@@ -452,7 +452,8 @@ class _Scan(NamedTuple):
         return self.name in ("dv", "dk")
 
     @property
-    def stores_states(self) -> bool:
+    def over_sequences(self) -> bool:
+        """Does it run over whole sequences? Else it starts from the checkpoints of one that did."""
         return self.name in ("h", "dv")
 
     def launch(self, part: _Slice) -> None:
@@ -460,15 +461,15 @@ class _Scan(NamedTuple):
         start from."""
         plan, spec = self.weights.plan, self.weights.spec
         T, N, H = spec.T, spec.N, spec.H
-        split_len = plan.split_len if self.stores_states else plan.checkpoint_every
+        split_len = plan.split_len if self.over_sequences else plan.checkpoint_every
         split_t = split_len > 0 and self.checkpoints is not None
         splits = N
         if split_t:
             splits = T // split_len + N if spec.packed else N * max(-(-T // split_len), 1)
-        if split_t and self.stores_states:
-            left = self.a.builder.new(f"{self.name} left", splits, H)
-            self._split_states(part, left, split_len, splits)
-            self._join(part, left, split_len)
+        if split_t and self.over_sequences:
+            split_decay = self.a.builder.new(f"{self.name} split decay", splits, H)
+            self._split_states(part, split_decay, split_len, splits)
+            self._join(part, split_decay, split_len)
         self._whole(part, split_len, split_t, splits)
 
     def _whole(self, part: _Slice, split_len: int, split_t: bool, splits: int) -> None:
@@ -481,7 +482,7 @@ class _Scan(NamedTuple):
         if tile.hopper and self.name == "h" and weights.undivided is not None:
             # The scan makes the denominator, and notes it for the backward pass.
             vectors, n_in = weights.undivided, weights.n_chunk
-            folded = weights.vectors if self.keeps_states else None
+            folded = weights.vectors if self.store_states else None
         reads = {
             "a": self.a,
             "b": self.b,
@@ -495,23 +496,30 @@ class _Scan(NamedTuple):
             **({"n_in": n_in} if tile.hopper else {}),
             "state": self.state,
             "cu_seqlens": weights.cu_seqlens,
-            "table": weights.tables[2 if self.stores_states else 1],
+            "table": weights.tables[2 if self.over_sequences else 1],
         }
-        # Kept states are read where a split starts from one, updated where it also stores some.
+        # Checkpoints are read where a split starts from one, updated where it also stores some.
         starts = split_t and self.checkpoints is not None
         writes = {
             "final": self.final,
             "out": part.out,
             "dot": self.dots if last else None,
-            "left": None,
+            "split_decay": None,
             **({"folded": folded} if tile.hopper else {}),
         }
-        keep = self.keeps_states
         self._launch(
-            self.name, part, split_len, split_t, splits, reads, writes, keep=keep, starts=starts
+            self.name,
+            part,
+            split_len,
+            split_t,
+            splits,
+            reads,
+            writes,
+            store_states=self.store_states,
+            starts=starts,
         )
 
-    def _split_states(self, part: _Slice, left: Symbol, split_len: int, splits: int) -> None:
+    def _split_states(self, part: _Slice, split_decay: Symbol, split_len: int, splits: int) -> None:
         """What each split makes of an empty state, to where the next one starts from."""
         weights, hopper = self.weights, self.tile.hopper
         reads = {
@@ -529,10 +537,12 @@ class _Scan(NamedTuple):
             "cu_seqlens": weights.cu_seqlens,
             "table": weights.tables[2],
         }
-        writes = {"final": None, "out": None, "dot": None, "left": left}
+        writes = {"final": None, "out": None, "dot": None, "split_decay": split_decay}
         writes |= {"folded": None} if hopper else {}
         label = f"{self.name}: splits"
-        self._launch(label, part, split_len, True, splits, reads, writes, keep=False, starts=False)
+        self._launch(
+            label, part, split_len, True, splits, reads, writes, store_states=False, starts=False
+        )
 
     def _sources(self) -> Symbol:
         weights = self.weights
@@ -550,15 +560,15 @@ class _Scan(NamedTuple):
         reads: dict[str, Symbol | None],
         writes: dict[str, Symbol | None],
         *,
-        keep: bool,
+        store_states: bool,
         starts: bool,
     ) -> None:
         weights, plan, spec, tile = self.weights, self.weights.plan, self.weights.spec, self.tile
-        # Kept states and the last one stand between what is read and what is written: each slice
+        # Checkpoints and the final state stand between what is read and what is written: each slice
         # adds its rows to those of the slices before it.
         checkpoints, updates = {"checkpoints": self.checkpoints}, dict[str, Symbol | None]()
         is_first = part.first == 0
-        if not keep and writes["out"] is not None:
+        if not store_states and writes["out"] is not None:
             reads = reads | checkpoints
         elif starts or not is_first:
             updates = checkpoints
@@ -567,8 +577,8 @@ class _Scan(NamedTuple):
         if not is_first:
             updates = updates | {"final": writes.pop("final")}
         X, y = self.x.shape[-1], self.y if part.is_last else None
-        e = _state_strides(plan.kept, self.stores_states)
-        kernel, forms = _kernel_of(tile, spec.precision, self.stores_states and y is not None)
+        e = _state_strides(plan.kept, self.over_sequences)
+        kernel, forms = _kernel_of(tile, spec.precision, self.over_sequences and y is not None)
         self.a.builder.launch(
             label,
             kernel,
@@ -603,13 +613,13 @@ class _Scan(NamedTuple):
                 "STRIDE_CHECKPOINT_X": e[1],
                 "REVERSE": self.reverse,
                 "SPLIT_T": split_t,
-                "KEEP": keep,
+                "STORE_STATES": store_states,
                 "AT_SEQUENCE_END": spec.at_sequence_end,
                 **forms,
             },
         )
 
-    def _join(self, part: _Slice, left: Symbol, split_len: int) -> None:
+    def _join(self, part: _Slice, split_decay: Symbol, split_len: int) -> None:
         """From what each split makes of an empty state to the state at its end."""
         weights, plan, spec = self.weights, self.weights.plan, self.weights.spec
         X = self.x.shape[-1]
@@ -619,7 +629,11 @@ class _Scan(NamedTuple):
             (spec.N * spec.H, -(-part.width * X // 1024)),
             4,
             2,
-            reads={"left": left, "state": self.state, "cu_seqlens": weights.cu_seqlens},
+            reads={
+                "split_decay": split_decay,
+                "state": self.state,
+                "cu_seqlens": weights.cu_seqlens,
+            },
             updates={"checkpoints": self.checkpoints},
             writes={},
             numbers=_strides_of("s", self.state)
@@ -644,7 +658,7 @@ class _Scan(NamedTuple):
 
 
 def _state_strides(kept: tuple[int, int], straight: bool) -> tuple[int, int]:
-    """Of a kept state (A, X): h and dv keep it so, dq and dk read it as (X, A)."""
+    """Of a checkpoint (A, X): h and dv store it so, dq and dk read it as (X, A)."""
     return (kept[1], 1) if straight else (1, kept[1])
 
 

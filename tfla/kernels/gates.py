@@ -302,8 +302,8 @@ def _gradients_kernel(
         state = tl.where((j + 1) * CHECKPOINT_EVERY < length, state, 0)
     first = row * slots + first_slot(n, start, L, PACKED)
     # Tokens from the last to the first: the scan runs forward.
-    behind = tl.minimum((j + 1) * CHECKPOINT_EVERY, ((length + L - 1) // L * L).to(tl.int32))
-    position = behind - 1 - tl.arange(0, CHECKPOINT_EVERY)
+    end_of_chunks = tl.minimum((j + 1) * CHECKPOINT_EVERY, ((length + L - 1) // L * L).to(tl.int32))
+    position = end_of_chunks - 1 - tl.arange(0, CHECKPOINT_EVERY)
     inside = (position >= j * CHECKPOINT_EVERY) & (position < length)
     here = first * L + position
     dlog_i = tl.zeros([CHECKPOINT_EVERY], tl.float32)
@@ -335,9 +335,9 @@ def _gradients_kernel(
             total += tl.sum(n_end * dn_end, 0).to(tl.float64)
     mark = weights + (first + position // L) * (VECTORS * L) + MARK * L + position % L
     erased = tl.load(mark, mask=inside, other=0.0) > 2.0
-    keep = tl.where(erased, 0.0, 1.0).to(tl.float64)
-    flow = tl.where(erased, 0.0, dot - dlog_i).to(tl.float64)
-    factor, value = tl.associative_scan((keep, flow), 0, _affine)
+    factor = tl.where(erased, 0.0, 1.0).to(tl.float64)
+    value = tl.where(erased, 0.0, dot - dlog_i).to(tl.float64)
+    factor, value = tl.associative_scan((factor, value), 0, _affine)
     dlog_f = (scaled(total, factor) + value).to(tl.float32)
     t = start + position
     x = tl.load(

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from tfla.kernels import hopper_parts as part
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS
-from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
+from tfla.kernels.layout import effective_chunks, first_kept, first_slot, sequence, unit
 
 _rows = tma.make_tensor_descriptor
 
@@ -52,7 +52,7 @@ def _scan_hopper_kernel(
     final,
     out,
     dot,
-    left,
+    split_decay,
     folded,
     stride_ab,
     stride_at,
@@ -92,7 +92,7 @@ def _scan_hopper_kernel(
     STRIDE_CHECKPOINT_X: gl.constexpr,
     REVERSE: gl.constexpr,
     SPLIT_T: gl.constexpr,
-    KEEP: gl.constexpr,
+    STORE_STATES: gl.constexpr,
     AT_SEQUENCE_END: gl.constexpr,
     OF_X: gl.constexpr,
     STAGES: gl.constexpr,
@@ -178,10 +178,10 @@ def _scan_hopper_kernel(
     first_checkpoint = row * checkpoints_per_head + first_kept(
         n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
-    if left is not None:
-        behind = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
-        low, high, remains = reaching(decay + slot, low, high, REVERSE)
-        gl.store(left + w * H + head, remains)
+    if split_decay is not None:
+        next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
+        low, high, decay_of_split = effective_chunks(decay + slot, low, high, REVERSE)
+        gl.store(split_decay + w * H + head, decay_of_split)
     first_x = tile * BLOCK_X
     tokens = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
     lines = gl.maximum(chunks, 1)
@@ -280,7 +280,7 @@ def _scan_hopper_kernel(
             if HALVES == 2:
                 valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
                 S_2 = gl.load(before + SECOND, mask=valid, other=0.0)
-    keep_next = gl.load(decay + slot + (gl.maximum(high - 1, low) if REVERSE else low))
+    next_decay = gl.load(decay + slot + (gl.maximum(high - 1, low) if REVERSE else low))
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
     source = gl.expand_dims(gl.arange(0, L, layout=SOURCES), SOURCES.dim)
     causal = (target <= source) if REVERSE else (target >= source)
@@ -290,13 +290,13 @@ def _scan_hopper_kernel(
     for step in range(0, high - low):
         c = (high - 1 - step) if REVERSE else (low + step)
         stage = step % STAGES
-        keep = keep_next
+        chunk_decay = next_decay
         following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
-        keep_next = gl.load(decay + slot + following)
+        next_decay = gl.load(decay + slot + following)
         B, XX = part.tile(b_in, stage), part.tile(x_in, stage)
         vectors = part.flat(v_in, stage, VECTORS * L)
         col_edge = vectors.slice((COL + 2) * L, L)
-        if KEEP:
+        if STORE_STATES:
             # The state before the chunk, unless this split started from it.
             if REVERSE:
                 edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
@@ -306,7 +306,7 @@ def _scan_hopper_kernel(
                 edge = (c * L % CHECKPOINT_EVERY == 0) & (c > low)
             if edge:
                 kept = (c if REVERSE else c - 1) * L // CHECKPOINT_EVERY
-                part.keep_state(
+                part.store_state(
                     checkpoints + kept * stride_checkpoint + entry, S, S_2, HALVES, SECOND
                 )
         if not AHEAD:
@@ -340,7 +340,7 @@ def _scan_hopper_kernel(
         wanted = (ahead >= low) if REVERSE else (ahead < high)
         part.fetch(channels, ready, ahead, step + STAGES - 1, wanted, STAGES)
         if FIRST:
-            S, S_2 = part.updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
+            S, S_2 = part.updated(S, S_2, XX, B, col_edge, chunk_decay, HALF, HALVES, SOURCE)
         if WHOLE:
             if ROW_PRODUCTS and FIRST:
                 if not EARLY:
@@ -399,7 +399,7 @@ def _scan_hopper_kernel(
                 sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
                 part.barrier()
         if not FIRST:
-            S, S_2 = part.updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
+            S, S_2 = part.updated(S, S_2, XX, B, col_edge, chunk_decay, HALF, HALVES, SOURCE)
         if AHEAD:
             then = step + 1
             mbarrier.wait(ready.index(then % STAGES), (then // STAGES) & 1, pred=then < high - low)
@@ -450,15 +450,17 @@ def _scan_hopper_kernel(
         P = warpgroup_mma_wait(0, [P])
     if WHOLE:
         tma.store_wait(0)
-        if KEEP and AT_SEQUENCE_END and not REVERSE:
+        if STORE_STATES and AT_SEQUENCE_END and not REVERSE:
             if (high == chunks) & (low < high):
                 kept = (chunks - 1) * L // CHECKPOINT_EVERY
-                part.keep_state(
+                part.store_state(
                     checkpoints + kept * stride_checkpoint + entry, S, S_2, HALVES, SECOND
                 )
     else:
         # What this split makes of an empty state, to where the next one starts from.
-        part.keep_state(checkpoints + behind * stride_checkpoint + entry, S, S_2, HALVES, SECOND)
+        part.store_state(
+            checkpoints + next_checkpoint * stride_checkpoint + entry, S, S_2, HALVES, SECOND
+        )
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(gl.int64) * stride_fn + head * stride_fh

@@ -164,14 +164,22 @@ def store_products(at, one, other):
 
 @gluon.jit
 def updated(
-    S, S_2, X_rows, B, edge, keep, HALF: gl.constexpr, HALVES: gl.constexpr, SOURCE: gl.constexpr
+    S,
+    S_2,
+    X_rows,
+    B,
+    edge,
+    chunk_decay,
+    HALF: gl.constexpr,
+    HALVES: gl.constexpr,
+    SOURCE: gl.constexpr,
 ):
     """The state after a chunk, while it is being made."""
     col_edge = edge.load(gl.SliceLayout(0, SOURCE))
     X_low = parts_of(load(turned(X_rows), SOURCE).to(gl.float32) * col_edge[None, :], B)
-    S = product(X_low, columns(B, 0, HALF), S * keep, True)
+    S = product(X_low, columns(B, 0, HALF), S * chunk_decay, True)
     if HALVES == 2:
-        S_2 = product(X_low, columns(B, HALF, HALF), S_2 * keep, True)
+        S_2 = product(X_low, columns(B, HALF, HALF), S_2 * chunk_decay, True)
     return S, S_2
 
 
@@ -204,7 +212,7 @@ def fold(folded, vectors, sign, factor, slot, L: gl.constexpr, LAYOUT: gl.conste
 
 
 @gluon.jit
-def keep_state(at, S, S_2, HALVES: gl.constexpr, SECOND: gl.constexpr):
+def store_state(at, S, S_2, HALVES: gl.constexpr, SECOND: gl.constexpr):
     gl.store(at, S)
     if HALVES == 2:
         gl.store(at + SECOND, S_2)

@@ -133,21 +133,21 @@ def first_kept(n, start, CHECKPOINT_EVERY, PACKED: tl.constexpr, AT_SEQUENCE_END
 
 
 @triton.jit
-def reaching(decay, low, high, REVERSE: tl.constexpr):
-    """(low, high, remains): the part of chunks [low, high) that the state behind them still knows,
-    and what it leaves of a state before them. What came before that part (in reverse, after) is
+def effective_chunks(decay, low, high, REVERSE: tl.constexpr):
+    """(low, high, split_decay): the part of chunks [low, high) that has weight in the state after
+    them (in reverse, before), and the product of their decays. What lies beyond that part is
     multiplied by decays whose product is 0 in fp32."""
-    remains = (low * 0 + 1).to(tl.float32)
+    split_decay = (low * 0 + 1).to(tl.float32)
     known = low * 0
-    while (known < high - low) & (remains > 0.0):
+    while (known < high - low) & (split_decay > 0.0):
         for each in tl.static_range(8):  # loads that wait for none of each other
             c = (low + known + each) if REVERSE else (high - 1 - known - each)
-            remains *= tl.load(decay + c, mask=(c >= low) & (c < high), other=1.0)
+            split_decay *= tl.load(decay + c, mask=(c >= low) & (c < high), other=1.0)
         known += 8
     if REVERSE:
-        return low, tl.minimum(low + known, high), remains
+        return low, tl.minimum(low + known, high), split_decay
     else:
-        return tl.maximum(high - known, low), high, remains
+        return tl.maximum(high - known, low), high, split_decay
 
 
 @triton.jit

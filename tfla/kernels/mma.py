@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from tfla.kernels import parts
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS
-from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
+from tfla.kernels.layout import effective_chunks, first_kept, first_slot, sequence, unit
 
 # The same function under the names of Triton 3.6 and of later ones.
 _load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -184,7 +184,7 @@ def _scan_mma_kernel(
     final,
     out,
     dot,
-    left,
+    split_decay,
     stride_ab,
     stride_at,
     stride_ah,
@@ -223,7 +223,7 @@ def _scan_mma_kernel(
     STRIDE_CHECKPOINT_X: gl.constexpr,
     REVERSE: gl.constexpr,
     SPLIT_T: gl.constexpr,
-    KEEP: gl.constexpr,
+    STORE_STATES: gl.constexpr,
     AT_SEQUENCE_END: gl.constexpr,
     STAGES: gl.constexpr,
     Y_AHEAD: gl.constexpr,
@@ -284,10 +284,10 @@ def _scan_mma_kernel(
     first_checkpoint = row * checkpoints_per_head + first_kept(
         n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
-    if left is not None:
-        behind = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
-        low, high, remains = reaching(decay + slot, low, high, REVERSE)
-        gl.store(left + w * H + head, remains)
+    if split_decay is not None:
+        next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
+        low, high, decay_of_split = effective_chunks(decay + slot, low, high, REVERSE)
+        gl.store(split_decay + w * H + head, decay_of_split)
     first_x = tile * BLOCK_X
     tokens = length.to(gl.int32)
     decay += slot
@@ -366,13 +366,13 @@ def _scan_mma_kernel(
                 )
         S += (S_piece,)
 
-    keep_next = gl.load(decay + (gl.maximum(high - 1, low) if REVERSE else low))
+    next_decay = gl.load(decay + (gl.maximum(high - 1, low) if REVERSE else low))
     step = 0
-    first_interval = low // EVERY if KEEP else 0
-    intervals = (high + EVERY - 1) // EVERY - first_interval if KEEP else 1
+    first_interval = low // EVERY if STORE_STATES else 0
+    intervals = (high + EVERY - 1) // EVERY - first_interval if STORE_STATES else 1
     for nth in range(0, intervals):
         begin, end = low, high
-        if KEEP:
+        if STORE_STATES:
             # The state before these chunks, unless this program started from it.
             this = first_interval + (intervals - 1 - nth if REVERSE else nth)
             begin, end = this * EVERY, gl.minimum((this + 1) * EVERY, high)
@@ -389,9 +389,9 @@ def _scan_mma_kernel(
         for inner in range(0, end - begin):
             c = (end - 1 - inner) if REVERSE else (begin + inner)
             stage = step % STAGES
-            keep = keep_next
+            chunk_decay = next_decay
             following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
-            keep_next = gl.load(decay + following)
+            next_decay = gl.load(decay + following)
             async_copy.wait_group(STAGES - 2)
             parts.barrier()
             if y is not None and not Y_AHEAD:
@@ -481,7 +481,7 @@ def _scan_mma_kernel(
             updated = ()
             for piece in gl.static_range(PIECES):
                 B_right = _loaded(parts.columns(B, piece * PIECE, PIECE), RIGHT)
-                updated += (_product(X_left, B_right, _scaled(S[piece], keep)),)
+                updated += (_product(X_left, B_right, _scaled(S[piece], chunk_decay)),)
             S = updated
             if COPIED:
                 parts.barrier()
@@ -492,13 +492,15 @@ def _scan_mma_kernel(
                     gl.store(dot + c * L + l, gl.sum(dot_s.load(BY_WARP), 0))
 
     if WHOLE:
-        if KEEP and AT_SEQUENCE_END and not REVERSE:
+        if STORE_STATES and AT_SEQUENCE_END and not REVERSE:
             if (high == chunks) & (low < high):
                 kept = (chunks - 1) * L // CHECKPOINT_EVERY
                 _store_state(checkpoints + kept * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A)
     else:
         # What this split makes of an empty state, to where the next one starts from.
-        _store_state(checkpoints + behind * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A)
+        _store_state(
+            checkpoints + next_checkpoint * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A
+        )
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(gl.int64) * stride_fn + head * stride_fh

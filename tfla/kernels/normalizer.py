@@ -178,7 +178,7 @@ def _at(x, position, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sums_of(sums, chunk_f, chunk_p, c, chunks, column, K):
-    """What _sums_kernel left of the chunks c of a sequence."""
+    """What _sums_kernel stored of the chunks c of a sequence."""
     inside = c < chunks
     seen = inside[:, None] & (column < K)[None, :]
     return (
@@ -319,12 +319,12 @@ def _gauge_kernel(
         if gauge is not None:
             tl.store(gauge + slot + 1, m_out, mask=more)
         m_end = _followed(m_in, log_f, top, tl.where(more, m_out, end.to(tl.float64)))
-        keep = tl.where(_erases(log_f), 0.0, _exp(_carried(m_in, log_f) - m_end))
-        take = _exp(top - m_end)
-        tl.store(decay + slot, keep, mask=inside)
+        chunk_decay = tl.where(_erases(log_f), 0.0, _exp(_carried(m_in, log_f) - m_end))
+        sum_weight = _exp(top - m_end)
+        tl.store(decay + slot, chunk_decay, mask=inside)
         seen = more[:, None] & (column < K)[None, :]
-        factor = tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K])
-        factor, value = tl.associative_scan((factor, scaled(tile, take[:, None])), 0, _affine)
+        factor = tl.broadcast_to(chunk_decay[:, None], [BLOCK, BLOCK_K])
+        factor, value = tl.associative_scan((factor, scaled(tile, sum_weight[:, None])), 0, _affine)
         value += scaled(normalizer[None, :], factor)
         tl.store(n_chunk + (slot + 1)[:, None] * K + column[None, :], value, mask=seen)
         m = _at(m_out, last, BLOCK)
@@ -484,8 +484,8 @@ def _column_kernel(
 
 
 @triton.jit
-def _kept_of(sums, decay, c, column, K):
-    """Decay of the chunks c of a sequence and what _column_kernel left of them."""
+def _column_sums_of(sums, decay, c, column, K):
+    """Decay of the chunks c of a sequence and what _column_kernel stored of them."""
     seen = (c >= 0)[:, None] & (column < K)[None, :]
     return (
         tl.load(decay + c, mask=c >= 0, other=0.0),
@@ -527,16 +527,16 @@ def _column_state_kernel(
         tl.store(dn_chunk + (first + chunks - 1) * K + column, dn, mask=column < K)
     sums += first * K
     c = chunks - 1 - tl.arange(0, BLOCK)
-    keep, tile = _kept_of(sums, decay + first, c, column, K)
+    chunk_decay, tile = _column_sums_of(sums, decay + first, c, column, K)
     for block in range(0, chunks, BLOCK):
         c = chunks - 1 - block - tl.arange(0, BLOCK)
-        next_keep, next_tile = _kept_of(sums, decay + first, c - BLOCK, column, K)
+        next_decay, next_tile = _column_sums_of(sums, decay + first, c - BLOCK, column, K)
         factor, value = tl.associative_scan(
-            (tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K]), tile), 0, _affine
+            (tl.broadcast_to(chunk_decay[:, None], [BLOCK, BLOCK_K]), tile), 0, _affine
         )
         value += scaled(dn[None, :], factor)
         seen = (c >= 1)[:, None] & (column < K)[None, :]
         tl.store(dn_chunk + (first + c - 1)[:, None] * K + column[None, :], value, mask=seen)
         dn = _at(value, tl.minimum(chunks - block, BLOCK) - 1, BLOCK)
-        keep, tile = next_keep, next_tile
+        chunk_decay, tile = next_decay, next_tile
     tl.store(dn_first + state * K + column, dn, mask=column < K)

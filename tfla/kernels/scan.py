@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power, scaled
-from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
+from tfla.kernels.layout import effective_chunks, first_kept, first_slot, sequence, unit
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _scan_kernel(
     final,
     out,
     dot,
-    left,
+    split_decay,
     stride_ab,
     stride_at,
     stride_ah,
@@ -110,7 +110,7 @@ def _scan_kernel(
     STRIDE_CHECKPOINT_X: tl.constexpr,
     REVERSE: tl.constexpr,
     SPLIT_T: tl.constexpr,
-    KEEP: tl.constexpr,
+    STORE_STATES: tl.constexpr,
     AT_SEQUENCE_END: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -148,10 +148,10 @@ def _scan_kernel(
     first_checkpoint = row * checkpoints_per_head + first_kept(
         n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
-    if left is not None:
-        behind = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
-        low, high, remains = reaching(decay + slot, low, high, REVERSE)
-        tl.store(left + w * H + head, remains)
+    if split_decay is not None:
+        next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
+        low, high, decay_of_split = effective_chunks(decay + slot, low, high, REVERSE)
+        tl.store(split_decay + w * H + head, decay_of_split)
 
     first_x = tile * BLOCK_X
     columns = first_x + tl.arange(0, BLOCK_X)
@@ -229,7 +229,7 @@ def _scan_kernel(
         XX = _tile(x_rows, X, stride_xt, t, length, first_x, L, BLOCK_X, DESCRIPTOR)
         here = weights + (slot + c) * (VECTORS * L) + l
         col_edge = tl.load(here + (COL + 2) * L)
-        keep = tl.load(decay + slot + c)
+        chunk_decay = tl.load(decay + slot + c)
         if out is not None:
             AA = _tile(a_rows, A, stride_at, t, length, 0, L, BLOCK_A, DESCRIPTOR)
             row_whole = tl.load(here + ROW * L)
@@ -297,7 +297,7 @@ def _scan_kernel(
             if y is not None:
                 Y = _tile(y_rows, X, stride_yt, t, length, first_x, L, BLOCK_X, False)
                 tl.store(dot + tile * size + (slot + c) * L + l, tl.sum(O * Y.to(tl.float32), 1))
-        if KEEP:
+        if STORE_STATES:
             # The state at the end of the chunk, unless it is where another split of the sequence
             # starts from.
             edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
@@ -309,10 +309,10 @@ def _scan_kernel(
                 + first_x * STRIDE_CHECKPOINT_X
                 + entry
             )
-        if KEEP and REVERSE:
+        if STORE_STATES and REVERSE:
             if edge:
                 tl.store(kept, S)
-        S = scaled(S, keep)
+        S = scaled(S, chunk_decay)
         X_weighed = scaled(XX.to(tl.float32), col_edge[:, None])
         if FITTED:
             X_spare = _spare(X_weighed, 0)
@@ -327,7 +327,7 @@ def _scan_kernel(
             S = tl.dot(tl.trans(B), XX, S, input_precision=PRECISION)
         if FITTED:
             S *= tl.exp2(X_spare)
-        if KEEP and not REVERSE:
+        if STORE_STATES and not REVERSE:
             if edge:
                 tl.store(kept, S)
 
@@ -335,7 +335,7 @@ def _scan_kernel(
         # What this split makes of an empty state, to where the next one starts from.
         tl.store(
             checkpoints
-            + (first_checkpoint + behind) * stride_checkpoint
+            + (first_checkpoint + next_checkpoint) * stride_checkpoint
             + first_x * STRIDE_CHECKPOINT_X
             + entry,
             S,
@@ -354,7 +354,7 @@ def _scan_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "split_len"])
 def _join_kernel(
-    left,
+    split_decay,
     state,
     cu_seqlens,
     checkpoints,
@@ -410,6 +410,6 @@ def _join_kernel(
             + lane * STRIDE_CHECKPOINT_A
             + column
         )
-        remains = tl.load(left + (first + split) * H + head)
-        S = scaled(S, remains) + tl.load(at, mask=inside, other=0.0)
+        decay_of_split = tl.load(split_decay + (first + split) * H + head)
+        S = scaled(S, decay_of_split) + tl.load(at, mask=inside, other=0.0)
         tl.store(at, S, mask=inside)
