@@ -30,8 +30,8 @@ def test_a_plan_covers_its_problem(
     assert p.checkpoint_every % p.L == 0 and (
         p.split_len == 0 or p.split_len % p.checkpoint_every == 0
     )
-    # dq and dk start from what h and dv keep, so the kept tiles must hold every entry.
-    assert p.kept[0] >= K and p.kept[1] >= V
+    # dq and dk start from what h and dv store, so checkpoints must hold every entry.
+    assert p.checkpoint_shape[0] >= K and p.checkpoint_shape[1] >= V
 
 
 def test_long_sequences_with_few_heads_are_cut_and_full_batches_are_not() -> None:

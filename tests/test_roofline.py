@@ -252,15 +252,15 @@ def test_memory_is_what_an_h200_was_seen_to_take(gate: str, both: int) -> None:
 
 @pytest.mark.parametrize("name", sorted(r.MACHINES))
 def test_memory_of_every_named_machine(name: str) -> None:
-    """At least the gradients; and what is saved is the plan's kept states and vectors."""
+    """At least the gradients; and what is saved is the plan's checkpoints and vectors."""
     device = r.MACHINES[name].device
     assert device is not None
     problem = Problem(2, 4096, 4, 128, 256, 2, False, 2, "ieee")
     m = memory(problem, device, torch.bfloat16, "sigmoid")
     planned = plan(problem, device)
-    rows, kept = 2 * 4, planned.kept[0] * planned.kept[1]
+    rows, entries = 2 * 4, planned.checkpoint_shape[0] * planned.checkpoint_shape[1]
     chunks, checkpoints = 4096 // planned.L, 4096 // planned.checkpoint_every - 1
-    least = 4 * rows * (chunks + checkpoints * kept)
+    least = 4 * rows * (chunks + checkpoints * entries)
     assert least <= m.saved <= least + 4 * rows * 4096 * 8 + 4096
     assert m.forward >= m.output + m.saved
     assert m.backward >= m.inputs  # the gradients of q, k, v, i, f

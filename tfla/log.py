@@ -65,7 +65,7 @@ def step(x: StepInputs, options: StepOptions) -> None:
 
 def plan_words(plan: Any) -> str:
     """A ``tfla.plan.Plan`` in one line."""
-    words = [f"chunks of {plan.L} tokens", f"states kept every {plan.checkpoint_every:,}"]
+    words = [f"chunks of {plan.L} tokens", f"checkpoints every {plan.checkpoint_every:,}"]
     if plan.split_len:
         words.append(f"sequences cut every {plan.split_len:,}")
     for names, tile in (("h and dv", plan.h), ("dq and dk", plan.dq)):

@@ -83,8 +83,8 @@ class Plan:
     divides: bool  # the scan of h makes the denominator itself, but for fp16
 
     @property
-    def kept(self) -> tuple[int, int]:
-        """(rows, columns) of a kept state, tiles filled up."""
+    def checkpoint_shape(self) -> tuple[int, int]:
+        """(rows, columns) of a checkpoint, whose tiles are whole."""
         return self.h.slices * self.h.block_a, self.h.tiles * self.h.block_x
 
     def tile(self, name: str) -> Tile:
@@ -166,7 +166,7 @@ class Units(NamedTuple):
 
     L: int
     checkpoint_every: int
-    kept: tuple[int, int]
+    checkpoint_shape: tuple[int, int]
 
 
 def is_at_least(x: int, bound: int) -> int:
@@ -212,8 +212,8 @@ def _units(device: Device, p: Problem, shape: Shape) -> tuple[Units, Tile, Tile]
     """With the tiles of h and of dq."""
     h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
     checkpoint_every = _checkpoint_every(p, dq, _programs(device, p, shape, h, dq))
-    kept = h.slices * h.block_a, h.tiles * h.block_x
-    return Units(_chunk(shape, _mean(p)), checkpoint_every, kept), h, dq
+    checkpoint_shape = h.slices * h.block_a, h.tiles * h.block_x
+    return Units(_chunk(shape, _mean(p)), checkpoint_every, checkpoint_shape), h, dq
 
 
 def units(problem: Problem, device: Device) -> list[tuple[int, Units]]:

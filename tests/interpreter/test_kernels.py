@@ -160,7 +160,7 @@ def test_short_documents_as_one_sequence(gate: str) -> None:
 
 @pytest.mark.parametrize("T", [32, 53, 64, 70])
 def test_without_a_final_state(T: int) -> None:
-    """No state is kept where a sequence ends, and none is missed there."""
+    """No state is stored where a sequence ends, and none is missed there."""
     with planned(split_len=32 if T == 70 else 0):
         checks.check_against_recurrence(Case(**SMALL | {"T": T, "H": 2}, final=False))
 

@@ -177,11 +177,11 @@ def test_what_lies_between_matrix_products_builds(target: tuple[str, int | str])
         check(launch, target, 0)
 
 
-def test_short_documents_keep_no_states() -> None:
-    """What a forward pass keeps is as much for 10,000 documents as for one, but for what lies at
+def test_short_documents_store_no_states() -> None:
+    """What a forward pass saves is as much for 10,000 documents as for one, but for what lies at
     the end of each: a state of 16 heads 128/256 takes 2 MiB."""
 
-    def kept(documents: int, ends: bool = False) -> float:
+    def saved_bytes(documents: int, ends: bool = False) -> float:
         spec = CallSpec(
             B=1,
             T=65536,
@@ -206,8 +206,8 @@ def test_short_documents_keep_no_states() -> None:
         return 4 * math.prod(kernels.saved_shape(spec)) / 2**20
 
     with planning.planned_for(DEVICES["cuda", 90]):
-        assert kept(10_000) < kept(1) + 10_000 * 0.1
-        assert kept(10_000, ends=True) > 10_000 * 2
+        assert saved_bytes(10_000) < saved_bytes(1) + 10_000 * 0.1
+        assert saved_bytes(10_000, ends=True) > 10_000 * 2
 
 
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)

@@ -125,7 +125,7 @@ class Implementation:
         return {"flops": flops, "bytes": roofline.least_bytes(*moved)}
 
     def planned(self, plan: Plan) -> Plan:
-        """Our own plan with a state kept every `chunk` tokens."""
+        """Our own plan with a checkpoint every `chunk` tokens."""
         if self.chunk is None or not self.ours:
             return plan
         every = max(self.chunk, plan.L)
@@ -134,7 +134,7 @@ class Implementation:
 
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
-        """Make our own plan keep a state every `chunk` tokens: on a GPU `checkpoint_every`,
+        """Make our own plan store a state every `chunk` tokens: on a GPU `checkpoint_every`,
         in the backend "reference" the chunk. None, or a peer: as planned."""
         if self.chunk is None or not self.ours:
             yield

@@ -132,9 +132,11 @@ def kernels(
 def memory(
     session: "_Session",
     tokens: Tokens = 0,
-    chunks: Annotated[str, _option("Tokens a kept state.", default="64 to 4096")] = "",
+    chunks: Annotated[
+        str, _option("Tokens from one stored state to the next.", default="64 to 4096")
+    ] = "",
 ) -> None:
-    """Peak memory against runtime over how often a state is kept: the paper's chunk; with us, on
+    """Peak memory against runtime over how often a state is stored: the paper's chunk; with us, on
     a GPU, the tokens between the checkpoints of the backward pass, on a CPU the chunk.
     """
     _at_least(1, tokens=tokens or 1)
@@ -419,7 +421,7 @@ def roofline(
         how,
     )
     for part in (False, True):
-        title = "backward" if part else "forward (states kept for the backward pass)"
+        title = "backward" if part else "forward (states stored for the backward pass)"
         rows = [k for k in found if k.backward == part]
         report.table(title, report.ROOFLINE_COLUMNS, report.roofline_cells(rows, machine, kind))
         report.say(f"each kernel at its limit: {r.limit_ms(rows, machine, kind):.3f} ms")

@@ -128,7 +128,7 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
     chunks = rows * math.ceil(p.T / plan.L) if not p.packed else p.H * (p.T // plan.L + p.N)
     every = plan.checkpoint_every
     checkpoints = p.H * (p.T // every) if p.packed else rows * max(math.ceil(p.T / every) - 1, 0)
-    state = plan.kept[0] * plan.kept[1] * FP32
+    state = plan.checkpoint_shape[0] * plan.checkpoint_shape[1] * FP32
     vector = FP32 * tokens
     n_chunk = FP32 * chunks * p.K
     divides = normalize and plan.divides
@@ -163,7 +163,7 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
                 own += n_chunk + 8 * vector * train if name == "h" and divides else 0
             moved += count * (shared + own)
             through += count * (tile.tiles * shared + own)
-        if train:  # kept states: h and dv write them, dq and dk start from them
+        if train:  # checkpoints: h and dv write them, dq and dk start from them
             moved += checkpoints * state
             through += checkpoints * state
         found.append(Kernel(name, backward, tile.slices, flops, moved, through))

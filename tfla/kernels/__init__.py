@@ -95,7 +95,7 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
     """The weights of every chunk, the denominator folded into the target side; see
     ``tfla.reference.gate_weights``."""
     plan, builder = plan_of(spec), x.q.builder
-    units = Units(plan.L, plan.checkpoint_every, plan.kept)
+    units = Units(plan.L, plan.checkpoint_every, plan.checkpoint_shape)
     shapes, trains = saved_parts(spec, units), spec.needs_grad or saved is not None
 
     def part(name: str) -> Symbol | None:
@@ -400,7 +400,7 @@ def scan(
     checkpoints = weights.dC_checkpoints if name in ("dv", "dk") else weights.C_checkpoints
     store_states = over_sequences and checkpoints is not None
     if checkpoints is None and plan.split_len:
-        checkpoints = builder.new("states", sizes.rows, sizes.checkpoints, *plan.kept)
+        checkpoints = builder.new("states", sizes.rows, sizes.checkpoints, *plan.checkpoint_shape)
     call = _Scan(
         name=name,
         tile=tile,
@@ -577,7 +577,7 @@ class _Scan(NamedTuple):
         if not is_first:
             updates = updates | {"final": writes.pop("final")}
         X, y = self.x.shape[-1], self.y if part.is_last else None
-        e = _state_strides(plan.kept, self.over_sequences)
+        e = _checkpoint_strides(plan.checkpoint_shape, self.over_sequences)
         kernel, forms = _kernel_of(tile, spec.precision, self.over_sequences and y is not None)
         self.a.builder.launch(
             label,
@@ -599,7 +599,7 @@ class _Scan(NamedTuple):
                 "checkpoints_per_head": weights.sizes.checkpoints,
                 "split_len": split_len,
                 "size": weights.size,
-                "stride_checkpoint": plan.kept[0] * plan.kept[1],
+                "stride_checkpoint": plan.checkpoint_shape[0] * plan.checkpoint_shape[1],
                 "first_a": part.first or None,  # none to add costs no register
                 "A": part.width,
                 "X": X,
@@ -642,7 +642,7 @@ class _Scan(NamedTuple):
                 "H": spec.H,
                 "checkpoints_per_head": weights.sizes.checkpoints,
                 "split_len": split_len,
-                "stride_checkpoint": plan.kept[0] * plan.kept[1],
+                "stride_checkpoint": plan.checkpoint_shape[0] * plan.checkpoint_shape[1],
                 "first_a": part.first or None,  # none to add costs no register
                 "A": part.width,
                 "X": X,
@@ -650,16 +650,16 @@ class _Scan(NamedTuple):
             constants={
                 "CHECKPOINT_EVERY": plan.checkpoint_every,
                 "BLOCK": 1024,
-                "STRIDE_CHECKPOINT_A": _state_strides(plan.kept, True)[0],
+                "STRIDE_CHECKPOINT_A": _checkpoint_strides(plan.checkpoint_shape, True)[0],
                 "REVERSE": self.reverse,
                 "AT_SEQUENCE_END": spec.at_sequence_end,
             },
         )
 
 
-def _state_strides(kept: tuple[int, int], straight: bool) -> tuple[int, int]:
+def _checkpoint_strides(shape: tuple[int, int], straight: bool) -> tuple[int, int]:
     """Of a checkpoint (A, X): h and dv store it so, dq and dk read it as (X, A)."""
-    return (kept[1], 1) if straight else (1, kept[1])
+    return (shape[1], 1) if straight else (1, shape[1])
 
 
 def _strides_of(name: str, x: Symbol | None) -> dict[str, int]:
@@ -731,7 +731,7 @@ def gate_gradients(
             "checkpoints_per_head": weights.sizes.checkpoints,
             "size": weights.size,
             "K": spec.K,
-            "state": plan.kept[0] * plan.kept[1],
+            "state": plan.checkpoint_shape[0] * plan.checkpoint_shape[1],
         },
         constants={
             "L": plan.L,

@@ -242,7 +242,7 @@ def _scan_hopper_kernel(
     for chunk in gl.static_range(STAGES - 1):
         early = (high - 1 - chunk) if REVERSE else (low + chunk)
         part.fetch(channels, ready, early, chunk, low + chunk < high, STAGES)
-    # The state, (X, A). Entries of kept states lie at constant strides.
+    # The state, (X, A). Entries of checkpoints lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, HALF, layout=gl.SliceLayout(0, STATE))
     SECOND: gl.constexpr = HALF * STRIDE_CHECKPOINT_A
@@ -257,9 +257,8 @@ def _scan_hopper_kernel(
     S_2 = S
     if WHOLE and state is not None:
         at_first = (high == chunks) if REVERSE else (low == 0)
-        rows = (
-            gl.where(at_first, A, 0) if SPLIT_T else A
-        )  # the other splits start from what was kept
+        # The other splits start from a checkpoint.
+        rows = gl.where(at_first, A, 0) if SPLIT_T else A
         state += n.to(gl.int64) * stride_sn + head * stride_sh
         if first_a is not None:
             state += first_a * stride_sa
@@ -305,9 +304,9 @@ def _scan_hopper_kernel(
             else:
                 edge = (c * L % CHECKPOINT_EVERY == 0) & (c > low)
             if edge:
-                kept = (c if REVERSE else c - 1) * L // CHECKPOINT_EVERY
+                checkpoint = (c if REVERSE else c - 1) * L // CHECKPOINT_EVERY
                 part.store_state(
-                    checkpoints + kept * stride_checkpoint + entry, S, S_2, HALVES, SECOND
+                    checkpoints + checkpoint * stride_checkpoint + entry, S, S_2, HALVES, SECOND
                 )
         if not AHEAD:
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
@@ -452,9 +451,9 @@ def _scan_hopper_kernel(
         tma.store_wait(0)
         if STORE_STATES and AT_SEQUENCE_END and not REVERSE:
             if (high == chunks) & (low < high):
-                kept = (chunks - 1) * L // CHECKPOINT_EVERY
+                checkpoint = (chunks - 1) * L // CHECKPOINT_EVERY
                 part.store_state(
-                    checkpoints + kept * stride_checkpoint + entry, S, S_2, HALVES, SECOND
+                    checkpoints + checkpoint * stride_checkpoint + entry, S, S_2, HALVES, SECOND
                 )
     else:
         # What this split makes of an empty state, to where the next one starts from.

@@ -241,7 +241,7 @@ def _scan_mma_kernel(
     COPIED: gl.constexpr = WHOLE and out.dtype.element_ty == given
     PIECE: gl.constexpr = min(SLICE, BLOCK_A)
     PIECES: gl.constexpr = BLOCK_A // PIECE
-    # Chunks between kept states: the loop over them has no branch, which costs h of 256/512 a
+    # Chunks between checkpoints: the loop over them has no branch, which costs h of 256/512 a
     # quarter of its time.
     EVERY: gl.constexpr = CHECKPOINT_EVERY // L
 
@@ -329,7 +329,7 @@ def _scan_mma_kernel(
         c = (high - 1 - early) if REVERSE else (low + early)
         _fetch_chunk(fetched, lines, c, early, tokens, low + early < high, WARPS)
 
-    # The state, in pieces of A. Entries of kept states lie at constant strides.
+    # The state, in pieces of A. Entries of checkpoints lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, PIECE, layout=gl.SliceLayout(0, STATE))
     entry = (columns - first_x)[:, None] * STRIDE_CHECKPOINT_X + lanes[
@@ -347,7 +347,7 @@ def _scan_mma_kernel(
         S_piece = gl.zeros([BLOCK_X, PIECE], gl.float32, layout=STATE)
         if WHOLE and state is not None:
             known = A
-            if SPLIT_T:  # the splits after the first start from what was kept
+            if SPLIT_T:  # the splits after the first start from a checkpoint
                 known = gl.where((high == chunks) if REVERSE else (low == 0), A, 0)
             first = state + n.to(gl.int64) * stride_sn + head * stride_sh
             first += columns[:, None] * stride_sx + lane[None, :] * stride_sa
@@ -380,12 +380,14 @@ def _scan_mma_kernel(
                 wanted = end < high
                 if AT_SEQUENCE_END:
                     wanted |= end == chunks
-                kept = this
+                checkpoint = this
             else:
                 wanted = begin > low
-                kept = this - 1
+                checkpoint = this - 1
             if wanted:
-                _store_state(checkpoints + kept * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A)
+                _store_state(
+                    checkpoints + checkpoint * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A
+                )
         for inner in range(0, end - begin):
             c = (end - 1 - inner) if REVERSE else (begin + inner)
             stage = step % STAGES
@@ -494,8 +496,10 @@ def _scan_mma_kernel(
     if WHOLE:
         if STORE_STATES and AT_SEQUENCE_END and not REVERSE:
             if (high == chunks) & (low < high):
-                kept = (chunks - 1) * L // CHECKPOINT_EVERY
-                _store_state(checkpoints + kept * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A)
+                checkpoint = (chunks - 1) * L // CHECKPOINT_EVERY
+                _store_state(
+                    checkpoints + checkpoint * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A
+                )
     else:
         # What this split makes of an empty state, to where the next one starts from.
         _store_state(

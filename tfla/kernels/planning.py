@@ -74,7 +74,7 @@ def units_of(spec: CallSpec) -> list[tuple[int, Units]]:
         return units(_problem(spec), device_of(spec))
     numbers = {name: int(getattr(spec, name)) for name in "BTHKVN"}
     found = plan_of(spec.but(**numbers))
-    return [(1, Units(found.L, found.checkpoint_every, found.kept))]
+    return [(1, Units(found.L, found.checkpoint_every, found.checkpoint_shape))]
 
 
 @contextlib.contextmanager

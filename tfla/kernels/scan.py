@@ -198,7 +198,7 @@ def _scan_kernel(
         inside = (lanes < A)[:, None] & (columns < X)[None, :]
     if out is not None and state is not None:
         rows = A
-        if SPLIT_T:  # the splits after the first start from what was kept
+        if SPLIT_T:  # the splits after the first start from a checkpoint
             rows = tl.where((high == chunks) if REVERSE else (low == 0), A, 0)
         state += n.to(tl.int64) * stride_sn + head * stride_sh
         if first_a is not None:
@@ -213,13 +213,13 @@ def _scan_kernel(
     if out is not None and SPLIT_T:
         if (high < chunks) if REVERSE else (low > 0):
             before = (high if REVERSE else low) * L // CHECKPOINT_EVERY - 1
-            kept = (
+            checkpoint = (
                 checkpoints
                 + (first_checkpoint + before) * stride_checkpoint
                 + first_x * STRIDE_CHECKPOINT_X
                 + entry
             )
-            S = tl.load(kept, mask=inside, other=0.0)
+            S = tl.load(checkpoint, mask=inside, other=0.0)
 
     l = tl.arange(0, L)
     for step in range(0, high - low):
@@ -303,7 +303,7 @@ def _scan_kernel(
             edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
             if AT_SEQUENCE_END:
                 edge |= c + 1 == chunks
-            kept = (
+            checkpoint = (
                 checkpoints
                 + (first_checkpoint + c * L // CHECKPOINT_EVERY) * stride_checkpoint
                 + first_x * STRIDE_CHECKPOINT_X
@@ -311,7 +311,7 @@ def _scan_kernel(
             )
         if STORE_STATES and REVERSE:
             if edge:
-                tl.store(kept, S)
+                tl.store(checkpoint, S)
         S = scaled(S, chunk_decay)
         X_weighed = scaled(XX.to(tl.float32), col_edge[:, None])
         if FITTED:
@@ -329,7 +329,7 @@ def _scan_kernel(
             S *= tl.exp2(X_spare)
         if STORE_STATES and not REVERSE:
             if edge:
-                tl.store(kept, S)
+                tl.store(checkpoint, S)
 
     if out is None:
         # What this split makes of an empty state, to where the next one starts from.

@@ -44,7 +44,7 @@ def saved_parts(spec: CallSpec, units: Units) -> dict[str, tuple[int, ...]]:
         "decay": (s.rows, s.chunks),
     }
     if spec.needs_grad:
-        parts["C_checkpoints"] = (s.rows, s.checkpoints, *units.kept)
+        parts["C_checkpoints"] = (s.rows, s.checkpoints, *units.checkpoint_shape)
     if spec.normalize:
         parts |= {"n_chunk": (s.rows, s.chunks, spec.K), "n_final": (spec.N, spec.H, spec.K)}
     return parts
@@ -69,7 +69,7 @@ class GateWeights(NamedTuple):
     vectors: Symbol  # (rows, chunks, VECTORS, L), see gates.py
     undivided: Symbol | None  # the same without the denominator, where the scan of h makes it
     decay: Symbol  # (rows, chunks)
-    # (rows, checkpoints, *plan.kept) C at the checkpoints, where the backward pass starts from
+    # (rows, checkpoints, *plan.checkpoint_shape) C, from which the backward pass starts
     C_checkpoints: Symbol | None
     dC_checkpoints: Symbol | None  # the same of dC
     n_chunk: Symbol | None  # (rows, chunks, K) n entering each chunk
