@@ -231,13 +231,13 @@ def test_the_forget_gate_far_from_a_checkpoint() -> None:
 
 
 @triton.jit
-def _share_kernel(dh, h, dot, T, H, V, rest, slots, L: tl.constexpr, BLOCK: tl.constexpr):
+def _share_kernel(dh, h, dot, T, H, V, rest, chunks_per_head, L: tl.constexpr, BLOCK: tl.constexpr):
     """dh . h of a token, three tenths of it in one row of dot and the rest in another."""
     t, head = tl.program_id(0) // H, tl.program_id(0) % H
     lanes = tl.arange(0, BLOCK)
     at = (t * H + head) * V + lanes
     both = tl.load(dh + at, mask=lanes < V, other=0.0) * tl.load(h + at, mask=lanes < V, other=0.0)
-    place = dot + head * slots * L + t
+    place = dot + head * chunks_per_head * L + t
     tl.store(place, 0.3 * tl.sum(both, 0))
     tl.store(place + rest, 0.7 * tl.sum(both, 0))
 
@@ -257,7 +257,7 @@ def test_a_scan_of_dv_that_makes_dh_h(monkeypatch: pytest.MonkeyPatch) -> None:
         dh, weights = args[2:4]
         rows, chunks, L = *weights.sizes[:2], weights.plan.L
         share = dh.builder.new("share", 2, rows, chunks, L)
-        numbers = {"T": 40, "H": 2, "V": 20, "rest": rows * chunks * L, "slots": chunks}
+        numbers = {"T": 40, "H": 2, "V": 20, "rest": rows * chunks * L, "chunks_per_head": chunks}
         dh.builder.launch(
             "share",
             _share_kernel,

@@ -340,7 +340,7 @@ def initial_state_decay(
     parts = [weights.vectors[:, :, 2], weights.decay]
     if column is not None:
         parts.append(column.d)
-    if first is not None:  # its first slot is its own number: what came before it is empty
+    if first is not None:  # its first chunk lies at its own number: what came before it is empty
         chosen = (first + torch.arange(chunks, device=first.device)).clamp(max=sizes.chunks - 1)
         parts = [part.index_select(1, chosen) for part in parts]
     edge, decay, *d = parts

@@ -1,6 +1,6 @@
 """Exponents, chunk by chunk, and the gradients of the gates: ``tfla.gates`` in Triton.
 
-Weights of a token, in log2 units, seven vectors of L numbers a chunk, (row, slot, 8, L) in all:
+Weights of a token, in log2 units, seven vectors of L numbers a chunk, (rows, chunks, 8, L) in all:
 
     0, 1   target   b - ln den + ln scale as (whole, rest)
     2               exp(b) scale / den: what the incoming state weighs here
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from tfla import gates as limits
-from tfla.kernels.layout import chunk, first_kept, first_slot, sequence, unit
+from tfla.kernels.layout import chunk, first_checkpoint_index, first_index, interval, sequence
 
 LOG2E = tl.constexpr(limits.LOG2E)
 LIMIT = tl.constexpr(limits.LIMIT)
@@ -185,7 +185,7 @@ def store_weights(here, target, edge, source, source_edge, mark, inside, used, L
     tl.store(here + MARK * L, mark)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", *GATE_STRIDES])
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head", *GATE_STRIDES])
 def _weights_kernel(
     i,
     f,
@@ -201,7 +201,7 @@ def _weights_kernel(
     stride_fh,
     T,
     H,
-    slots,
+    chunks_per_head,
     scale,
     L: tl.constexpr,
     LOG_I: tl.constexpr,
@@ -209,7 +209,9 @@ def _weights_kernel(
     PACKED: tl.constexpr,
 ):
     """The seven vectors of a chunk and what it leaves of the state, without a normaliser."""
-    n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
+    n, j, batch, head, start, length, chunk_index = chunk(
+        cu_seqlens, table, T, H, chunks_per_head, L, PACKED
+    )
     if j * L >= length:
         return
     l = tl.arange(0, L)
@@ -228,9 +230,9 @@ def _weights_kernel(
     p = within(log_i * LOG2E, -WRITE, STEP) - b
     p = tl.where(log_i <= LOG_I_NOTHING, NOTHING, p)
     log_s = log_scale(scale)
-    tl.store(decay + slot, _exp2(b_last))
+    tl.store(decay + chunk_index, _exp2(b_last))
     store_weights(
-        weights + slot * VECTORS * L + l,
+        weights + chunk_index * VECTORS * L + l,
         b + log_s,
         tl.where(scale > 0.0, _exp2(b + log_s), 0.0),
         p,
@@ -242,7 +244,7 @@ def _weights_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", *GATE_STRIDES])
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", *GATE_STRIDES])
 def _gradients_kernel(
     i,
     f,
@@ -266,7 +268,7 @@ def _gradients_kernel(
     stride_fh,
     T,
     H,
-    slots,
+    chunks_per_head,
     checkpoints_per_head,
     size,
     K,
@@ -288,24 +290,24 @@ def _gradients_kernel(
     w = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     size = size.to(tl.int64)
-    n, j = unit(w, cu_seqlens, table, T, CHECKPOINT_EVERY, PACKED)
+    n, j = interval(w, cu_seqlens, table, T, CHECKPOINT_EVERY, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
     if j * CHECKPOINT_EVERY >= length:
         return
-    row = head if PACKED else batch * H + head
+    bh = head if PACKED else batch * H + head
     checkpoint = (
-        row * checkpoints_per_head
-        + first_kept(n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END)
+        bh * checkpoints_per_head
+        + first_checkpoint_index(n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END)
         + j
     )
     if not AT_SEQUENCE_END:  # dC is 0 where a sequence ends
         state = tl.where((j + 1) * CHECKPOINT_EVERY < length, state, 0)
-    first = row * slots + first_slot(n, start, L, PACKED)
-    # Tokens from the last to the first: the scan runs forward.
+    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
+    # Tokens from the last to the first_chunk: the scan runs forward.
     end_of_chunks = tl.minimum((j + 1) * CHECKPOINT_EVERY, ((length + L - 1) // L * L).to(tl.int32))
     position = end_of_chunks - 1 - tl.arange(0, CHECKPOINT_EVERY)
     inside = (position >= j * CHECKPOINT_EVERY) & (position < length)
-    here = first * L + position
+    here = first_chunk * L + position
     dlog_i = tl.zeros([CHECKPOINT_EVERY], tl.float32)
     dot = tl.zeros([CHECKPOINT_EVERY], tl.float32)
     for part in tl.static_range(K_PARTS):
@@ -322,7 +324,7 @@ def _gradients_kernel(
     total = tl.sum(meet, 0).to(tl.float64)
     end = tl.minimum((j + 1) * CHECKPOINT_EVERY, length)
     if NORMALIZE:
-        slot = first + (end + L - 1) // L
+        chunk_index = first_chunk + (end + L - 1) // L
         for block in range(0, K, BLOCK_K):
             column = block + tl.arange(0, BLOCK_K)
             if end == length:
@@ -330,10 +332,10 @@ def _gradients_kernel(
                     n_last + (n.to(tl.int64) * H + head) * K + column, mask=column < K, other=0.0
                 )
             else:
-                n_end = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
-            dn_end = tl.load(dn_chunk + (slot - 1) * K + column, mask=column < K, other=0.0)
+                n_end = tl.load(n_chunk + chunk_index * K + column, mask=column < K, other=0.0)
+            dn_end = tl.load(dn_chunk + (chunk_index - 1) * K + column, mask=column < K, other=0.0)
             total += tl.sum(n_end * dn_end, 0).to(tl.float64)
-    mark = weights + (first + position // L) * (VECTORS * L) + MARK * L + position % L
+    mark = weights + (first_chunk + position // L) * (VECTORS * L) + MARK * L + position % L
     erased = tl.load(mark, mask=inside, other=0.0) > 2.0
     factor = tl.where(erased, 0.0, 1.0).to(tl.float64)
     value = tl.where(erased, 0.0, dot - dlog_i).to(tl.float64)

@@ -28,12 +28,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from tfla.kernels import hopper_parts as part
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS
-from tfla.kernels.layout import effective_chunks, first_kept, first_slot, sequence, unit
+from tfla.kernels.layout import (
+    effective_chunks,
+    first_checkpoint_index,
+    first_index,
+    interval,
+    sequence,
+)
 
 _rows = tma.make_tensor_descriptor
 
 
-@gluon.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "split_len"])
+@gluon.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _scan_hopper_kernel(
     a,
     b,
@@ -76,7 +82,7 @@ def _scan_hopper_kernel(
     stride_fx,
     T,
     H,
-    slots,
+    chunks_per_head,
     checkpoints_per_head,
     split_len,
     size,
@@ -161,9 +167,9 @@ def _scan_hopper_kernel(
     w = (gl.program_id(0) // tiles // H).to(gl.int64)
     n, j = w, 0
     if SPLIT_T:
-        n, j = unit(w, cu_seqlens, table, T, split_len, PACKED)
+        n, j = interval(w, cu_seqlens, table, T, split_len, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
+    bh = head if PACKED else batch * H + head
     chunks = ((length + L - 1) // L).to(gl.int32)
     low, high = 0, chunks
     if SPLIT_T:
@@ -174,13 +180,13 @@ def _scan_hopper_kernel(
         if not WHOLE:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
-    slot = row * slots + first_slot(n, start, L, PACKED)
-    first_checkpoint = row * checkpoints_per_head + first_kept(
+    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
+    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
         n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
     if split_decay is not None:
         next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
-        low, high, decay_of_split = effective_chunks(decay + slot, low, high, REVERSE)
+        low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
         gl.store(split_decay + w * H + head, decay_of_split)
     first_x = tile * BLOCK_X
     tokens = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
@@ -194,7 +200,7 @@ def _scan_hopper_kernel(
     b_rows = _rows(b, [tokens, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
     x_rows = _rows(x, [tokens, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
     b_in, x_in = part.channel(b_rows, 0, STAGES), part.channel(x_rows, first_x, STAGES)
-    weights += slot * VECTORS * L
+    weights += first_chunk * VECTORS * L
     v_rows = _rows(
         weights, [lines * V_LINES, part.LINE], [part.LINE, 1], [V_LINES, part.LINE], LINES
     )
@@ -223,13 +229,15 @@ def _scan_hopper_kernel(
             if not OF_X:
                 dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
         if vector is not None:
-            d_in = part.channel(_rows(d + slot * L, [lines, L], [L, 1], [1, L], LINES), 0, STAGES)
-            vector += slot * X
+            d_in = part.channel(
+                _rows(d + first_chunk * L, [lines, L], [L, 1], [1, L], LINES), 0, STAGES
+            )
+            vector += first_chunk * X
             vector_rows = _rows(vector, [lines, X], [X, 1], [1, BLOCK_X], LINES)
             vector_in = part.channel(vector_rows, first_x, STAGES)
             channels += (d_in, vector_in)
         if n_in is not None:
-            n_in += slot * A
+            n_in += first_chunk * A
             n_in = part.channel(_rows(n_in, [lines, A], [A, 1], [1, WIDE_A], LINES), 0, STAGES)
             channels += (n_in,)
             n_q_s = gl.allocate_shared_memory(gl.float32, [L], part.FLAT)
@@ -279,7 +287,7 @@ def _scan_hopper_kernel(
             if HALVES == 2:
                 valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
                 S_2 = gl.load(before + SECOND, mask=valid, other=0.0)
-    next_decay = gl.load(decay + slot + (gl.maximum(high - 1, low) if REVERSE else low))
+    next_decay = gl.load(decay + first_chunk + (gl.maximum(high - 1, low) if REVERSE else low))
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
     source = gl.expand_dims(gl.arange(0, L, layout=SOURCES), SOURCES.dim)
     causal = (target <= source) if REVERSE else (target >= source)
@@ -291,7 +299,7 @@ def _scan_hopper_kernel(
         stage = step % STAGES
         chunk_decay = next_decay
         following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
-        next_decay = gl.load(decay + slot + following)
+        next_decay = gl.load(decay + first_chunk + following)
         B, XX = part.tile(b_in, stage), part.tile(x_in, stage)
         vectors = part.flat(v_in, stage, VECTORS * L)
         col_edge = vectors.slice((COL + 2) * L, L)
@@ -345,7 +353,7 @@ def _scan_hopper_kernel(
                 if not EARLY:
                     one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
                 if OF_X:
-                    part.store_products(dot + tile * size + (slot + c) * L, one, other)
+                    part.store_products(dot + tile * size + (first_chunk + c) * L, one, other)
                 else:
                     n_q_s.store(part.products(one, other))
             if not EARLY:
@@ -390,7 +398,9 @@ def _scan_hopper_kernel(
             if Y_READ:
                 Y = part.rows_at(y, c * L, stride_yt, length, first_x, X, L, BLOCK_X, ROWS)
                 if OF_X:
-                    part.store_products(dot + tile * size + (slot + c) * L, part.load(XX, ROWS), Y)
+                    part.store_products(
+                        dot + tile * size + (first_chunk + c) * L, part.load(XX, ROWS), Y
+                    )
             if n_in is not None:
                 if PAIR:
                     one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
@@ -411,7 +421,7 @@ def _scan_hopper_kernel(
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if folded is not None:
                     if tile == gl.minimum(c % 2, tiles - 1):
-                        part.fold(folded, vectors, sign, factor, slot + c, L, EACH)
+                        part.fold(folded, vectors, sign, factor, first_chunk + c, L, EACH)
             if (partial is not None) or not COPIED:
                 o_x = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
                 o_t = c * L + gl.arange(0, L, layout=gl.SliceLayout(0, OUTPUT))
@@ -428,12 +438,14 @@ def _scan_hopper_kernel(
                 part.barrier()
                 part.store_rows(out_rows, [c * L, first_x], out_s)
                 if Y_READ and not OF_X:
-                    part.store_products(dot + tile * size + (slot + c) * L, out_s.load(ROWS), Y)
+                    part.store_products(
+                        dot + tile * size + (first_chunk + c) * L, out_s.load(ROWS), Y
+                    )
             else:
                 gl.store(out + token, O, mask=seen)
             if OF_X and HALVES == 2:
                 one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
-                part.store_products(dot + tile * size + (slot + c) * L, one, other)
+                part.store_products(dot + tile * size + (first_chunk + c) * L, one, other)
             if Y_COPIED and not OF_X:
                 Y = y_in[1].index(stage).permute((1, 0)).load(OUTPUT)
                 dot_s.store(gl.sum((O * Y.to(gl.float32)).reshape([WARPS, 16, L]), 1))
@@ -444,7 +456,9 @@ def _scan_hopper_kernel(
         part.barrier()
         if WHOLE and Y_COPIED and not OF_X:
             o_l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
-            gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(dot_s.load(BY_WARP), 0))
+            gl.store(
+                dot + tile * size + (first_chunk + c) * L + o_l, gl.sum(dot_s.load(BY_WARP), 0)
+            )
     if AHEAD:
         P = warpgroup_mma_wait(0, [P])
     if WHOLE:

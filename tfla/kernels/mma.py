@@ -27,7 +27,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from tfla.kernels import parts
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS
-from tfla.kernels.layout import effective_chunks, first_kept, first_slot, sequence, unit
+from tfla.kernels.layout import (
+    effective_chunks,
+    first_checkpoint_index,
+    first_index,
+    interval,
+    sequence,
+)
 
 # The same function under the names of Triton 3.6 and of later ones.
 _load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -166,7 +172,7 @@ def _store_state(at, S, STRIDE_CHECKPOINT_A: gl.constexpr):
         gl.store(at + n * S[n].shape[1] * STRIDE_CHECKPOINT_A, S[n])
 
 
-@gluon.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "split_len"])
+@gluon.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _scan_mma_kernel(
     a,
     b,
@@ -207,7 +213,7 @@ def _scan_mma_kernel(
     stride_fx,
     T,
     H,
-    slots,
+    chunks_per_head,
     checkpoints_per_head,
     split_len,
     size,
@@ -267,9 +273,9 @@ def _scan_mma_kernel(
     w = (gl.program_id(0) // tiles // H).to(gl.int64)
     n, j = w, 0
     if SPLIT_T:
-        n, j = unit(w, cu_seqlens, table, T, split_len, PACKED)
+        n, j = interval(w, cu_seqlens, table, T, split_len, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
+    bh = head if PACKED else batch * H + head
     chunks = ((length + L - 1) // L).to(gl.int32)
     low, high = 0, chunks
     if SPLIT_T:
@@ -280,17 +286,17 @@ def _scan_mma_kernel(
         if not WHOLE:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
-    slot = row * slots + first_slot(n, start, L, PACKED)
-    first_checkpoint = row * checkpoints_per_head + first_kept(
+    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
+    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
         n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
     if split_decay is not None:
         next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
-        low, high, decay_of_split = effective_chunks(decay + slot, low, high, REVERSE)
+        low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
         gl.store(split_decay + w * H + head, decay_of_split)
     first_x = tile * BLOCK_X
     tokens = length.to(gl.int32)
-    decay += slot
+    decay += first_chunk
     if first_a is not None:
         b += first_a
         if WHOLE:
@@ -301,7 +307,7 @@ def _scan_mma_kernel(
     x_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_X], X_TILE)
     v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
     rows = (b, stride_bt, 0, A, b_s), (x, stride_xt, first_x, X, x_s)
-    lines = ((weights + slot * (VECTORS * L), 0, VECTORS * L, v_s),)
+    lines = ((weights + first_chunk * (VECTORS * L), 0, VECTORS * L, v_s),)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
         a_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
@@ -317,11 +323,14 @@ def _scan_mma_kernel(
             y += batch * stride_yb + start * stride_yt + head * stride_yh
             y_s = gl.allocate_shared_memory(given, [Y_STAGES, L, BLOCK_X], X_TILE)
             dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
-            dot += tile * size + slot * L
+            dot += tile * size + first_chunk * L
         if vector is not None:
             d_s = gl.allocate_shared_memory(gl.float32, [STAGES, L], FLAT)
             vector_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_X], FLAT)
-            lines += ((d + slot * L, 0, L, d_s), (vector + slot * X, first_x, X, vector_s))
+            lines += (
+                (d + first_chunk * L, 0, L, d_s),
+                (vector + first_chunk * X, first_x, X, vector_s),
+            )
     fetched = rows
     if WHOLE and y is not None and Y_AHEAD:
         fetched += ((y, stride_yt, first_x, X, y_s),)

@@ -17,7 +17,13 @@ import triton
 import triton.language as tl
 
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power, scaled
-from tfla.kernels.layout import effective_chunks, first_kept, first_slot, sequence, unit
+from tfla.kernels.layout import (
+    effective_chunks,
+    first_checkpoint_index,
+    first_index,
+    interval,
+    sequence,
+)
 
 
 @triton.jit
@@ -53,7 +59,7 @@ def _spare(x, AXIS: tl.constexpr):
     return tl.expand_dims(power, AXIS)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "split_len"])
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _scan_kernel(
     a,
     b,
@@ -94,7 +100,7 @@ def _scan_kernel(
     stride_fx,
     T,
     H,
-    slots,
+    chunks_per_head,
     checkpoints_per_head,
     split_len,
     size,
@@ -131,9 +137,9 @@ def _scan_kernel(
     w = (tl.program_id(0) // tiles // H).to(tl.int64)
     n, j = w, 0
     if SPLIT_T:
-        n, j = unit(w, cu_seqlens, table, T, split_len, PACKED)
+        n, j = interval(w, cu_seqlens, table, T, split_len, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
+    bh = head if PACKED else batch * H + head
     chunks = ((length + L - 1) // L).to(tl.int32)
     low, high = 0, chunks
     if SPLIT_T:
@@ -144,13 +150,13 @@ def _scan_kernel(
         if out is None:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
-    slot = row * slots + first_slot(n, start, L, PACKED)
-    first_checkpoint = row * checkpoints_per_head + first_kept(
+    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
+    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
         n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
     if split_decay is not None:
         next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
-        low, high, decay_of_split = effective_chunks(decay + slot, low, high, REVERSE)
+        low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
         tl.store(split_decay + w * H + head, decay_of_split)
 
     first_x = tile * BLOCK_X
@@ -227,9 +233,9 @@ def _scan_kernel(
         t = c * L
         B = _tile(b_rows, A, stride_bt, t, length, 0, L, BLOCK_A, DESCRIPTOR)
         XX = _tile(x_rows, X, stride_xt, t, length, first_x, L, BLOCK_X, DESCRIPTOR)
-        here = weights + (slot + c) * (VECTORS * L) + l
+        here = weights + (first_chunk + c) * (VECTORS * L) + l
         col_edge = tl.load(here + (COL + 2) * L)
-        chunk_decay = tl.load(decay + slot + c)
+        chunk_decay = tl.load(decay + first_chunk + c)
         if out is not None:
             AA = _tile(a_rows, A, stride_at, t, length, 0, L, BLOCK_A, DESCRIPTOR)
             row_whole = tl.load(here + ROW * L)
@@ -249,7 +255,7 @@ def _scan_kernel(
                 target, source = l[:, None], l[None, :]
             causal = (target <= source) if REVERSE else (target >= source)
             if d is not None:
-                d_here = tl.load(d + (slot + c) * L + l)
+                d_here = tl.load(d + (first_chunk + c) * L + l)
                 if REVERSE == TRANSPOSED:
                     P += d_here[:, None]
                 else:
@@ -283,7 +289,9 @@ def _scan_kernel(
                 if FITTED:
                     O *= tl.exp2(P_spare)
             if d is not None:  # last: the state in low precision has left the registers
-                row_vector = tl.load(vector + (slot + c) * X + columns, mask=columns < X, other=0.0)
+                row_vector = tl.load(
+                    vector + (first_chunk + c) * X + columns, mask=columns < X, other=0.0
+                )
                 row_d = row_edge if REVERSE else scaled(d_here, row_edge)
                 O += scaled(row_vector[None, :], row_d[:, None])
             seen = (t + l < length)[:, None] & (columns < X)[None, :]
@@ -296,7 +304,9 @@ def _scan_kernel(
                 tl.store(out_rows + token, O.to(out.dtype.element_ty), mask=seen)
             if y is not None:
                 Y = _tile(y_rows, X, stride_yt, t, length, first_x, L, BLOCK_X, False)
-                tl.store(dot + tile * size + (slot + c) * L + l, tl.sum(O * Y.to(tl.float32), 1))
+                tl.store(
+                    dot + tile * size + (first_chunk + c) * L + l, tl.sum(O * Y.to(tl.float32), 1)
+                )
         if STORE_STATES:
             # The state at the end of the chunk, unless it is where another split of the sequence
             # starts from.
@@ -352,7 +362,7 @@ def _scan_kernel(
             tl.store(last, S, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "checkpoints_per_head", "split_len"])
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _join_kernel(
     split_decay,
     state,
@@ -382,13 +392,13 @@ def _join_kernel(
     n = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
-    first_checkpoint = row * checkpoints_per_head + first_kept(
+    bh = head if PACKED else batch * H + head
+    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
         n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
     )
     splits = ((length + split_len - 1) // split_len).to(tl.int32)
     each = tl.maximum((T + split_len - 1) // split_len, 1)
-    first = first_slot(n, start, split_len, PACKED) if PACKED else n.to(tl.int64) * each
+    first = first_index(n, start, split_len, PACKED) if PACKED else n.to(tl.int64) * each
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     lane, column = entry // X, entry % X
     inside = entry < A * X

@@ -21,7 +21,7 @@ class Sizes(NamedTuple):
     """How many of what a call has. They may be symbols."""
 
     rows: int  # of chunks: (batch, head), or heads alone when sequences are packed
-    chunks: int  # a row; called slots in kernels, for some of them may be empty
+    chunks: int  # a row, some of which may be empty
     checkpoints: int  # stored states a row
 
 
@@ -88,7 +88,7 @@ class GateWeights(NamedTuple):
 
     @property
     def common(self) -> dict[str, int]:
-        return {"T": self.spec.T, "H": self.spec.H, "slots": self.sizes.chunks}
+        return {"T": self.spec.T, "H": self.spec.H, "chunks_per_head": self.sizes.chunks}
 
 
 @functools.cache
@@ -147,28 +147,28 @@ def clear(offsets: Symbol, *outputs: Symbol) -> None:
 
 
 def tables(cu_seqlens: Symbol | None, T: int, plan: Plan) -> Tables:
-    """Of packed sequences: which one each slot of chunks, checkpoints and splits belongs to, in
-    one launch."""
+    """Of packed sequences: which one each chunk, interval between checkpoints and split
+    belongs to, in one launch."""
     if cu_seqlens is None:
         return None, None, None
     N, builder = cu_seqlens.shape[0] - 1, cu_seqlens.builder
-    units = (plan.L, plan.checkpoint_every, plan.split_len or plan.checkpoint_every)
-    sizes = [padded(T // unit + N) for unit in units]
+    lengths = (plan.L, plan.checkpoint_every, plan.split_len or plan.checkpoint_every)
+    counts = [padded(T // length + N) for length in lengths]
     chunk, checkpoint, split = (
-        builder.new(f"{name} table", size, dtype="i32")
-        for name, size in zip(("chunk", "checkpoint", "split_len"), sizes, strict=True)
+        builder.new(f"{name} table", count, dtype="i32")
+        for name, count in zip(("chunk", "checkpoint", "split_len"), counts, strict=True)
     )
     builder.launch(
         "tables",
         _tables_kernel,
-        (-(-sum(sizes) // 256),),
+        (-(-sum(counts) // 256),),
         4,
         1,
         reads={"cu_seqlens": cu_seqlens},
         writes={"table_0": chunk, "table_1": checkpoint, "table_2": split},
         numbers={"N": N}
-        | {f"unit_{n}": unit for n, unit in enumerate(units)}
-        | {f"size_{n}": size for n, size in enumerate(sizes)},
+        | {f"length_{n}": length for n, length in enumerate(lengths)}
+        | {f"count_{n}": count for n, count in enumerate(counts)},
         constants={"BLOCK": 256},
     )
     return chunk, checkpoint, split
