@@ -161,8 +161,8 @@ def _shape(p: Problem, device: Device, mean: int) -> Shape:
     return SHAPES["scan.py, 10.x and AMD" if major in (0, 10) else "scan.py, 8.x"]
 
 
-class Units(NamedTuple):
-    """What the size of what a forward pass saves depends on; see ``Plan``."""
+class StoredSizes(NamedTuple):
+    """What sizes the arrays have that a forward pass saves; see ``Plan``."""
 
     L: int
     checkpoint_every: int
@@ -208,25 +208,25 @@ def _checkpoint_every(p: Problem, dq: Tile, programs: int) -> int:
     return every
 
 
-def _units(device: Device, p: Problem, shape: Shape) -> tuple[Units, Tile, Tile]:
+def _stored_sizes(device: Device, p: Problem, shape: Shape) -> tuple[StoredSizes, Tile, Tile]:
     """With the tiles of h and of dq."""
     h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
     checkpoint_every = _checkpoint_every(p, dq, _programs(device, p, shape, h, dq))
     checkpoint_shape = h.slices * h.block_a, h.tiles * h.block_x
-    return Units(_chunk(shape, _mean(p)), checkpoint_every, checkpoint_shape), h, dq
+    return StoredSizes(_chunk(shape, _mean(p)), checkpoint_every, checkpoint_shape), h, dq
 
 
-def units(problem: Problem, device: Device) -> list[tuple[int, Units]]:
-    """(1 or 0, units): those of ``plan`` have the 1. B, T and N may be symbols, which are not
+def stored_sizes(problem: Problem, device: Device) -> list[tuple[int, StoredSizes]]:
+    """(1 or 0, sizes): those of ``plan`` have the 1. B, T and N may be symbols, which are not
     compared: a graph that is traced holds for all of them."""
     mean = _mean(problem)
     short, long = (_shape(problem, device, some) for some in (0, LONG))
     if short is long:
-        return [(1, _units(device, problem, short)[0])]
+        return [(1, _stored_sizes(device, problem, short)[0])]
     is_long = is_at_least(mean, LONG)
     return [
-        (is_long, _units(device, problem, long)[0]),
-        (1 - is_long, _units(device, problem, short)[0]),
+        (is_long, _stored_sizes(device, problem, long)[0]),
+        (1 - is_long, _stored_sizes(device, problem, short)[0]),
     ]
 
 
@@ -235,7 +235,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     """The kernels that serve ``problem`` on ``device``."""
     p, mean = problem, _mean(problem)
     shape = _shape(p, device, mean)
-    (L, checkpoint_every, _), h, dq = _units(device, p, shape)
+    (L, checkpoint_every, _), h, dq = _stored_sizes(device, p, shape)
     wanted = _programs(device, p, shape, h, dq)
     # h and dv are split where whole sequences leave more than a third of the machine idle.
     programs = max(p.N * p.H * h.tiles, 1)

@@ -34,7 +34,7 @@ from tfla.kernels.weights import (
     strides,
     tables,
 )
-from tfla.plan import Tile, Units
+from tfla.plan import StoredSizes, Tile
 from tfla.spec import CallSpec, Inputs
 
 __all__ = [
@@ -95,8 +95,8 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
     """The weights of every chunk, the denominator folded into the target side; see
     ``tfla.reference.gate_weights``."""
     plan, builder = plan_of(spec), x.q.builder
-    units = Units(plan.L, plan.checkpoint_every, plan.checkpoint_shape)
-    shapes, trains = saved_parts(spec, units), spec.needs_grad or saved is not None
+    stored = StoredSizes(plan.L, plan.checkpoint_every, plan.checkpoint_shape)
+    shapes, trains = saved_parts(spec, stored), spec.needs_grad or saved is not None
 
     def part(name: str) -> Symbol | None:
         if name not in shapes:
@@ -122,7 +122,7 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
     weights = GateWeights(
         spec=spec,
         plan=plan,
-        sizes=sizes_of(spec, units),
+        sizes=sizes_of(spec, stored),
         cu_seqlens=x.cu_seqlens,
         tables=tables(x.cu_seqlens, spec.T, plan),
         vectors=vectors,

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from tfla.kernels import gates
 from tfla.kernels.layout import _clear_kernel, _offsets_kernel, _tables_kernel
-from tfla.kernels.planning import units_of
+from tfla.kernels.planning import stored_sizes_of
 from tfla.kernels.program import Symbol, padded
-from tfla.plan import Plan, Units
+from tfla.plan import Plan, StoredSizes
 from tfla.spec import CallSpec
 
 Tables = tuple[Symbol | None, Symbol | None, Symbol | None]
@@ -25,26 +25,26 @@ class Sizes(NamedTuple):
     checkpoints: int  # stored states a row
 
 
-def sizes_of(spec: CallSpec, units: Units) -> Sizes:
+def sizes_of(spec: CallSpec, stored: StoredSizes) -> Sizes:
     T, N, H = spec.T, spec.N, spec.H
     if spec.packed:
-        inside = T // units.checkpoint_every
-        return Sizes(H, T // units.L + N, inside + N if spec.at_sequence_end else inside)
-    chunks, checkpoints = -(-T // units.L), -(-T // units.checkpoint_every)
+        inside = T // stored.checkpoint_every
+        return Sizes(H, T // stored.L + N, inside + N if spec.at_sequence_end else inside)
+    chunks, checkpoints = -(-T // stored.L), -(-T // stored.checkpoint_every)
     if not spec.at_sequence_end:  # no gradient comes from there: none at the end of a sequence
         checkpoints += 1 // (1 + checkpoints) - 1
     return Sizes(spec.B * H, chunks, checkpoints)
 
 
-def saved_parts(spec: CallSpec, units: Units) -> dict[str, tuple[int, ...]]:
+def saved_parts(spec: CallSpec, stored: StoredSizes) -> dict[str, tuple[int, ...]]:
     """Shapes of what the backward pass needs of the forward pass, all fp32."""
-    s = sizes_of(spec, units)
+    s = sizes_of(spec, stored)
     parts: dict[str, tuple[int, ...]] = {
-        "vectors": (s.rows, s.chunks, gates.VECTORS.value, units.L),
+        "vectors": (s.rows, s.chunks, gates.VECTORS.value, stored.L),
         "decay": (s.rows, s.chunks),
     }
     if spec.needs_grad:
-        parts["C_checkpoints"] = (s.rows, s.checkpoints, *units.checkpoint_shape)
+        parts["C_checkpoints"] = (s.rows, s.checkpoints, *stored.checkpoint_shape)
     if spec.normalize:
         parts |= {"n_chunk": (s.rows, s.chunks, spec.K), "n_final": (spec.N, spec.H, spec.K)}
     return parts
@@ -53,8 +53,8 @@ def saved_parts(spec: CallSpec, units: Units) -> dict[str, tuple[int, ...]]:
 def saved_elements(spec: CallSpec) -> int:
     """Of all of them in one allocation, each with room for one more (see ``program``)."""
     return sum(
-        is_so * sum(padded(math.prod(shape) + 1) for shape in saved_parts(spec, units).values())
-        for is_so, units in units_of(spec)
+        is_so * sum(padded(math.prod(shape) + 1) for shape in saved_parts(spec, stored).values())
+        for is_so, stored in stored_sizes_of(spec)
     )
 
 
