@@ -80,7 +80,7 @@ class Plan:
     block_n: int  # and columns of n
     small_warps: int
     gate_warps: int  # of kernels over the gates of a chunk
-    divides: bool  # the scan of h makes the denominator itself, but for fp16
+    fuse_denominator: bool  # the scan of h makes the denominator itself, but for fp16
 
     @property
     def checkpoint_shape(self) -> tuple[int, int]:
@@ -243,7 +243,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     if 3 * programs < 2 * wanted and mean >= 8 * checkpoint_every:
         split_len = max(4 * checkpoint_every, power_of_two(-(-mean * programs // wanted)))
     # A state of two halves leaves no registers for it (256 -> 512: 1.32 ms against 0.83 and 0.29).
-    divides = h.hopper and h.A <= 128
+    fuse_denominator = h.hopper and h.A <= 128
     small = min(32 if p.bytes == 4 else 64, power_of_two(max(p.K, p.V)))
     # The scans over chunks: far at a stride where there is far to go, else as wide as fills the
     # machine (1,048,576 tokens 631 us, 64 and 16 at once 1,261; 64 x 1,024 tokens 49 and 65).
@@ -262,7 +262,7 @@ def plan(problem: Problem, device: Device) -> Plan:
         min(block_n, small),
         small_warps=2 if L <= 32 and shape.mma else 4,
         gate_warps=1 if L <= 32 and shape.mma else 2,
-        divides=divides,
+        fuse_denominator=fuse_denominator,
     )
 
 

@@ -44,9 +44,9 @@ def test_vectors_without_den_are_those_with_it_but_for_den(lengths: tuple[int, .
     cu_seqlens, starts = offsets if len(lengths) > 1 else None, offsets[:-1].tolist()
     m = torch.randn(len(lengths), H, generator=g)
 
-    def vectors(divides: bool) -> torch.Tensor:
+    def vectors(fuse: bool) -> torch.Tensor:
         zeros = torch.zeros(1, T, H, K)
-        with planned(divides=divides):
+        with planned(fuse_denominator=fuse):
             x = Inputs(
                 zeros,
                 zeros,
@@ -63,10 +63,10 @@ def test_vectors_without_den_are_those_with_it_but_for_den(lengths: tuple[int, .
 
             def weights(spec: CallSpec, *x: program.Symbol) -> tuple[program.Symbol]:
                 seen.append(kernels.gate_weights(Inputs(*x), spec))
-                return (seen[0].undivided or seen[0].vectors,)
+                return (seen[0].vectors_without_den or seen[0].vectors,)
 
             (found,) = runtime.execute(weights, CallSpec.of(x, options), x)
-        assert (seen[0].undivided is None) != divides and found is not None
+        assert (seen[0].vectors_without_den is None) != fuse and found is not None
         found = found.view(H, seen[0].sizes.chunks, gates.VECTORS.value, 16)
         used = [
             start // 16 + n + j

@@ -117,7 +117,9 @@ def limit_ms(kernels: list[Kernel], machine: Machine, dtype: str) -> float:
 
 def for_dtype(plan: Plan, dtype: torch.dtype) -> Plan:
     """The plan as calls of a dtype follow it: of fp16 the denominator has a launch of its own."""
-    return dataclasses.replace(plan, divides=plan.divides and dtype != torch.float16)
+    return dataclasses.replace(
+        plan, fuse_denominator=plan.fuse_denominator and dtype != torch.float16
+    )
 
 
 def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list[Kernel]:
@@ -131,7 +133,7 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
     state = plan.checkpoint_shape[0] * plan.checkpoint_shape[1] * FP32
     vector = FP32 * tokens
     n_chunk = FP32 * chunks * p.K
-    divides = normalize and plan.divides
+    fused = normalize and plan.fuse_denominator
     found: list[Kernel] = []
 
     def small(name: str, backward: bool, flops: int, bytes: int) -> None:
@@ -160,7 +162,7 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
             if last:
                 own += tokens * tile.X * e + tile.tiles * vector if dots else 0
                 own += vector + n_chunk if column else 0
-                own += n_chunk + 8 * vector * train if name == "h" and divides else 0
+                own += n_chunk + 8 * vector * train if name == "h" and fused else 0
             moved += count * (shared + own)
             through += count * (tile.tiles * shared + own)
         if train:  # checkpoints: h and dv write them, dq and dk start from them
@@ -178,9 +180,9 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
     if normalize:
         moved = tokens * (p.K * e + g) + 8 * vector + n_chunk + 16 * chunks
         small("sums", False, 2 * tokens * p.K, moved)
-        own = 16 * vector if divides else 4 * chunks  # the vectors that wait for the gauge, or it
+        own = 16 * vector if fused else 4 * chunks  # the vectors that wait for the gauge, or it
         small("gauge", False, 4 * chunks * p.K, 2 * n_chunk + 20 * chunks + own)
-    if not divides:
+    if not fused:
         if normalize:
             moved = 2 * tokens * p.K * e + n_chunk + 15 * vector + 24 * chunks
             small("denominator", False, 2 * tokens * p.K * (plan.L + 1), moved)

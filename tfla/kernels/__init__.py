@@ -72,10 +72,8 @@ def fold_packing(f: Symbol, cu_seqlens: Symbol) -> tuple[Symbol, Symbol]:
     """The forget gates of packed sequences as of one, in fp32, and the (2,) offsets of that one.
     See ``tfla.algorithm``."""
     (_, T, H), builder = f.shape, f.builder
-    out, out_offsets = (
-        builder.new("f folded", 1, T, H),
-        builder.new("offsets folded", 2, dtype="i64"),
-    )
+    out = builder.new("f folded", 1, T, H)
+    out_offsets = builder.new("offsets folded", 2, dtype="i64")
     builder.launch(
         "fold packing",
         _joined_kernel,
@@ -92,7 +90,7 @@ def fold_packing(f: Symbol, cu_seqlens: Symbol) -> tuple[Symbol, Symbol]:
 
 
 def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None) -> GateWeights:
-    """The weights of every chunk, the denominator folded into the target side; see
+    """The weights of every chunk, with the denominator in the exponents of targets; see
     ``tfla.reference.gate_weights``."""
     plan, builder = plan_of(spec), x.q.builder
     stored = StoredSizes(plan.L, plan.checkpoint_every, plan.checkpoint_shape)
@@ -116,9 +114,11 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
         else builder.new("dC_checkpoints", *C_checkpoints.shape)
     )
     # fp16 would lose what is small beside a gauge and not beside a denominator.
-    undivided = None
-    if spec.normalize and plan.divides and x.q.dtype != "fp16" and forward:
-        undivided = builder.new("undivided", *vectors.shape) if trains else vectors
+    vectors_without_den = None
+    if spec.normalize and plan.fuse_denominator and x.q.dtype != "fp16" and forward:
+        vectors_without_den = (
+            builder.new("vectors without den", *vectors.shape) if trains else vectors
+        )
     weights = GateWeights(
         spec=spec,
         plan=plan,
@@ -126,7 +126,7 @@ def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None)
         cu_seqlens=x.cu_seqlens,
         tables=tables(x.cu_seqlens, spec.T, plan),
         vectors=vectors,
-        undivided=undivided,
+        vectors_without_den=vectors_without_den,
         decay=decay,
         C_checkpoints=C_checkpoints,
         dC_checkpoints=dC_checkpoints,
@@ -164,8 +164,10 @@ def _normalized(x: Inputs[Symbol], weights: GateWeights) -> None:
     rows = weights.sizes.rows, weights.sizes.chunks
     sums = builder.new("sums", *rows, K)
     chunk_f, chunk_p = (builder.new(name, *rows, dtype="fp64") for name in ("chunk_f", "chunk_p"))
-    gauge = builder.new("gauge", *rows, dtype="fp64") if weights.undivided is None else None
-    made = weights.vectors if weights.undivided is None else weights.undivided
+    gauge = (
+        builder.new("gauge", *rows, dtype="fp64") if weights.vectors_without_den is None else None
+    )
+    made = weights.vectors if weights.vectors_without_den is None else weights.vectors_without_den
     where = {"cu_seqlens": x.cu_seqlens, "table": weights.tables[0]}
     builder.launch(
         "sums",
@@ -478,11 +480,11 @@ class _Scan(NamedTuple):
         vector = None
         if column is not None:
             vector = column.dn_chunk if self.reverse else weights.n_chunk
-        vectors, n_in, folded = weights.vectors, None, None
-        if tile.hopper and self.name == "h" and weights.undivided is not None:
+        vectors, n_in, weights_with_den = weights.vectors, None, None
+        if tile.hopper and self.name == "h" and weights.vectors_without_den is not None:
             # The scan makes the denominator, and notes it for the backward pass.
-            vectors, n_in = weights.undivided, weights.n_chunk
-            folded = weights.vectors if self.store_states else None
+            vectors, n_in = weights.vectors_without_den, weights.n_chunk
+            weights_with_den = weights.vectors if self.store_states else None
         reads = {
             "a": self.a,
             "b": self.b,
@@ -505,7 +507,7 @@ class _Scan(NamedTuple):
             "out": part.out,
             "dot": self.dots if last else None,
             "split_decay": None,
-            **({"folded": folded} if tile.hopper else {}),
+            **({"weights_with_den": weights_with_den} if tile.hopper else {}),
         }
         self._launch(
             self.name,
@@ -538,7 +540,7 @@ class _Scan(NamedTuple):
             "table": weights.tables[2],
         }
         writes = {"final": None, "out": None, "dot": None, "split_decay": split_decay}
-        writes |= {"folded": None} if hopper else {}
+        writes |= {"weights_with_den": None} if hopper else {}
         label = f"{self.name}: splits"
         self._launch(
             label, part, split_len, True, splits, reads, writes, store_states=False, starts=False
@@ -546,8 +548,8 @@ class _Scan(NamedTuple):
 
     def _sources(self) -> Symbol:
         weights = self.weights
-        if self.tile.hopper and self.name == "h" and weights.undivided is not None:
-            return weights.undivided
+        if self.tile.hopper and self.name == "h" and weights.vectors_without_den is not None:
+            return weights.vectors_without_den
         return weights.vectors
 
     def _launch(

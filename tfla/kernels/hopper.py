@@ -59,7 +59,7 @@ def _scan_hopper_kernel(
     out,
     dot,
     split_decay,
-    folded,
+    weights_with_den,
     stride_ab,
     stride_at,
     stride_ah,
@@ -419,9 +419,11 @@ def _scan_hopper_kernel(
             O = warpgroup_mma_wait(AHEAD + (0 if FIRST else HALVES * MANY), [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
-                if folded is not None:
+                if weights_with_den is not None:
                     if tile == gl.minimum(c % 2, tiles - 1):
-                        part.fold(folded, vectors, sign, factor, first_chunk + c, L, EACH)
+                        part.store_weights_with_den(
+                            weights_with_den, vectors, sign, factor, first_chunk + c, L, EACH
+                        )
             if (partial is not None) or not COPIED:
                 o_x = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
                 o_t = c * L + gl.arange(0, L, layout=gl.SliceLayout(0, OUTPUT))

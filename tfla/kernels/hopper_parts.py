@@ -197,9 +197,11 @@ def over_den(vectors, n_q_s, sums_s, L: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def fold(folded, vectors, sign, factor, chunk_index, L: gl.constexpr, LAYOUT: gl.constexpr):
+def store_weights_with_den(
+    weights_with_den, vectors, sign, factor, chunk_index, L: gl.constexpr, LAYOUT: gl.constexpr
+):
     """The vectors of a chunk with the denominator in them, for the backward pass."""
-    here = folded + chunk_index * (VECTORS * L) + gl.arange(0, L, layout=LAYOUT)
+    here = weights_with_den + chunk_index * (VECTORS * L) + gl.arange(0, L, layout=LAYOUT)
     rest = vectors.slice(L, L).load(LAYOUT) + gl.log2(factor)
     carry = gl.floor(rest + 0.5)
     gl.store(here, vectors.slice(0, L).load(LAYOUT) + carry)

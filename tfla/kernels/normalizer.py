@@ -234,7 +234,9 @@ def _in_gauge(here, l, m_in, m_end, L: tl.constexpr):
 
 
 @triton.jit
-def _undivided(weights, first_chunk, last, token, length, m_in, m_end, scale, L: tl.constexpr):
+def _store_weights_without_den(
+    weights, first_chunk, last, token, length, m_in, m_end, scale, L: tl.constexpr
+):
     """The vectors of the chunks up to ``last`` of a block, without den, its floor beside them. The
     programs of a sequence share them, eight at a time; the last one is done again where there are
     no more."""
@@ -332,7 +334,9 @@ def _gauge_kernel(
         m = _at(m_out, last, BLOCK)
         normalizer = _at(value, last, BLOCK)
         if gauge is None:
-            _undivided(weights, first_chunk + block, last, block * L, length, m_in, m_end, scale, L)
+            _store_weights_without_den(
+                weights, first_chunk + block, last, block * L, length, m_in, m_end, scale, L
+            )
         log_f, top, tile = next_f, next_top, next_tile
     tl.store(n_last + state * K + column, normalizer, mask=column < K)
     tl.store(m_last + state, tl.where(m <= EMPTY, 0.0, m).to(tl.float32))

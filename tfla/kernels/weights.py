@@ -67,7 +67,8 @@ class GateWeights(NamedTuple):
     cu_seqlens: Symbol | None
     tables: Tables  # which sequence each chunk, checkpoint and split belongs to; None unless packed
     vectors: Symbol  # (rows, chunks, VECTORS, L), see gates.py
-    undivided: Symbol | None  # the same without the denominator, where the scan of h makes it
+    # The same without the denominator, where the scan of h makes it.
+    vectors_without_den: Symbol | None
     decay: Symbol  # (rows, chunks)
     # (rows, checkpoints, *plan.checkpoint_shape) C, from which the backward pass starts
     C_checkpoints: Symbol | None
