@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tfla.backend import ScanName
 from tfla.kernels import gates, normalizer
-from tfla.kernels.layout import _joined_kernel
+from tfla.kernels.layout import _fold_packing_kernel
 from tfla.kernels.planning import plan_of
 from tfla.kernels.program import Symbol, name_of
 from tfla.kernels.runtime import execute
-from tfla.kernels.scan import _join_kernel, _scan_kernel
+from tfla.kernels.scan import _join_splits_kernel, _scan_kernel
 from tfla.kernels.step import update
 from tfla.kernels.weights import (
     GateWeights,
@@ -76,7 +76,7 @@ def fold_packing(f: Symbol, cu_seqlens: Symbol) -> tuple[Symbol, Symbol]:
     out_offsets = builder.new("offsets folded", 2, dtype="i64")
     builder.launch(
         "fold packing",
-        _joined_kernel,
+        _fold_packing_kernel,
         (max(-(-T // 64), 1),),
         4,
         1,
@@ -627,7 +627,7 @@ class _Scan(NamedTuple):
         X = self.x.shape[-1]
         self.a.builder.launch(
             f"{self.name}: splits",
-            _join_kernel,
+            _join_splits_kernel,
             (spec.N * spec.H, -(-part.width * X // 1024)),
             4,
             2,

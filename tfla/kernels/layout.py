@@ -206,7 +206,7 @@ def _tables_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "N", "H", "stride_ft", "stride_fh"])
-def _joined_kernel(
+def _fold_packing_kernel(
     f,
     cu_seqlens,
     out,

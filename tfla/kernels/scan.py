@@ -363,7 +363,7 @@ def _scan_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
-def _join_kernel(
+def _join_splits_kernel(
     split_decay,
     state,
     cu_seqlens,
