@@ -3,8 +3,8 @@ the body of scan.py with every step placed by hand.
 
     copies     of the next one or two chunks run while this one is worked on
     products   the scores beside the state's share of the output and, of states up to 128 wide,
-               beside its update; wider ones are updated beside the way out. Where that is no
-               loss, the scores of the next chunk beside the way out of this one
+               beside its update; wider ones are updated while the output is stored. Where
+               that is not slower, so are the scores of the next chunk
     the state  as (X, A), in the registers that the next product takes it from
 
 An fp32 number is split into two bf16 where it arrives, 16 bits in all, and a product is three of
@@ -111,46 +111,50 @@ def _scan_hopper_kernel(
     WARPS: gl.constexpr = BLOCK_X // 16
     GROUPS: gl.constexpr = WARPS // 4
     given: gl.constexpr = x.dtype.element_ty
-    PAIR: gl.constexpr = given == gl.float32
-    dtype: gl.constexpr = gl.bfloat16 if PAIR else given  # of products
-    MANY: gl.constexpr = 3 if PAIR else 1  # of them for one
+    SPLIT_FP32: gl.constexpr = given == gl.float32
+    dtype: gl.constexpr = gl.bfloat16 if SPLIT_FP32 else given  # of products
+    PRODUCTS: gl.constexpr = 3 if SPLIT_FP32 else 1  # of them for one
     COPIED: gl.constexpr = out is not None and out.dtype.element_ty == given
     # y comes by copy; where two fp32 stages leave no room for it, threads read it as it is needed.
-    Y_COPIED: gl.constexpr = y is not None and not PAIR
-    Y_READ: gl.constexpr = y is not None and PAIR
+    Y_COPIED: gl.constexpr = y is not None and not SPLIT_FP32
+    Y_READ: gl.constexpr = y is not None and SPLIT_FP32
 
     # Products: scores (source, target) or (target, source), output (X, target), state (X, A).
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, L // GROUPS, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, L, 16])
-    # A state of 256 rows comes in two halves: of one, the assembler waits after every product.
+    # A state of 256 rows comes in two halves: with one accumulator of 256 rows ptxas serialises the
+    # products.
     HALF: gl.constexpr = min(BLOCK_A, 128)
     HALVES: gl.constexpr = BLOCK_A // HALF
-    # The update of the state is worked on beside the scores, where registers are left for it; else
-    # beside the way out.
-    FIRST: gl.constexpr = HALVES == 1 and not PAIR
+    # The update of the state runs beside the scores, where registers are left for it; else while
+    # the output is stored.
+    UPDATE_WITH_SCORES: gl.constexpr = HALVES == 1 and not SPLIT_FP32
     # Which way round the scores lie: beside a state of two halves the assembler has registers left
     # with the one (dk 0.76 against 0.94 ms); sums over sources, for nu, want the other.
-    SOURCE_FIRST: gl.constexpr = HALVES == 2 or (PAIR and n_in is None)
+    SOURCE_FIRST: gl.constexpr = HALVES == 2 or (SPLIT_FP32 and n_in is None)
     # Row products (n . q, dh . h) are made where registers are left: beside a state of two halves
-    # at the end, of pairs beside the last product; else before it, and where nothing is cut, what
+    # at the end, of fp32 beside the last product; else before it, and where T is not split, what
     # they and the exponents are made of is loaded before the copies.
     ROW_PRODUCTS: gl.constexpr = n_in is not None or OF_X
     gl.static_assert(n_in is None or HALVES == 1, "of states of two halves nu is made elsewhere")
-    EARLY: gl.constexpr = ROW_PRODUCTS and FIRST and not SPLIT_T and WARPS > 4
-    # The scores of a chunk are made at the end of the one before, where that is no loss (1, for the
-    # waits); else, with a column, after the state's share.
-    GAINS: gl.constexpr = BLOCK_A == 128 or partial is not None or (REVERSE and vector is not None)
-    AHEAD: gl.constexpr = 1 if WHOLE and WARPS > 4 and GAINS and not PAIR else 0
-    STATE_FIRST: gl.constexpr = PAIR or (vector is not None and not AHEAD)
+    LOAD_EARLY: gl.constexpr = ROW_PRODUCTS and UPDATE_WITH_SCORES and not SPLIT_T and WARPS > 4
+    # The scores of a chunk are made at the end of the one before, where that is not slower (1, for
+    # the waits); else, with a column, after the state's share.
+    PREFETCH_IS_FASTER: gl.constexpr = (
+        BLOCK_A == 128 or partial is not None or (REVERSE and vector is not None)
+    )
+    PREFETCHES: gl.constexpr = WHOLE and WARPS > 4 and PREFETCH_IS_FASTER and not SPLIT_FP32
+    PREFETCH_SCORES: gl.constexpr = 1 if PREFETCHES else 0
+    STATE_FIRST: gl.constexpr = SPLIT_FP32 or (vector is not None and not PREFETCH_SCORES)
     TARGETS: gl.constexpr = gl.SliceLayout(0 if SOURCE_FIRST else 1, SCORES)
     SOURCES: gl.constexpr = gl.SliceLayout(1 if SOURCE_FIRST else 0, SCORES)
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     # Neither reads of fp32 nor stores of bf16 meet in a bank.
-    SPLIT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
-    PAIRS: gl.constexpr = gl.BlockedLayout([GROUPS, 2], [1, 32], [1, WARPS], [1, 0])
-    EACH: gl.constexpr = gl.SliceLayout(0, PAIRS)  # of a chunk: in every warp
+    FP32_ROWS: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
+    VECTORS_BY_WARP: gl.constexpr = gl.BlockedLayout([GROUPS, 2], [1, 32], [1, WARPS], [1, 0])
+    VECTOR: gl.constexpr = gl.SliceLayout(0, VECTORS_BY_WARP)  # of a chunk: in every warp
     SOURCE: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     A_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_A], given)
     X_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([L, BLOCK_X], given)
@@ -213,12 +217,12 @@ def _scan_hopper_kernel(
         channels = b_in, a_in, v_in, x_in
         out_at = ((batch * T + start) * H + head) * X
         p_s = (gl.allocate_shared_memory(dtype, [L, L], P_TILE),)
-        if PAIR:
+        if SPLIT_FP32:
             p_s += (gl.allocate_shared_memory(dtype, [L, L], P_TILE),)
         if COPIED:
             each = H.to(gl.int64) * X
             out_rows = _rows(out + out_at, [tokens, X], [each, 1], [L, BLOCK_X], X_TILE)
-            if not PAIR:
+            if not SPLIT_FP32:
                 out_s = gl.allocate_shared_memory(dtype, [L, BLOCK_X], X_TILE)
         y_in = None
         if y is not None:
@@ -291,7 +295,7 @@ def _scan_hopper_kernel(
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
     source = gl.expand_dims(gl.arange(0, L, layout=SOURCES), SOURCES.dim)
     causal = (target <= source) if REVERSE else (target >= source)
-    if AHEAD:
+    if PREFETCH_SCORES:
         mbarrier.wait(ready.index(0), 0, pred=low < high)
         P = part.scores(a_in, b_in, 0, L, SCORES, SOURCE_FIRST)
     for step in range(0, high - low):
@@ -316,13 +320,13 @@ def _scan_hopper_kernel(
                 part.store_state(
                     checkpoints + checkpoint * stride_checkpoint + entry, S, S_2, HALVES, SECOND
                 )
-        if not AHEAD:
+        if not PREFETCH_SCORES:
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-        if PAIR:
-            part.split(b_in, stage, SPLIT)
-            part.split(x_in, stage, SPLIT)
+        if SPLIT_FP32:
+            part.split(b_in, stage, FP32_ROWS)
+            part.split(x_in, stage, FP32_ROWS)
             if WHOLE:
-                part.split(a_in, stage, SPLIT)
+                part.split(a_in, stage, FP32_ROWS)
             fence_async_shared()
             part.barrier()
         if WHOLE:
@@ -331,32 +335,32 @@ def _scan_hopper_kernel(
             O = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
             if STATE_FIRST:
                 O = part.state_share(S, A_1, O, False, OPERAND)
-            if not AHEAD:
+            if not PREFETCH_SCORES:
                 P = part.scores(a_in, b_in, stage, L, SCORES, SOURCE_FIRST)
             if not STATE_FIRST:
                 O = part.state_share(S, A_1, O, False, OPERAND)
-            if EARLY:
+            if LOAD_EARLY:
                 one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
                 exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
         # The stage of the chunk before has been free since the last iteration's end; where its
         # output went out from there, once it has gone.
-        if PAIR:
+        if SPLIT_FP32:
             tma.store_wait(0)
             part.barrier()
         ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
         wanted = (ahead >= low) if REVERSE else (ahead < high)
         part.fetch(channels, ready, ahead, step + STAGES - 1, wanted, STAGES)
-        if FIRST:
+        if UPDATE_WITH_SCORES:
             S, S_2 = part.updated(S, S_2, XX, B, col_edge, chunk_decay, HALF, HALVES, SOURCE)
         if WHOLE:
-            if ROW_PRODUCTS and FIRST:
-                if not EARLY:
+            if ROW_PRODUCTS and UPDATE_WITH_SCORES:
+                if not LOAD_EARLY:
                     one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
                 if OF_X:
                     part.store_products(dot + tile * size + (first_chunk + c) * L, one, other)
                 else:
                     n_q_s.store(part.products(one, other))
-            if not EARLY:
+            if not LOAD_EARLY:
                 exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
             row_whole, row_rest, col_whole, col_rest = exponents
             D = gl.exp2((row_whole + col_whole) + (row_rest + col_rest))
@@ -365,9 +369,9 @@ def _scan_hopper_kernel(
             if WARPS == 4:
                 P, O = warpgroup_mma_wait(0, [P, O])
             elif STATE_FIRST:
-                P, O = warpgroup_mma_wait(MANY if FIRST else 0, [P, O])
+                P, O = warpgroup_mma_wait(PRODUCTS if UPDATE_WITH_SCORES else 0, [P, O])
             else:
-                P = warpgroup_mma_wait(2 * MANY if FIRST else MANY, [P])
+                P = warpgroup_mma_wait(2 * PRODUCTS if UPDATE_WITH_SCORES else PRODUCTS, [P])
             if vector is not None:
                 d_now = part.flat(d_in, stage, L)
                 QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
@@ -376,7 +380,7 @@ def _scan_hopper_kernel(
             part.store_parts(p_s, P)
             fence_async_shared()
             if WARPS > 4 and not STATE_FIRST:
-                O = warpgroup_mma_wait(MANY if FIRST else 0, [O])
+                O = warpgroup_mma_wait(PRODUCTS if UPDATE_WITH_SCORES else 0, [O])
             if HALVES == 2:
                 A_2 = part.columns(AA, HALF, HALF)
                 O = part.state_share(S_2, A_2, O, True, OPERAND)
@@ -402,27 +406,28 @@ def _scan_hopper_kernel(
                         dot + tile * size + (first_chunk + c) * L, part.load(XX, ROWS), Y
                     )
             if n_in is not None:
-                if PAIR:
+                if SPLIT_FP32:
                     one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
                     n_q_s.store(part.products(one, other))
                 sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
                 part.barrier()
-        if not FIRST:
+        if not UPDATE_WITH_SCORES:
             S, S_2 = part.updated(S, S_2, XX, B, col_edge, chunk_decay, HALF, HALVES, SOURCE)
-        if AHEAD:
+        if PREFETCH_SCORES:
             then = step + 1
             mbarrier.wait(ready.index(then % STAGES), (then // STAGES) & 1, pred=then < high - low)
             P = part.scores(a_in, b_in, then % STAGES, L, SCORES, SOURCE_FIRST)
         if n_in is not None:
-            sign, factor = part.over_den(vectors, n_q_s, sums_s, L, EACH)
+            sign, factor = part.over_den(vectors, n_q_s, sums_s, L, VECTOR)
         if WHOLE:
-            O = warpgroup_mma_wait(AHEAD + (0 if FIRST else HALVES * MANY), [O])
+            after = 0 if UPDATE_WITH_SCORES else HALVES * PRODUCTS
+            O = warpgroup_mma_wait(PREFETCH_SCORES + after, [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if weights_with_den is not None:
                     if tile == gl.minimum(c % 2, tiles - 1):
                         part.store_weights_with_den(
-                            weights_with_den, vectors, sign, factor, first_chunk + c, L, EACH
+                            weights_with_den, vectors, sign, factor, first_chunk + c, L, VECTOR
                         )
             if (partial is not None) or not COPIED:
                 o_x = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, OUTPUT))
@@ -432,7 +437,7 @@ def _scan_hopper_kernel(
                 if partial is not None:
                     O += gl.load(partial + token, mask=seen, other=0.0)
             if COPIED:
-                if PAIR:  # where x lay, once all have read it
+                if SPLIT_FP32:  # where x lay, once all have read it
                     out_s = x_in[1].index(stage)
                     part.barrier()
                 out_s.permute((1, 0)).store(O.to(given))
@@ -452,16 +457,16 @@ def _scan_hopper_kernel(
                 Y = y_in[1].index(stage).permute((1, 0)).load(OUTPUT)
                 dot_s.store(gl.sum((O * Y.to(gl.float32)).reshape([WARPS, 16, L]), 1))
         if HALVES == 2:
-            S, S_2 = warpgroup_mma_wait(AHEAD, [S, S_2])
+            S, S_2 = warpgroup_mma_wait(PREFETCH_SCORES, [S, S_2])
         else:
-            S = warpgroup_mma_wait(AHEAD, [S])
+            S = warpgroup_mma_wait(PREFETCH_SCORES, [S])
         part.barrier()
         if WHOLE and Y_COPIED and not OF_X:
             o_l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
             gl.store(
                 dot + tile * size + (first_chunk + c) * L + o_l, gl.sum(dot_s.load(BY_WARP), 0)
             )
-    if AHEAD:
+    if PREFETCH_SCORES:
         P = warpgroup_mma_wait(0, [P])
     if WHOLE:
         tma.store_wait(0)

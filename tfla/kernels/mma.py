@@ -42,7 +42,7 @@ SLICE = gl.constexpr(32)  # columns of the state in one product: few operands in
 
 
 @gluon.constexpr_function
-def _each(dtype):
+def _per_copy(dtype):
     """Numbers in 16 bytes, what a thread copies at once."""
     return 128 // dtype.primitive_bitwidth
 
@@ -72,11 +72,11 @@ def _rows_at(
     """(pointers to rows from token t and columns from ``first``, which of them exist). Rows begin
     at multiples of 16 bytes, which the compiler is told: it does not see it in ``stride``."""
     LAYOUT: gl.constexpr = _rows_layout(BLOCK, x.dtype.element_ty, WARPS)
-    EACH: gl.constexpr = _each(x.dtype.element_ty)
+    PER_COPY: gl.constexpr = _per_copy(x.dtype.element_ty)
     l = gl.arange(0, L, layout=gl.SliceLayout(1, LAYOUT))
     column = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
     at = x + t.to(gl.int64) * stride + (l * stride)[:, None] + column[None, :]
-    seen = (l < tokens - t)[:, None] & (column < width // EACH * EACH)[None, :]
+    seen = (l < tokens - t)[:, None] & (column < width // PER_COPY * PER_COPY)[None, :]
     return gl.multiple_of(at, [1, 16]), seen
 
 
@@ -139,8 +139,8 @@ def _fetch_rows(tile, x, stride, t, tokens, first, width, WARPS: gl.constexpr):
 def _fetch_line(line, x, width, WARPS: gl.constexpr):
     """Begin to copy fp32 numbers, of which ``width`` exist."""
     SIZE: gl.constexpr = line.shape[0]
-    EACH: gl.constexpr = max(1, min(4, SIZE // (32 * WARPS)))
-    column = gl.arange(0, SIZE, layout=gl.BlockedLayout([EACH], [32], [WARPS], [0]))
+    PER_COPY: gl.constexpr = max(1, min(4, SIZE // (32 * WARPS)))
+    column = gl.arange(0, SIZE, layout=gl.BlockedLayout([PER_COPY], [32], [WARPS], [0]))
     _load(line, x + column, mask=column < width)
 
 
@@ -242,14 +242,14 @@ def _scan_mma_kernel(
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
     given: gl.constexpr = x.dtype.element_ty
-    PAIR: gl.constexpr = given == gl.float32
-    dtype: gl.constexpr = gl.bfloat16 if PAIR else given  # of products
+    SPLIT_FP32: gl.constexpr = given == gl.float32
+    dtype: gl.constexpr = gl.bfloat16 if SPLIT_FP32 else given  # of products
     COPIED: gl.constexpr = WHOLE and out.dtype.element_ty == given
     PIECE: gl.constexpr = min(SLICE, BLOCK_A)
     PIECES: gl.constexpr = BLOCK_A // PIECE
     # Chunks between checkpoints: the loop over them has no branch, which costs h of 256/512 a
     # quarter of its time.
-    EVERY: gl.constexpr = CHECKPOINT_EVERY // L
+    CHUNKS_PER_CHECKPOINT: gl.constexpr = CHECKPOINT_EVERY // L
 
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, WARPS // 2], [16, 8])
     STATE: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])  # and the output
@@ -312,9 +312,11 @@ def _scan_mma_kernel(
         a += batch * stride_ab + start * stride_at + head * stride_ah
         a_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
         rows += ((a, stride_at, 0, A, a_s),)
-        p_all = gl.allocate_shared_memory(dtype, [2 if PAIR else 1, L, L], _tile_layout(L, dtype))
+        p_all = gl.allocate_shared_memory(
+            dtype, [2 if SPLIT_FP32 else 1, L, L], _tile_layout(L, dtype)
+        )
         p_s = (p_all.index(0),)
-        if PAIR:
+        if SPLIT_FP32:
             p_s += (p_all.index(1),)
         out += ((batch * T + start) * H + head) * X
         if partial is not None:
@@ -377,14 +379,17 @@ def _scan_mma_kernel(
 
     next_decay = gl.load(decay + (gl.maximum(high - 1, low) if REVERSE else low))
     step = 0
-    first_interval = low // EVERY if STORE_STATES else 0
-    intervals = (high + EVERY - 1) // EVERY - first_interval if STORE_STATES else 1
+    first_interval = low // CHUNKS_PER_CHECKPOINT if STORE_STATES else 0
+    intervals = 1
+    if STORE_STATES:
+        intervals = (high + CHUNKS_PER_CHECKPOINT - 1) // CHUNKS_PER_CHECKPOINT - first_interval
     for nth in range(0, intervals):
         begin, end = low, high
         if STORE_STATES:
             # The state before these chunks, unless this program started from it.
             this = first_interval + (intervals - 1 - nth if REVERSE else nth)
-            begin, end = this * EVERY, gl.minimum((this + 1) * EVERY, high)
+            begin = this * CHUNKS_PER_CHECKPOINT
+            end = gl.minimum((this + 1) * CHUNKS_PER_CHECKPOINT, high)
             if REVERSE:
                 wanted = end < high
                 if AT_SEQUENCE_END:
@@ -415,7 +420,7 @@ def _scan_mma_kernel(
             step += 1
 
             vectors = v_s.index(stage)
-            if PAIR:
+            if SPLIT_FP32:
                 _split(rows, stage, WARPS)
             B, XX = _tile(b_s, stage), _tile(x_s, stage)
             X_left = _loaded(parts.turned(XX), LEFT)
@@ -473,7 +478,7 @@ def _scan_mma_kernel(
                     O += more_O
                 if y is not None:
                     Y = y_s.index(stage if Y_AHEAD else 0).permute((1, 0))
-                    if PAIR:
+                    if SPLIT_FP32:
                         Y = Y.load(STATE)
                     else:  # by ldmatrix; the accumulator has its numbers in the same places
                         Y = gl.convert_layout(Y.load(LEFT), STATE)
@@ -486,7 +491,7 @@ def _scan_mma_kernel(
                     gl.store(out + place, O, mask=there)
             col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, LEFT))
             X_value = X_left[0].to(gl.float32)
-            if PAIR:
+            if SPLIT_FP32:
                 X_value += X_left[1].to(gl.float32)
             X_left = parts.parts_of(_scaled(X_value, col_edge[None, :]), B)
             updated = ()
