@@ -15,7 +15,7 @@ import tfla
 from tfla import _compat, gates
 from tfla.bench import COMMANDS, cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
-from tfla.bench.bias import NAMES, Study, check_options
+from tfla.bench.bias import NAMES, BiasStudy, check_options
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.language_study import (
     NAMES as MIXERS,
@@ -265,7 +265,7 @@ def bias(
     session.take("fp32", 1, seconds)
     for name in NAMES:  # a task each, so that what is done is kept when a later one fails
         for number in numbers:
-            study = Study(tuple(paths or ()), model, options, number)
+            study = BiasStudy(tuple(paths or ()), model, options, number)
             session.add("bias", None, [name], study="bias", work=study)
 
 
