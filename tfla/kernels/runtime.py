@@ -25,7 +25,7 @@ from tfla.kernels.program import (
     DTYPES,
     NAMES,
     SAVED,
-    Layout,
+    ArrayLayout,
     Program,
     Symbol,
     build,
@@ -150,8 +150,8 @@ class _Part(NamedTuple):
         return flat[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
-class _Ready(NamedTuple):
-    """The launches of a Program that only want addresses."""
+class _PackedLaunches(NamedTuple):
+    """The launches of a Program that lack addresses alone."""
 
     scratch: int  # bytes that the neediest of them takes
     steps: list[tuple[PackedLaunch, list[tuple[int, int]]]]  # each, and where its tensors lie
@@ -179,7 +179,7 @@ class _Player:
             buffer = program.buffers[n]
             self.parts[n] = _Part(last, offset, TYPES[buffer.dtype], buffer.shape)
         # Once no launch needs Triton's launcher. Set at once: other threads may be playing.
-        self.ready: _Ready | None = None
+        self.ready: _PackedLaunches | None = None
 
     def play(self, tensors: list[Any], addresses: list[int]) -> None:
         device = self.device
@@ -238,7 +238,9 @@ class _Player:
             steps.append((packed, [(part.place, part.offset) for part in parts]))
         ready = [(packed, places) for packed, places in steps if packed is not None]
         if len(ready) == len(steps):
-            self.ready = _Ready(max((packed.scratch for packed, _ in ready), default=0), ready)
+            self.ready = _PackedLaunches(
+                max((packed.scratch for packed, _ in ready), default=0), ready
+            )
 
 
 # ---------------------------------------------------------------- calls
@@ -382,10 +384,10 @@ class _Pass:
         return value
 
 
-def _layout(x: Tensor, copied: bool) -> Layout:
+def _layout(x: Tensor, copied: bool) -> ArrayLayout:
     shape = tuple(x.shape)
     strides = dense(shape) if copied else x.stride()
-    return Layout(name_of(x.dtype), shape, strides, copied or x.data_ptr() % 16 == 0)
+    return ArrayLayout(name_of(x.dtype), shape, strides, copied or x.data_ptr() % 16 == 0)
 
 
 def is_copied(name: str, x: Tensor, plan: Plan) -> bool:

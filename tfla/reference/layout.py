@@ -40,7 +40,7 @@ class Group(NamedTuple):
     blocks: list[Block]  # in the order of time; later ones may leave out the last sequences
 
 
-class Layout(NamedTuple):
+class ChunkLayout(NamedTuple):
     """Sequences are ordered by falling length (a sequence's place is its *rank*), and chunks by
     their number in the sequence, then by rank: what continues a chunk is in a later slice."""
 
@@ -56,7 +56,7 @@ class Layout(NamedTuple):
     @staticmethod
     def make(
         B: int, T: int, H: int, cu_seqlens: Any, width: int, device: torch.device, longest: int
-    ) -> Layout:
+    ) -> ChunkLayout:
         """width: of the widest operand. longest: the most tokens of a chunk."""
         cpu = torch.device("cpu")  # whatever torch's default device is
         if cu_seqlens is None:
@@ -81,7 +81,9 @@ class Layout(NamedTuple):
             past = position >= length[ranks, None]
             rows = torch.where(past, T, start[rank[ranks], None] + position).to(device)
             rank, rank_of = rank.to(device), rank.argsort().to(device)
-        layout = Layout(size, length, rows, rank, rank_of, counts.tolist(), starts.tolist(), [])
+        layout = ChunkLayout(
+            size, length, rows, rank, rank_of, counts.tolist(), starts.tolist(), []
+        )
         numbers = H * size * max(size, width)  # in a matrix of one chunk, all heads
         layout.groups.extend(layout._groups(numbers))
         return layout
