@@ -73,7 +73,7 @@ def execute(
 
 
 def offsets(cu_seqlens: Tensor, T: int) -> Tensor:
-    """Offsets as the functions above take them: any, which ``ChunkLayout.make`` reads and checks."""
+    """Offsets as the functions above take them: any; ``ChunkLayout.make`` reads and checks them."""
     return cu_seqlens
 
 

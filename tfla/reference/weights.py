@@ -81,7 +81,7 @@ class GateWeights:
         enter = self.enter.new_ones(len(self.layout.lengths), self.spec.H)
         first = self.layout.counts[0] if self.layout.counts else 0
         enter[:first] = self.enter[:first]
-        return enter[group.ranks].flatten()
+        return enter[group.places].flatten()
 
     def separate_nothing(self) -> None:
         """Turn all blocks into ones that are not separable."""
@@ -106,7 +106,7 @@ def gate_weights(
     e = gates.exponents(
         layout.chunks_of(log_i, torch.float64, gates.LOG_I_NOTHING),
         layout.chunks_of(log_f, torch.float64),
-        None if m is None else layout.by_rank(m).to(host),
+        None if m is None else layout.by_place(m).to(host),
         layout.steps(),
         N,
         normalize,
