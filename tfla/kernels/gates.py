@@ -185,6 +185,19 @@ def store_weights(here, target, edge, source, source_edge, mark, inside, used, L
     tl.store(here + MARK * L, mark)
 
 
+# R: batch entries times heads, or heads where packed.
+#
+#   i, f         (B, T, H), any float   pre-activations; stride_.. by batch, token, head
+#   cu_seqlens   (N + 1,) i64           offsets of packed sequences, or None
+#   table        i32                    the sequence of each chunk, where packed
+#   weights      (R, chunks_per_head, 8, L) fp32   written: the vectors above
+#   decay        (R, chunks_per_head) fp32         written: exp(b_L)
+#   T, H, chunks_per_head   tokens, heads, places of chunks for each of R
+#   scale        of q
+#   L            tokens of a chunk
+#   LOG_I        the input gate's function, pre-activation -> log_i
+#   SIGMOID_F    f is a pre-activation of a sigmoid, else log_f
+#   PACKED       sequences are packed
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head", *GATE_STRIDES])
 def _weights_kernel(
     i,
@@ -244,6 +257,28 @@ def _weights_kernel(
     )
 
 
+# R: batch entries times heads, or heads where packed.
+#
+#   i, f, cu_seqlens   as in _weights_kernel
+#   table        i32                    the sequence of each interval of checkpoints, where packed
+#   weights      (R, chunks_per_head, 8, L) fp32   the marks of tokens that erase are read
+#   q_dq         (Q_PARTS, R, chunks_per_head, L) fp32   q . dq, in parts to be added
+#   k_dk         (K_PARTS, R, chunks_per_head, L) fp32   k . dk, likewise
+#   C_checkpoints, dC_checkpoints   (R, checkpoints_per_head, state) fp32   C and dC there
+#   n_chunk      (R, chunks_per_head, K) fp32   n before each chunk; None without a normaliser
+#   n_last       (N, H, K) fp32                 n after the last token
+#   dn_chunk     (R, chunks_per_head, K) fp32   dn after each chunk
+#   di, df       (B, T, H), dtypes of i and f   written
+#   T, H, chunks_per_head, checkpoints_per_head   tokens, heads, places for each of R
+#   size         R chunks_per_head L, the numbers of a part
+#   K            columns of n
+#   state        numbers of a checkpoint
+#   L, CHECKPOINT_EVERY   tokens of a chunk, and of the interval of a program
+#   BLOCK_K      columns of n at once
+#   GRADIENT_I   the input gate's function, (dlog_i, pre-activation) -> di
+#   SIGMOID_F, PACKED     as in _weights_kernel
+#   NORMALIZE    there is a normaliser
+#   AT_SEQUENCE_END       there is a checkpoint at the end of each sequence too
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", *GATE_STRIDES])
 def _gradients_kernel(
     i,

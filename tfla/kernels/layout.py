@@ -23,6 +23,10 @@ def _larger(a, b):
     return tl.maximum(a, b)
 
 
+#   cu_seqlens   (N + 1,) i32 or i64, ``stride`` numbers apart   offsets as the caller gave them
+#   out          (N + 1,) i64   written
+#   T, N         tokens, sequences
+#   BLOCK        offsets at once
 @triton.jit(do_not_specialize=["T", "N", "stride"])
 def _offsets_kernel(cu_seqlens, out, T, N, stride, BLOCK: tl.constexpr):
     """out (N + 1,) int64: each offset within [0, T], and no less than any before it. One program,
@@ -57,6 +61,11 @@ def _clear(x, width, T, start, end, BLOCK: tl.constexpr):
             tl.store(x + at + lanes, zeros, mask=at + lanes < T.to(tl.int64) * width)
 
 
+#   offsets      (N + 1,) i64              what _offsets_kernel wrote
+#   a, b, c, d, e   (T, width), any dtype   updated; None where there are fewer
+#   T, N         tokens, sequences
+#   width_a, width_b, width_c, width_d, width_e   their columns
+#   BLOCK        numbers at once
 @triton.jit(do_not_specialize=["T", "N", "width_a", "width_b", "width_c", "width_d", "width_e"])
 def _clear_kernel(
     offsets, a, b, c, d, e, T, N, width_a, width_b, width_c, width_d, width_e, BLOCK: tl.constexpr
@@ -177,6 +186,13 @@ def _last(cu_seqlens, at, U, N, PLACES: tl.constexpr):
     return low
 
 
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences
+#   table_0, table_1, table_2   (count_0,), (count_1,), (count_2,) i32   written: the sequence of
+#                each place for chunks, for intervals between checkpoints, and for splits
+#   N            sequences
+#   length_0, length_1, length_2   tokens of an interval of each kind
+#   count_0, count_1, count_2      places of each kind
+#   BLOCK        places of a program
 @triton.jit(
     do_not_specialize=["N", "length_0", "length_1", "length_2", "count_0", "count_1", "count_2"]
 )
@@ -205,6 +221,12 @@ def _tables_kernel(
     tl.store(table_2 + w, n, mask=(which == 2) & (w < count_2))
 
 
+#   f            (T, H), any float   forget gates, pre-activations or log_f; stride_ft, stride_fh
+#   cu_seqlens   (N + 1,) i64        offsets of packed sequences
+#   out          (T, H) fp32         written: f, -inf where a sequence begins
+#   out_offsets  (2,) i64            written: the offsets of all sequences as one
+#   T, N, H      tokens, sequences, heads
+#   BLOCK, BLOCK_H   tokens of a program; heads at once
 @triton.jit(do_not_specialize=["T", "N", "H", "stride_ft", "stride_fh"])
 def _fold_packing_kernel(
     f,

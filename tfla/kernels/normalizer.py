@@ -90,6 +90,19 @@ def _sum_up(rows, tile, weight, inside, column, sums, chunk_index, K, BLOCK_K: t
         tile = tl.load(rows[:, None] + block + BLOCK_K + column[None, :], mask=seen, other=0.0)
 
 
+# R: batch entries times heads, or heads where packed.
+#
+#   k            (B, T, H, K), bf16, fp16 or fp32   keys; stride_.. by batch, token, head
+#   i, f         (B, T, H), any float               pre-activations, likewise
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
+#   table        i32            the sequence of each chunk, where packed
+#   sums         (R, chunks_per_head, K) fp32       written: the weighted sum of keys of each chunk
+#   chunk_f      (R, chunks_per_head) fp64          written: its sum of log_f
+#   chunk_p      (R, chunks_per_head) fp64          written: its gauge at the end, without a state
+#   weights      (R, chunks_per_head, 8, L) fp32    written: what waits for the gauge, see above
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of k
+#   L, BLOCK_K   tokens of a chunk; columns of k at once
+#   LOG_I, SIGMOID_F, PACKED   as in gates._weights_kernel
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head", *GATE_STRIDES])
 def _sums_kernel(
     k,
@@ -255,6 +268,25 @@ def _store_weights_without_den(
         tl.store(here + FLOOR * L, floor)
 
 
+# R: batch entries times heads, or heads where packed. A program has BLOCK_K columns of one head of
+# one sequence.
+#
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
+#   sums, chunk_f, chunk_p      what _sums_kernel wrote
+#   n_first      (N, H, K) fp32   n before the first token, where HAS_N
+#   m_first      (N, H) fp32      its gauge, where HAS_M
+#   weights      (R, chunks_per_head, 8, L) fp32   updated where gauge is None: vectors without den
+#   gauge        (R, chunks_per_head) fp64         written: m before each chunk; or None
+#   decay        (R, chunks_per_head) fp32         written: what a chunk leaves of a state
+#   n_chunk      (R, chunks_per_head, K) fp32      written: n before each chunk
+#   n_last       (N, H, K) fp32   written: n after the last token
+#   m_last       (N, H) fp32      written: its gauge
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of n
+#   scale        of q
+#   L            tokens of a chunk
+#   BLOCK        chunks at once
+#   BLOCK_K      columns of n of a program
+#   HAS_N, HAS_M, PACKED   there is an n_first, an m_first; sequences are packed
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head"])
 def _gauge_kernel(
     cu_seqlens,
@@ -342,6 +374,20 @@ def _gauge_kernel(
     tl.store(m_last + state, tl.where(m <= EMPTY, 0.0, m).to(tl.float32))
 
 
+# R: batch entries times heads, or heads where packed. A program has one chunk of one head.
+#
+#   q, k         (B, T, H, K), bf16, fp16 or fp32   stride_.. by batch, token, head
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
+#   table        i32            the sequence of each chunk, where packed
+#   gauge, m_last, n_chunk      what _gauge_kernel wrote
+#   chunk_f, chunk_p            what _sums_kernel wrote
+#   weights      (R, chunks_per_head, 8, L) fp32   updated: in, what _sums_kernel wrote; out,
+#                the seven vectors of gates.py, with den
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of q and k
+#   scale        of q
+#   L, BLOCK_K   tokens of a chunk; columns at once
+#   PACKED       sequences are packed
+#   PRECISION    of products of fp32: "ieee" or "tf32x3"
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head"])
 def _denominator_kernel(
     q,
@@ -423,6 +469,22 @@ def _denominator_kernel(
     store_weights(here, target, edge, p, at_end, mark, inside, inside & (scale > 0.0), L)
 
 
+# R: batch entries times heads, or heads where packed. A program has one chunk of one head.
+#
+#   dh, h        (B, T, H, V), bf16, fp16 or fp32   None where dh_h is there; stride_d., stride_h.
+#   q            (B, T, H, K), likewise             stride_q. by batch, token, head
+#   dh_h         (PARTS, R, chunks_per_head, L) fp32   dh . h in parts to be added, of the scan dv
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
+#   table        i32            the sequence of each chunk, where packed
+#   weights      (R, chunks_per_head, 8, L) fp32   the vectors of gates.py, with den
+#   d            (R, chunks_per_head, L) fp32      written: d of each token
+#   sums         (R, chunks_per_head, K) fp32      written: the chunk's share of dn
+#   T, H, chunks_per_head   tokens, heads, places of chunks for each of R
+#   size         R chunks_per_head L, the numbers of a part of dh_h
+#   K, V         columns of q; of dh and h
+#   L, BLOCK_K, BLOCK_V   tokens of a chunk; columns at once
+#   PARTS        of dh_h; 0: it is made here
+#   PACKED       sequences are packed
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head"])
 def _column_kernel(
     dh,
@@ -503,6 +565,20 @@ def _column_sums_of(sums, decay, c, column, K):
     )
 
 
+# R: batch entries times heads, or heads where packed. A program has BLOCK_K columns of one head of
+# one sequence.
+#
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
+#   sums         (R, chunks_per_head, K) fp32   what _column_kernel wrote
+#   decay        (R, chunks_per_head) fp32      what a chunk leaves of the state before it
+#   dn_last      (N, H, K) fp32   dn after the last token, where HAS_DN
+#   dn_chunk     (R, chunks_per_head, K) fp32   written: dn after each chunk
+#   dn_first     (N, H, K) fp32   written: dn before the first token
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of n
+#   L            tokens of a chunk
+#   BLOCK        chunks at once
+#   BLOCK_K      columns of a program
+#   HAS_DN, PACKED   there is a dn_last; sequences are packed
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head"])
 def _column_state_kernel(
     cu_seqlens,

@@ -59,6 +59,45 @@ def _spare(x, AXIS: tl.constexpr):
     return tl.expand_dims(power, AXIS)
 
 
+# The arguments, of h | dq | dv | dk. R: batch entries times heads, or heads where packed. E: bf16,
+# fp16 or fp32. What is None in a launch is neither read nor written.
+#
+#   a            (B, T, H, A) E      rows of targets: q | dh | k | v; None where out is None
+#   b            (B, T, H, A) E      rows of sources: k | v | q | dh
+#   x            (B, T, H, X) E      payload of sources: v | k | dh | q
+#   y            (B, T, H, X) E      what the row dot products are with: - | q | - | k
+#   partial      (B, T, H, X) fp32   out of the slices of the contraction before this one
+#   weights      (R, chunks_per_head, 8, L) fp32   the vectors of gates.py
+#   decay        (R, chunks_per_head) fp32         what a chunk leaves of the state before it
+#   d            (R, chunks_per_head, L) fp32      the normaliser's column, added to the scores
+#   vector       (R, chunks_per_head, X) fp32      the state of that column: n for dq, dn for dk
+#   state        (N, H, A, X) fp32   the state before the first token (in reverse, after the last)
+#   cu_seqlens   (N + 1,) i64        offsets of packed sequences
+#   table        i32                 the sequence of each split, where packed
+#   checkpoints  (R, checkpoints_per_head, rows, columns) fp32   states, of
+#                stride_checkpoint numbers each: written by h and dv, read by dq and dk
+#   final        (N, H, A, X) fp32   written: the state at the other end of the sequence
+#   out          (B, T, H, X) E      written: h | dq | dv | dk; fp32 of slices but the last
+#   dot          (tiles, R, chunks_per_head, L) fp32   written: out . y of the columns of each tile
+#   split_decay  (splits, H) fp32    written where out is None: the product of the decays of a split
+#
+#   stride_..    elements: a, b, x, y by batch, token, head; state (s), final (f) by n, head, a, x
+#   T, H         tokens (of a sequence, or of all that are packed), heads
+#   chunks_per_head, checkpoints_per_head   places in the arrays above for each of R
+#   split_len    tokens of a split, where SPLIT_T; of dq and dk CHECKPOINT_EVERY
+#   size         numbers of dot for each tile: R chunks_per_head L
+#   first_a      the first column of a and b of this slice; None for 0
+#   A, X         columns of this slice; columns of out
+#
+#   L, BLOCK_A, BLOCK_X   tokens of a chunk; columns of a and b, of x, of a program
+#   CHECKPOINT_EVERY      tokens between checkpoints
+#   REVERSE               dv and dk: chunks are walked from the last to the first
+#   SPLIT_T               programs have a split of a sequence, not all of it
+#   STORE_STATES          write checkpoints on the way
+#   AT_SEQUENCE_END       there is a checkpoint at the end of each sequence too
+#   TRANSPOSED            hold S as (X, A)
+#   DESCRIPTOR            copy tiles by descriptors (TMA)
+#   PRECISION             of products of fp32: "ieee" or "tf32"
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _scan_kernel(
     a,
@@ -362,6 +401,15 @@ def _scan_kernel(
             tl.store(last, S, mask=inside)
 
 
+#   split_decay  (splits, H) fp32    the product of the decays of each split
+#   state        (N, H, A, X) fp32   the state before the first split, or None
+#   cu_seqlens   (N + 1,) i64        offsets of packed sequences, or None
+#   checkpoints  as in _scan_kernel; updated: in, what each split makes of an empty state, where the
+#                next one starts; out, the state there
+#   stride_..    of state by n, head, a, x
+#   T, H, checkpoints_per_head, split_len, stride_checkpoint, first_a, A, X, CHECKPOINT_EVERY,
+#   STRIDE_CHECKPOINT_A, REVERSE, AT_SEQUENCE_END   as in _scan_kernel
+#   BLOCK        entries of the state of a program
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _join_splits_kernel(
     split_decay,
