@@ -92,7 +92,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = f"chunk {self.L}, checkpoint every {self.checkpoint_every}"
-        head += f", split_len {self.split_len or 'none'}"
+        head += f", split {self.split_len or 'none'}"
         return "\n".join([head, f"h, dv   {self.h}", f"dq, dk  {self.dq}"])
 
 

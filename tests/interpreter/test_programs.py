@@ -133,7 +133,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "splits, states": ({"N": 1}, {}, {"split_len": 32}),
     "packed": ({}, {"cu_seqlens": OFFSETS}, {}),
     "packed, splits, states": ({"N": 3}, {"cu_seqlens": OFFSETS}, {"split_len": 32}),
-    "split": ({"K": 20, "V": 20}, {}, {"tile": {"block_a": 16}}),
+    "slices": ({"K": 20, "V": 20}, {}, {"tile": {"block_a": 16}}),
     "slices, splits, states": (
         {"K": 20, "V": 20, "N": 1},
         {},

@@ -369,8 +369,6 @@ def test_a_profiler_sees_every_launch_while_its_hooks_are_there() -> None:
             finally:
                 chain.remove(hook)
             assert once() == (0, 1)
-        (found,) = runtime._passes.values()
-        assert found.players[0].ready is not None
 
 
 def test_the_users_allocator_stays_and_ours_serves_every_thread() -> None:
