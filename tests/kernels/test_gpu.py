@@ -345,9 +345,12 @@ def test_a_second_run_is_the_same_bit_for_bit() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
-@pytest.mark.parametrize(("gate", "launches"), [("exp", 3), ("sigmoid", 2)])
-def test_a_call_is_a_few_launches_from_any_thread(gate: str, launches: int) -> None:
-    """From the cache, by the CUDA driver alone: a new thread has no context yet."""
+@pytest.mark.parametrize("gate", GATES)
+def test_a_call_is_a_few_launches_from_any_thread(gate: str) -> None:
+    """From the cache, by the CUDA driver alone: a new thread has no context yet. Only on Hopper the
+    scan of h makes the denominator itself."""
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    launches = 2 if gate == "sigmoid" else 3 if hopper else 4
     x = [torch.randn(1, 300, 4, D, device="cuda").bfloat16() for D in (128, 128, 256)]
     gates = [torch.randn(1, 300, 4, device="cuda") for _ in range(2)]
 
