@@ -420,8 +420,8 @@ def _scan_hopper_kernel(
         if n_in is not None:
             sign, factor = part.over_den(vectors, n_q_s, sums_s, L, VECTOR)
         if WHOLE:
-            after = 0 if UPDATE_WITH_SCORES else HALVES * PRODUCTS
-            O = warpgroup_mma_wait(PREFETCH_SCORES + after, [O])
+            UNDER_WAY: gl.constexpr = 0 if UPDATE_WITH_SCORES else HALVES * PRODUCTS
+            O = warpgroup_mma_wait(PREFETCH_SCORES + UNDER_WAY, [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if weights_with_den is not None:
