@@ -458,7 +458,7 @@ class _Scan(NamedTuple):
         """Does it run over whole sequences? Else it starts from the checkpoints of one that did."""
         return self.name in ("h", "dv")
 
-    def launch(self, part: _Slice) -> None:
+    def launch(self, k_slice: _Slice) -> None:
         """One launch; where h or dv is split along T, two before it make the states that its splits
         start from."""
         plan, spec = self.weights.plan, self.weights.spec
@@ -470,12 +470,12 @@ class _Scan(NamedTuple):
             splits = T // split_len + N if spec.packed else N * max(-(-T // split_len), 1)
         if split_t and self.over_sequences:
             split_decay = self.a.builder.new(f"{self.name} split decay", splits, H)
-            self._split_states(part, split_decay, split_len, splits)
-            self._join(part, split_decay, split_len)
-        self._whole(part, split_len, split_t, splits)
+            self._split_states(k_slice, split_decay, split_len, splits)
+            self._join(k_slice, split_decay, split_len)
+        self._whole(k_slice, split_len, split_t, splits)
 
-    def _whole(self, part: _Slice, split_len: int, split_t: bool, splits: int) -> None:
-        weights, tile, last = self.weights, self.tile, part.is_last
+    def _whole(self, k_slice: _Slice, split_len: int, split_t: bool, splits: int) -> None:
+        weights, tile, last = self.weights, self.tile, k_slice.is_last
         column = self.column if last else None
         vector = None
         if column is not None:
@@ -490,7 +490,7 @@ class _Scan(NamedTuple):
             "b": self.b,
             "x": self.x,
             "y": self.y if last else None,
-            "partial": part.partial,
+            "partial": k_slice.partial,
             "weights": vectors,
             "decay": weights.decay,
             "d": None if column is None else column.d,
@@ -504,14 +504,14 @@ class _Scan(NamedTuple):
         starts = split_t and self.checkpoints is not None
         writes = {
             "final": self.final,
-            "out": part.out,
+            "out": k_slice.out,
             "dot": self.dots if last else None,
             "split_decay": None,
             **({"weights_with_den": weights_with_den} if tile.hopper else {}),
         }
         self._launch(
             self.name,
-            part,
+            k_slice,
             split_len,
             split_t,
             splits,
@@ -521,7 +521,9 @@ class _Scan(NamedTuple):
             starts=starts,
         )
 
-    def _split_states(self, part: _Slice, split_decay: Symbol, split_len: int, splits: int) -> None:
+    def _split_states(
+        self, k_slice: _Slice, split_decay: Symbol, split_len: int, splits: int
+    ) -> None:
         """What each split makes of an empty state, to where the next one starts from."""
         weights, hopper = self.weights, self.tile.hopper
         reads = {
@@ -543,7 +545,7 @@ class _Scan(NamedTuple):
         writes |= {"weights_with_den": None} if hopper else {}
         label = f"{self.name}: splits"
         self._launch(
-            label, part, split_len, True, splits, reads, writes, store_states=False, starts=False
+            label, k_slice, split_len, True, splits, reads, writes, store_states=False, starts=False
         )
 
     def _sources(self) -> Symbol:
@@ -555,7 +557,7 @@ class _Scan(NamedTuple):
     def _launch(
         self,
         label: str,
-        part: _Slice,
+        k_slice: _Slice,
         split_len: int,
         split_t: bool,
         splits: int,
@@ -569,7 +571,7 @@ class _Scan(NamedTuple):
         # Checkpoints and the final state stand between what is read and what is written: each slice
         # adds its rows to those of the slices before it.
         checkpoints, updates = {"checkpoints": self.checkpoints}, dict[str, Symbol | None]()
-        is_first = part.first == 0
+        is_first = k_slice.first == 0
         if not store_states and writes["out"] is not None:
             reads = reads | checkpoints
         elif starts or not is_first:
@@ -578,8 +580,8 @@ class _Scan(NamedTuple):
             writes = checkpoints | writes
         if not is_first:
             updates = updates | {"final": writes.pop("final")}
-        X, y = self.x.shape[-1], self.y if part.is_last else None
-        e = _checkpoint_strides(plan.checkpoint_shape, self.over_sequences)
+        X, y = self.x.shape[-1], self.y if k_slice.is_last else None
+        stride_a, stride_x = _checkpoint_strides(plan.checkpoint_shape, self.over_sequences)
         kernel, forms = _kernel_of(tile, spec.precision, self.over_sequences and y is not None)
         self.a.builder.launch(
             label,
@@ -602,8 +604,8 @@ class _Scan(NamedTuple):
                 "split_len": split_len,
                 "size": weights.size,
                 "stride_checkpoint": plan.checkpoint_shape[0] * plan.checkpoint_shape[1],
-                "first_a": part.first or None,  # none to add costs no register
-                "A": part.width,
+                "first_a": k_slice.first or None,  # none to add costs no register
+                "A": k_slice.width,
                 "X": X,
             },
             constants={
@@ -611,8 +613,8 @@ class _Scan(NamedTuple):
                 "BLOCK_A": tile.block_a,
                 "BLOCK_X": tile.block_x,
                 "CHECKPOINT_EVERY": plan.checkpoint_every,
-                "STRIDE_CHECKPOINT_A": e[0],
-                "STRIDE_CHECKPOINT_X": e[1],
+                "STRIDE_CHECKPOINT_A": stride_a,
+                "STRIDE_CHECKPOINT_X": stride_x,
                 "REVERSE": self.reverse,
                 "SPLIT_T": split_t,
                 "STORE_STATES": store_states,
@@ -621,14 +623,14 @@ class _Scan(NamedTuple):
             },
         )
 
-    def _join(self, part: _Slice, split_decay: Symbol, split_len: int) -> None:
+    def _join(self, k_slice: _Slice, split_decay: Symbol, split_len: int) -> None:
         """From what each split makes of an empty state to the state at its end."""
         weights, plan, spec = self.weights, self.weights.plan, self.weights.spec
         X = self.x.shape[-1]
         self.a.builder.launch(
             f"{self.name}: splits",
             _join_splits_kernel,
-            (spec.N * spec.H, -(-part.width * X // 1024)),
+            (spec.N * spec.H, -(-k_slice.width * X // 1024)),
             4,
             2,
             reads={
@@ -645,8 +647,8 @@ class _Scan(NamedTuple):
                 "checkpoints_per_head": weights.sizes.checkpoints,
                 "split_len": split_len,
                 "stride_checkpoint": plan.checkpoint_shape[0] * plan.checkpoint_shape[1],
-                "first_a": part.first or None,  # none to add costs no register
-                "A": part.width,
+                "first_a": k_slice.first or None,  # none to add costs no register
+                "A": k_slice.width,
                 "X": X,
             },
             constants={
