@@ -92,7 +92,7 @@ class Backend(Protocol[X, W, D, S]):
         dq: S | None = None,
     ) -> S:
         """out_t = sum_{s<=t} D_ts (a_t . b_s) x_s + w_t a_t^T state, "dv" and "dk" in reverse. See
-        ``tfla.reference.scan``. dq: with "dk", the scan of dq, with which it may share some work."""
+        ``tfla.reference.scan``. dq: with "dk", the scan of dq, with which it may share work."""
 
     def normalizer_grad(self, dh: X, h: X, q: X, n: X | None, weights: W, dv: S | None) -> D:
         """The gradient of the division by the normaliser; ``dv``: its scan, where it ran before."""

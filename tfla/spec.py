@@ -196,7 +196,7 @@ class CallSpec:
         return self.H // self.G
 
     @property
-    def at_ends(self) -> bool:
+    def at_sequence_end(self) -> bool:
         """May there be gradients of the states where sequences end?"""
         return self.final_state or self.split
 

@@ -1,27 +1,28 @@
 """dq and dk where R heads of v share a head of q and k, in Triton.
 
-With P_h = D_h (dh_h v_h^T + d_h) of head h, C_h the state before a token's tile and dC_h the
-gradient of the one behind it, sums over the heads h of a group,
+With P_h = D_h * (dh_h v_h^T + d_h) of head h, C_h the state before a tile of tokens and dC_h the
+gradient of the state behind it, sums over the heads h of a group,
 
-    dq = S k + sum_h w_h (dh_h C_h^T + d_h n_h)      S = sum_h P_h, within a tile
-    dk = S^T q + sum_h r_h (v_h dC_h^T + dn_h)
+    dq = S k + sum_h w_h * (dh_h C_h^T + d_h n_h)      S = sum_h P_h, within a tile
+    dk = S^T q + sum_h r_h * (v_h dC_h^T + dn_h)
 
 where w is what the state before the tile weighs at a token, and r what a token weighs in the state
-behind it. All of it is summed in fp32; no gradient of a single head is ever in memory.
+behind it. All sums are in fp32, in one order; no gradient of a single head is ever in memory.
 
     _scores_kernel    S of every tile of 2 L tokens, and row and column sums of P_h * (q k^T), the
-                      shares of q . dq and k . dk that lie within the tile: the same numbers in both,
-                      for what the gate gradients are made of is their difference
+                      shares of q . dq and k . dk that lie within the tile. Both are sums of the
+                      same numbers, for the gradients of the gates are made of their difference
     _gradient_kernel  dq from S and from the states, dk likewise in reverse, each with the other
                       share of q . dq or k . dk
 
-The scans of h and dv have left states every SPAN tokens. A program starts from one of them and adds
-the tiles between it and its own.
+The scans of h and dv store the states, every CHECKPOINT_EVERY tokens. A program starts from one of
+them and adds the tiles between it and its own.
 
-Arguments that both have: q, k (B, T, G, K), v, dh (B, T, H, V), ``weights`` and ``decay`` as in
-gates.py, d (rows, chunks, L) of a normalised call or None; scores (splits, spans, G, tiles of a
-span, 3, L, L), the blocks of S that are not 0; parts (n, rows, chunks, L) of q . dq and of k . dk. Each of ``splits``
-programs has some heads of a group.
+Arguments that both kernels have: q, k (B, T, G, K), v, dh (B, T, H, V), ``weights`` and ``decay``
+as in gates.py, d (rows, chunks, L) of a normalised call or None; scores (splits, tiles, 3, L, L),
+the blocks of S that are not 0, tiles counted by checkpoint interval, group and tile of the
+interval; q_dq, k_dk and dot (parts, rows, chunks, L), shares of q . dq and of k . dk. The heads of
+a group are shared by ``splits`` programs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import triton
 import triton.language as tl
 
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power, scaled, within
-from tfla.kernels.layout import first_kept, first_slot, sequence, unit
+from tfla.kernels.layout import first_checkpoint_index, first_index, interval, sequence
 from tfla.kernels.program import Symbol
 from tfla.kernels.scan import _spare
 from tfla.kernels.weights import GateWeights, strides
@@ -51,10 +52,10 @@ def _rows(x, stride, t, length, first, width, ROWS: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _widened(x, PACKED_PAIRS: tl.constexpr):
+def _widened(x, OPAQUE: tl.constexpr):
     """x in fp32. What is the same for all heads the compiler would widen once, and hold in twice as
-    many registers: of bf16 on NVIDIA GPUs it cannot know that it is the same."""
-    if PACKED_PAIRS:
+    many registers. OPAQUE: it cannot know that x is the same."""
+    if OPAQUE:
         x = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2
         )
@@ -124,8 +125,9 @@ def _factors(
     L: tl.constexpr,
 ):
     """What a gradient takes of a head besides its operands: what the state weighs at the tokens of
-    the tile; of each tile between them and what was kept, what its tokens weigh in the state behind
-    it, and what it leaves of the one before. own: the slot of the first chunk of the sequence."""
+    the tile; of each tile between them and the checkpoint, what its tokens weigh in the state
+    behind it, and what it leaves of the one before. own: the first chunk of the sequence and head,
+    among all."""
     here = weights + own * (VECTORS * L)
     decay += own
     in_states = ()
@@ -151,8 +153,8 @@ def _exponents(weights, chunk, chunks, L: tl.constexpr):
 @triton.jit
 def _vectors_of(weights, d, own, chunk, chunks, L: tl.constexpr):
     """What the scores of a tile take of a head besides v and dh: exponents of both chunks, what the
-    state between them weighs at targets, what sources weigh in it, d of both. own: the slot of the
-    first chunk of the sequence."""
+    state between them weighs at targets, what sources weigh in it, d of both. own: as in
+    ``_factors``."""
     here = weights + own * (VECTORS * L)
     d_1 = tl.zeros([L], tl.float32)
     d_2 = d_1
@@ -226,14 +228,13 @@ def _scores_of(
         return P
 
 
-@triton.jit(do_not_specialize=["T", "slots"])
+@triton.jit(do_not_specialize=["T", "chunks_per_head"])
 def _scores_kernel(
     q,
     k,
     v,
     dh,
     weights,
-    decay,
     d,
     cu_seqlens,
     table,
@@ -254,18 +255,18 @@ def _scores_kernel(
     stride_dh,
     T,
     H,
-    slots,
+    chunks_per_head,
     K,
     V,
     R,
     HEADS,
     L: tl.constexpr,
-    SPAN: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
-    PACKED_PAIRS: tl.constexpr,
+    OPAQUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """S of a tile, chunks one and two: three products of L x L a head, for what the second chunk
@@ -273,14 +274,14 @@ def _scores_kernel(
     block."""
     PACKED: tl.constexpr = cu_seqlens is not None
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
-    TILES: tl.constexpr = SPAN // (2 * L)
+    TILES: tl.constexpr = CHECKPOINT_EVERY // (2 * L)
     split = tl.program_id(1)
     G = H // R
     tile = tl.program_id(0) % TILES
     group = (tl.program_id(0) // TILES) % G
-    n, j = unit(tl.program_id(0) // TILES // G, cu_seqlens, table, T, SPAN, PACKED)
+    n, j = interval(tl.program_id(0) // TILES // G, cu_seqlens, table, T, CHECKPOINT_EVERY, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    first = j * SPAN + tile * (2 * L)
+    first = j * CHECKPOINT_EVERY + tile * (2 * L)
     if first >= length:
         return
     length = length.to(tl.int32)
@@ -288,7 +289,7 @@ def _scores_kernel(
     two = one + L
     chunk = one // L
     chunks = (length + L - 1) // L
-    slot = first_slot(n, start, L, PACKED)
+    first_chunk = first_index(n, start, L, PACKED)
     q += batch * stride_qb + start * stride_qt + group.to(tl.int64) * stride_qh
     k += batch * stride_kb + start * stride_kt + group.to(tl.int64) * stride_kh
     v += batch * stride_vb + start * stride_vt
@@ -305,21 +306,19 @@ def _scores_kernel(
     l = tl.arange(0, L)
     low = split * HEADS
     high = tl.minimum(low + HEADS, R)
-    own = ((group * R + low) if PACKED else (batch * H + group * R + low)).to(tl.int64) * slots + slot
+    head = group * R + tl.minimum(low, R - 1)
+    bh = (head if PACKED else batch * H + head).to(tl.int64)
+    own = bh * chunks_per_head + first_chunk
     vectors = _vectors_of(weights, d, own, chunk, chunks, L)
     for r in range(low, high):
         head = (group * R + r).to(tl.int64)
         one_of, two_of, target, source, d_1, d_2 = vectors
         # Those of the next head are on their way while this one is worked on.
-        following = own + tl.where(r + 1 < high, slots, 0)
+        following = own + tl.where(r + 1 < high, chunks_per_head, 0)
         vectors = _vectors_of(weights, d, following, chunk, chunks, L)
         if ONE_BLOCK:
-            V_1 = _of_head(
-                v, head, stride_vh, stride_vt, one, length, 0, V, L, BLOCK_V, DESCRIPTOR
-            )
-            V_2 = _of_head(
-                v, head, stride_vh, stride_vt, two, length, 0, V, L, BLOCK_V, DESCRIPTOR
-            )
+            V_1 = _of_head(v, head, stride_vh, stride_vt, one, length, 0, V, L, BLOCK_V, DESCRIPTOR)
+            V_2 = _of_head(v, head, stride_vh, stride_vt, two, length, 0, V, L, BLOCK_V, DESCRIPTOR)
             dh_1 = _of_head(
                 dh, head, stride_dh, stride_dt, one, length, 0, V, L, BLOCK_V, DESCRIPTOR
             )
@@ -346,18 +345,18 @@ def _scores_kernel(
             P_2 += d_2[:, None]
             P += d_1[:, None]
         at = (own + chunk) * L + l
-        there = (l >= 0) & (chunk + 1 < chunks)
+        there = chunk + 1 < chunks
         P_21 = scaled(scaled(P_21, target[:, None]), source[None, :])
         S_21 += P_21
-        W_21 = P_21 * _widened(QK_21, PACKED_PAIRS)
+        W_21 = P_21 * _widened(QK_21, OPAQUE)
         P_2 = _within_chunk(P_2, two_of, L, PRECISE)
         S_2 += P_2
-        W_2 = P_2 * _widened(QK_2, PACKED_PAIRS)
+        W_2 = P_2 * _widened(QK_2, OPAQUE)
         tl.store(q_dq + at + L, tl.sum(W_21 + W_2, 1), mask=there)
         tl.store(k_dk + at + L, tl.sum(W_2, 0), mask=there)
         P = _within_chunk(P, one_of, L, PRECISE)
         S += P
-        W = P * _widened(QK, PACKED_PAIRS)
+        W = P * _widened(QK, OPAQUE)
         tl.store(q_dq + at, tl.sum(W, 1))
         tl.store(k_dk + at, tl.sum(W + W_21, 0))
         own = following
@@ -368,7 +367,7 @@ def _scores_kernel(
     tl.store(at + 2 * L * L, S_2.to(scores.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["T", "slots", "spans", "rows"])
+@triton.jit(do_not_specialize=["T", "chunks_per_head", "checkpoints_per_head", "rows"])
 def _gradient_kernel(
     a,
     b,
@@ -381,7 +380,7 @@ def _gradient_kernel(
     state,
     cu_seqlens,
     table,
-    ends,
+    checkpoints,
     scores,
     dot,
     out,
@@ -403,27 +402,27 @@ def _gradient_kernel(
     stride_sx,
     T,
     H,
-    slots,
-    spans,
+    chunks_per_head,
+    checkpoints_per_head,
     size,
     rows,
-    stride_e,
+    stride_checkpoint,
     stride_split,
     K,
     V,
     R,
     HEADS,
     L: tl.constexpr,
-    SPAN: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    STRIDE_EK: tl.constexpr,
+    STRIDE_CHECKPOINT_K: tl.constexpr,
     TILE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     REVERSE: tl.constexpr,
-    ENDS: tl.constexpr,
-    PACKED_PAIRS: tl.constexpr,
+    AT_SEQUENCE_END: tl.constexpr,
+    OPAQUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_K columns of dq of a tile, with a = dh, b = v, x = k and y = q; with REVERSE of dk,
@@ -431,28 +430,28 @@ def _gradient_kernel(
     what was kept it reads (K, V)."""
     PACKED: tl.constexpr = cu_seqlens is not None
     FITTED: tl.constexpr = a.dtype.element_ty == tl.float16
-    UPDATES: tl.constexpr = SPAN // (2 * L) - 1 - TILE if REVERSE else TILE
+    UPDATES: tl.constexpr = CHECKPOINT_EVERY // (2 * L) - 1 - TILE if REVERSE else TILE
     blocks = tl.cdiv(K, BLOCK_K)
     block = tl.program_id(1) % blocks
     split = tl.program_id(1) // blocks
     G = H // R
     group = tl.program_id(0) % G
-    n, j = unit(tl.program_id(0) // G, cu_seqlens, table, T, SPAN, PACKED)
+    n, j = interval(tl.program_id(0) // G, cu_seqlens, table, T, CHECKPOINT_EVERY, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    first = j * SPAN + TILE * (2 * L)
+    first = j * CHECKPOINT_EVERY + TILE * (2 * L)
     if first >= length:
         return
     is_kept = j > 0
     kept = j - 1
     if REVERSE:
-        is_kept = ENDS or ((j + 1) * SPAN < length)
+        is_kept = AT_SEQUENCE_END or ((j + 1) * CHECKPOINT_EVERY < length)
         kept = j
     length = length.to(tl.int32)
     token = first.to(tl.int32)
     chunk = token // L
     chunks = (length + L - 1) // L
-    slot = first_slot(n, start, L, PACKED)
-    kept += first_kept(n, start, SPAN, PACKED, ENDS)
+    first_chunk = first_index(n, start, L, PACKED)
+    kept += first_checkpoint_index(n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END)
     k_first = block * BLOCK_K
     column = k_first + tl.arange(0, BLOCK_K)
     lane = tl.arange(0, BLOCK_V)
@@ -465,7 +464,7 @@ def _gradient_kernel(
     Y = _rows(y, stride_yt, token, length, k_first, K, 2 * L, BLOCK_K)
     # The sums S, of which the blocks of targets in the second chunk lie behind that of the first.
     place = split * tl.num_programs(0) + tl.program_id(0)
-    scores += (place.to(tl.int64) * (SPAN // (2 * L)) + TILE) * (3 * L * L)
+    scores += (place.to(tl.int64) * (CHECKPOINT_EVERY // (2 * L)) + TILE) * (3 * L * L)
     target, source = (l[None, :], l[:, None]) if REVERSE else (l[:, None], l[None, :])
     entry = (target // L + source // L) * (L * L) + target % L * L + source % L
     P = tl.load(scores + entry, mask=target >= source, other=0.0)
@@ -474,7 +473,7 @@ def _gradient_kernel(
         total = tl.dot((P * tl.exp2(-P_spare)).to(X.dtype), X) * tl.exp2(P_spare)
     else:
         total = tl.dot(P, X, input_precision=PRECISION)
-    # The tiles between the state that was kept and this one, none of them behind the sequence.
+    # Tiles between the checkpoint and this one; behind the sequence there are zeros.
     others = ()
     for step in tl.static_range(UPDATES):
         t = token + (UPDATES - step if REVERSE else step - UPDATES) * (2 * L)
@@ -482,34 +481,46 @@ def _gradient_kernel(
     if DESCRIPTOR:
         a = tl.make_tensor_descriptor(a, [length, H * V], [stride_at, 1], [2 * L, BLOCK_V])
         b = tl.make_tensor_descriptor(b, [length, H * V], [stride_bt, 1], [2 * L, BLOCK_V])
-        rows_kept = stride_e // STRIDE_EK  # of one state
-        last = (rows * spans * rows_kept).to(tl.int32)
-        ends = tl.make_tensor_descriptor(
-            ends, [last, STRIDE_EK], [STRIDE_EK, 1], [BLOCK_K, BLOCK_V]
+        rows_kept = stride_checkpoint // STRIDE_CHECKPOINT_K  # of one state
+        last = (rows * checkpoints_per_head * rows_kept).to(tl.int32)
+        checkpoints = tl.make_tensor_descriptor(
+            checkpoints, [last, STRIDE_CHECKPOINT_K], [STRIDE_CHECKPOINT_K, 1], [BLOCK_K, BLOCK_V]
         )
     low = split * HEADS
     high = tl.minimum(low + HEADS, R)
-    row = ((group * R + low) if PACKED else (batch * H + group * R + low)).to(tl.int64)
-    factors = _factors(weights, decay, row * slots + slot, chunk, chunks, UPDATES, REVERSE, L)
+    head = group * R + tl.minimum(low, R - 1)
+    bh = (head if PACKED else batch * H + head).to(tl.int64)
+    factors = _factors(
+        weights, decay, bh * chunks_per_head + first_chunk, chunk, chunks, UPDATES, REVERSE, L
+    )
     for r in range(low, high):
         head = (group * R + r).to(tl.int64)
-        own = row * slots + slot
+        own = bh * chunks_per_head + first_chunk
         edge, in_states, keeps = factors
         # Those of the next head are on their way while this one is worked on.
-        following = row + tl.where(r + 1 < high, 1, 0)
+        following = bh + tl.where(r + 1 < high, 1, 0)
         factors = _factors(
-            weights, decay, following * slots + slot, chunk, chunks, UPDATES, REVERSE, L
+            weights,
+            decay,
+            following * chunks_per_head + first_chunk,
+            chunk,
+            chunks,
+            UPDATES,
+            REVERSE,
+            L,
         )
         U = tl.zeros([2 * L, BLOCK_K], tl.float32)
         for v_first in range(0, BLOCK_V if ONE_BLOCK else V, BLOCK_V):
             value = v_first + lane
             inside = (value < V)[:, None] & (column < K)[None, :]
             if DESCRIPTOR:  # before the first one there are zeros
-                first_row = tl.where(is_kept, (row * spans + kept) * rows_kept + k_first, -BLOCK_K)
-                S = tl.trans(ends.load([first_row.to(tl.int32), v_first]))
+                first_row = tl.where(
+                    is_kept, (bh * checkpoints_per_head + kept) * rows_kept + k_first, -BLOCK_K
+                )
+                S = tl.trans(checkpoints.load([first_row.to(tl.int32), v_first]))
             else:
-                at = ends + (row * spans + kept) * stride_e
-                at += column[None, :] * STRIDE_EK + value[:, None]
+                at = checkpoints + (bh * checkpoints_per_head + kept) * stride_checkpoint
+                at += column[None, :] * STRIDE_CHECKPOINT_K + value[:, None]
                 S = tl.load(at, mask=inside & is_kept, other=0.0)
             if state is not None:
                 initial = state + n.to(tl.int64) * stride_sn + head * stride_sh
@@ -521,7 +532,8 @@ def _gradient_kernel(
                     b, head, stride_bh, stride_bt, t, length, v_first, V, 2 * L, BLOCK_V, DESCRIPTOR
                 )
                 B_weighed = scaled(B.to(tl.float32), in_states[step][:, None])
-                S = S.to(tl.float32) * keeps[step]
+                S = S.to(tl.float32)
+                S = S * keeps[step] if DESCRIPTOR else scaled(S, keeps[step])
                 if FITTED:
                     B_spare = _spare(B_weighed, 0)
                     B_weighed *= tl.exp2(-B_spare)
@@ -542,15 +554,18 @@ def _gradient_kernel(
         here_l = (own + chunk) * L + l
         if d is not None:
             if REVERSE:
-                last = tl.minimum(chunk + 1, chunks - 1)
-                U += tl.load(vector + (own + last) * K + column, mask=column < K, other=0.0)[None, :]
+                last_chunk = own + tl.minimum(chunk + 1, chunks - 1)
+                dn = tl.load(vector + last_chunk * K + column, mask=column < K, other=0.0)
+                U += dn[None, :]
             else:
                 n_row = tl.load(vector + (own + chunk) * K + column, mask=column < K, other=0.0)
                 U += tl.load(d + here_l, mask=there, other=0.0)[:, None] * n_row[None, :]
+        if not DESCRIPTOR:  # on Hopper the state is multiplied by 0, as in hopper.py
+            U = tl.where(edge[:, None] == 0.0, 0.0, U)
         total += U * edge[:, None]
-        U_y = tl.sum(U * _widened(Y, PACKED_PAIRS), 1) * edge
+        U_y = tl.sum(U * _widened(Y, OPAQUE), 1) * edge
         tl.store(dot + (1 + block) * size.to(tl.int64) + here_l, U_y, mask=there)
-        row = following
+        bh = following
     token_l = token + l
     to = (batch * T + start + token_l)[:, None] * (G * K) + group * K + column[None, :]
     seen = (token_l < length)[:, None] & (column < K)[None, :]
@@ -574,21 +589,21 @@ def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 class Scores(NamedTuple):
     """What ``_scores_kernel`` makes for both gradients."""
 
-    sums: Symbol  # (splits, spans times G times tiles of a span, 3, L, L)
-    q_dq: Symbol  # (parts, rows, chunks, L), the first of the parts
+    sums: Symbol  # ``scores``
+    q_dq: Symbol  # (parts, rows, chunks, L), of which it is the first
     k_dk: Symbol
 
 
-def _pieces(weights: GateWeights) -> int:
-    """Spans of all sequences, over whose tiles programs run."""
-    spec, span = weights.spec, weights.plan.span
-    return spec.T // span + spec.N if spec.packed else spec.N * -(-spec.T // span)
+def _intervals(weights: GateWeights) -> int:
+    """Checkpoint intervals of all sequences and groups."""
+    spec, every = weights.spec, weights.plan.checkpoint_every
+    each = spec.T // every + spec.N if spec.packed else spec.N * -(-spec.T // every)
+    return each * spec.G
 
 
-def _grid(weights: GateWeights) -> tuple[int, ...]:
-    """Programs for a part of the heads and of the columns."""
-    plan = weights.plan
-    return (_pieces(weights) * weights.spec.G * (plan.span // (2 * plan.L)),)
+def _tiles(weights: GateWeights) -> int:
+    """Of a checkpoint interval."""
+    return weights.plan.checkpoint_every // (2 * weights.plan.L)
 
 
 def _precision(weights: GateWeights) -> str:
@@ -597,7 +612,8 @@ def _precision(weights: GateWeights) -> str:
     return "ieee" if weights.spec.precision == "ieee" else "tf32x3"
 
 
-def _packs(weights: GateWeights) -> bool:
+def _is_opaque(weights: GateWeights) -> bool:
+    """See ``_widened``: is there bf16 to hold in pairs, and an assembler that knows the word?"""
     nvidia = weights.vectors.builder.device.capability[0] > 0
     return nvidia and weights.spec.dtype == torch.bfloat16
 
@@ -607,10 +623,12 @@ def _has_descriptors(weights: GateWeights, *tensors: Symbol) -> bool:
     spec, plan = weights.spec, weights.plan
     assert plan.group is not None
     whole = plan.h.descriptor and spec.V == plan.group.block_v and spec.dtype.itemsize == 2
-    return whole and all(x.strides[2] == spec.V for x in tensors) and weights.sizes.states > 0
+    return whole and all(x.strides[2] == spec.V for x in tensors) and weights.sizes.checkpoints > 0
 
 
-def scores(q: Symbol, k: Symbol, v: Symbol, dh: Symbol, d: Symbol | None, weights: GateWeights) -> Scores:
+def scores(
+    q: Symbol, k: Symbol, v: Symbol, dh: Symbol, d: Symbol | None, weights: GateWeights
+) -> Scores:
     """The sums S of all tiles, and the shares of q . dq and k . dk within them."""
     spec, plan, builder = weights.spec, weights.plan, q.builder
     tile = plan.group
@@ -618,7 +636,7 @@ def scores(q: Symbol, k: Symbol, v: Symbol, dh: Symbol, d: Symbol | None, weight
     rows = weights.sizes.rows, weights.sizes.chunks, plan.L
     parts = 1 + -(-spec.K // tile.block_k)
     low = "bf16" if q.dtype == "bf16" else "fp32"
-    (tiles,) = _grid(weights)
+    tiles = _intervals(weights) * _tiles(weights)
     made = Scores(
         builder.new("scores", tile.splits, tiles, 3, plan.L, plan.L, dtype=low),
         builder.new("dq dot", parts, *rows),
@@ -636,7 +654,6 @@ def scores(q: Symbol, k: Symbol, v: Symbol, dh: Symbol, d: Symbol | None, weight
             "v": v,
             "dh": dh,
             "weights": weights.vectors,
-            "decay": weights.decay,
             "d": d,
             "cu_seqlens": weights.cu_seqlens,
             "table": weights.tables[1],
@@ -650,12 +667,12 @@ def scores(q: Symbol, k: Symbol, v: Symbol, dh: Symbol, d: Symbol | None, weight
         | {"K": spec.K, "V": spec.V, "R": spec.R, "HEADS": -(-spec.R // tile.splits)},
         constants={
             "L": plan.L,
-            "SPAN": plan.span,
+            "CHECKPOINT_EVERY": plan.checkpoint_every,
             "BLOCK_K": tile.block_k,
             "BLOCK_V": tile.block_v,
             "ONE_BLOCK": spec.V <= tile.block_v,
             "DESCRIPTOR": _has_descriptors(weights, v, dh),
-            "PACKED_PAIRS": _packs(weights),
+            "OPAQUE": _is_opaque(weights),
             "PRECISION": _precision(weights),
         },
     )
@@ -679,8 +696,8 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
     to the others in ``made``."""
     spec, plan, builder = weights.spec, weights.plan, x.a.builder
     tile = plan.group
-    ends = weights.dC_ends if reverse else weights.C_ends
-    assert tile is not None and ends is not None
+    checkpoints = weights.dC_checkpoints if reverse else weights.C_checkpoints
+    assert tile is not None and checkpoints is not None
     name = "dk" if reverse else "dq"
     shape = spec.B, spec.T, spec.G, spec.K
     out = builder.new(name, *shape, dtype=x.x.dtype)
@@ -688,14 +705,15 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
     dot = made.k_dk if reverse else made.q_dq
     # dC at the end of a sequence is among what was kept.
     state = None if reverse else x.state
-    for place in range(plan.span // (2 * plan.L)):
+    for place in range(_tiles(weights)):
         is_first = place == 0
+        updates = _tiles(weights) - 1 - place if reverse else place
         builder.launch(
             name,
             _gradient_kernel,
-            (_pieces(weights) * spec.G, -(-spec.K // tile.block_k) * tile.splits),
-            tile.states_warps,
-            tile.states_stages[plan.span // (2 * plan.L) - 1 - place if reverse else place],
+            (_intervals(weights), -(-spec.K // tile.block_k) * tile.splits),
+            tile.gradient_warps,
+            tile.gradient_stages[updates],
             reads={
                 "a": x.a,
                 "b": x.b,
@@ -708,7 +726,7 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
                 "state": state,
                 "cu_seqlens": weights.cu_seqlens,
                 "table": weights.tables[1],
-                "ends": ends,
+                "checkpoints": checkpoints,
                 "scores": made.sums,
             },
             updates={"dot": dot} | ({} if is_first else {"out": whole}),
@@ -720,10 +738,10 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
             | (strides("s", state, "nhax") if state else {f"stride_s{axis}": 0 for axis in "nhax"})
             | weights.common
             | {
-                "spans": weights.sizes.states,
+                "checkpoints_per_head": weights.sizes.checkpoints,
                 "size": weights.size,
                 "rows": weights.sizes.rows,
-                "stride_e": plan.kept[0] * plan.kept[1],
+                "stride_checkpoint": plan.checkpoint_shape[0] * plan.checkpoint_shape[1],
                 "stride_split": out.numel,
                 "K": spec.K,
                 "V": spec.V,
@@ -732,16 +750,16 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
             },
             constants={
                 "L": plan.L,
-                "SPAN": plan.span,
+                "CHECKPOINT_EVERY": plan.checkpoint_every,
                 "BLOCK_K": tile.block_k,
                 "BLOCK_V": tile.block_v,
-                "STRIDE_EK": plan.kept[1],
+                "STRIDE_CHECKPOINT_K": plan.checkpoint_shape[1],
                 "TILE": place,
                 "ONE_BLOCK": spec.V <= tile.block_v,
                 "DESCRIPTOR": _has_descriptors(weights, x.a, x.b),
                 "REVERSE": reverse,
-                "ENDS": spec.at_ends,
-                "PACKED_PAIRS": _packs(weights),
+                "AT_SEQUENCE_END": spec.at_sequence_end,
+                "OPAQUE": _is_opaque(weights),
                 "PRECISION": _precision(weights),
             },
         )
