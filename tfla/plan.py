@@ -264,7 +264,7 @@ def _group(p: Problem, device: Device, L: int) -> GroupTile | None:
         splits,
         scores_warps=4 if plain or L < 64 else 8,
         scores_stages=max(1, min(5, scores - 1)),
-        gradient_warps=4,
+        gradient_warps=8 if L == 64 and block_v == 128 else 4,
         gradient_stages=tuple(
             _gradient_stages(p, device, L, block_k, block_v, updates)
             for updates in range(GROUP_CHUNKS // 2)

@@ -306,8 +306,8 @@ def _scores_kernel(
     l = tl.arange(0, L)
     low = split * HEADS
     high = tl.minimum(low + HEADS, R)
-    head = group * R + tl.minimum(low, R - 1)
-    bh = (head if PACKED else batch * H + head).to(tl.int64)
+    first_head = (group * R + tl.minimum(low, R - 1)).to(tl.int64)
+    bh = first_head if PACKED else batch * H + first_head
     own = bh * chunks_per_head + first_chunk
     vectors = _vectors_of(weights, d, own, chunk, chunks, L)
     for r in range(low, high):
@@ -488,8 +488,8 @@ def _gradient_kernel(
         )
     low = split * HEADS
     high = tl.minimum(low + HEADS, R)
-    head = group * R + tl.minimum(low, R - 1)
-    bh = (head if PACKED else batch * H + head).to(tl.int64)
+    first_head = (group * R + tl.minimum(low, R - 1)).to(tl.int64)
+    bh = first_head if PACKED else batch * H + first_head
     factors = _factors(
         weights, decay, bh * chunks_per_head + first_chunk, chunk, chunks, UPDATES, REVERSE, L
     )
