@@ -14,8 +14,8 @@ import tfla
 from tfla.kernels import planning
 from tfla.plan import Plan
 
-# Three heads of a group; a checkpoint every two tiles, so that states are made between them.
-SMALL = {"H": 3, "groups": 1, "K": 12, "V": 20, "backend": "triton", "dtype": torch.float32}
+# Five heads of a group are more than few; a checkpoint every two tiles: states are made between.
+SMALL = {"H": 5, "groups": 1, "K": 12, "V": 20, "backend": "triton", "dtype": torch.float32}
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ STRUCTURES = {
     "a state a tile": {"checkpoint_every": 32},
     "three tiles": {"checkpoint_every": 96},
     "heads split": {"splits": 2},
-    "more programs than heads": {"splits": 4},
+    "more programs than heads": {"splits": 8},
     "narrow blocks": {"block_k": 16, "block_v": 16},
 }
 
@@ -61,7 +61,7 @@ def test_every_structure(structure: str, gate: str) -> None:
 @pytest.mark.parametrize("states", [(True, True), (True, False), (False, False)], ids=str)
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
 def test_packed_with_empty_ones(gate: str, states: tuple[bool, bool]) -> None:
-    fields = SMALL | {"H": 4, "groups": 2, "state": states[0], "final": states[1]}
+    fields = SMALL | {"H": 10, "groups": 2, "state": states[0], "final": states[1]}
     with grouped():
         checks.check_against_recurrence(packed(0, 5, 0, 70, 33, 0, **fields, input_gate=gate))
 
@@ -87,8 +87,8 @@ def test_half_precision(gate: str) -> None:
 
 def test_a_head_of_nan_spoils_its_group_alone() -> None:
     """And of its group only dq and dk, which are sums over it."""
-    x = [torch.randn(1, 70, n, 16) for n in (2, 2, 4)]
-    x += [torch.randn(1, 70, 4), torch.randn(1, 70, 4) + 3]
+    x = [torch.randn(1, 70, n, 16) for n in (2, 2, 10)]
+    x += [torch.randn(1, 70, 10), torch.randn(1, 70, 10) + 3]
     x[2][:, 5, 1] = torch.nan
     leaves = [t.requires_grad_() for t in x]
     with grouped():
@@ -97,7 +97,17 @@ def test_a_head_of_nan_spoils_its_group_alone() -> None:
     assert dq[:, :, 0].isnan().any() and dk[:, :, 0].isnan().any()
     assert dq[:, :, 1].isfinite().all() and dk[:, :, 1].isfinite().all()
     for t in (h, dv, di, df):
-        assert t[:, :, [0, 2, 3]].isfinite().all()
+        assert t[:, :, [0, *range(2, 10)]].isfinite().all()
+
+
+@pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+@pytest.mark.parametrize("lengths", [None, (0, 5, 0, 40, 33, 0)])
+def test_few_heads_of_a_group(lengths: tuple[int, ...] | None, gate: str) -> None:
+    """The scans of each, added."""
+    fields = SMALL | {"H": 4, "groups": 2, "input_gate": gate}
+    case = Case(T=70, B=1, **fields) if lengths is None else packed(*lengths, **fields)
+    with planned():
+        checks.check_against_recurrence(case)
 
 
 def test_steps() -> None:

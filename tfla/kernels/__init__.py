@@ -396,7 +396,7 @@ def scan(
     """
     spec, plan, sizes, builder = weights.spec, weights.plan, weights.sizes, a.builder
     B, T, H, A, X = spec.B, spec.T, spec.H, a.shape[-1], x.shape[-1]
-    if spec.R > 1 and name in ("dq", "dk"):
+    if plan.group is not None and name in ("dq", "dk"):
         return _of_groups(name, a, b, x, weights, state, column, dot, dq)
     tile = plan.tile(name)
     if name == "dv" and not tile.hopper:
@@ -407,6 +407,7 @@ def scan(
     store_states = over_sequences and checkpoints is not None
     if checkpoints is None and plan.split_len:
         checkpoints = builder.new("states", sizes.rows, sizes.checkpoints, *plan.checkpoint_shape)
+    shared = spec.R > 1 and not over_sequences  # dq and dk, of few heads a group
     call = _Scan(
         name=name,
         tile=tile,
@@ -414,7 +415,7 @@ def scan(
         b=b,
         x=x,
         y=dot,
-        out=builder.new(name, B, T, H, X, dtype=x.dtype),
+        out=builder.new(f"{name} of heads" if shared else name, B, T, H, X, dtype=x.dtype),
         dots=None
         if dot is None
         else builder.new(f"{name} dot", tile.tiles, sizes.rows, sizes.chunks, plan.L),
@@ -432,7 +433,11 @@ def scan(
         width = min(tile.block_a, A - first)
         call.launch(_Slice(first, width, out, partial, last))
         partial = out
-    return Scan(call.out, call.dots, call.final, column)
+    out = call.out
+    if shared:
+        out = builder.new(name, B, T, spec.G, X, dtype=x.dtype)
+        groups.add(name, call.out, out, spec.R, X)
+    return Scan(out, call.dots, call.final, column)
 
 
 def _of_groups(
@@ -476,6 +481,12 @@ class _Scan(NamedTuple):
     checkpoints: Symbol | None
     store_states: bool
     column: NormalizerGrad | None
+
+    @property
+    def shared(self) -> dict[str, int]:
+        """How many heads share one of a and b, and of x and y."""
+        R = self.weights.spec.R
+        return {"R": R, "R_X": 1} if self.over_sequences else {"R": 1, "R_X": R}
 
     @property
     def reverse(self) -> bool:
@@ -635,7 +646,7 @@ class _Scan(NamedTuple):
                 "first_a": k_slice.first or None,  # none to add costs no register
                 "A": k_slice.width,
                 "X": X,
-                "R": spec.R,
+                **self.shared,
             },
             constants={
                 "L": plan.L,

@@ -1,4 +1,4 @@
-"""dq and dk where R heads of v share a head of q and k, in Triton.
+"""dq and dk where many heads of v, R, share a head of q and k, in Triton.
 
 With P_h = D_h * (dh_h v_h^T + d_h) of head h, C_h the state before a tile of tokens and dC_h the
 gradient of the state behind it, sums over the heads h of a group,
@@ -25,6 +25,7 @@ interval; q_dq, k_dk and dot (parts, rows, chunks, L), shares of q . dq and of k
 a group are shared by ``splits`` programs.
 """
 
+# mypy: disable-error-code="assignment"
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -574,12 +575,14 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out (size), the sum of parts (PARTS, size)."""
+def _add_kernel(parts, out, size, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out (size / width, width), the sum of parts (size / width, PARTS, width)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    parts += at // width * PARTS * width + at % width
     total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(parts + part * size.to(tl.int64) + at, mask=at < size, other=0.0)
+    for _ in tl.static_range(PARTS):
+        total += tl.load(parts, mask=at < size, other=0.0).to(tl.float32)
+        parts += width
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
@@ -764,15 +767,20 @@ def gradient(x: Operands, made: Scores, weights: GateWeights, *, reverse: bool) 
             },
         )
     if whole is not out:
-        builder.launch(
-            name,
-            _sum_kernel,
-            (-(-out.numel // 1024),),
-            4,
-            1,
-            reads={"parts": whole},
-            writes={"out": out},
-            numbers={"size": out.numel},
-            constants={"PARTS": tile.splits, "BLOCK": 1024},
-        )
+        add(name, whole, out, tile.splits, out.numel)
     return out
+
+
+def add(name: str, parts: Symbol, out: Symbol, count: int, width: int) -> None:
+    """The launch that makes out (..., width) of parts (..., count, width), in fp32."""
+    out.builder.launch(
+        name,
+        _add_kernel,
+        (-(-out.numel // 1024),),
+        4,
+        1,
+        reads={"parts": parts},
+        writes={"out": out},
+        numbers={"size": out.numel, "width": width},
+        constants={"PARTS": count, "BLOCK": 1024},
+    )

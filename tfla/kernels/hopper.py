@@ -91,6 +91,7 @@ def _scan_hopper_kernel(
     A,
     X,
     R,
+    R_X,
     L: gl.constexpr,
     BLOCK_A: gl.constexpr,
     BLOCK_X: gl.constexpr,
@@ -105,7 +106,7 @@ def _scan_hopper_kernel(
     STAGES: gl.constexpr,
 ):
     """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: x . y.
-    R: heads that share a and b (see ``tfla.kernels.scan``)."""
+    R, R_X: heads that share a and b, x and y."""
     PACKED: gl.constexpr = cu_seqlens is not None
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
@@ -202,7 +203,7 @@ def _scan_hopper_kernel(
         if WHOLE:
             a += first_a
     b += batch * stride_bb + start * stride_bt + head // R * stride_bh
-    x += batch * stride_xb + start * stride_xt + head * stride_xh
+    x += batch * stride_xb + start * stride_xt + head // R_X * stride_xh
     b_rows = _rows(b, [tokens, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
     x_rows = _rows(x, [tokens, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
     b_in, x_in = part.channel(b_rows, 0, STAGES), part.channel(x_rows, first_x, STAGES)
@@ -228,7 +229,7 @@ def _scan_hopper_kernel(
                 out_s = gl.allocate_shared_memory(dtype, [L, BLOCK_X], X_TILE)
         y_in = None
         if y is not None:
-            y += batch * stride_yb + start * stride_yt + head * stride_yh
+            y += batch * stride_yb + start * stride_yt + head // R_X * stride_yh
         if Y_COPIED:
             y_rows = _rows(y, [tokens, X], [stride_yt, 1], [L, BLOCK_X], X_TILE)
             y_in = part.channel(y_rows, first_x, STAGES)

@@ -222,6 +222,7 @@ def _scan_mma_kernel(
     A,
     X,
     R,
+    R_X,
     L: gl.constexpr,
     BLOCK_A: gl.constexpr,
     BLOCK_X: gl.constexpr,
@@ -303,7 +304,7 @@ def _scan_mma_kernel(
         if WHOLE:
             a += first_a
     b += batch * stride_bb + start * stride_bt + head // R * stride_bh
-    x += batch * stride_xb + start * stride_xt + head * stride_xh
+    x += batch * stride_xb + start * stride_xt + head // R_X * stride_xh
     b_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
     x_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_X], X_TILE)
     v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
@@ -323,7 +324,7 @@ def _scan_mma_kernel(
         if partial is not None:
             partial += ((batch * T + start) * H + head) * X
         if y is not None:
-            y += batch * stride_yb + start * stride_yt + head * stride_yh
+            y += batch * stride_yb + start * stride_yt + head // R_X * stride_yh
             y_s = gl.allocate_shared_memory(given, [Y_STAGES, L, BLOCK_X], X_TILE)
             dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
             dot += tile * size + first_chunk * L

@@ -8,8 +8,9 @@
 A program owns BLOCK_X columns of one head of one split of a sequence and walks over its chunks,
 forward or in reverse. Which vector is the row and which the column exponent is all that the
 direction changes (``math.md``). TRANSPOSED keeps S as (X, A), the register operand of the next
-product, where it would otherwise pass through shared memory. R heads of x share one of a and b,
-which are then q and k; dq and dk of such groups are made in groups.py.
+product, where it would otherwise pass through shared memory. R heads share one of a and b, which
+are q and k, or R_X of them one of x and y, which are k and q for dq and dk. Of large groups those
+are made in groups.py.
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ def _scan_kernel(
     A,
     X,
     R,
+    R_X,
     L: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -208,13 +210,13 @@ def _scan_kernel(
         if out is not None:
             a += first_a
     b_rows = b + batch * stride_bb + start * stride_bt + head // R * stride_bh
-    x_rows = x + batch * stride_xb + start * stride_xt + head * stride_xh
+    x_rows = x + batch * stride_xb + start * stride_xt + head // R_X * stride_xh
     out_at = ((batch * T + start) * H + head) * X
     if out is not None:
         a_rows = a + batch * stride_ab + start * stride_at + head // R * stride_ah
         out_rows = out + out_at
     if y is not None:
-        y_rows = y + batch * stride_yb + start * stride_yt + head * stride_yh
+        y_rows = y + batch * stride_yb + start * stride_yt + head // R_X * stride_yh
     if DESCRIPTOR:
         n_rows = tl.maximum(length, 1).to(tl.int32)  # 0 is no size, though nothing is read
         b_rows = tl.make_tensor_descriptor(b_rows, [n_rows, A], [stride_bt, 1], [L, BLOCK_A])

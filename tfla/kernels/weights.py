@@ -13,7 +13,7 @@ from tfla.kernels import gates
 from tfla.kernels.layout import _clear_kernel, _offsets_kernel, _tables_kernel
 from tfla.kernels.planning import stored_sizes_of
 from tfla.kernels.program import Symbol, padded, saved_room
-from tfla.plan import Plan, StoredSizes
+from tfla.plan import FEW_HEADS, Plan, StoredSizes
 from tfla.spec import CallSpec
 
 Tables = tuple[Symbol | None, Symbol | None, Symbol | None]
@@ -67,9 +67,9 @@ def saved_parts(spec: CallSpec, stored: StoredSizes) -> dict[str, SavedPart]:
 
 
 def checkpoint_dtype(spec: CallSpec) -> str:
-    """Of stored states. Where heads share q and k there are many of them, and products of bf16
+    """Of stored states. Where many heads share q and k there are many of them, and products of bf16
     round them anyway; fp16 might not hold a state."""
-    return "bf16" if spec.R > 1 and spec.dtype == torch.bfloat16 else "fp32"
+    return "bf16" if spec.R > FEW_HEADS and spec.dtype == torch.bfloat16 else "fp32"
 
 
 def saved_elements(spec: CallSpec) -> int:
