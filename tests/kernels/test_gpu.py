@@ -72,6 +72,54 @@ def test_every_length(gate: str, T: int) -> None:
     checks.check_against_recurrence(on_gpu(T=T, K=64, V=64, dtype=torch.bfloat16, input_gate=gate))
 
 
+# Heads of v, groups of q and k: few heads a group, and many.
+GROUPS = [(6, 3), (6, 1), (16, 2)]
+
+
+@pytest.mark.parametrize("dims", [(16, 64), (92, 40), (128, 64), (64, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", GATES)
+def test_groups(gate: str, dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    """Over more than one interval between checkpoints."""
+    for H, G in GROUPS:
+        sizes = {"H": H, "groups": G, "K": dims[0], "V": dims[1]}
+        check(on_gpu(T=450, B=1, dtype=dtype, input_gate=gate, **sizes))
+
+
+@pytest.mark.parametrize("T", [1, 20, 64, 129, 384, 1000])
+@pytest.mark.parametrize("gate", GATES)
+def test_groups_of_every_length(gate: str, T: int) -> None:
+    sizes = {"H": 10, "groups": 2, "K": 64, "V": 64}
+    check(on_gpu(T=T, dtype=torch.bfloat16, input_gate=gate, reverse=True, **sizes))
+
+
+@pytest.mark.parametrize("states", [(True, True), (True, False), (False, False)], ids=str)
+@pytest.mark.parametrize("gate", GATES)
+def test_groups_packed(gate: str, states: tuple[bool, bool]) -> None:
+    fields = {"state": states[0], "final": states[1], "dtype": torch.bfloat16, "input_gate": gate}
+    sizes = {"H": 12, "groups": 2, "K": 128, "V": 64}
+    lengths = (0, 5, 0, 500, 33, 390)
+    check(packed(*lengths, device="cuda", backend="triton", **fields, **sizes))
+
+
+def test_groups_take_no_memory_of_all_heads() -> None:
+    """128 heads of 64, state 128: dq and dk of every head would be 2 x 32 KiB a token."""
+    T, H, K, V = 32768, 128, 128, 64
+    q, k = torch.randn(2, 1, T, 8, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    v = torch.randn(1, T, H, V, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    log_f = -torch.rand(1, T, H, device="cuda").requires_grad_()
+    dh = torch.randn_like(v)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    h, _ = tfla.linear_attention(q, k, v, log_f, scale=1.0, backend="triton")
+    found = torch.autograd.grad(h, [q, k, v, log_f], dh)
+    assert (torch.cuda.max_memory_allocated() - before) / T < 60 * 1024
+    again = torch.autograd.grad(
+        tfla.linear_attention(q, k, v, log_f, scale=1.0, backend="triton")[0], [q, k, v, log_f], dh
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
 @pytest.fixture
 def tf32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()

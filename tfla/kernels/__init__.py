@@ -5,8 +5,8 @@ They work on ``Symbol``s: what they allocate and launch becomes a ``Program`` (p
 a kind of call, which runtime.py plays on tensors. A call allocates everything it needs and never
 asks the device for a value. Files: layout.py (where things lie), gates.py (exponents, gate
 gradients), normalizer.py, scan.py (the scan), mma.py and hopper.py with their parts (the scan by
-hand), pointwise.py (for models), step.py (decode), planning.py (which plan), weights.py (sizes and
-what is saved).
+hand), groups.py (dq and dk where many heads share q and k), pointwise.py (for models), step.py
+(decode), planning.py (which plan), weights.py (sizes and what is saved).
 """
 
 from __future__ import annotations
