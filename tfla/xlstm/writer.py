@@ -136,12 +136,22 @@ class Dialogue:
 def load(
     path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> XLSTM:
-    """The model in `path`, ready to write (in eval mode).
+    """Read a trained model, in eval mode.
 
-    path: the folder of a run, one checkpoint in it, or a folder in transformers' format, with
-    config.json. device: where to put it, None is the CPU. dtype: of its parameters; None: what they
-    were saved in. Whatever is missing or damaged is an error that names the file: RunError for a
-    run, see ``tfla.integrations.load_xlstm`` for transformers' format.
+    Args:
+        path: the folder of a run, one checkpoint in it, or a folder in transformers' format, with
+            config.json.
+        device: where to put it; None: the CPU.
+        dtype: of its parameters; None: what they were saved in.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `dtype` is no floating dtype.
+        tfla.errors.RunError: a run has no checkpoint, or a file of it is missing or damaged; the
+            message names the file. For a folder in transformers' format: see
+            ``tfla.integrations.load_xlstm``.
 
     Example:
         >>> from tfla.xlstm import load
