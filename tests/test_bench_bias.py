@@ -112,10 +112,10 @@ def test_by_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("words", "expected"),
     [
         ("nowhere", "nowhere does not exist"),
-        ("--biases x", "--biases is x, wanted numbers"),
+        ("--biases x", "--biases is x; it must be numbers"),
         ("--biases=-2,-2", "wanted different numbers"),
         ("--biases nan", "wanted finite numbers"),
-        ("--steps 0", "--steps is 0, wanted above 0"),
+        ("--steps 0", "--steps is 0; it must be above 0"),
         ("--context 0", "--context is 0"),
         ("--num-heads 3", "num_heads"),
         ("--eps 0", "norm_eps"),

@@ -177,13 +177,13 @@ def refused(words: str, act: Callable[[], object], group: Any) -> None:
 
 
 def wrong_mesh(group: Any) -> None:
-    refused("--context-ranks is 3, wanted a divisor", lambda: Ranks("cpu", 3), group)
+    refused("--context-ranks is 3; it must be a divisor", lambda: Ranks("cpu", 3), group)
 
 
 def odd_batch(group: Any) -> None:
     folder = Path(os.environ["RUNS"], f"odd-{group.size()}")
     place, given = Ranks("cpu"), values("data") | {"batch": 5}
-    words = "--batch is 5, wanted a multiple"
+    words = "--batch is 5; it must be a multiple"
     refused(words, lambda: place.share(lambda: start(folder, given)), group)
 
 

@@ -257,7 +257,8 @@ def peer_words(peers: str) -> list[str]:
     unknown = [word for word in words if not any(word in name for name in names)]
     if unknown or not words:
         raise RunError(
-            f"--peers is {peers!r}, wanted all, none, or parts of {', '.join(dict.fromkeys(names))}"
+            f"--peers is {peers!r}; "
+            f"it must be all, none, or parts of {', '.join(dict.fromkeys(names))}"
         )
     return words
 

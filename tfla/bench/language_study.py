@@ -134,12 +134,12 @@ class Asked:
     def check(self) -> None:
         """RunError in one line, before anything is read or written."""
         if not 0 < self.minutes < math.inf:
-            raise RunError(f"--minutes is {self.minutes:g}, wanted above 0")
+            raise RunError(f"--minutes is {self.minutes:g}; it must be above 0")
         if self.seeds < 1:
-            raise RunError(f"--seeds is {self.seeds}, wanted 1 or more")
+            raise RunError(f"--seeds is {self.seeds}; it must be 1 or more")
         if len(set(self.rates)) < len(self.rates) or min(self.rates) <= 0:
             words = ", ".join(f"{lr:g}" for lr in self.rates)
-            raise RunError(f"--rates is {words}, wanted different numbers above 0")
+            raise RunError(f"--rates is {words}; it must be different numbers above 0")
         for path in map(Path, self.paths):
             if not path.exists():
                 raise RunError(f"{path} does not exist; give files and folders of texts, or none")

@@ -104,7 +104,7 @@ class Tensors:
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise ValueError(
-                    f"{index}: {name} is in {file!r}; wanted is a file of the same folder."
+                    f"{index}: {name} is in {file!r}; it must be in a file of the same folder."
                 )
             where[name] = self.folder / file
             if not where[name].is_file():

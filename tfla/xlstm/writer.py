@@ -87,7 +87,7 @@ class Dialogue:
         try:
             seed = None if seed is None else integer("seed", seed, 0, 2**63 - 1)
         except ValueError:
-            raise RunError(f"--seed is {seed}, wanted from 0 to 2^63 - 1") from None
+            raise RunError(f"--seed is {seed}; it must be from 0 to 2^63 - 1") from None
         device = writer.model.embedding.weight.device
         self._random = torch.Generator(device)
         self._random.manual_seed(torch.seed() % 2**63 if seed is None else seed)
@@ -106,7 +106,7 @@ class Dialogue:
         try:
             tokens = integer("tokens", tokens, 1, 2**63 - 1)
         except ValueError:
-            raise RunError(f"--tokens is {tokens}, wanted at least 1") from None
+            raise RunError(f"--tokens is {tokens}; it must be at least 1") from None
         writer, before = self.writer, self._stream
         codec, (temperature, top_k, top_p, _) = writer.codec, self.sampling
         goes_on = before is not None and not bool(before.finished.any())
