@@ -498,7 +498,7 @@ def test_cost_of_many_gpus_by_command(capsys: pytest.CaptureFixture[str]) -> Non
         ("bench bias --lr nan", "--lr is nan"),
         ("bench compare a b --threshold nan", "--threshold is nan; it must be 0 or more"),
         ("bench draw none.json", "none.json"),
-        ("roofline --gpus 99999999999", "wanted 2 to 2^20"),
+        ("roofline --gpus 99999999999", "they must be 2 to 2^20"),
         ("bench compare none.json none.json", "none.json"),
         ("roofline 1 1 1 8 8 --device b1000", "one of this, a100"),
         ("roofline 1 1 1 8 0 --device h100", "'V'"),

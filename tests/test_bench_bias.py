@@ -113,8 +113,8 @@ def test_by_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         ("nowhere", "nowhere does not exist"),
         ("--biases x", "--biases is x; it must be numbers"),
-        ("--biases=-2,-2", "wanted different numbers"),
-        ("--biases nan", "wanted finite numbers"),
+        ("--biases=-2,-2", "it must be different numbers"),
+        ("--biases nan", "it must be finite numbers"),
         ("--steps 0", "--steps is 0; it must be above 0"),
         ("--context 0", "--context is 0"),
         ("--num-heads 3", "num_heads"),

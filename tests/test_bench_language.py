@@ -499,7 +499,7 @@ def test_of_several_seeds_the_mean_and_the_range_are_told() -> None:
         ("--steps 0", "--steps is 0; it must be above 0"),
         ("--rates x", "--rates is x; it must be numbers"),
         ("--rates=1e-3,0", "--rates is 0.001, 0; it must be different numbers above 0"),
-        ("--rates 1e-3,1e-3", "wanted different numbers"),
+        ("--rates 1e-3,1e-3", "it must be different numbers"),
         ("--context=-1", "--context is -1"),
         ("--batch=-1", "--batch is -1"),
         ("--context 100000000", "the corpus has"),
