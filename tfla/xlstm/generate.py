@@ -282,7 +282,7 @@ def sample(
 
     Args:
         logits: (B, vocab), any floating dtype.
-        temperature: >= 0; 0 takes the most likely token, as does what 1 / temperature in fp32
+        temperature: 0 or more; 0 takes the most likely token, as does what 1 / temperature in fp32
             would overflow for (below 1.2e-38).
         top_k: keep the k most likely tokens (all of them when k exceeds the vocabulary).
         top_p: in (0, 1]; of these keep the fewest most likely whose probabilities sum to at least
