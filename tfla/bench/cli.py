@@ -38,6 +38,7 @@ bench = typer.Typer(help=COMMANDS["bench"], no_args_is_help=True, rich_markup_mo
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands bench, roofline and plan to an app."""
     app.add_typer(bench, name="bench")
     app.command("roofline", short_help=COMMANDS["roofline"])(roofline)
     app.command("plan", short_help=COMMANDS["plan"])(show_plan)
@@ -150,8 +151,8 @@ def memory(
         str, _option("Tokens from one stored state to the next.", default="64 to 4096")
     ] = "",
 ) -> None:
-    """Peak memory against runtime over how often a state is stored: the paper's chunk; with us, on
-    a GPU, the tokens between the checkpoints of the backward pass, on a CPU the chunk.
+    """Peak memory against runtime, over the tokens from one stored state to the next: the chunk of
+    the paper's scheme, and with us the checkpoints of a GPU and the chunk of a CPU.
     """
     _at_least(1, tokens=tokens or 1)
     tokens = tokens or (2048 if session.cpu else 65536)

@@ -375,6 +375,7 @@ class Document:
     begin: int = 0
 
     def pieces(self) -> Iterator[bytes]:
+        """Its bytes in blocks of at most PIECE, cut at the ends of lines where there are any."""
         with self.path.open("rb") as stream:
             stream.seek(self.begin)
             left, rest = self.size, b""
