@@ -105,8 +105,8 @@ def other_moments(group: Any) -> None:
     whole = (path / "optimizer.safetensors").read_bytes()
     place, name = Ranks("cpu"), "blocks.0.ffn.up.weight/exp_avg"
     for harm, words in (
-        (lambda x: x[:7].clone(), "is (7, 32), the model wants"),
-        (lambda x: x.half(), "is float16, the model wants float32"),
+        (lambda x: x[:7].clone(), "is (7, 32); the model needs"),
+        (lambda x: x.half(), "is float16; the model needs float32"),
         (None, "the checkpoint lacks blocks.0.ffn.up.weight/exp_avg"),
     ):
         dist.barrier()

@@ -898,9 +898,9 @@ def _device(name: str) -> "torch.device":
         raise RunError(f"--device is {name}; it must be auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         number = torch.cuda.device_count()
-        raise RunError(f"--device is {name}, torch sees {number} GPUs here; take --device auto")
+        raise RunError(f"--device is {name}; torch sees {number} GPUs here; take --device auto")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device is {name}, this torch lacks it; take --device auto") from error
+        raise RunError(f"--device is {name}; this torch lacks it; take --device auto") from error
     return device

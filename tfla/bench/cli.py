@@ -593,7 +593,7 @@ class _Session:
         if device.split(":")[0] not in ("cpu", "cuda"):
             raise RunError(f"--device is {device}; it must be auto, cpu or cuda")
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise RunError(f"--device is {device}, torch sees no GPU here; take --device auto")
+            raise RunError(f"--device is {device}; torch sees no GPU here; take --device auto")
         _at_least(1, repeats=repeats or 1)
         _at_least(0, seconds=seconds)
         _at_least(1, limit=limit)

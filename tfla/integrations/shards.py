@@ -81,7 +81,7 @@ class Tensors:
             shape, kind = tuple(header.get_shape()), header.get_dtype()
             if shape != wanted[name] or kind not in ("F16", "BF16", "F32", "F64"):
                 raise ValueError(
-                    f"{file}: {name} is {shape} {kind}; the model of config.json wants "
+                    f"{file}: {name} is {shape} {kind}; the model of config.json needs "
                     f"{wanted[name]} in F16, BF16, F32 or F64."
                 )
 

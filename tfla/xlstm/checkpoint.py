@@ -178,13 +178,13 @@ def check_tensors(
         has, of = found[name]
         if has != shape:
             raise RunError(
-                f"{path}: {name} is {tuple(has)}, the model wants {tuple(shape)}; it is of another "
+                f"{path}: {name} is {tuple(has)}; the model needs {tuple(shape)}; it is of another "
                 "model"
             )
         if of != dtype if dtype is not None else of not in FLOATS:
             kind = str(dtype).removeprefix("torch.") if dtype else "a floating dtype of 16 bits up"
             raise RunError(
-                f"{path}: {name} is {str(of).removeprefix('torch.')}, the model wants {kind}; it "
+                f"{path}: {name} is {str(of).removeprefix('torch.')}; the model needs {kind}; it "
                 "is of another model"
             )
 
