@@ -434,6 +434,17 @@ def test_a_run_leaves_results_and_plots(run: Path) -> None:
     assert os.uname().nodename not in text or len(os.uname().nodename) < 4
 
 
+def test_groups_are_a_study(tmp_path: Path) -> None:
+    words = "--tokens 64 --lengths 64 --studies groups --repeats 3 --peers none --device cpu --out"
+    assert run_command(["bench", "kernels", *words.split(), str(tmp_path)]) == 0
+    rows = report.load(tmp_path / "kernels.json")["rows"]
+    assert [row["shape"]["G"] for row in rows] == [g for g in (1, 2, 8) for _ in range(2 * 2)]
+    assert all(row["status"] == "ok" for row in rows)
+    least = {row["shape"]["G"]: row["bytes"] for row in rows if row["pass"] == "forward"}
+    assert least[1] < least[2] < least[8]
+    assert (tmp_path / "kernels-groups.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_compare_by_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "kernels.json"
     assert run_command(["bench", "compare", str(path), str(path)]) == 0

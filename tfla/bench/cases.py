@@ -39,9 +39,11 @@ class Shape:
     H: int
     K: int
     V: int
+    G: int | None = None  # heads of q and k, where the study says how many; None: as usual
 
     def __str__(self) -> str:
-        return f"{self.H} heads {self.K}/{self.V}, B={self.B} T={self.T:,}"
+        groups = "" if self.G is None else f" in {self.G} groups"
+        return f"{self.H} heads {self.K}/{self.V}{groups}, B={self.B} T={self.T:,}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Implementation:
         def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.randn(size, generator=g, device=device).to(dtype)
 
-        shared = 1 if self.function == "ssd" else H  # its B and C (k and q) serve all heads
+        # The B and C (k and q) of "ssd" serve all heads, if nobody says otherwise.
+        shared = shape.G or (1 if self.function == "ssd" else H)
         x = {"q": normal(B, T, shared, K, dtype=dtype), "k": normal(B, T, shared, K, dtype=dtype)}
         x["v"] = normal(B, T, H, V, dtype=dtype)
         if self.function in INPUT_GATES:
@@ -134,7 +137,10 @@ class Implementation:
             flops = roofline.function_flops(tokens, s.H, s.K, s.V, backward)
         gates = dict.fromkeys(INPUT_GATES, 8) | {"simple": 4, "ssd": 4, "vector": 4 * s.K}
         moved = (tokens, s.H, s.K, s.V, size, gates.get(self.function, 0), backward)
-        return {"flops": flops, "bytes": roofline.least_bytes(*moved)}
+        read = roofline.least_bytes(*moved)
+        if shape.G is not None:  # q and k, once forward and with their gradients backward
+            read -= tokens * (s.H - shape.G) * s.K * size * (6 if backward else 2)
+        return {"flops": flops, "bytes": read}
 
     def planned(self, plan: Plan) -> Plan:
         """Our own plan with a checkpoint every `chunk` tokens."""
@@ -251,8 +257,9 @@ IMPLEMENTATIONS: list[Implementation] = [
         "ssd",
         _ssd,
         "mamba_ssm",
-        "pip install mamba-ssm --no-build-isolation (compiles, needs nvcc)",
-        note=f"heads of 64, state 128, one group; {_HEADS}",
+        "pip install mamba-ssm --no-build-isolation (compiles, needs nvcc), or of its source "
+        "mamba_ssm/ops/triton and mamba_ssm/utils alone on the path",
+        note=f"heads of 64, state 128, one group if not said otherwise; {_HEADS}",
     ),
 ]
 

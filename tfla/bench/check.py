@@ -10,7 +10,7 @@ and shares no code with what it judges.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def judge(
     recurrence judges ("vector"), on one sequence of fewer tokens."""
     if device.type == "cpu" or x.function == "vector":
         T = max(min(shape.T, VECTOR_TOKENS if x.function == "vector" else CPU_TOKENS), x.multiple)
-        shape = Shape(1, T, shape.H, shape.K, shape.V)
+        shape = replace(shape, B=1, T=T)
     leaves = x.leaves(shape, dtype, device, seed)
     dh = torch.randn_like(leaves["v"])
     began = time.perf_counter()

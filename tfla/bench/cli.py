@@ -114,22 +114,24 @@ def kernels(
         str,
         _option("Tokens of a sequence, with commas.", default="512 to 65536, on a CPU 128 to 2048"),
     ] = "",
-    studies: Annotated[str, _option("What is varied: length, heads, or both.")] = "length,heads",
+    studies: Annotated[
+        str, _option("What is varied: length, heads and groups, with commas.")
+    ] = "length,heads",
     list_peers: Annotated[
         bool, _option("List the others that are installed, and measure nothing.", "--list-peers")
     ] = False,
 ) -> None:
     """Forward and forward + backward over the length at a constant number of tokens, in the two
     set-ups of the paper (16 heads 128/256, 8 heads 256/512; a quarter of the heads on a CPU), and
-    over the head dim at a constant width.
+    over the head dim at a constant width; over the groups that share q and k, ours and Mamba-2's.
     """
     if list_peers:
         for name, reason in session.missing.items():
             print(f"{name:28s} {reason or 'here'}")
         raise typer.Exit()
     _at_least(1, tokens=tokens or 1)
-    if not (words := set(studies.split(","))) <= {"length", "heads"}:
-        raise RunError(f"--studies is {studies}; it must be length, heads, or length,heads")
+    if not (words := set(studies.split(","))) <= {"length", "heads", "groups"}:
+        raise RunError(f"--studies is {studies}; it must be length, heads, groups, or some of them")
     tokens = tokens or (2048 if session.cpu else 65536)
     powers = range(7, 17, 2) if session.cpu else range(9, 17)
     wanted = _numbers(lengths) or [2**n for n in powers if 2**n <= tokens]
@@ -141,6 +143,12 @@ def kernels(
     for V in (64, 128, 256, 512) if "heads" in words else ():
         shape = Shape(max(1, tokens // T), T, 4096 // share // V, V // 2, V)
         session.add("kernels", shape, study="heads")
+    T = max(t for t in wanted if t <= 16384 or t == min(wanted))
+    H = 128 // (16 if session.cpu else 1)
+    grouped = [name for name in session.names if name.startswith("tfla ") or "ssd" in name]
+    for G in (1, H // 16 or 2, H) if "groups" in words else ():
+        shape = Shape(max(1, tokens // T), T, H, 128, 64, G)
+        session.add("kernels", shape, grouped, study="groups")
 
 
 @_measures

@@ -56,7 +56,7 @@ PASSES = {"forward": "Forward", "forward+backward": "Forward + backward"}
 
 
 STUDIES = (
-    *("length", "heads", "chunk", "batch", "errors", "gain", "border", "bias"),
+    *("length", "heads", "groups", "chunk", "batch", "errors", "gain", "border", "bias"),
     *("tokens", "positions", "rates"),
 )
 
@@ -75,7 +75,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Every figure that the rows of a result are enough for; the files written."""
     made = []
     drawings = (
-        *(_lengths, _heads, _chunks, _batches, _errors, _gains, _borders, _biases),
+        *(_lengths, _heads, _groups, _chunks, _batches, _errors, _gains, _borders, _biases),
         *(_learning, _by_position, _rates),
     )
     figures = zip(STUDIES, drawings, strict=True)
@@ -134,6 +134,23 @@ def _heads(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
     s = rows[0]["shape"]
     channels = f"{s['H'] * s['V']:,} channels, {s['B']} x {s['T']:,} tokens"
     return _finish(figure, [axes], f"{channels}, {about}")
+
+
+def _groups(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
+    """Runtime over the number of groups of heads that share q and k."""
+    figure, [axes] = _panels(1, 2)
+    for (part, name), ax in zip(PASSES.items(), axes, strict=True):
+        here = [r for r in rows if r["pass"] == part]
+        _curves(ax, here, lambda row: row["shape"]["G"])
+        ticks = sorted({row["shape"]["G"] for row in here})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, [str(G) for G in ticks])
+        ax.set_ylim(bottom=0)
+        _label_ends(ax)
+        _name(ax, name, "heads of q and k", TIME)
+    s = rows[0]["shape"]
+    heads = f"{s['H']} heads {s['K']}/{s['V']}, {s['B']} x {s['T']:,} tokens"
+    return _finish(figure, [axes], f"{heads}, {about}")
 
 
 def _chunks(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
