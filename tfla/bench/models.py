@@ -94,7 +94,7 @@ def step_inputs(
     shape: Shape, dtype: torch.dtype, device: torch.device, function: str
 ) -> tuple[dict[str, Tensor], tfla.State]:
     """q, k, v, i and f of one token of ``shape.B`` sequences, and a state before it."""
-    B, _, H, K, V = dataclasses.astuple(shape)
+    B, _, H, K, V, _ = dataclasses.astuple(shape)
     g = torch.Generator(device).manual_seed(5)
 
     def normal(*size: int) -> Tensor:
