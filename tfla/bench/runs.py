@@ -78,6 +78,8 @@ class Task:
     def row(self, name: str, **fields: Any) -> Row:
         """A row of the result for the implementation `name`, with further fields."""
         shape = None if self.shape is None else dataclasses.asdict(self.shape)
+        if shape is not None and shape["G"] is None:  # as rows of other studies always were
+            del shape["G"]
         head: Row = {"kind": self.kind, "study": self.study, "implementation": name, "shape": shape}
         if self.input_gates:
             head |= {"i": self.input_gates, "f": self.forget_gates, "eps": self.epsilons}
