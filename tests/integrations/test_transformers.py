@@ -17,7 +17,7 @@ from peers import VOCAB, make, relative, tokens, transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tfla.integrations import decode, head_first, load_xlstm
+from tfla.integrations import head_first, inference, load_xlstm
 from tfla.integrations.transformers import _cache_name, patch
 
 pytestmark = pytest.mark.peers
@@ -231,7 +231,7 @@ def test_a_block_reads_a_token_as_transformers_has_it(
     out = []
     for short in (True, False):
         if not short:
-            monkeypatch.setattr(decode.BlockStep, "serves", lambda *_: False)
+            monkeypatch.setattr(inference.BlockInference, "serves", lambda *_: False)
         cache, y = None, []
         with torch.no_grad():
             for t in range(9):
@@ -266,7 +266,7 @@ def test_on_a_gpu_a_token_is_no_further_from_the_truth_by_the_short_way(
     x = tokens(3, 30).cuda()
     truth = read(wide, x, 1)[0]
     short = read(model, x, 1)[0]
-    monkeypatch.setattr(decode.BlockStep, "serves", lambda *_: False)
+    monkeypatch.setattr(inference.BlockInference, "serves", lambda *_: False)
     long = read(model, x, 1)[0]
     off = [((y.double() - truth).norm() / truth.norm()).item() for y in (short, long)]
     assert off[0] <= 2 * off[1]
