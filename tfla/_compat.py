@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import functools
+import operator
 import os
 import re
 import struct
@@ -115,33 +116,30 @@ class ModuleWatch:
     """
 
     def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
-        everything = [vars(module) for module in modules]
-        members, hooks = (
-            ("_parameters", "_modules", "_buffers"),
-            ("_forward_hooks", "_forward_pre_hooks"),
-        )
-        self._known = all(name in module for module in everything for name in (*members, *hooks))
+        inside = [vars(module) for module in modules]
+        members = ("_parameters", "_modules", "_buffers")
+        names = (*members, "_forward_hooks", "_forward_pre_hooks")
+        self._known = all(name in module for module in inside for name in names)
         if not self._known:
             return
-        self._tables = [module[name] for module in everything for name in (*members, *hooks)]
-        self._sizes = list(map(len, self._tables))
-        places = [
-            (module[name], key) for module in everything for name in members for key in module[name]
-        ]
-        self._places = [(table, key, table[key]) for table, key in places]
-        self._forwards = [(module, module.get("forward")) for module in everything]
+        self._sized = [module[name] for module in inside for name in names]
+        self._sizes = list(map(len, self._sized))
+        held = [module[name] for module in inside for name in members]
+        places = [(table, key) for table in held for key in table]
+        places += [(module, "forward") for module in inside]
+        self._tables, self._keys = map(list, zip(*places, strict=True))
+        self._values = list(map(dict.get, self._tables, self._keys))
         plain = (Tensor, torch.nn.Parameter)  # others may have no address
-        self._tensors = [x for _, _, x in self._places if type(x) in plain]
-        self._addresses = [x.data_ptr() for x in self._tensors]
+        self._tensors: list[Any] = [x for x in self._values if type(x) in plain]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def unchanged(self) -> bool:
         """Is all of it as it was?"""
         return (
             self._known
-            and list(map(len, self._tables)) == self._sizes
-            and all(table.get(key) is value for table, key, value in self._places)
-            and all(module.get("forward") is forward for module, forward in self._forwards)
-            and [x.data_ptr() for x in self._tensors] == self._addresses
+            and list(map(len, self._sized)) == self._sizes
+            and all(map(operator.is_, map(dict.get, self._tables, self._keys), self._values))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             and not getattr(every_module, "_has_any_global_hook", lambda: True)()
         )
 

@@ -257,17 +257,18 @@ def test_hidden_states_of_blocks_are_collected_from_single_tokens_too() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mode", ["single", "fused"])
-def test_on_a_gpu_a_token_is_no_further_from_the_truth_by_the_short_way(
-    mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("piece", [1, 30])
+def test_on_a_gpu_the_short_way_is_no_further_from_the_truth(
+    piece: int, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There it goes through fused kernels; the truth is the same model in fp64."""
     model = patch(exact(weight_mode=mode).to(dtype)).cuda()
     wide = patch(copy.deepcopy(model).double())
     x = tokens(3, 30).cuda()
-    truth = read(wide, x, 1)[0]
-    short = read(model, x, 1)[0]
+    truth = read(wide, x, piece)[0]
+    short = read(model, x, piece)[0]
     monkeypatch.setattr(inference.BlockInference, "serves", lambda *_: False)
-    long = read(model, x, 1)[0]
+    long = read(model, x, piece)[0]
     off = [((y.double() - truth).norm() / truth.norm()).item() for y in (short, long)]
     assert off[0] <= 2 * off[1]
 
