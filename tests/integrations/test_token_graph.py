@@ -379,6 +379,35 @@ def test_inference_mode_and_no_grad_by_turns(device: str, graphs: Counted) -> No
             assert torch.equal(reader.read(x[:, t : t + 1]), expected[t])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 64])
+def test_blocks_of_xlstm_7b_read_prompts_and_tokens_to_the_same_bits(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time, with a graph and without."""
+    fields = {"hidden_size": 4096, "num_heads": 8, "num_hidden_layers": 2}
+    with torch.device("cuda"):
+        model = patch(make(torch.bfloat16, **fields))
+    x = tokens(batch, 136).cuda()
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        out, cache = go_on(model, x[:, :128], cache=None, use_cache=True)
+        found = [out.logits, *(state.clone() for s in cache.rnn_state.values() for state in s)]
+        for one in x[:, 128:].split(1, 1):
+            out, cache = go_on(model, one, cache=cache, use_cache=True)
+            found.append(out.logits)
+        return [*found, *(state for s in cache.rnn_state.values() for state in s)]
+
+    wanted = plainly(monkeypatch, run)
+    again = plainly(monkeypatch, run)
+    assert [torch.equal(a, b) for a, b in zip(again, wanted, strict=True)] == [True] * len(wanted)
+    for _ in range(3):
+        assert [torch.equal(a, b) for a, b in zip(run(), wanted, strict=True)] == [True] * len(
+            wanted
+        )
+
+
 # ------------------------------------------------------------------------------- what it leaves
 
 

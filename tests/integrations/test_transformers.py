@@ -168,12 +168,12 @@ def test_the_cache_of_a_bf16_model_keeps_m_in_fp32(state_dtype: torch.dtype) -> 
 
 
 def test_a_bf16_model_does_not_drift() -> None:
-    """256 tokens one by one are no further from the model in fp64 than all at once. m falls by less
-    than bf16 can tell."""
+    """256 tokens one by one are as far from the model in fp64 as all at once, and less than half as
+    far as with gates in bf16. m falls by less than bf16 can tell."""
     model = make(torch.bfloat16, num_hidden_layers=1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "gate_preact.bias" in name:
+            if "gate_preact.bias" in name and "ogate" not in name:
                 parameter.fill_(5.0 if "fgate" in name else 8.0)
     x = tokens(1, 256)
     truth = read(patch(copy.deepcopy(model).double()), x, 256)[0][:, 128:]
@@ -183,8 +183,9 @@ def test_a_bf16_model_does_not_drift() -> None:
         return ((y - truth).norm() / truth.norm()).item()
 
     theirs, ours = pair(model)
-    assert off(ours, 1) < off(ours, 256) < 0.03
-    assert off(theirs, 1) > 3 * off(ours, 1)  # what is avoided
+    tokens_off, prompt_off = off(ours, 1), off(ours, 256)
+    assert prompt_off < 0.012 and abs(tokens_off - prompt_off) < 0.1 * prompt_off
+    assert off(theirs, 1) > 3 * tokens_off and off(theirs, 256) > 2 * prompt_off  # what is avoided
 
 
 # ------------------------------------------------------------------------------- single tokens

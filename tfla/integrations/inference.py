@@ -14,6 +14,7 @@ Dimensions: B batch, T tokens, d hidden size, H heads, K q/k head dim, V v head 
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import warnings
@@ -359,17 +360,22 @@ def can_record(x: Tensor) -> bool:
 _recording = threading.Lock()  # a capture is ended by what another one begins with
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """To record on. Products of matrices keep 32 MiB for each stream that they were on."""
+    return torch.cuda.Stream(device)
+
+
 def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
     """Record run(), which is not executed: what executes it, and where its result will lie.
 
     torch.cuda.graph would first wait for the device and give all free memory back to it.
     """
-    with torch.cuda.device(device), _recording:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                y = run()
-            finally:
-                graph.capture_end()
+    with _recording, torch.cuda.stream(_stream(device)):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            y = run()
+        finally:
+            graph.capture_end()
     return graph.replay, y
