@@ -79,8 +79,8 @@ def agreement(found: list[Tensor], wanted: Tensor) -> str:
     text = f"{sum(not bool(p.any()) for p in parted)} of {len(parted)} with the same tokens"
     for n, p in enumerate(parted):
         if p.any():
-            rows = p.any(1)
-            text += f"; run {n}: {int(rows.sum())} rows, from token {int(p.int().argmax(1)[rows].min())}"
+            first = p.int().argmax(1)[p.any(1)]  # of each row that leaves it
+            text += f"; run {n}: {len(first)} rows, from token {int(first.min())}"
     return text
 
 
