@@ -23,8 +23,8 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
     From then on, in training and generation, prompts of any length pass through ``tfla.mlstm``, new
     tokens through its decode step; gradients are those of the function; the cache keeps m in fp32
     and can be reordered, which beam search needs; and what ``attention_mask`` masks leaves no
-    trace. Without gradients there are few operations around either, and on a GPU the third token of
-    a cache and all later ones are one CUDA graph, where no hook and no adapter wants to be called.
+    trace. Without gradients there are few operations around either, and on a GPU all tokens behind
+    a prompt but the first are one CUDA graph each, where no hook and no adapter wants to be called.
     ``config.eps``, ``chunk_size``, ``mode`` and the names of kernels are left alone, but for
     "siging" in ``chunkwise_kernel``: a sigmoid input gate. docs/migrate/transformers.md compares
     the two; ``unpatch`` undoes it.
