@@ -20,14 +20,18 @@ from tfla.integrations import head_first, inference
 def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.Module:
     """Let an xLSTM of transformers compute with tfla, with or without the package xlstm installed.
 
-    From then on, in training and generation, prompts of any length pass through ``tfla.mlstm``, new
-    tokens through its decode step; gradients are those of the function; the cache keeps m in fp32
-    and can be reordered, which beam search needs; and what ``attention_mask`` masks leaves no
-    trace. Without gradients there are few operations around either, and on a GPU all tokens behind
-    a prompt but the first are one CUDA graph each, where no hook and no adapter wants to be called.
-    ``config.eps``, ``chunk_size``, ``mode`` and the names of kernels are left alone, but for
-    "siging" in ``chunkwise_kernel``: a sigmoid input gate. docs/migrate/transformers.md compares
-    the two; ``unpatch`` undoes it.
+    From then on, in training and in generation:
+
+    * Prompts of any length pass through ``tfla.mlstm``, new tokens through its decode step.
+      Gradients are those of the function. Without gradients there are few operations around them.
+    * On a GPU all tokens behind a prompt but the first are one CUDA graph each, unless a hook or an
+      adapter is to be called.
+    * The cache keeps m in fp32 and can be reordered, which beam search needs.
+    * A token that ``attention_mask`` masks changes nothing for the others.
+
+    ``config.eps``, ``chunk_size``, ``mode`` and the names of kernels have no effect, with one
+    exception: "siging" in ``chunkwise_kernel`` is a sigmoid input gate.
+    docs/migrate/transformers.md compares the two; ``unpatch`` undoes it.
 
     Args:
         model: an xLSTMForCausalLM or xLSTMModel, or a module that contains one. It is changed in
@@ -36,7 +40,12 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
         state_dtype: torch.float32 or torch.bfloat16, of C and n in the cache (fp64 in an fp64
             model).
 
-    Returns the model. TypeError: there is no xLSTM in it. ValueError: another state_dtype.
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: there is no xLSTM in `model`.
+        ValueError: another `state_dtype`.
 
     Example:
         >>> from tfla.integrations.transformers import patch
