@@ -381,13 +381,12 @@ def test_inference_mode_and_no_grad_by_turns(device: str, graphs: Counted) -> No
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 64])
-def test_blocks_of_xlstm_7b_read_prompts_and_tokens_to_the_same_bits(
+def test_a_block_of_xlstm_7b_reads_prompts_and_tokens_to_the_same_bits(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each time, with a graph and without."""
-    fields = {"hidden_size": 4096, "num_heads": 8, "num_hidden_layers": 2}
-    with torch.device("cuda"):
-        model = patch(make(torch.bfloat16, **fields))
+    fields = {"hidden_size": 4096, "num_heads": 8, "num_hidden_layers": 1}
+    model = patch(make(torch.bfloat16, **fields)).cuda()
     x = tokens(batch, 136).cuda()
 
     @torch.no_grad()
