@@ -58,6 +58,7 @@ class Tile:
     hopper: bool = False  # by hand, hopper.py
     mma: bool = False  # by hand, mma.py
     y_ahead: bool = False  # of mma.py: is there shared memory for y of two chunks?
+    parts: int = 1  # bf16 numbers that an fp32 one is split into for a product, where it is
 
     @property
     def tiles(self) -> int:
@@ -80,6 +81,9 @@ class Plan:
     small_warps: int
     gate_warps: int  # of kernels over the gates of a chunk
     divides: bool  # the scan of h makes the denominator itself, but for fp16
+    # How the denominator is summed where it is not: the products of fp32 numbers are fp32's
+    # ("ieee", which 16-bit operands have too), three of TF32 each, or fp64's, sums in fp64 too.
+    denominator: Literal["ieee", "tf32x3", "fp64"] = "ieee"
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -112,6 +116,7 @@ class Shape:
     transposed: bool = False
     hopper: bool = False
     mma: bool = False
+    parts: int = 1
 
 
 # Chosen from ahead-of-time builds: the widest that leave (next to) nothing on the stack and two
@@ -120,7 +125,9 @@ SHAPES = {
     "ieee": Shape(16, 64, 16, 4, 2),  # products on the plain units; anything wider spills kilobytes
     "hopper": Shape(64, 256, 128, 8, 2, True, True),  # hopper.py
     # fp32 as sums of two bf16: two stages fill the shared memory, 256 rows spill 900 bytes.
-    "hopper pairs": Shape(64, 128, 128, 8, 2, True, True),
+    "hopper pairs": Shape(64, 128, 128, 8, 2, True, True, parts=2),
+    # fp32 as sums of three bf16: one stage does.
+    "hopper triples": Shape(64, 128, 128, 8, 1, True, True, parts=3),
     "wgmma narrow": Shape(64, 128, 64, 4, 2),  # what cannot use it: short sequences, odd head dims
     "wgmma wide": Shape(
         32, 256, 64, 4, 3, True
@@ -141,10 +148,11 @@ LONG = 33  # tokens, from which on hopper.py is worth it
 
 def _shape(p: Problem, device: Device, mean: int) -> Shape:
     major = device.capability[0]
-    if p.bytes == 4 and p.precision == "ieee":
-        return SHAPES["ieee"]
+    exact = p.bytes == 4 and p.precision == "ieee"
     if major == 9 and _descriptors(p, device) and mean >= LONG:
-        return SHAPES["hopper" if p.bytes == 2 else "hopper pairs"]
+        return SHAPES["hopper" if p.bytes == 2 else f"hopper {'triples' if exact else 'pairs'}"]
+    if exact:
+        return SHAPES["ieee"]
     if major in (8, 12) and _whole_rows(p):
         if p.bytes == 2:
             return SHAPES["mma.sync"]
@@ -239,7 +247,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     if 3 * programs < 2 * wanted and mean >= 8 * span:
         segment = max(4 * span, power_of_two(-(-mean * programs // wanted)))
     # A state of two halves leaves no registers for it (256 -> 512: 1.32 ms against 0.83 and 0.29).
-    divides = h.hopper and h.A <= 128
+    divides = h.hopper and h.A <= 128 and h.parts < 3
     small = min(32 if p.bytes == 4 else 64, power_of_two(max(p.K, p.V)))
     # The scans over chunks: far at a stride where there is far to go, else as wide as fills the
     # machine (1,048,576 tokens 631 us, 64 and 16 at once 1,261; 64 x 1,024 tokens 49 and 65).
@@ -259,7 +267,22 @@ def plan(problem: Problem, device: Device) -> Plan:
         small_warps=2 if L <= 32 and shape.mma else 4,
         gate_warps=1 if L <= 32 and shape.mma else 2,
         divides=divides,
+        denominator=_denominator(p, device),
     )
+
+
+# Capabilities with tensor cores for fp64, at the rate of plain fp32 or more; others have 1/64 of it.
+FAST_FP64 = {(8, 0), (9, 0), (10, 0)}
+
+
+def _denominator(p: Problem, device: Device) -> Literal["ieee", "tf32x3", "fp64"]:
+    """It may be next to 0: of fp32 where TF32 is allowed it takes three products in place of one,
+    else fp64 where that is fast."""
+    if p.bytes != 4:
+        return "ieee"
+    if p.precision == "tf32":
+        return "tf32x3"
+    return "fp64" if device.capability in FAST_FP64 else "ieee"
 
 
 def _descriptors(p: Problem, device: Device) -> bool:
@@ -296,4 +319,5 @@ def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
         hopper=shape.hopper,
         mma=shape.mma,
         y_ahead=shape.mma and device.shared_memory >= 128 * 1024,
+        parts=shape.parts,
     )

@@ -234,8 +234,7 @@ def _normalized(x: Inputs[Symbol], weights: GateWeights) -> None:
             "L": plan.L,
             "BLOCK_K": plan.block_k,
             "PACKED": spec.packed,
-            # den may be next to 0: where TF32 is allowed, three of its products in place of one.
-            "PRECISION": "ieee" if spec.precision == "ieee" else "tf32x3",
+            "PRECISION": plan.denominator,
         },
     )
 
@@ -652,7 +651,7 @@ def _kernel_of(tile: Tile, precision: str, of_x: bool) -> tuple[Any, dict[str, A
     if tile.hopper:
         from tfla.kernels.hopper import _scan_hopper_kernel
 
-        return _scan_hopper_kernel, {"OF_X": of_x, "STAGES": tile.stages}
+        return _scan_hopper_kernel, {"OF_X": of_x, "STAGES": tile.stages, "PARTS": tile.parts}
     if tile.mma:
         from tfla.kernels.mma import _scan_mma_kernel
 

@@ -96,8 +96,10 @@ def _scan_hopper_kernel(
     ENDS: gl.constexpr,
     OF_X: gl.constexpr,
     STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
-    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: x . y."""
+    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: x . y.
+    PARTS: of an fp32 number, 2 or 3 bf16, 16 or 24 bits; else 1."""
     PACKED: gl.constexpr = cu_seqlens is not None
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
@@ -105,9 +107,11 @@ def _scan_hopper_kernel(
     WARPS: gl.constexpr = BLOCK_X // 16
     GROUPS: gl.constexpr = WARPS // 4
     given: gl.constexpr = x.dtype.element_ty
-    PAIR: gl.constexpr = given == gl.float32
+    PAIR: gl.constexpr = PARTS > 1
+    EXACT: gl.constexpr = PARTS == 3
     dtype: gl.constexpr = gl.bfloat16 if PAIR else given  # of products
     MANY: gl.constexpr = 3 if PAIR else 1  # of them for one
+    COPIES: gl.constexpr = max(STAGES - 1, 1)  # chunks ahead; of one stage, once it is free
     COPIED: gl.constexpr = out is not None and out.dtype.element_ty == given
     # y comes by copy; where two fp32 stages leave no room for it, threads read it as it is needed.
     Y_COPIED: gl.constexpr = y is not None and not PAIR
@@ -117,7 +121,8 @@ def _scan_hopper_kernel(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, L // GROUPS, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, L, 16])
     # A state of 256 rows comes in two halves: of one, the assembler waits after every product.
-    HALF: gl.constexpr = min(BLOCK_A, 128)
+    # One of 128 rows in 24 bits, too, so that sums beside it find registers.
+    HALF: gl.constexpr = min(BLOCK_A, 64 if EXACT else 128)
     HALVES: gl.constexpr = BLOCK_A // HALF
     # The update of the state is worked on beside the scores, where registers are left for it; else
     # beside the way out.
@@ -191,7 +196,8 @@ def _scan_hopper_kernel(
     x += batch * stride_xb + start * stride_xt + head * stride_xh
     b_rows = _rows(b, [tokens, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
     x_rows = _rows(x, [tokens, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
-    b_in, x_in = part.channel(b_rows, 0, STAGES), part.channel(x_rows, first_x, STAGES)
+    b_in = part.channel(b_rows, 0, STAGES, PARTS)
+    x_in = part.channel(x_rows, first_x, STAGES, PARTS)
     weights += slot * VECTORS * L
     v_rows = _rows(
         weights, [lines * V_LINES, part.LINE], [part.LINE, 1], [V_LINES, part.LINE], LINES
@@ -201,11 +207,12 @@ def _scan_hopper_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
-        a_in = part.channel(_rows(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE), 0, STAGES)
+        a_rows = _rows(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE)
+        a_in = part.channel(a_rows, 0, STAGES, PARTS)
         channels = b_in, a_in, v_in, x_in
         out_at = ((batch * T + start) * H + head) * X
         p_s = (gl.allocate_shared_memory(dtype, [L, L], P_TILE),)
-        if PAIR:
+        for _ in gl.static_range(PARTS - 1):
             p_s += (gl.allocate_shared_memory(dtype, [L, L], P_TILE),)
         if COPIED:
             each = H.to(gl.int64) * X
@@ -237,7 +244,7 @@ def _scan_hopper_kernel(
         mbarrier.init(ready.index(bar), count=1)
     fence_async_shared()
     part.barrier()
-    for chunk in gl.static_range(STAGES - 1):
+    for chunk in gl.static_range(COPIES):
         early = (high - 1 - chunk) if REVERSE else (low + chunk)
         part.fetch(channels, ready, early, chunk, low + chunk < high, STAGES)
     # The state, (X, A). Entries of kept states lie at constant strides.
@@ -279,7 +286,8 @@ def _scan_hopper_kernel(
         P = part.scores(a_in, b_in, 0, L, SCORES, SOURCE_FIRST)
     for step in range(0, high - low):
         c = (high - 1 - step) if REVERSE else (low + step)
-        stage = step % STAGES
+        # Of a constant stage the compiler keeps a hundred addresses on the stack.
+        stage = (step >> 30) if EXACT else step % STAGES
         keep = keep_next
         following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
         keep_next = gl.load(decay + slot + following)
@@ -306,7 +314,50 @@ def _scan_hopper_kernel(
                 part.split(a_in, stage, SPLIT)
             fence_async_shared()
             part.barrier()
-        if WHOLE:
+        if WHOLE and EXACT:
+            AA = part.tile(a_in, stage)
+            P_0 = gl.zeros([L, L], gl.float32, layout=SCORES)
+            P_low, P_main = part.product_24(B, part.turned(AA), P_0, P_0, False)
+            O_0 = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
+            S_1 = part.operands(S, AA, OPERAND)
+            A_1 = part.turned(part.columns(AA, 0, HALF))
+            O_low, O_main = part.product_24(S_1, A_1, O_0, O_0, False)
+            exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
+            row_whole, row_rest, col_whole, col_rest = exponents
+            D = gl.exp2(row_whole + col_whole) * gl.exp2(row_rest + col_rest)
+            P_low, P_main = warpgroup_mma_wait(6, [P_low, P_main])
+            P = part.total_24(P_low, P_main)
+            if vector is not None:
+                d_now = part.flat(d_in, stage, L)
+                QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
+                P += gl.expand_dims(d_now.load(QUERIES), QUERIES.dim)
+            # What weighs nothing is 0, also where the product has overflowed.
+            part.store_parts(p_s, gl.where(causal & (D != 0.0), P * D, 0.0))
+            O_low, O_main = warpgroup_mma_wait(0, [O_low, O_main])
+            if HALVES == 2:
+                S_1 = part.operands(S_2, AA, OPERAND)
+                A_2 = part.turned(part.columns(AA, HALF, HALF))
+                O_low, O_main = part.product_24(S_1, A_2, O_low, O_main, True)
+                O_low, O_main = warpgroup_mma_wait(0, [O_low, O_main])
+            O = part.total_24(O_low, O_main)
+            row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
+            if vector is not None:  # n d^T for dq, dn 1^T for dk, weighted as the state is
+                row_vector = part.flat(vector_in, stage, BLOCK_X).load(gl.SliceLayout(1, OUTPUT))
+                if REVERSE:
+                    O += row_vector[:, None]
+                else:
+                    O += row_vector[:, None] * d_now.load(gl.SliceLayout(0, OUTPUT))[None, :]
+            O = part.scaled(O, row_edge[None, :])
+            fence_async_shared()
+            part.barrier()
+            O_low, O_main = part.product_24(part.turned(XX), p_s, O_0, O_0, False)
+            if Y_READ:  # beside the last product
+                Y = part.rows_at(y, c * L, stride_yt, length, first_x, X, L, BLOCK_X, ROWS)
+                if OF_X:
+                    part.store_products(dot + tile * size + (slot + c) * L, part.load(XX, ROWS), Y)
+            O_low, O_main = warpgroup_mma_wait(0, [O_low, O_main])
+            O += part.total_24(O_low, O_main)
+        elif WHOLE:
             AA = part.tile(a_in, stage)
             A_1 = part.columns(AA, 0, HALF)
             O = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
@@ -321,15 +372,16 @@ def _scan_hopper_kernel(
                 exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
         # The stage of the chunk before has been free since the last iteration's end; where its
         # output went out from there, once it has gone.
-        if PAIR:
+        if PAIR and not EXACT:
             tma.store_wait(0)
             part.barrier()
-        ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
+        ahead = (c - COPIES) if REVERSE else (c + COPIES)
         wanted = (ahead >= low) if REVERSE else (ahead < high)
-        part.fetch(channels, ready, ahead, step + STAGES - 1, wanted, STAGES)
+        if not EXACT:
+            part.fetch(channels, ready, ahead, step + COPIES, wanted, STAGES)
         if FIRST:
             S, S_2 = part.updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
-        if WHOLE:
+        if WHOLE and not EXACT:
             if ROW_PRODUCTS and FIRST:
                 if not EARLY:
                     one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
@@ -386,7 +438,12 @@ def _scan_hopper_kernel(
                     n_q_s.store(part.products(one, other))
                 sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
                 part.barrier()
-        if not FIRST:
+        if EXACT:
+            X_low = part.weighted(XX, B, col_edge, SOURCE)
+            S_0 = gl.zeros([BLOCK_X, HALF], gl.float32, layout=STATE)
+            B_1 = part.columns(B, 0, HALF)
+            S_low, S_main = part.product_24(X_low, B_1, S_0, S_0, False)
+        elif not FIRST:
             S, S_2 = part.updated(S, S_2, XX, B, col_edge, keep, HALF, HALVES, SOURCE)
         if AHEAD:
             then = step + 1
@@ -395,7 +452,8 @@ def _scan_hopper_kernel(
         if n_in is not None:
             sign, factor = part.over_den(vectors, n_q_s, sums_s, L, EACH)
         if WHOLE:
-            O = warpgroup_mma_wait(AHEAD + (0 if FIRST else HALVES * MANY), [O])
+            if not EXACT:
+                O = warpgroup_mma_wait(AHEAD + (0 if FIRST else HALVES * MANY), [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if folded is not None:
@@ -420,17 +478,28 @@ def _scan_hopper_kernel(
                     part.store_products(dot + tile * size + (slot + c) * L, out_s.load(ROWS), Y)
             else:
                 gl.store(out + token, O, mask=seen)
-            if OF_X and HALVES == 2:
+            if OF_X and HALVES == 2 and not Y_READ:
                 one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
                 part.store_products(dot + tile * size + (slot + c) * L, one, other)
             if Y_COPIED and not OF_X:
                 Y = y_in[1].index(stage).permute((1, 0)).load(OUTPUT)
                 dot_s.store(gl.sum((O * Y.to(gl.float32)).reshape([WARPS, 16, L]), 1))
-        if HALVES == 2:
+        if EXACT:
+            S_low, S_main = warpgroup_mma_wait(0, [S_low, S_main])
+            S = part.scaled(S, keep) + part.total_24(S_low, S_main)
+            if HALVES == 2:
+                B_2 = part.columns(B, HALF, HALF)
+                S_low, S_main = part.product_24(X_low, B_2, S_0, S_0, False)
+                S_low, S_main = warpgroup_mma_wait(0, [S_low, S_main])
+                S_2 = part.scaled(S_2, keep) + part.total_24(S_low, S_main)
+            tma.store_wait(0)
+        elif HALVES == 2:
             S, S_2 = warpgroup_mma_wait(AHEAD, [S, S_2])
         else:
             S = warpgroup_mma_wait(AHEAD, [S])
         part.barrier()
+        if EXACT:
+            part.fetch(channels, ready, ahead, step + COPIES, wanted, STAGES)
         if WHOLE and Y_COPIED and not OF_X:
             o_l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
             gl.store(dot + tile * size + (slot + c) * L + o_l, gl.sum(dot_s.load(BY_WARP), 0))

@@ -8,6 +8,8 @@ exponents, and one scan serves all.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -46,6 +48,7 @@ from tfla.kernels.layout import chunk, first_slot, sequence
 TOP = tl.constexpr(2)
 TOP_REST = tl.constexpr(5)
 TOTAL = tl.constexpr(6)
+LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
@@ -206,7 +209,8 @@ def _followed(m_in, log_f, top, m_out):
 @triton.jit
 def _in_gauge(here, l, m_in, m_end, L: tl.constexpr):
     """What waits for the gauge m_in of the incoming state, and what that says of each token: b in
-    log2 units, exp(b), the floor exp(-m) of den, the mark, p, exp(p + b_L). here: pointers to the
+    log2 units, the same as the incoming state is weighed with it, the floor exp(-m) of den, the
+    mark, p, exp(p + b_L). here: pointers to the
     tokens l. m_end: the gauge at the end of the chunk."""
     first = here - l
     total = _load_parts(here + TOTAL * L, here + (TOTAL + 1) * L)
@@ -228,7 +232,7 @@ def _in_gauge(here, l, m_in, m_end, L: tl.constexpr):
     erased = larger(from_state, decay) < SMALLEST * LOG2E
     floor = within(_exp(-m), 2.0**-126, 2.0**126)
     at_end = _exp2(p + b_last + within((top_last - m_end) * LOG2E, -STEP, STEP))
-    return b + lifted, _exp2(from_state), floor, tl.where(erased, 4.0, 0.0), p, at_end
+    return b + lifted, from_state, floor, tl.where(erased, 4.0, 0.0), p, at_end
 
 
 @triton.jit
@@ -242,7 +246,8 @@ def _undivided(weights, slot, last, token, length, m_in, m_end, scale, L: tl.con
         here = weights + (slot + c)[:, None] * (VECTORS * L) + l
         inside = token + c[:, None] * L + l < length
         before, after = tl.gather(m_in, c, 0)[:, None], tl.gather(m_end, c, 0)[:, None]
-        b, edge, floor, mark, p, at_end = _in_gauge(here, l, before, after, L)
+        b, from_state, floor, mark, p, at_end = _in_gauge(here, l, before, after, L)
+        edge = _exp2(from_state)
         target = b + log_scale(scale)
         tl.debug_barrier()
         store_weights(
@@ -372,8 +377,11 @@ def _denominator_kernel(
     inside = j * L + l < length
     t = start + j * L + l
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
-    scores = tl.zeros([L, L], tl.float32)
-    nu = tl.zeros([L], tl.float32)
+    # nu may lie next to 0, where an fp32 sum of its terms is off by more than the recurrence is by
+    # luck; where fp64 is fast it is summed in that.
+    WIDE: tl.constexpr = tl.float64 if PRECISION == "fp64" else tl.float32
+    scores = tl.zeros([L, L], WIDE)
+    nu = tl.zeros([L], WIDE)
     q_rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
     k_rows = k + batch * stride_kb + t * stride_kt + head * stride_kh
     for block in range(0, K, BLOCK_K):
@@ -382,11 +390,14 @@ def _denominator_kernel(
         q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
         k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
         n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
-        if PRECISE:  # sums of BLOCK_K terms, added: half the rounding of one sum of 512
+        if PRECISION == "fp64":
+            k_tile = tl.trans(k_tile.to(tl.float64))
+            scores = tl.dot(q_tile.to(tl.float64), k_tile, scores, out_dtype=tl.float64)
+        elif PRECISE:  # sums of BLOCK_K terms, added: half the rounding of one sum of 512
             scores += tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         else:
             scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
-        nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
+        nu += tl.sum(q_tile.to(WIDE) * n_tile.to(WIDE)[None, :], 1)
     here = weights + slot * VECTORS * L + l
     if (j + 1) * L >= length:
         m_out = tl.load(m_last + n.to(tl.int64) * H + head).to(tl.float64)
@@ -394,14 +405,26 @@ def _denominator_kernel(
         m_out = tl.load(gauge + slot + 1)
     m_in = tl.load(gauge + slot)
     m_end = _followed(m_in, tl.load(chunk_f + slot), tl.load(chunk_p + slot), m_out)
-    b, edge, floor, mark, p, at_end = _in_gauge(here, l, m_in, m_end, L)
+    b, from_state, floor, mark, p, at_end = _in_gauge(here, l, m_in, m_end, L)
+    edge = _exp2(from_state)
     row, row_rest = _pair(b)
     col, col_rest = _pair(p)
-    D = power(row[:, None] + col[None, :], row_rest[:, None] + col_rest[None, :], PRECISE)
-    if not PRECISE:
-        scores *= scale
-    weighed = (l[:, None] >= l[None, :]) & (D != 0.0)
-    nu = scaled(nu * scale, edge) + tl.sum(tl.where(weighed, scores * D, 0.0), 1)
+    causal = l[:, None] >= l[None, :]
+    if PRECISION == "fp64":
+        # Powers of rests by token, in fp64; those of sums of whole numbers are exact in fp32.
+        whole = tl.exp2(row[:, None] + col[None, :])
+        weighed = causal & (whole != 0.0)
+        terms = scores * (tl.exp((p - col) * LN2)[None, :] * whole.to(tl.float64))
+        own = tl.sum(tl.where(weighed, terms, 0.0), 1)
+        before = scaled(nu, tl.where(edge == 0.0, 0.0, tl.exp(from_state * LN2)))
+        nu = (before + tl.exp((b - row) * LN2) * own) * scale
+        nu = nu.to(tl.float32)
+    else:
+        D = power(row[:, None] + col[None, :], row_rest[:, None] + col_rest[None, :], PRECISE)
+        if not PRECISE:
+            scores *= scale
+        weighed = causal & (D != 0.0)
+        nu = scaled(nu * scale, edge) + tl.sum(tl.where(weighed, scores * D, 0.0), 1)
     den = larger(tl.abs(nu), floor)
     mark += tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
     # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.

@@ -1,4 +1,4 @@
-"""What the scans in Gluon share: fp32 operands as two parts, names of Triton that have changed."""
+"""What the scans in Gluon share: fp32 operands as two or three parts, names of Triton that have changed."""
 
 # mypy: disable-error-code="union-attr"
 from __future__ import annotations
@@ -12,30 +12,54 @@ from tfla._compat import gluon_reinterpret
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 view = gluon_reinterpret(gl.shared_memory_descriptor)
 
-# What bf16 leaves of two numbers, as bf16. Of numbers that are rounded and widened again the
-# compiler makes conversions of one each, 16 a clock and multiprocessor (h 462 us, not 384).
-_REST = gl.constexpr("""{
-    .reg .b32 both, a, b;
-    .reg .f32 x, y;
-    cvt.rn.bf16x2.f32 both, $2, $1;
-    shl.b32 a, both, 16;
-    and.b32 b, both, 0xffff0000;
-    mov.b32 x, a;
-    mov.b32 y, b;
-    sub.f32 x, $1, x;
-    sub.f32 y, $2, y;
-    cvt.rn.bf16x2.f32 $0, y, x;
-}""")
+# Two numbers at once: of numbers that are rounded and widened again the compiler makes conversions
+# of one each, 16 a clock and multiprocessor (h 462 us, not 384). What is left of a number whose first
+# part is not finite is 0, not inf - inf.
+_REST = """
+    shl.b32 a, {part}, 16;
+    and.b32 b, {part}, 0xffff0000;
+    mov.b32 v, a;
+    mov.b32 w, b;
+    sub.f32 x, {x}, v;
+    sub.f32 y, {y}, w;
+"""
+_FINITE = """
+    testp.finite.f32 p, x;
+    testp.finite.f32 q, y;
+    selp.f32 x, x, 0f00000000, p;
+    selp.f32 y, y, 0f00000000, q;
+"""
+_REGISTERS = "{ .reg .b32 a, b; .reg .f32 v, w, x, y; .reg .pred p, q;"
+TWO_PARTS = gl.constexpr(
+    _REGISTERS
+    + "cvt.rn.bf16x2.f32 $0, $3, $2;"
+    + _REST.format(part="$0", x="$2", y="$3")
+    + _FINITE
+    + "cvt.rn.bf16x2.f32 $1, y, x; }"
+)
+THREE_PARTS = gl.constexpr(
+    _REGISTERS
+    + "cvt.rn.bf16x2.f32 $0, $4, $3;"
+    + _REST.format(part="$0", x="$3", y="$4")
+    + _FINITE
+    + "cvt.rn.bf16x2.f32 $1, y, x;"
+    + _REST.format(part="$1", x="x", y="y")
+    + "cvt.rn.bf16x2.f32 $2, y, x; }"
+)
 
 
 @gluon.jit
 def parts_of(value, like):
-    """fp32 as the parts that ``like`` has: one of its dtype, or two bf16 that add up to it."""
-    first = value.to(like[0].dtype)
+    """fp32 as the parts that ``like`` has: one of its dtype, or two or three bf16 that add up to
+    it (16 or 24 bits), the first rounded to nearest, the next what that leaves."""
     if len(like) == 1:
-        return (first,)
+        return (value.to(like[0].dtype),)
+    elif len(like) == 2:
+        TWO: gl.constexpr = (gl.bfloat16, gl.bfloat16)
+        return gl.inline_asm_elementwise(TWO_PARTS, "=&r,=r,r,r", [value], TWO, True, 2)
     else:
-        return first, gl.inline_asm_elementwise(_REST, "=r,r,r", [value], gl.bfloat16, True, 2)
+        THREE: gl.constexpr = (gl.bfloat16, gl.bfloat16, gl.bfloat16)
+        return gl.inline_asm_elementwise(THREE_PARTS, "=&r,=&r,=r,r,r", [value], THREE, True, 2)
 
 
 @gluon.jit
@@ -48,8 +72,10 @@ def store_parts(at, value):
 @gluon.jit
 def load(parts, LAYOUT: gl.constexpr):
     value = parts[0].load(LAYOUT)
-    if len(parts) == 2:
+    if len(parts) > 1:
         value = value.to(gl.float32) + parts[1].load(LAYOUT).to(gl.float32)
+    if len(parts) == 3:
+        value += parts[2].load(LAYOUT).to(gl.float32)
     return value
 
 
