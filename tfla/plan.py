@@ -135,8 +135,10 @@ SHAPES = {
     "wgmma tf32": Shape(32, 128, 64, 4, 2, True),
     # mma.py, measured as compiled for 8.0 on an H200 (docs/performance/other_gpus.md).
     "mma.sync": Shape(32, 256, 128, 8, 2, True, mma=True),
-    "mma.sync pairs": Shape(32, 128, 128, 8, 2, True, mma=True),  # fp32 as sums of two bf16
-    "mma.sync pairs, 99 KiB": Shape(16, 128, 128, 8, 2, True, mma=True),
+    "mma.sync pairs": Shape(32, 128, 128, 8, 2, True, mma=True, parts=2),  # fp32, as above
+    "mma.sync pairs, 99 KiB": Shape(16, 128, 128, 8, 2, True, mma=True, parts=2),
+    "mma.sync triples": Shape(32, 128, 128, 8, 2, True, mma=True, parts=3),
+    "mma.sync triples, 99 KiB": Shape(16, 128, 128, 8, 2, True, mma=True, parts=3),
     "mma": Shape(64, 128, 64, 4, 2, True),  # what cannot use it: rows that are not of 16 bytes
     "mma 4 warps": Shape(32, 128, 64, 4, 2),
     "mma tf32": Shape(32, 64, 32, 4, 2),
@@ -151,13 +153,13 @@ def _shape(p: Problem, device: Device, mean: int) -> Shape:
     exact = p.bytes == 4 and p.precision == "ieee"
     if major == 9 and _descriptors(p, device) and mean >= LONG:
         return SHAPES["hopper" if p.bytes == 2 else f"hopper {'triples' if exact else 'pairs'}"]
-    if exact:
-        return SHAPES["ieee"]
     if major in (8, 12) and _whole_rows(p):
         if p.bytes == 2:
             return SHAPES["mma.sync"]
-        small = device.shared_memory < 128 * 1024
-        return SHAPES["mma.sync pairs, 99 KiB" if small else "mma.sync pairs"]
+        small = ", 99 KiB" if device.shared_memory < 128 * 1024 else ""
+        return SHAPES[f"mma.sync {'triples' if exact else 'pairs'}{small}"]
+    if exact:
+        return SHAPES["ieee"]
     if p.bytes == 4:
         return SHAPES["wgmma tf32" if major == 9 else "mma tf32"]
     if major == 9:
@@ -318,6 +320,6 @@ def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
         descriptor=_descriptors(p, device),
         hopper=shape.hopper,
         mma=shape.mma,
-        y_ahead=shape.mma and device.shared_memory >= 128 * 1024,
+        y_ahead=shape.mma and shape.parts < 3 and device.shared_memory >= 128 * 1024,
         parts=shape.parts,
     )

@@ -655,8 +655,12 @@ def _kernel_of(tile: Tile, precision: str, of_x: bool) -> tuple[Any, dict[str, A
     if tile.mma:
         from tfla.kernels.mma import _scan_mma_kernel
 
-        forms = {"STAGES": tile.stages, "Y_AHEAD": tile.y_ahead, "WARPS": tile.warps}
-        return _scan_mma_kernel, forms
+        return _scan_mma_kernel, {
+            "STAGES": tile.stages,
+            "Y_AHEAD": tile.y_ahead,
+            "WARPS": tile.warps,
+            "PARTS": tile.parts,
+        }
     return _scan_kernel, {
         "TRANSPOSED": tile.transposed,
         "DESCRIPTOR": tile.descriptor,

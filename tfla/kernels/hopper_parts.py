@@ -13,9 +13,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tfla.kernels.gates import FIRST_SOURCE, FLOOR, MARK, VECTORS
-from tfla.kernels.parts import barrier, columns, load, parts_of, store_parts, turned, view
+from tfla.kernels.parts import (
+    barrier,
+    columns,
+    load,
+    parts_of,
+    scaled,
+    store_parts,
+    total_24,
+    turned,
+    view,
+)
 
-__all__ = ["barrier", "columns", "load", "store_parts", "turned"]  # of parts.py, for hopper.py
+__all__ = ["barrier", "columns", "load", "scaled", "store_parts", "total_24", "turned"]  # of parts.py, for hopper.py
 
 # The same functions under the names of Triton 3.6 and of later ones.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -109,19 +119,6 @@ def product_24(one, other, lesser, main, ADD: gl.constexpr):
     lesser = warpgroup_mma(one[0], other[1], lesser, is_async=True)
     main = warpgroup_mma(one[0], other[0], main, use_acc=ADD, is_async=True)
     return lesser, main
-
-
-@gluon.jit
-def total_24(lesser, main):
-    """Their sum, once they are made. What is not finite is so in the products of the largest parts
-    as in IEEE arithmetic; the others count where they are finite."""
-    return main + gl.where(gl.abs(lesser) < float("inf"), lesser, 0.0)
-
-
-@gluon.jit
-def scaled(x, weight):
-    """x * weight, but 0 where the weight is 0, whatever x is."""
-    return gl.where(weight == 0.0, 0.0, x * weight)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """The scan on mma.sync, for Ampere, Ada and consumer Blackwell: the algorithm of scan.py in its
-transposed form, with every layout chosen by hand. 16-bit operands, and fp32 where TF32 is allowed:
-an fp32 number is split into two bf16 where it arrives, 16 bits in all, and a product is three of
-theirs.
+transposed form, with every layout chosen by hand. 16-bit operands, and fp32: a number is split
+where it arrives into three bf16 (24 bits), of which six products count, or where TF32 is allowed
+into two (16 bits), of which three do.
 
 What a chunk of L tokens takes, in the order of the loop; | is a barrier:
 
@@ -75,16 +75,30 @@ def _rows_at(
 
 
 @gluon.jit
-def _tile(tiles, stage):
-    """A tile as products take it: itself, or of fp32 what ``_split`` makes of it, a tile of what
-    bf16 holds of each number and one of what that leaves."""
+def _tile(tiles, third, stage):
+    """A tile as products take it: itself, or of fp32 what ``_split`` makes of it, a tile for each
+    part of its numbers: two in its place, and ``third``."""
     whole = tiles.index(stage)
     if whole.dtype != gl.float32:
         return (whole,)
     else:
         LAYOUT: gl.constexpr = _tile_layout(whole.shape[1], gl.bfloat16)
         both = parts.view(whole, gl.bfloat16, [2, whole.shape[0], whole.shape[1]], LAYOUT)
-        return both.index(0), both.index(1)
+        if third is None:
+            return both.index(0), both.index(1)
+        else:
+            return both.index(0), both.index(1), third
+
+
+@gluon.jit
+def _third(tiles, PARTS: gl.constexpr):
+    """The place of the third part of the tile that is worked on, where there is one."""
+    if PARTS == 3:
+        L: gl.constexpr = tiles.shape[1]
+        BLOCK: gl.constexpr = tiles.shape[2]
+        return gl.allocate_shared_memory(gl.bfloat16, [L, BLOCK], _tile_layout(BLOCK, gl.bfloat16))
+    else:
+        return None
 
 
 @gluon.jit
@@ -95,24 +109,34 @@ def _whole_rows(tile, WARPS: gl.constexpr):
 
 @gluon.jit
 def _split(rows, stage, WARPS: gl.constexpr):
-    """Of fp32 tiles, two of bf16 in the place of each."""
+    """Of fp32 tiles, those of their parts."""
     values = ()
     for n in gl.static_range(len(rows)):
         values += (_whole_rows(rows[n][4].index(stage), WARPS),)
     parts.barrier()
     for n in gl.static_range(len(rows)):
-        parts.store_parts(_tile(rows[n][4], stage), values[n])
+        parts.store_parts(_tile(rows[n][4], rows[n][5], stage), values[n])
     parts.barrier()
 
 
 @gluon.jit
 def _product(one, other, total):
-    """total + one other; of two parts each without the product of the lesser ones."""
-    total = mma_v2(one[0], other[0], total)
-    if len(one) == 2:
-        total = mma_v2(one[0], other[1], total)
-        total = mma_v2(one[1], other[0], total)
-    return total
+    """total + one other; of two or three parts each without the products of the least ones. See
+    ``parts.total_24`` for three."""
+    if len(one) == 3:
+        zero = gl.zeros_like(total)
+        lesser = mma_v2(one[2], other[0], zero)
+        lesser = mma_v2(one[0], other[2], lesser)
+        lesser = mma_v2(one[1], other[1], lesser)
+        lesser = mma_v2(one[1], other[0], lesser)
+        lesser = mma_v2(one[0], other[1], lesser)
+        return total + parts.total_24(lesser, mma_v2(one[0], other[0], zero))
+    else:
+        total = mma_v2(one[0], other[0], total)
+        if len(one) == 2:
+            total = mma_v2(one[0], other[1], total)
+            total = mma_v2(one[1], other[0], total)
+        return total
 
 
 @gluon.jit
@@ -141,10 +165,10 @@ def _fetch_line(line, x, width, WARPS: gl.constexpr):
 @gluon.jit
 def _fetch_chunk(rows, lines, c, stage, tokens, wanted, WARPS: gl.constexpr):
     """Begin to copy what chunk c takes, in one group of copies. rows: (pointer, stride, first
-    column, width, tiles). lines: (pointer, numbers a chunk, tiles)."""
+    column, width, tiles, place of the third part). lines: (pointer, numbers a chunk, tiles)."""
     if wanted:
         for n in gl.static_range(len(rows)):
-            x, stride, first, width, tiles = rows[n]
+            x, stride, first, width, tiles, _ = rows[n]
             _fetch_rows(
                 tiles.index(stage), x, stride, c * tiles.shape[1], tokens, first, width, WARPS
             )
@@ -152,12 +176,6 @@ def _fetch_chunk(rows, lines, c, stage, tokens, wanted, WARPS: gl.constexpr):
             x, first, size, tiles = lines[n]
             _fetch_line(tiles.index(stage), x + c.to(gl.int64) * size + first, size - first, WARPS)
     async_copy.commit_group()
-
-
-@gluon.jit
-def _scaled(x, weight):
-    """x * weight, but 0 where the weight is 0, whatever x is."""
-    return gl.where(weight == 0.0, 0.0, x * weight)
 
 
 @gluon.jit
@@ -228,15 +246,17 @@ def _scan_mma_kernel(
     STAGES: gl.constexpr,
     Y_AHEAD: gl.constexpr,
     WARPS: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
     """See ``tfla.kernels.scan``. Rows of all operands are of 16 bytes. Y_AHEAD: y is copied with
-    the tiles of its chunk, a chunk ahead, where there is shared memory for it."""
+    the tiles of its chunk, a chunk ahead, where there is shared memory for it. PARTS: of an fp32
+    number, 2 or 3 bf16, 16 or 24 bits; else 1."""
     PACKED: gl.constexpr = cu_seqlens is not None
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
     given: gl.constexpr = x.dtype.element_ty
-    PAIR: gl.constexpr = given == gl.float32
+    PAIR: gl.constexpr = PARTS > 1
     dtype: gl.constexpr = gl.bfloat16 if PAIR else given  # of products
     COPIED: gl.constexpr = WHOLE and out.dtype.element_ty == given
     PIECE: gl.constexpr = min(SLICE, BLOCK_A)
@@ -298,16 +318,18 @@ def _scan_mma_kernel(
     b_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
     x_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_X], X_TILE)
     v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
-    rows = (b, stride_bt, 0, A, b_s), (x, stride_xt, first_x, X, x_s)
+    b_third, x_third = _third(b_s, PARTS), _third(x_s, PARTS)
+    rows = (b, stride_bt, 0, A, b_s, b_third), (x, stride_xt, first_x, X, x_s, x_third)
     lines = ((weights + slot * (VECTORS * L), 0, VECTORS * L, v_s),)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
         a_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
-        rows += ((a, stride_at, 0, A, a_s),)
-        p_all = gl.allocate_shared_memory(dtype, [2 if PAIR else 1, L, L], _tile_layout(L, dtype))
-        p_s = (p_all.index(0),)
-        if PAIR:
-            p_s += (p_all.index(1),)
+        a_third = _third(a_s, PARTS)
+        rows += ((a, stride_at, 0, A, a_s, a_third),)
+        p_all = gl.allocate_shared_memory(dtype, [PARTS, L, L], _tile_layout(L, dtype))
+        p_s = ()
+        for n_part in gl.static_range(PARTS):
+            p_s += (p_all.index(n_part),)
         out += ((batch * T + start) * H + head) * X
         if partial is not None:
             partial += ((batch * T + start) * H + head) * X
@@ -322,7 +344,7 @@ def _scan_mma_kernel(
             lines += ((d + slot * L, 0, L, d_s), (vector + slot * X, first_x, X, vector_s))
     fetched = rows
     if WHOLE and y is not None and Y_AHEAD:
-        fetched += ((y, stride_yt, first_x, X, y_s),)
+        fetched += ((y, stride_yt, first_x, X, y_s, None),)
     for early in gl.static_range(STAGES - 1):
         c = (high - 1 - early) if REVERSE else (low + early)
         _fetch_chunk(fetched, lines, c, early, tokens, low + early < high, WARPS)
@@ -396,10 +418,10 @@ def _scan_mma_kernel(
             vectors = v_s.index(stage)
             if PAIR:
                 _split(rows, stage, WARPS)
-            B, XX = _tile(b_s, stage), _tile(x_s, stage)
+            B, XX = _tile(b_s, b_third, stage), _tile(x_s, x_third, stage)
             X_left = _loaded(parts.turned(XX), LEFT)
             if WHOLE:
-                AA = _tile(a_s, stage)
+                AA = _tile(a_s, a_third, stage)
                 P = gl.zeros([L, L], gl.float32, layout=SCORES)
                 for piece in gl.static_range(PIECES):
                     B_rows = parts.columns(B, piece * PIECE, PIECE)
@@ -413,7 +435,10 @@ def _scan_mma_kernel(
                 exponent += vectors.slice(COL * L, L).load(SOURCES)[:, None]
                 rest = vectors.slice((ROW + 1) * L, L).load(TARGETS)[None, :]
                 rest += vectors.slice((COL + 1) * L, L).load(SOURCES)[:, None]
-                D = gl.exp2(exponent + rest)
+                if PARTS == 3:
+                    D = gl.exp2(exponent) * gl.exp2(rest)
+                else:
+                    D = gl.exp2(exponent + rest)
                 target = gl.arange(0, L, layout=TARGETS)[None, :]
                 source = gl.arange(0, L, layout=SOURCES)[:, None]
                 causal = (target <= source) if REVERSE else (target >= source)
@@ -441,7 +466,7 @@ def _scan_mma_kernel(
                         O += row_vector
                     else:
                         O += row_vector * d_now.load(OF_OUTPUT)[None, :]
-                O = _scaled(O, vectors.slice((ROW + 2) * L, L).load(OF_OUTPUT)[None, :])
+                O = parts.scaled(O, vectors.slice((ROW + 2) * L, L).load(OF_OUTPUT)[None, :])
                 if partial is not None:  # on its way while the other warps arrive
                     more_O = gl.load(partial + place, mask=there, other=0.0)
                 if y is not None and not Y_AHEAD:
@@ -465,13 +490,13 @@ def _scan_mma_kernel(
                     gl.store(out + place, O, mask=there)
             col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, LEFT))
             X_value = X_left[0].to(gl.float32)
-            if PAIR:
-                X_value += X_left[1].to(gl.float32)
-            X_left = parts.parts_of(_scaled(X_value, col_edge[None, :]), B)
+            for n_part in gl.static_range(1, PARTS):
+                X_value += X_left[n_part].to(gl.float32)
+            X_left = parts.parts_of(parts.scaled(X_value, col_edge[None, :]), B)
             updated = ()
             for piece in gl.static_range(PIECES):
                 B_right = _loaded(parts.columns(B, piece * PIECE, PIECE), RIGHT)
-                updated += (_product(X_left, B_right, _scaled(S[piece], keep)),)
+                updated += (_product(X_left, B_right, parts.scaled(S[piece], keep)),)
             S = updated
             if COPIED:
                 parts.barrier()

@@ -87,3 +87,16 @@ def turned(parts):
 @gluon.jit
 def columns(parts, FIRST: gl.constexpr, SIZE: gl.constexpr):
     return [each.slice(FIRST, SIZE, dim=1) for each in parts]
+
+
+@gluon.jit
+def total_24(lesser, main):
+    """Their sum, once they are made. What is not finite is so in the products of the largest parts
+    as in IEEE arithmetic; the others count where they are finite."""
+    return main + gl.where(gl.abs(lesser) < float("inf"), lesser, 0.0)
+
+
+@gluon.jit
+def scaled(x, weight):
+    """x * weight, but 0 where the weight is 0, whatever x is."""
+    return gl.where(weight == 0.0, 0.0, x * weight)
