@@ -8,13 +8,17 @@ says that the GPU is one, and the assembler builds that PTX for the Hopper that 
 cores then take mma.sync, tiles come by cp.async, and a program has the shared memory of the older
 GPU: 163 KiB on 8.0, 99 KiB on 8.6 and 8.9. Right or wrong shows as it would there. Times do not:
 memory, clock and the number of multiprocessors are the Hopper's, so only ratios within one run mean
-anything. Give every capability a TRITON_CACHE_DIR of its own; processes that the program starts by
-``multiprocessing`` come here again and are patched too.
+anything. Give every capability a TRITON_CACHE_DIR of its own. Python processes that the program
+starts are patched too: a ``sitecustomize`` on their PYTHONPATH comes here again.
 """
 
+import atexit
 import os
 import runpy
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,10 +57,24 @@ def patch(capability: int) -> None:
     torch.cuda.get_device_capability = lambda *a, **k: divmod(capability, 10)
 
 
+def patch_children() -> None:
+    """Every Python process started from here on imports this file first, where it has torch."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Path(folder, "sitecustomize.py").write_text(
+        "import importlib.util\n"
+        "if importlib.util.find_spec('torch') and importlib.util.find_spec('triton'):\n"
+        f"    spec = importlib.util.spec_from_file_location('older_gpus', {__file__!r})\n"
+        "    spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.getenv("PYTHONPATH")])])
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 3 or not sys.argv[1].isdigit() or int(sys.argv[1]) not in SHARED_MEMORY:
         sys.exit(f"{__doc__}\nfirst argument: one of {', '.join(map(str, SHARED_MEMORY))}")
     os.environ[CAPABILITY] = sys.argv[1]
+    patch_children()
     # What torch.compile makes of the peers is built in this process, which is patched.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if CAPABILITY in os.environ:

@@ -248,6 +248,7 @@ def test_gates_are_as_exact_without_gradients_on_a_gpu(shape: tuple[int, ...]) -
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_a_block_is_one_graph_under_autocast_on_a_gpu() -> None:
     """Torch 2.11 breaks a graph where one asks whether a device knows autocast: five graphs a block
     in place of one, and a training step on many GPUs that waits for the host."""

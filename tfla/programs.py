@@ -13,7 +13,7 @@ from tfla.plan import Device, Problem
 from tfla.spec import BackendName, CallSpec
 
 if TYPE_CHECKING:
-    from tfla.kernels.program import Layout, Program
+    from tfla.kernels.program import ArrayLayout, Program
 
 
 def call_of(
@@ -64,13 +64,13 @@ def programs(spec: CallSpec, device: Device, *, final_grads: bool = True) -> Pro
     program = importlib.import_module("tfla.kernels.program")
     spec = spec.but(device=torch.device("meta"), backend="triton")
 
-    def of(dtype: torch.dtype, *shape: int) -> Layout:
-        return program.Layout(program.name_of(dtype), shape, program.dense(shape))
+    def of(dtype: torch.dtype, *shape: int) -> ArrayLayout:
+        return program.ArrayLayout(program.name_of(dtype), shape, program.dense(shape))
 
     B, T, N, H, K, V, full = spec.B, spec.T, spec.N, spec.H, spec.K, spec.V, spec.state_dtype
     C, n, m = of(full, N, H, K, V), of(full, N, H, K), of(full, N, H)
     start, normal = spec.initial_state, spec.normalize
-    layouts: dict[str, Layout | None] = {
+    layouts: dict[str, ArrayLayout | None] = {
         "q": of(spec.dtype, B, T, H, K),
         "k": of(spec.dtype, B, T, H, K),
         "v": of(spec.dtype, B, T, H, V),

@@ -81,7 +81,7 @@ class Options(NamedTuple):
     final_state: bool  # does the state after the last token go out?
     needs_grad: bool  # will there be a backward pass?
     backend: str
-    precision: str  # of products of fp32 numbers: "ieee", or "tf32" with 10 bits
+    precision: str  # of products of fp32 numbers: "ieee", 24 bits, or "tf32", 11 or more
 
 
 # The same in the language of torch.library's schemas.
@@ -147,7 +147,7 @@ class CallSpec:
     final_state: bool  # does the state after the last token go out?
     needs_grad: bool  # will there be a backward pass?
     backend: BackendName
-    precision: Precision  # of products of fp32 numbers: "ieee", or "tf32" with 10 bits
+    precision: Precision  # of products of fp32 numbers: "ieee", 24 bits, or "tf32", 11 or more
     split: bool = False  # is T split over processes?
 
     @staticmethod
@@ -188,7 +188,7 @@ class CallSpec:
         return Activations(self.input_gate, self.sigmoid_f)
 
     @property
-    def at_ends(self) -> bool:
+    def at_sequence_end(self) -> bool:
         """May there be gradients of the states where sequences end?"""
         return self.final_state or self.split
 
@@ -228,10 +228,12 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @constant_while_tracing  # graphs are made anew where torch's setting is another
-def products_of(dtype: torch.dtype) -> Precision:
+def products_of(dtype: torch.dtype, allow_tf32: bool = False) -> Precision:
     """How products of a dtype are done: of fp32 as torch's own matrix products on NVIDIA GPUs are
-    set to be."""
+    set to be, or with the bits of TF32 or more whatever torch is set to."""
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
+    if allow_tf32:
+        return "tf32"
     matmul: Any = torch.backends.cuda.matmul  # allow_tf32 raises where the newer name was used
     return "tf32" if matmul.fp32_precision == "tf32" else "ieee"

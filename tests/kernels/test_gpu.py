@@ -106,7 +106,7 @@ class TestFp32WithTf32Allowed:
         checks.check_sixteen_bits(on_gpu(dtype=torch.float32, **fields))
 
     def test_a_long_sequence_cut_of_strided_inputs(self, gate: str) -> None:
-        """Eight warps, many chunks, pieces; twice the same bit for bit."""
+        """Eight warps, many chunks, splits; twice the same bit for bit."""
         B, T, H, K, V = 1, 20000, 2, 128, 256
         *_, i, f = problem(B, T, H, K, V, torch.float32)
         q, k, v = torch.randn(B, T, H, 2 * K + V, device="cuda").split((K, K, V), -1)
@@ -275,12 +275,12 @@ def test_thousands_of_documents(gate: str) -> None:
 
 @pytest.mark.parametrize("gate", GATES)
 def test_long_sequences_with_few_heads(gate: str) -> None:
-    """Cut into segments, against the recurrence."""
+    """Split along T, against the recurrence."""
     case = on_gpu(T=8192, H=1, K=64, V=64, dtype=torch.bfloat16, input_gate=gate)
     checks.check_against_recurrence(case)
 
 
-@pytest.mark.parametrize("opened", [0.0, 3.0], ids=["fades within a piece", "does not"])
+@pytest.mark.parametrize("opened", [0.0, 3.0], ids=["fades within a split", "does not"])
 @pytest.mark.parametrize("gate", GATES)
 def test_the_longest_sequence(gate: str, opened: float) -> None:
     """65,536 tokens, against the chunked reference in fp64: the recurrence would take minutes.
@@ -305,7 +305,10 @@ def test_ten_thousand_random_problems(gate: str, part: int) -> None:
     gradients.
 
     Each within one unit of the dtype's last place and four times what the chunked reference is off
-    by in the same dtype (its products are in fp32: it shows how ill-conditioned a problem is).
+    by in the same dtype (its products are in fp32: it shows how ill-conditioned a problem is), or
+    within twice what the recurrence or the roundings of the inputs make of the problem. Where one
+    token with n . q next to 0 makes up the norm, an error is one draw, and one program's alone may
+    be ten times below another's: of the inputs' roundings the largest of six draws is taken.
     """
     draw = torch.Generator().manual_seed(7 + part)
     for seed in range(1250 * part, 1250 * (part + 1)):
@@ -322,11 +325,30 @@ def test_ten_thousand_random_problems(gate: str, part: int) -> None:
             scale = y.norm() if name != "df" else y.norm() + (truth[1] * inputs[0]).abs().sum()
             error, yardstick = ((r.double() - y).norm() for r in (x, z))
             if error > eps * scale + 4 * yardstick:  # a rounded h may cancel: ask the recurrence
-                yardstick = (recurrence(inputs, dh, gate)[name] - y.cpu()).norm()
+                yardstick = (recurrence(inputs, dh, gate)[name] - y.cpu()).norm().item()
+                if error > 2 * yardstick:
+                    yardstick = max(yardstick, *roundings(inputs, dh, gate, name, y))
                 assert error <= 2 * yardstick, (
                     f"{name}, seed {seed}, B {B}, T {T}, H {H}, {dtype}: {error / scale:.1e}, "
-                    f"the recurrence {yardstick / scale:.1e}"
+                    f"the recurrence and roundings of the inputs {yardstick / scale:.1e}"
                 )
+
+
+def roundings(
+    inputs: list[torch.Tensor], dh: torch.Tensor, gate: str, name: str, truth: torch.Tensor
+) -> list[float]:
+    """Distances from the truth, in exact arithmetic, where each fp32 input is off by what its
+    rounding may have been: half a unit of its last place. No program in fp32 can be held to less.
+    (In 16 bits the inputs are what they are, and sums are in fp32: their error is the output's.)"""
+    found, draw = [], torch.Generator("cuda").manual_seed(0)
+    for _ in range(6):
+        moved = [x.double() for x in inputs]
+        for x in moved:
+            half = torch.finfo(torch.float32).eps / 2
+            x *= 1 + half * (2 * torch.rand(x.shape, generator=draw, device="cuda") - 1)
+        other = gradients(moved, dh.double(), input_gate=gate, backend="reference")
+        found.append((other[NAMES.index(name)] - truth).norm().item())
+    return found
 
 
 def recurrence(inputs: list[torch.Tensor], dh: torch.Tensor, gate: str) -> dict[str, torch.Tensor]:
@@ -345,9 +367,12 @@ def test_a_second_run_is_the_same_bit_for_bit() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
-@pytest.mark.parametrize(("gate", "launches"), [("exp", 3), ("sigmoid", 2)])
-def test_a_call_is_a_few_launches_from_any_thread(gate: str, launches: int) -> None:
-    """From the cache, by the CUDA driver alone: a new thread has no context yet."""
+@pytest.mark.parametrize("gate", GATES)
+def test_a_call_is_a_few_launches_from_any_thread(gate: str) -> None:
+    """From the cache, by the CUDA driver alone: a new thread has no context yet. Only on Hopper the
+    scan of h makes the denominator itself."""
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    launches = 2 if gate == "sigmoid" else 3 if hopper else 4
     x = [torch.randn(1, 300, 4, D, device="cuda").bfloat16() for D in (128, 128, 256)]
     gates = [torch.randn(1, 300, 4, device="cuda") for _ in range(2)]
 

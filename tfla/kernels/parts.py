@@ -1,4 +1,5 @@
-"""What the scans in Gluon share: fp32 operands as two or three parts, names of Triton that have changed."""
+"""What the scans in Gluon share: fp32 operands as two or three parts, names of Triton that have
+changed."""
 
 # mypy: disable-error-code="union-attr"
 from __future__ import annotations
@@ -13,8 +14,8 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 view = gluon_reinterpret(gl.shared_memory_descriptor)
 
 # Two numbers at once: of numbers that are rounded and widened again the compiler makes conversions
-# of one each, 16 a clock and multiprocessor (h 462 us, not 384). What is left of a number whose first
-# part is not finite is 0, not inf - inf.
+# of one each, 16 a clock and multiprocessor (h 462 us, not 384). What is left of a number whose
+# first part is not finite is 0, not inf - inf.
 _REST = """
     shl.b32 a, {part}, 16;
     and.b32 b, {part}, 0xffff0000;
@@ -30,14 +31,14 @@ _FINITE = """
     selp.f32 y, y, 0f00000000, q;
 """
 _REGISTERS = "{ .reg .b32 a, b; .reg .f32 v, w, x, y; .reg .pred p, q;"
-TWO_PARTS = gl.constexpr(
+_TWO_PARTS = gl.constexpr(
     _REGISTERS
     + "cvt.rn.bf16x2.f32 $0, $3, $2;"
     + _REST.format(part="$0", x="$2", y="$3")
     + _FINITE
     + "cvt.rn.bf16x2.f32 $1, y, x; }"
 )
-THREE_PARTS = gl.constexpr(
+_THREE_PARTS = gl.constexpr(
     _REGISTERS
     + "cvt.rn.bf16x2.f32 $0, $4, $3;"
     + _REST.format(part="$0", x="$3", y="$4")
@@ -56,10 +57,10 @@ def parts_of(value, like):
         return (value.to(like[0].dtype),)
     elif len(like) == 2:
         TWO: gl.constexpr = (gl.bfloat16, gl.bfloat16)
-        return gl.inline_asm_elementwise(TWO_PARTS, "=&r,=r,r,r", [value], TWO, True, 2)
+        return gl.inline_asm_elementwise(_TWO_PARTS, "=&r,=r,r,r", [value], TWO, True, 2)
     else:
         THREE: gl.constexpr = (gl.bfloat16, gl.bfloat16, gl.bfloat16)
-        return gl.inline_asm_elementwise(THREE_PARTS, "=&r,=&r,=r,r,r", [value], THREE, True, 2)
+        return gl.inline_asm_elementwise(_THREE_PARTS, "=&r,=&r,=r,r,r", [value], THREE, True, 2)
 
 
 @gluon.jit
@@ -85,8 +86,8 @@ def turned(parts):
 
 
 @gluon.jit
-def columns(parts, FIRST: gl.constexpr, SIZE: gl.constexpr):
-    return [each.slice(FIRST, SIZE, dim=1) for each in parts]
+def columns(parts, START: gl.constexpr, SIZE: gl.constexpr):
+    return [each.slice(START, SIZE, dim=1) for each in parts]
 
 
 @gluon.jit

@@ -27,6 +27,26 @@ REGISTERS = 16384  # fp32 entries of the state that one program holds, 128 a thr
 WARPS = 4
 
 
+# A program has BLOCK_V columns of one head of one row of the batch.
+#
+#   q, k         (B, H, K)          any float; strides by batch and head
+#   v            (B, H, V)          likewise
+#   i, f         (B, H)             pre-activations, any float
+#   C            (rows, H, K, V)    fp32 or bf16, updated; strides of every axis
+#   n            (rows, H, K)       likewise; None without a normaliser
+#   m            (rows, H) fp32     updated, likewise
+#   slots        (B,) i32 or i64    the row of the states of each row of the batch; None: the same
+#   h            (B, H, V)          written, in v's dtype; NaN where a slot is out of range
+#   arrived      (rows, H) i32      programs of a head that have read n and m; 0 between launches;
+#                                   None where one program has all of V
+#   scale        of q
+#   H, K, V      heads, q/k head dim, v head dim
+#   rows         of C, n and m
+#   BLOCK_K      the power of two from K on: a program has all of K
+#   BLOCK_V      columns of a program
+#   STRIDE_CK    C's stride by K, a constant
+#   LOG_I        the input gate's function, pre-activation -> log_i
+#   SIGMOID_F    f is a pre-activation of a sigmoid, else log_f
 @triton.jit(do_not_specialize=["H", "rows", *GATE_STRIDES])
 def _step_kernel(
     q,
