@@ -275,8 +275,9 @@ def plan(problem: Problem, device: Device) -> Plan:
     )
 
 
-# Capabilities with tensor cores for fp64, as fast as plain fp32; others have 1/64 of its rate.
-FAST_FP64 = {(8, 0), (9, 0), (10, 0)}
+# Capabilities whose tensor cores multiply fp64 numbers as fast as plain units do fp32 ones; most
+# others have 1/64 of that rate.
+FAST_FP64 = {(8, 0), (9, 0)}
 
 
 def _denominator(p: Problem, device: Device) -> Literal["ieee", "tf32x3", "fp64"]:

@@ -32,6 +32,14 @@ def test_every_variant(input_gate: str, normalize: bool | None) -> None:
         )
 
 
+@pytest.mark.parametrize("gates", ["ordinary", "resets 50%", "swings", "f=-1e5", "i=-30"])
+def test_a_denominator_summed_in_fp64(gates: str) -> None:
+    """As it is where fp64 is fast, with states and in parts of a chunk."""
+    with planned(denominator="fp64"):
+        case = Case(**SMALL | {"T": 37, "B": 2, "K": 40}, input_gate="exp", gates=gates)
+        checks.check_against_recurrence(case)
+
+
 @pytest.mark.parametrize("lengths", [(53,), (100, 0, 7, 40)])
 def test_vectors_without_den_are_those_with_it_but_for_den(lengths: tuple[int, ...]) -> None:
     """Where the scan of h makes nu, its launch with the gauge makes the vectors. With q = 0

@@ -37,6 +37,9 @@ MMA = [target for target in DEVICES if target[0] == "cuda" and target[1] in (80,
 SINCE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 ON_MMA_SYNC = 224 if SINCE_3_9 else 128
 CUT_IN_TWO = 304 if SINCE_3_9 else 256
+# fp32 in 24 bits, sums of whose products begin at 0: 440 bytes in the second launches of dq and dk,
+# with which they were timed.
+IN_24_BITS = 440
 STACK = {
     ("cuda", 80): ON_MMA_SYNC,
     ("cuda", 86): ON_MMA_SYNC,
@@ -77,6 +80,7 @@ def test_the_scans_build(target: tuple[str, int | str]) -> None:
         check(launch, target, STACK[target])
 
 
+FP32: dict[str, Any] = {"state": True, "dtype": torch.float32}
 # What a call may have, and the least of what it may be.
 ON_MMA: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "states": ((2, 1000, 4, 128, 256), {"state": True, "dtype": torch.float16}),
@@ -84,7 +88,8 @@ ON_MMA: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "packed": ((1, 20000, 4, 48, 80), {"state": True, "packed": 5}),
     "wide": ((2, 1000, 4, 256, 512), {"gate": "sigmoid"}),
     "small": ((4, 20, 4, 16, 8), {"state": True}),
-    "fp32": ((2, 1000, 4, 128, 256), {"state": True, "dtype": torch.float32}),
+    "fp32": ((2, 1000, 4, 128, 256), FP32 | {"precision": "ieee"}),
+    "fp32, tf32": ((2, 1000, 4, 128, 256), FP32 | {"precision": "tf32"}),
 }
 
 
@@ -103,11 +108,10 @@ ON_MMA: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     ],
 )
 def test_whatever_a_call_has_runs_on_tensor_cores(target: tuple[str, int], name: str) -> None:
-    """Also fp32, where TF32 is allowed, as sums of two bf16; within the shared memory of an A100
-    and the 99 KiB of consumer parts."""
+    """Also fp32, as sums of three bf16, or two where TF32 is allowed; within the shared memory of
+    an A100 and the 99 KiB of consumer parts."""
     shape, options = ON_MMA[name]
-    precision = "tf32" if options.get("dtype") == torch.float32 else "ieee"
-    found = launches(DEVICES[target], *shape, **options, precision=precision)
+    found = launches(DEVICES[target], *shape, **options)
     scans = [x for x in found if x.kernel in SCANS]
     assert len(scans) >= 4 and {x.kernel for x in scans} == {_scan_mma_kernel}
     for launch in scans:
@@ -124,6 +128,27 @@ def test_the_small_kernels_build() -> None:
     for launch in launches(DEVICES[target], *MAIN):
         if launch.kernel not in SCANS:
             check(launch, target, STACK[target])
+
+
+def test_fp32_in_24_bits_builds() -> None:
+    """Six warp-group products for one, no conversion of single numbers; den by tensor cores in
+    fp64."""
+    target = ("cuda", 90)
+    found = launches(DEVICES[target], *MAIN, dtype=torch.float32, precision="ieee")
+    scans = [x for x in found if x.kernel in SCANS]
+    assert len(scans) == 6  # dq and dk in two slices
+    for launch in scans:
+        built = build(launch, *target)
+        used = resources(built, "cuda")
+        assert used.stack <= IN_24_BITS, used
+        assert used.shared <= DEVICES[target].shared_memory, used
+        assert used.wgmma == 6 * 28  # of 128 x 128 states, products of which come in two halves
+        code = binary(built, "nvdisasm", "-c")
+        assert code.count("F2FP.BF16") >= 200 and code.count("F2F.BF16") == 0
+    (den,) = [x for x in found if dict(x.constants).get("PRECISION")]
+    assert dict(den.constants)["PRECISION"] == "fp64"
+    built = build(den, *target)
+    assert resources(built, "cuda").stack == 0 and "DMMA" in binary(built, "nvdisasm", "-c")
 
 
 def test_fp32_with_tf32_allowed_builds() -> None:
