@@ -83,28 +83,14 @@ def _rows_at(
 @gluon.jit
 def _tile(tiles, third, stage):
     """A tile as products take it: itself, or of fp32 what ``_split`` makes of it, a tile for each
-    part of its numbers: two in its place, and ``third``."""
+    part of its numbers: two in its place, and those of ``third``, one or none."""
     whole = tiles.index(stage)
     if whole.dtype != gl.float32:
         return (whole,)
     else:
         LAYOUT: gl.constexpr = _tile_layout(whole.shape[1], gl.bfloat16)
         both = parts.view(whole, gl.bfloat16, [2, whole.shape[0], whole.shape[1]], LAYOUT)
-        if third is None:
-            return both.index(0), both.index(1)
-        else:
-            return both.index(0), both.index(1), third
-
-
-@gluon.jit
-def _third(tiles, PARTS: gl.constexpr):
-    """The place of the third part of the tile that is worked on, where there is one."""
-    if PARTS == 3:
-        L: gl.constexpr = tiles.shape[1]
-        BLOCK: gl.constexpr = tiles.shape[2]
-        return gl.allocate_shared_memory(gl.bfloat16, [L, BLOCK], _tile_layout(BLOCK, gl.bfloat16))
-    else:
-        return None
+        return (both.index(0), both.index(1)) + third
 
 
 @gluon.jit
@@ -326,13 +312,19 @@ def _scan_mma_kernel(
     b_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
     x_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_X], X_TILE)
     v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
-    b_third, x_third = _third(b_s, PARTS), _third(x_s, PARTS)
+    b_third, x_third = (), ()
+    if PARTS == 3:  # of the chunk that is worked on
+        b_third = (gl.allocate_shared_memory(dtype, [L, BLOCK_A], _tile_layout(BLOCK_A, dtype)),)
+        x_third = (gl.allocate_shared_memory(dtype, [L, BLOCK_X], _tile_layout(BLOCK_X, dtype)),)
     rows = (b, stride_bt, 0, A, b_s, b_third), (x, stride_xt, first_x, X, x_s, x_third)
     lines = ((weights + first_chunk * (VECTORS * L), 0, VECTORS * L, v_s),)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
         a_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
-        a_third = _third(a_s, PARTS)
+        a_third = ()
+        if PARTS == 3:
+            layout: gl.constexpr = _tile_layout(BLOCK_A, dtype)
+            a_third = (gl.allocate_shared_memory(dtype, [L, BLOCK_A], layout),)
         rows += ((a, stride_at, 0, A, a_s, a_third),)
         p_all = gl.allocate_shared_memory(dtype, [PARTS, L, L], _tile_layout(L, dtype))
         p_s = ()
@@ -355,7 +347,7 @@ def _scan_mma_kernel(
             )
     fetched = rows
     if WHOLE and y is not None and Y_AHEAD:
-        fetched += ((y, stride_yt, first_x, X, y_s, None),)
+        fetched += ((y, stride_yt, first_x, X, y_s, ()),)
     for early in gl.static_range(STAGES - 1):
         c = (high - 1 - early) if REVERSE else (low + early)
         _fetch_chunk(fetched, lines, c, early, tokens, low + early < high, WARPS)
@@ -513,9 +505,12 @@ def _scan_mma_kernel(
                 else:
                     gl.store(out + place, O, mask=there)
             col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, LEFT))
-            X_value = X_left[0].to(gl.float32)
-            for n_part in gl.static_range(1, PARTS):
-                X_value += X_left[n_part].to(gl.float32)
+            if PARTS == 3:
+                X_value = parts.value_24(X_left[0], X_left[1], X_left[2])
+            elif PARTS == 2:
+                X_value = X_left[0].to(gl.float32) + X_left[1].to(gl.float32)
+            else:
+                X_value = X_left[0].to(gl.float32)
             X_left = parts.parts_of(parts.scaled(X_value, col_edge[None, :]), B)
             updated = ()
             for piece in gl.static_range(PIECES):
