@@ -29,11 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from tfla.kernels import hopper_parts as part
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS
 from tfla.kernels.layout import (
+    chunks_of_split,
     effective_chunks,
-    first_checkpoint_index,
-    first_index,
-    interval,
-    sequence,
+    first_places,
+    is_past_the_end,
+    place_of,
 )
 
 _rows = tma.make_tensor_descriptor
@@ -106,7 +106,6 @@ def _scan_hopper_kernel(
 ):
     """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: x . y.
     PARTS: of an fp32 number, 2 or 3 bf16, 16 or 24 bits; else 1."""
-    PACKED: gl.constexpr = cu_seqlens is not None
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
@@ -168,34 +167,31 @@ def _scan_hopper_kernel(
     WIDE_A: gl.constexpr = max(BLOCK_A, 32)  # copies arrive at multiples of 128 bytes
     BY_WARP: gl.constexpr = gl.BlockedLayout([WARPS, 2], [1, 32], [1, WARPS], [1, 0])
     ROW_MAJOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    tiles = (X + BLOCK_X - 1) // BLOCK_X
-    tile = gl.program_id(0) % tiles
-    head = ((gl.program_id(0) // tiles) % H).to(gl.int64)
-    size = size.to(gl.int64)
-    w = (gl.program_id(0) // tiles // H).to(gl.int64)
-    n, j = w, 0
+    place = place_of(cu_seqlens, table, T, H, X, split_len, L, BLOCK_X, SPLIT_T)
+    tile, tiles, head = place.tile, place.tiles, place.head
+    n, batch, start, length = place.n, place.batch, place.start, place.length
+    chunks, low, high = place.chunks, 0, place.chunks
     if SPLIT_T:
-        n, j = interval(w, cu_seqlens, table, T, split_len, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    bh = head if PACKED else batch * H + head
-    chunks = ((length + L - 1) // L).to(gl.int32)
-    low, high = 0, chunks
-    if SPLIT_T:
-        if (j > 0) & (j >= (chunks * L + split_len - 1) // split_len):
+        if is_past_the_end(place, split_len, L):
             return
-        low = (j * (split_len // L)).to(gl.int32)
-        high = gl.minimum(chunks, (low + split_len // L).to(gl.int32))
+        low, high = chunks_of_split(place, split_len, L)
         if not WHOLE:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
-    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
-    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
-        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
+    first_chunk, first_checkpoint = first_places(
+        place,
+        cu_seqlens,
+        chunks_per_head,
+        checkpoints_per_head,
+        L,
+        CHECKPOINT_EVERY,
+        AT_SEQUENCE_END,
     )
+    size = size.to(gl.int64)
     if split_decay is not None:
         next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
         low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
-        gl.store(split_decay + w * H + head, decay_of_split)
+        gl.store(split_decay + place.split * H + head, decay_of_split)
     first_x = tile * BLOCK_X
     tokens = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
     lines = gl.maximum(chunks, 1)

@@ -18,10 +18,13 @@ import triton.language as tl
 
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power, scaled
 from tfla.kernels.layout import (
+    chunks_of_split,
     effective_chunks,
     first_checkpoint_index,
     first_index,
-    interval,
+    first_places,
+    is_past_the_end,
+    place_of,
     sequence,
 )
 
@@ -161,7 +164,6 @@ def _scan_kernel(
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    PACKED: tl.constexpr = cu_seqlens is not None
     PRECISE: tl.constexpr = x.dtype.element_ty == tl.float32
     # 1 / den and what it is summed up to may be beyond fp16, and a sum that one inf spoils would
     # spoil the gate gradients of all earlier tokens: operands of products are divided by powers of
@@ -169,34 +171,31 @@ def _scan_kernel(
     FITTED: tl.constexpr = x.dtype.element_ty == tl.float16
     ROW: tl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: tl.constexpr = 0 if REVERSE else FIRST_SOURCE
-    tiles = (X + BLOCK_X - 1) // BLOCK_X
-    tile = tl.program_id(0) % tiles
-    head = ((tl.program_id(0) // tiles) % H).to(tl.int64)
-    size = size.to(tl.int64)
-    w = (tl.program_id(0) // tiles // H).to(tl.int64)
-    n, j = w, 0
+    place = place_of(cu_seqlens, table, T, H, X, split_len, L, BLOCK_X, SPLIT_T)
+    tile, head = place.tile, place.head
+    n, batch, start, length = place.n, place.batch, place.start, place.length
+    chunks, low, high = place.chunks, 0, place.chunks
     if SPLIT_T:
-        n, j = interval(w, cu_seqlens, table, T, split_len, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    bh = head if PACKED else batch * H + head
-    chunks = ((length + L - 1) // L).to(tl.int32)
-    low, high = 0, chunks
-    if SPLIT_T:
-        if (j > 0) & (j >= (chunks * L + split_len - 1) // split_len):
+        if is_past_the_end(place, split_len, L):
             return
-        low = (j * (split_len // L)).to(tl.int32)
-        high = tl.minimum(chunks, (low + split_len // L).to(tl.int32))
+        low, high = chunks_of_split(place, split_len, L)
         if out is None:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
-    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
-    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
-        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
+    first_chunk, first_checkpoint = first_places(
+        place,
+        cu_seqlens,
+        chunks_per_head,
+        checkpoints_per_head,
+        L,
+        CHECKPOINT_EVERY,
+        AT_SEQUENCE_END,
     )
+    size = size.to(tl.int64)
     if split_decay is not None:
         next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
         low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
-        tl.store(split_decay + w * H + head, decay_of_split)
+        tl.store(split_decay + place.split * H + head, decay_of_split)
 
     first_x = tile * BLOCK_X
     columns = first_x + tl.arange(0, BLOCK_X)
