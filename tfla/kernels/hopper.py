@@ -277,11 +277,8 @@ def _scan_hopper_kernel(
         if first_a is not None:
             state += first_a * stride_sa
         first_at = state + columns[:, None] * stride_sx + lanes[None, :] * stride_sa
-        valid = (columns < X)[:, None] & (lanes < rows)[None, :]
-        S = gl.load(first_at, mask=valid, other=0.0)
-        if HALVES == 2:
-            valid = (columns < X)[:, None] & (lanes + HALF < rows)[None, :]
-            S_2 = gl.load(first_at + HALF * stride_sa, mask=valid, other=0.0)
+        second = HALF * stride_sa
+        S, S_2 = part.load_state(first_at, second, rows, columns, lanes, X, HALF, HALVES)
     if WHOLE and SPLIT_T:
         if (high < chunks) if REVERSE else (low > 0):
             before = (
@@ -289,10 +286,7 @@ def _scan_hopper_kernel(
                 + ((high if REVERSE else low) * L // CHECKPOINT_EVERY - 1) * stride_checkpoint
                 + entry
             )
-            S = gl.load(before, mask=(columns < X)[:, None] & (lanes < A)[None, :], other=0.0)
-            if HALVES == 2:
-                valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
-                S_2 = gl.load(before + SECOND, mask=valid, other=0.0)
+            S, S_2 = part.load_state(before, SECOND, A, columns, lanes, X, HALF, HALVES)
     next_decay = gl.load(decay + first_chunk + (gl.maximum(high - 1, low) if REVERSE else low))
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
     source = gl.expand_dims(gl.arange(0, L, layout=SOURCES), SOURCES.dim)
@@ -311,14 +305,9 @@ def _scan_hopper_kernel(
         vectors = part.flat(v_in, stage, VECTORS * L)
         col_edge = vectors.slice((COL + 2) * L, L)
         if STORE_STATES:
-            # The state before the chunk, unless this split started from it.
-            if REVERSE:
-                edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
-                if AT_SEQUENCE_END:
-                    edge |= c + 1 == chunks
-            else:
-                edge = (c * L % CHECKPOINT_EVERY == 0) & (c > low)
-            if edge:
+            if part.is_at_checkpoint(
+                c, low, high, chunks, L, CHECKPOINT_EVERY, REVERSE, AT_SEQUENCE_END
+            ):
                 checkpoint = (c if REVERSE else c - 1) * L // CHECKPOINT_EVERY
                 part.store_state(
                     checkpoints + checkpoint * stride_checkpoint + entry, S, S_2, HALVES, SECOND
@@ -359,12 +348,9 @@ def _scan_hopper_kernel(
                 O_low, O_main = warpgroup_mma_wait(0, [O_low, O_main])
             O = part.total_24(O_low, O_main)
             row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
-            if vector is not None:  # n d^T for dq, dn 1^T for dk, weighted as the state is
+            if vector is not None:
                 row_vector = part.flat(vector_in, stage, BLOCK_X).load(gl.SliceLayout(1, OUTPUT))
-                if REVERSE:
-                    O += row_vector[:, None]
-                else:
-                    O += row_vector[:, None] * d_now.load(gl.SliceLayout(0, OUTPUT))[None, :]
+                O = part.add_column(O, row_vector, d_now, REVERSE, OUTPUT)
             O = part.scaled(O, row_edge[None, :])
             fence_async_shared()
             part.barrier()
@@ -436,12 +422,9 @@ def _scan_hopper_kernel(
             row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
             if HALVES == 2:
                 O = warpgroup_mma_wait(0, [O])
-            if vector is not None:  # n d^T for dq, dn 1^T for dk, weighted as the state is
+            if vector is not None:
                 row_vector = part.flat(vector_in, stage, BLOCK_X).load(gl.SliceLayout(1, OUTPUT))
-                if REVERSE:
-                    O += row_vector[:, None]
-                else:
-                    O += row_vector[:, None] * d_now.load(gl.SliceLayout(0, OUTPUT))[None, :]
+                O = part.add_column(O, row_vector, d_now, REVERSE, OUTPUT)
             O *= row_edge[None, :]
             tma.store_wait(0)
             part.barrier()
@@ -553,7 +536,5 @@ def _scan_hopper_kernel(
             if first_a is not None:
                 last += first_a * stride_fa
             last += columns[:, None] * stride_fx + lanes[None, :] * stride_fa
-            gl.store(last, S, mask=(columns < X)[:, None] & (lanes < A)[None, :])
-            if HALVES == 2:
-                inside = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
-                gl.store(last + HALF * stride_fa, S_2, mask=inside)
+            second = HALF * stride_fa
+            part.store_final(last, second, S, S_2, A, columns, lanes, X, HALF, HALVES)

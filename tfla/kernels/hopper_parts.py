@@ -271,6 +271,59 @@ def store_weights_with_den(
 
 
 @gluon.jit
+def load_state(at, second, rows, columns, lanes, X, HALF: gl.constexpr, HALVES: gl.constexpr):
+    """(S, S_2) from pointers to the entries of S, those of S_2 ``second`` behind; zeros beyond
+    ``rows`` of A and X columns."""
+    S = gl.load(at, mask=(columns < X)[:, None] & (lanes < rows)[None, :], other=0.0)
+    S_2 = S
+    if HALVES == 2:
+        valid = (columns < X)[:, None] & (lanes + HALF < rows)[None, :]
+        S_2 = gl.load(at + second, mask=valid, other=0.0)
+    return S, S_2
+
+
+@gluon.jit
+def store_final(
+    at, second, S, S_2, rows, columns, lanes, X, HALF: gl.constexpr, HALVES: gl.constexpr
+):
+    """What ``load_state`` would load."""
+    gl.store(at, S, mask=(columns < X)[:, None] & (lanes < rows)[None, :])
+    if HALVES == 2:
+        inside = (columns < X)[:, None] & (lanes + HALF < rows)[None, :]
+        gl.store(at + second, S_2, mask=inside)
+
+
+@gluon.jit
+def is_at_checkpoint(
+    c,
+    low,
+    high,
+    chunks,
+    L: gl.constexpr,
+    CHECKPOINT_EVERY: gl.constexpr,
+    REVERSE: gl.constexpr,
+    AT_SEQUENCE_END: gl.constexpr,
+):
+    """Is the state before chunk c one to store? Not if this split started from it."""
+    if REVERSE:
+        edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
+        if AT_SEQUENCE_END:
+            edge |= c + 1 == chunks
+        return edge
+    else:
+        return (c * L % CHECKPOINT_EVERY == 0) & (c > low)
+
+
+@gluon.jit
+def add_column(O, row_vector, d_now, REVERSE: gl.constexpr, OUTPUT: gl.constexpr):
+    """O + n d^T for dq, O + dn 1^T for dk: weighted as the state's share is."""
+    if REVERSE:
+        return O + row_vector[:, None]
+    else:
+        return O + row_vector[:, None] * d_now.load(gl.SliceLayout(0, OUTPUT))[None, :]
+
+
+@gluon.jit
 def store_state(at, S, S_2, HALVES: gl.constexpr, SECOND: gl.constexpr):
     gl.store(at, S)
     if HALVES == 2:
