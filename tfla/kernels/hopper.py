@@ -1,5 +1,5 @@
-"""The scan on Hopper's own instructions, for 16-bit operands, and for fp32 where TF32 is allowed:
-the body of scan.py with every step placed by hand.
+"""The scan on Hopper's own instructions: the body of scan.py with every step placed by hand. 16-bit
+operands, and fp32 in parts.
 
     copies     of the next one or two chunks run while this one is worked on
     products   the scores beside the state's share of the output and, of states up to 128 wide,
@@ -7,8 +7,10 @@ the body of scan.py with every step placed by hand.
                that is not slower, so are the scores of the next chunk
     the state  as (X, A), in the registers that the next product takes it from
 
-An fp32 number is split into two bf16 where it arrives, 16 bits in all, and a product is three of
-theirs: 1 / 60 to 1 / 230 of the error of TF32, which wants every operand along its contraction.
+An fp32 number is split into bf16 parts where it arrives (parts.py): three of them are its 24 bits,
+and of the nine products of two numbers six count; two are 16 bits, where TF32 is allowed, and three
+products count: 1 / 60 to 1 / 230 of the error of TF32, which wants every operand along its
+contraction.
 
 The compiler's own pipeline sends for copies at the end of an iteration and waits for each product
 where it stands; the tensor cores then rest two thirds of the time.
@@ -39,6 +41,31 @@ from tfla.kernels.layout import (
 _rows = tma.make_tensor_descriptor
 
 
+# The arguments are those of scan.py's table, the transposed form with descriptors, but for:
+#
+#   n_in         (R, chunks_per_head, A) fp32   n before each chunk, where the scan of h makes the
+#                denominator: weights then lack it, and their last vector is its floor exp(-m)
+#   weights_with_den   (R, chunks_per_head, 8, L) fp32   written: the vectors with it, for backward
+#   dot          (tiles, R, chunks_per_head, L) fp32   written: out . y, or with OF_X x . y
+#
+#   STAGES       chunks whose tiles are in shared memory or on their way
+#   PARTS        bf16 numbers that one of fp32 is split into: 2 or 3; 1 for 16-bit operands
+#
+# What happens to chunk c, | being a barrier. One or two parts, the state in one half:
+#
+#   copies    c + 1 and c + 2 .........................................................
+#   tensor    share of S, scores of c, update of S | X P of c      scores of c + 1
+#   threads   exponents; P * D to shared memory    | den           | O to shared memory, to out
+#
+# The scores of c + 1 are there where PREFETCH_SCORES; the update stands beside the output where
+# there are no registers for it (UPDATE_WITH_SCORES). fp32 tiles are split before all of this, with
+# a barrier for each.
+#
+# Three parts, one stage, a product is two sums (hopper_parts.product_24), a state two halves:
+#
+#   copies                                                                           c + 1 ...
+#   tensor    scores, share of S_1   share of S_2 | X P  update of S_1 ..... update of S_2 |
+#   threads   exponents; P * D to shared memory   | x edge  | O to where x lay | to out    |
 @gluon.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _scan_hopper_kernel(
     a,
@@ -104,8 +131,7 @@ def _scan_hopper_kernel(
     STAGES: gl.constexpr,
     PARTS: gl.constexpr,
 ):
-    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: x . y.
-    PARTS: of an fp32 number, 2 or 3 bf16, 16 or 24 bits; else 1."""
+    """See above."""
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
@@ -151,6 +177,7 @@ def _scan_hopper_kernel(
     STATE_FIRST: gl.constexpr = SPLIT_FP32 or (vector is not None and not PREFETCH_SCORES)
     TARGETS: gl.constexpr = gl.SliceLayout(0 if SOURCE_FIRST else 1, SCORES)
     SOURCES: gl.constexpr = gl.SliceLayout(1 if SOURCE_FIRST else 0, SCORES)
+    QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
@@ -167,6 +194,7 @@ def _scan_hopper_kernel(
     WIDE_A: gl.constexpr = max(BLOCK_A, 32)  # copies arrive at multiples of 128 bytes
     BY_WARP: gl.constexpr = gl.BlockedLayout([WARPS, 2], [1, 32], [1, WARPS], [1, 0])
     ROW_MAJOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    # Which chunks of which sequence are this program's.
     place = place_of(cu_seqlens, table, T, H, X, split_len, L, BLOCK_X, SPLIT_T)
     tile, tiles, head = place.tile, place.tiles, place.head
     n, batch, start, length = place.n, place.batch, place.start, place.length
@@ -192,6 +220,7 @@ def _scan_hopper_kernel(
         next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
         low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
         gl.store(split_decay + place.split * H + head, decay_of_split)
+    # What comes by copies, and the shared memory for all of it.
     first_x = tile * BLOCK_X
     tokens = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
     lines = gl.maximum(chunks, 1)
@@ -321,6 +350,7 @@ def _scan_hopper_kernel(
                 part.split(a_in, stage, FP32_ROWS)
             fence_async_shared()
             part.barrier()
+        # Three parts: scores and the state's share, the output.
         if WHOLE and THREE_PARTS:
             AA = part.tile(a_in, stage)
             P_0 = gl.zeros([L, L], gl.float32, layout=SCORES)
@@ -336,7 +366,6 @@ def _scan_hopper_kernel(
             P = part.total_24(P_low, P_main)
             if vector is not None:
                 d_now = part.flat(d_in, stage, L)
-                QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
                 P += gl.expand_dims(d_now.load(QUERIES), QUERIES.dim)
             # What weighs nothing is 0, also where the product has overflowed.
             part.store_parts(p_s, gl.where(causal & (D != 0.0), P * D, 0.0))
@@ -363,6 +392,7 @@ def _scan_hopper_kernel(
                     )
             O_low, O_main = warpgroup_mma_wait(0, [O_low, O_main])
             O += part.total_24(O_low, O_main)
+        # One or two: scores and the state's share are issued.
         elif WHOLE:
             AA = part.tile(a_in, stage)
             A_1 = part.columns(AA, 0, HALF)
@@ -397,6 +427,7 @@ def _scan_hopper_kernel(
                     n_q_s.store(part.products(one, other))
             if not LOAD_EARLY:
                 exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
+            # Weights of the scores, to shared memory for the last product.
             row_whole, row_rest, col_whole, col_rest = exponents
             D = gl.exp2((row_whole + col_whole) + (row_rest + col_rest))
             # Two programs a multiprocessor overlap by themselves, and the assembler of CUDA 12.8
@@ -409,7 +440,6 @@ def _scan_hopper_kernel(
                 P = warpgroup_mma_wait(2 * PRODUCTS if UPDATE_WITH_SCORES else PRODUCTS, [P])
             if vector is not None:
                 d_now = part.flat(d_in, stage, L)
-                QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
                 P += gl.expand_dims(d_now.load(QUERIES), QUERIES.dim)
             P = gl.where(causal, P * D, 0.0)
             part.store_parts(p_s, P)
@@ -443,6 +473,7 @@ def _scan_hopper_kernel(
                     n_q_s.store(part.products(one, other))
                 sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
                 part.barrier()
+        # The update of the state, where it did not stand beside the scores.
         if THREE_PARTS:
             X_low = part.weighted(XX, B, col_edge, SOURCE)
             S_0 = gl.zeros([BLOCK_X, HALF], gl.float32, layout=STATE)
@@ -456,6 +487,7 @@ def _scan_hopper_kernel(
             P = part.scores(a_in, b_in, then % STAGES, L, SCORES, SOURCE_FIRST)
         if n_in is not None:
             sign, factor = part.over_den(vectors, n_q_s, sums_s, L, VECTOR)
+        # The output on its way out.
         if WHOLE:
             UNDER_WAY: gl.constexpr = 0 if UPDATE_WITH_SCORES else HALVES * PRODUCTS
             if not THREE_PARTS:
@@ -494,6 +526,7 @@ def _scan_hopper_kernel(
             if Y_COPIED and not OF_X:
                 Y = y_in[1].index(stage).permute((1, 0)).load(OUTPUT)
                 dot_s.store(gl.sum((O * Y.to(gl.float32)).reshape([WARPS, 16, L]), 1))
+        # The state after the chunk.
         if THREE_PARTS:
             S_low, S_main = warpgroup_mma_wait(0, [S_low, S_main])
             S = part.scaled(S, chunk_decay) + part.total_24(S_low, S_main)

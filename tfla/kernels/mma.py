@@ -176,6 +176,14 @@ def _store_state(at, S, STRIDE_CHECKPOINT_A: gl.constexpr):
         gl.store(at + n * S[n].shape[1] * STRIDE_CHECKPOINT_A, S[n])
 
 
+# The arguments are those of scan.py's table, the transposed form, but for:
+#
+#   STAGES       chunks whose tiles are in shared memory or on their way
+#   Y_AHEAD      copy y with the tiles of its chunk, a chunk ahead: where there is shared memory
+#   WARPS        of the program
+#   PARTS        bf16 numbers that one of fp32 is split into: 2 or 3; 1 for 16-bit operands
+#
+# Rows of all operands are of 16 bytes. The order of a chunk stands at the top of this file.
 @gluon.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _scan_mma_kernel(
     a,
@@ -240,9 +248,7 @@ def _scan_mma_kernel(
     WARPS: gl.constexpr,
     PARTS: gl.constexpr,
 ):
-    """See ``tfla.kernels.scan``. Rows of all operands are of 16 bytes. Y_AHEAD: y is copied with
-    the tiles of its chunk, a chunk ahead, where there is shared memory for it. PARTS: of an fp32
-    number, 2 or 3 bf16, 16 or 24 bits; else 1."""
+    """See above."""
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE

@@ -392,7 +392,7 @@ def _gauge_kernel(
 #   scale        of q
 #   L, BLOCK_K   tokens of a chunk; columns at once
 #   PACKED       sequences are packed
-#   PRECISION    of products of fp32: "ieee" or "tf32x3"
+#   PRECISION    of products of fp32: "ieee", "tf32x3", or "fp64", sums in fp64 too
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head"])
 def _denominator_kernel(
     q,
