@@ -37,9 +37,10 @@ MMA = [target for target in DEVICES if target[0] == "cuda" and target[1] in (80,
 SINCE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 ON_MMA_SYNC = 224 if SINCE_3_9 else 128
 CUT_IN_TWO = 304 if SINCE_3_9 else 256
-# fp32 in 24 bits, sums of whose products begin at 0: 440 bytes in the second launches of dq and dk,
-# with which they were timed.
-IN_24_BITS = 440
+# fp32 in 24 bits, sums of whose products begin at 0: 448 bytes in the second launches of dq and dk,
+# with which they were timed (Triton 3.6), 656 of mma.py for 8.0.
+IN_24_BITS = 832 if SINCE_3_9 else 448
+IN_24_BITS_ON_8_0 = 656
 STACK = {
     ("cuda", 80): ON_MMA_SYNC,
     ("cuda", 86): ON_MMA_SYNC,
@@ -117,7 +118,8 @@ def test_whatever_a_call_has_runs_on_tensor_cores(target: tuple[str, int], name:
     for launch in scans:
         built = build(launch, *target)
         used = resources(built, "cuda")
-        assert used.stack <= (CUT_IN_TWO if name == "wide" else STACK[target]), f"{launch}: {used}"
+        most = {"wide": CUT_IN_TWO, "fp32": IN_24_BITS_ON_8_0}.get(name, STACK[target])
+        assert used.stack <= most, f"{launch}: {used}"
         assert used.shared <= DEVICES[target].shared_memory, f"{launch}: {used}"
         kind = "f16" if options.get("dtype") == torch.float16 else "bf16"
         assert f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}" in built.asm["ptx"]

@@ -470,7 +470,7 @@ def _scan_mma_kernel(
                 parts.store_parts(p_s, gl.where(causal & (D != 0.0), P * D, 0.0))
                 token = c * L + gl.arange(0, L, layout=OF_OUTPUT)
                 if partial is not None or not COPIED:
-                    place = token.to(gl.int64)[None, :] * (H * X) + columns[:, None]
+                    at_out = token.to(gl.int64)[None, :] * (H * X) + columns[:, None]
                     there = (columns < X)[:, None] & (token < tokens)[None, :]
                 O = gl.zeros([BLOCK_X, L], gl.float32, layout=STATE)
                 for piece in gl.static_range(PIECES):
@@ -486,7 +486,7 @@ def _scan_mma_kernel(
                         O += row_vector * d_now.load(OF_OUTPUT)[None, :]
                 O = parts.scaled(O, vectors.slice((ROW + 2) * L, L).load(OF_OUTPUT)[None, :])
                 if partial is not None:  # on its way while the other warps arrive
-                    more_O = gl.load(partial + place, mask=there, other=0.0)
+                    more_O = gl.load(partial + at_out, mask=there, other=0.0)
                 if y is not None and not Y_AHEAD:
                     async_copy.wait_group(1)
                 parts.barrier()
@@ -505,7 +505,7 @@ def _scan_mma_kernel(
                     out_s = x_s.index(stage)
                     out_s.permute((1, 0)).store(O.to(given))
                 else:
-                    gl.store(out + place, O, mask=there)
+                    gl.store(out + at_out, O, mask=there)
             col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, LEFT))
             if PARTS == 3:
                 X_value = parts.value_24(X_left[0], X_left[1], X_left[2])

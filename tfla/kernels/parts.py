@@ -45,8 +45,14 @@ def parts_of(value, like):
     """fp32 as the parts that ``like`` has: one of its dtype, or two or three bf16 that add up to
     it (16 or 24 bits), the first rounded to nearest, the next what that leaves."""
     if len(like) == 3:
-        THREE: gl.constexpr = (gl.bfloat16, gl.bfloat16, gl.bfloat16)
-        return gl.inline_asm_elementwise(_THREE_PARTS, "=&r,=&r,=r,r,r", [value], THREE, True, 2)
+        return gl.inline_asm_elementwise(
+            _THREE_PARTS,
+            "=&r,=&r,=r,r,r",
+            [value],
+            (gl.bfloat16, gl.bfloat16, gl.bfloat16),
+            True,
+            2,
+        )
     else:
         first = value.to(like[0].dtype)
         if len(like) == 1:
