@@ -507,12 +507,9 @@ def _scan_mma_kernel(
                 else:
                     gl.store(out + at_out, O, mask=there)
             col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, LEFT))
-            if PARTS == 3:
-                X_value = parts.value_24(X_left[0], X_left[1], X_left[2])
-            elif PARTS == 2:
-                X_value = X_left[0].to(gl.float32) + X_left[1].to(gl.float32)
-            else:
-                X_value = X_left[0].to(gl.float32)
+            X_value = X_left[0].to(gl.float32)
+            for n_part in gl.static_range(1, PARTS):
+                X_value += X_left[n_part].to(gl.float32)
             X_left = parts.parts_of(parts.scaled(X_value, col_edge[None, :]), B)
             updated = ()
             for piece in gl.static_range(PIECES):
