@@ -13,7 +13,7 @@ from tfla.spec import BackendName, CallSpec
 if TYPE_CHECKING:
     import torch
 
-    from tfla.kernels.program import Layout, Program
+    from tfla.kernels.program import Built, Layout, Program
 
 
 def call_of(
@@ -61,12 +61,24 @@ class Programs(NamedTuple):
     backward: Program | None
 
 
-def programs(
+class Passes(NamedTuple):
+    """The same, with what their arrays and results are."""
+
+    forward: Built
+    backward: Built | None
+
+
+def programs(spec: CallSpec, device: Device, *, final_grads: bool = True) -> Programs:
+    """The Programs of a call whose arrays are all dense, on ``device``. final_grads: is the loss
+    one of the final state, too, where there is one?"""
+    forward, backward = passes(spec, device, final_grads=final_grads)
+    return Programs(forward.programs[0], None if backward is None else backward.programs[0])
+
+
+def passes(
     spec: CallSpec, device: Device, *, final_grads: bool = True, offsets: str = "i64"
-) -> Programs:
-    """The Programs of a call whose arrays are all dense, on ``device``; this imports no torch.
-    final_grads: is the loss one of the final state, too, where there is one? offsets: the dtype of
-    cu_seqlens."""
+) -> Passes:
+    """The passes of such a call; this imports no torch. offsets: the dtype of cu_seqlens."""
     program = importlib.import_module("tfla.kernels.program")
     spec = spec.but(device=device, backend="triton")
 
@@ -91,8 +103,7 @@ def programs(
     more = {"h": layouts["v"], "saved": of(full), "dh": layouts["v"]}
     wanted = spec.final_state and final_grads
     more |= {"dC": C if wanted else None, "dn": n if wanted and normal else None}
-    (forward,) = program.build(algorithm.forward, spec, layouts, device).programs
+    forward = program.build(algorithm.forward, spec, layouts, device)
     if not spec.needs_grad:
-        return Programs(forward, None)
-    (backward,) = program.build(algorithm.backward, spec, layouts | more, device).programs
-    return Programs(forward, backward)
+        return Passes(forward, None)
+    return Passes(forward, program.build(algorithm.backward, spec, layouts | more, device))

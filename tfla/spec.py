@@ -163,6 +163,9 @@ class CallSpec:
     backend: BackendName
     precision: Precision  # of products of fp32 numbers: "ieee", or "tf32" with 10 bits
     split: bool = False  # is T split over processes?
+    # Where the rows are those of many calls alike, how many one of them has: it plans for all, so
+    # that what is saved is laid out as if they came one by one. None: it is one call.
+    planned_rows: int | None = None
 
     @staticmethod
     def of(x: Inputs[Tensor], options: Options) -> CallSpec:

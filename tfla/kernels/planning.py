@@ -56,7 +56,8 @@ def _read(device: torch.device) -> Device:
 
 def _problem(spec: CallSpec) -> Problem:
     s = spec
-    return Problem(s.B, s.T, s.H, s.K, s.V, s.N, s.packed, s.dtype.itemsize, s.precision)
+    B, N = (s.B, s.N) if s.planned_rows is None else (s.planned_rows, s.planned_rows)
+    return Problem(B, s.T, s.H, s.K, s.V, N, s.packed, s.dtype.itemsize, s.precision)
 
 
 def plan_of(spec: CallSpec) -> Plan:
