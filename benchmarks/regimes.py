@@ -221,7 +221,7 @@ def launches() -> list[Row]:
             moved = {k.name: k.bytes for k in roofline.kernels(problem, planned, gate == "exp")}
             for label, us in found.items():
                 row: Row = {"name": x.name, "shape": str(shape), "launch": label, "us": us}
-                if label in moved and "cut" not in label:  # the plan cannot know what is skipped
+                if label in moved and "splits" not in label:  # the plan cannot know what is skipped
                     row["GB/s by plan"] = moved[label] / us / 1e3
                     row["share of a copy"] = moved[label] / us * 1e6 / ceiling
                 rows.append(row)

@@ -2,12 +2,29 @@
 
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --out runs/scale
 
-An xLSTM of 1.3B parameters in the layout of xLSTM 7B, in bf16, with AdamW, on random tokens. In
-order: the exchange of a call alone; a call, how right and how fast; one GPU and all of them at the
-same tokens a GPU (weak scaling), blocks compiled and, but for --no-eager, as they are; one sequence
-of 131,072 and of 1,048,576 tokens split over all, beside the longest that one GPU holds with as
-many layers. It ends after --seconds, whatever is left, and prints a table last.
---tiny takes seconds on CPUs, over gloo.
+An xLSTM of 1.3B parameters in the layout of xLSTM 7B, in bf16, with AdamW, on random tokens. Its
+pieces, in this order, are
+
+    exchange    the exchange of a call alone
+    agreement   how right a split call is
+    functions   how fast it is
+    weak        one GPU and all of them at the same tokens a GPU, blocks compiled and, but for
+                --no-eager, as they are
+    context     sequences of 65,536 tokens a GPU, shared by 2, 4, 8, ... of the GPUs
+    long        one sequence over all, of 524,288 and of 1,048,576 tokens a GPU, with as many layers
+                as one GPU holds of its share
+    checkpoint  written and read by all
+
+A run takes those that --pieces names, ends after --seconds, whatever is left, and prints a table
+last. --out keeps what was measured after each piece; a later run on as many GPUs of the same kind
+and of the same commit adds its own, so that the whole may be had in several runs:
+
+    torchrun ... benchmarks/scale.py --pieces exchange,agreement,functions,weak
+    torchrun ... benchmarks/scale.py --pieces context
+    torchrun ... benchmarks/scale.py --pieces long,checkpoint
+
+Beside a figure stands what the model of `tfla roofline --gpus` says ("model"). --tiny takes seconds
+on CPUs, over gloo.
 """
 
 import argparse
@@ -15,10 +32,12 @@ import functools
 import gc
 import json
 import os
+import shutil
 import statistics
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +46,9 @@ import torch.distributed as dist
 
 import tfla
 from tfla.bench import measure
+from tfla.bench import scale as model_of_scale
 from tfla.xlstm import XLSTM, XLSTMConfig
+from tfla.xlstm import checkpoint as checkpoints
 from tfla.xlstm.parallel import Ranks
 from tfla.xlstm.run import TrainOptions
 from tfla.xlstm.train import Placement, TrainState, autocast, mean_nats
@@ -43,7 +64,8 @@ class Session:
         self.device = torch.device("cpu" if options.tiny else "cuda")
         self.place = Ranks(self.device)
         self.device, self.world = self.place.device, dist.get_world_size()
-        self.main, self.rows = self.place.main, list[Row]()
+        self.main = self.place.main
+        self.piece, self.rows = "", list[Row]()
         Ranks.drawn_on = self.device  # faster
         # Should a rank hang or run out of memory, what was measured until then is shown.
         self.alarm = threading.Timer(options.seconds + 20, self.give_up)
@@ -77,26 +99,57 @@ class Session:
             print("stopped: the time was up", flush=True)
         os._exit(3)
 
+    @property
+    def path(self) -> Path:
+        return self.options.out / "scale.json"
+
+    def result(self) -> Row:
+        return {
+            "machine": measure.machine(self.device),
+            "tfla": tfla.__version__,
+            "commit": measure.commit(),
+            "gpus": self.world,
+            "peak_flops_per_s": self.peak,
+        }
+
+    def earlier(self, pieces: Sequence[str]) -> None:
+        """Takes up rows of other pieces that a run of the same kind left in --out."""
+        if not (self.main and self.path.is_file()):
+            return
+        found, own = json.loads(self.path.read_text()), self.result()
+        kind = ("commit", "gpus", "tfla")
+        if [found[x] for x in kind] != [own[x] for x in kind] or (
+            found["machine"].get("device") != own["machine"].get("device")
+        ):
+            sys.exit(
+                f"scale.py: {self.path} is of another commit or of other GPUs; name another --out"
+            )
+        self.rows = [row for row in found["rows"] if row["piece"] not in pieces]
+
+    def keep(self) -> None:
+        """Writes what was measured so far."""
+        if self.main:
+            self.options.out.mkdir(parents=True, exist_ok=True)
+            rows = sorted(self.rows, key=lambda row: list(PIECES).index(row["piece"]))
+            part = self.path.with_suffix(".tmp")
+            part.write_text(json.dumps(self.result() | {"rows": rows}, indent=1, default=str))
+            part.replace(self.path)
+
     def show(self) -> None:
-        machine = measure.machine(self.device)
-        result = {"machine": machine, "tfla": tfla.__version__, "commit": measure.commit()}
-        result |= {"gpus": self.world, "peak_flops_per_s": self.peak, "rows": self.rows}
-        result["took_s"] = round(time.monotonic() - self.began, 1)
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        path = self.options.out / "scale.json"
-        path.write_text(json.dumps(result, indent=1, default=str))
+        self.keep()
         print(
-            f"\n{machine.get('device')} x {self.world}; {self.peak / 1e12:.4g} TFLOP/s "
-            f"measured; {result['took_s']} s; {path}"
+            f"\n{measure.machine(self.device).get('device')} x {self.world}; "
+            f"{self.peak / 1e12:.4g} TFLOP/s measured; "
+            f"{time.monotonic() - self.began:.0f} s; {self.path}"
         )
-        skip = {"name", "steps", "loss", "seconds_a_step"}
-        for row in self.rows:
+        skip = {"piece", "name", "steps", "loss", "seconds_a_step"}
+        for row in json.loads(self.path.read_text())["rows"]:
             rest = ", ".join(f"{k} {v}" for k, v in row.items() if k not in skip)
             print(f"{row['name']:28} {rest}")
 
     def add(self, row: Row) -> None:
         if self.main:
-            self.rows.append(row)
+            self.rows.append({"piece": self.piece} | row)
             print(json.dumps(row), flush=True)
 
 
@@ -217,36 +270,108 @@ def weak_scaling(session: Session) -> None:
         if "tokens_per_s" in alone and "tokens_per_s" in every:
             ratio = every["tokens_per_s"] / alone["tokens_per_s"] / world
             every["of_one_gpu_times_n"] = round(ratio, 4)
+            own = alone["seconds_a_step"]
+            predicted = own / model_of_scale.step_of(own, config, world, B * T)
+            every["model"] = round(predicted, 4)
         session.add(every)
 
 
-def long_sequences(session: Session) -> None:
-    """One sequence over all GPUs beside one GPU's share of it, at as many layers as fit there: the
-    inputs of blocks (fp32) and what one block computes are held, the rest is computed again."""
-    world, config = session.world, session.config
-    lengths = (64, 128) if session.tiny else (131072, 1048576)
-    for length in lengths:
-        own = length // world
-        small = config if session.tiny else fitting(session, own)
-        need = session.options.seconds / 5
-        if session.left() < need / 2:
-            session.add({"name": f"context {length:,}", "reason": "no time left"})
+def shared_sequences(
+    session: Session, config: XLSTMConfig, own: int, context: Sequence[int], seconds: float
+) -> None:
+    """Sequences of `own` tokens a GPU, each shared by so many GPUs as `context` says one after the
+    other, beside one GPU with as many tokens for itself: the inputs of blocks (fp32) and what one
+    block computes are held, the rest is computed again."""
+    world = session.world
+    each = seconds / (len(context) + 1)
+    if session.left() < each:
+        session.add({"name": f"sequences of {own:,} a GPU", "reason": "no time left"})
+        return
+
+    def single() -> Row:
+        row = timed_steps(session, Alone(session.device), config, (1, own), False, each)
+        return speed(session, row, config, f"one sequence of {own:,}", 1, own)
+
+    one = session.alone(single)
+    session.add(one)
+    for ranks in context:
+        name = f"{world // ranks} x {ranks * own:,} over {ranks}"
+        if session.left() < each:
+            session.add({"name": name, "gpus": world, "reason": "no time left"})
             continue
-
-        # One GPU with its share as a whole sequence: what it takes without any exchange.
-        def single(own: int = own, small: XLSTMConfig = small, limit: float = need / 4) -> Row:
-            row = timed_steps(session, Alone(session.device), small, (1, own), False, limit)
-            return speed(session, row, small, f"one sequence of {own:,}", 1, own)
-
-        one = session.alone(single)
-        session.add(one)
-        place = Ranks(session.device, context_ranks=world, recompute=True)
-        row = timed_steps(session, place, small, (1, own), True, need / 4)
-        split = speed(session, row, small, f"one sequence of {length:,}", world, length)
+        place = Ranks(session.device, context_ranks=ranks, recompute=True)
+        row = timed_steps(session, place, config, (1, own), True, each)
+        split = speed(session, row, config, name, world, own * world)
         if "tokens_per_s" in one and "tokens_per_s" in split:
             ratio = split["us_a_token_and_gpu"] / one["us_a_token_and_gpu"]
             split["time_a_token_of_one_gpu"] = round(ratio, 4)
+            alone = one["seconds_a_step"]
+            predicted = model_of_scale.step_of(alone, config, world, own, ranks) / alone
+            split["model"] = round(predicted, 4)
         session.add(split)
+
+
+def context(session: Session) -> None:
+    own = 64 if session.tiny else 65536
+    config = session.config if session.tiny else fitting(session, own)
+    ranks = [n for n in (2, 4, 8, 16, 32) if session.world % n == 0]
+    shared_sequences(session, config, own, ranks, session.left())
+
+
+def long(session: Session) -> None:
+    lengths = (128,) if session.tiny else (524288, 1048576)
+    for left, own in enumerate(lengths):
+        config = session.config if session.tiny else fitting(session, own)
+        seconds = session.left() / (len(lengths) - left)
+        shared_sequences(session, config, own, [session.world], seconds)
+
+
+def checkpoint(session: Session) -> None:
+    """Bytes of the parameters and both moments, written and read by all ranks at once. The folder
+    is removed again."""
+    options = TrainOptions(steps=1, precision="fp32" if session.tiny else "bf16")
+    place, folder = Ranks(session.device), session.options.out / "checkpoint"
+    state = TrainState(place.build(session.config, options.precision), options, place)
+    for own in state.own.values():
+        own.grad = torch.zeros_like(own)
+    state.step(0.0)  # moments there are after a step
+    size = 12 * session.config.num_parameters()
+
+    def timed(act: Callable[[], object]) -> float:
+        dist.barrier()
+        began = time.monotonic()
+        act()
+        return float(max(session.all(time.monotonic() - began)))
+
+    def write() -> None:
+        place.save(folder, {"step": 1, "config": session.config.to_dict()}, state, {})
+        place.finish()
+
+    def read() -> None:
+        """Rank 0 reads every byte against its checksum, then all read what they hold."""
+        found: list[Any] = [None]
+        if session.main:
+            saved = checkpoints.load(folder)
+            found = [(saved.path, saved.meta)]
+        dist.broadcast_object_list(found)
+        place.load(checkpoints.opened(*found[0]), state)
+
+    if session.main:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "checkpoints").mkdir(parents=True)
+    written, loaded = timed(write), timed(read)
+    session.add(
+        {
+            "name": "checkpoint",
+            "gpus": session.world,
+            "gb": round(size / 1e9, 2),
+            "write_s": round(written, 2),
+            "read_s": round(loaded, 2),
+        }
+    )
+    dist.barrier()
+    if session.main:
+        shutil.rmtree(folder)
 
 
 class Alone(Placement):
@@ -332,7 +457,8 @@ def functions(session: Session) -> None:
 def exchange(session: Session) -> None:
     """The all-gather of a call alone, as each layer and direction makes it for one sequence."""
     config = session.config
-    numbers = config.num_heads * (config.K * config.V + config.K + 3)
+    numbers = model_of_scale.states_of(config) // 4
+    into = 4 * numbers * (session.world - 1)
     x = torch.randn(numbers, device=session.device)
     out = x.new_empty(session.world * numbers)
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -344,6 +470,7 @@ def exchange(session: Session) -> None:
             "bytes_of_a_rank": 4 * numbers,
             "microseconds": round(ms * 1e3, 2),
             "gb_per_s": round(4 * numbers * (session.world - 1) / ms / 1e6, 2),
+            "model": round(1e6 * model_of_scale.collective(into, session.world), 2),
         }
     )
 
@@ -355,19 +482,39 @@ def milliseconds(session: Session, call: Callable[[], object]) -> float:
     )
 
 
+PIECES: dict[str, Callable[[Session], None]] = {
+    "exchange": exchange,
+    "agreement": agreement,
+    "functions": functions,
+    "weak": weak_scaling,
+    "context": context,
+    "long": long,
+    "checkpoint": checkpoint,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/scale"))
-    parser.add_argument("--seconds", type=float, default=240.0, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=450.0, help="for everything together")
+    parser.add_argument("--pieces", default=",".join(PIECES), help="with commas; default: all")
     parser.add_argument("--batch", type=int, nargs=2, default=(8, 2048), metavar=("B", "T"))
     parser.add_argument(
         "--eager", action=argparse.BooleanOptionalAction, default=True, help="without compile too"
     )
     parser.add_argument("--tiny", action="store_true", help="a test of this program, on CPUs")
-    session = Session(parser.parse_args())
-    for phase in (exchange, agreement, functions, weak_scaling, long_sequences):
-        if session.left() > 0:
-            phase(session)
+    options = parser.parse_args()
+    pieces = options.pieces.split(",")
+    unknown = [piece for piece in pieces if piece not in PIECES]
+    if unknown:
+        parser.error(f"--pieces has {unknown[0]!r}, wanted some of {', '.join(PIECES)}")
+    session = Session(options)
+    session.earlier(pieces)
+    for piece, measured in PIECES.items():
+        if piece in pieces and session.left() > 0:
+            session.piece = piece
+            measured(session)
+            session.keep()
     if session.main:
         session.show()
     session.alarm.cancel()

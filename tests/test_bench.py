@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 import tfla
-from tfla.bench import cases, check, measure, models, plots, report, runs
+from tfla.bench import cases, check, measure, models, plots, report, runs, scale
 from tfla.bench.cases import Implementation, Leaves, Shape
 from tfla.bench.runs import Row, Task
 from tfla.cli import run_command
 from tfla.reference import layout
 from tfla.spec import CallSpec, Inputs, Options
+from tfla.xlstm import XLSTMConfig
 
 CPU = torch.device("cpu")
 SHAPE = Shape(B=2, T=70, H=2, K=8, V=12)
@@ -242,9 +243,9 @@ def test_a_pinned_span_is_that_of_a_gpus_plan(monkeypatch: pytest.MonkeyPatch) -
         with x.pinned():
             plan = planning.plan_of(spec)
             modes.add(planning.mode())
-        assert plan.span == x.chunk and plan == x.planned(usual)
+        assert plan.checkpoint_every == x.chunk and plan == x.planned(usual)
     assert len(modes) == 6 and planning.mode() not in modes
-    assert planning.plan_of(spec) == usual and usual.span not in (64, 128, 4096)
+    assert planning.plan_of(spec) == usual and usual.checkpoint_every not in (64, 128, 4096)
 
 
 def test_peers_are_chosen_by_parts_of_their_names() -> None:
@@ -471,6 +472,39 @@ def test_cost_of_many_gpus_by_command(capsys: pytest.CaptureFixture[str]) -> Non
     assert [row[0] for row in rows] == "8 16 32 64 128 256 512 1,024".split()
     # A rank receives C, n, m and b, in two parts, of all others: 8 heads of 256 x 512.
     assert float(rows[0][3]) == pytest.approx(7 * 4 * 8 * (256 * 512 + 256 + 3) / 1e6, abs=0.1)
+
+
+def figures_of_two_gpus(root: Path) -> dict[str, tuple[float, float]]:
+    """(the model's, measured) of docs/results/gpu-scale.json; the page says the same."""
+    rows: Any = json.loads((root / "docs/results/gpu-scale.json").read_text())["rows"]
+    found, alone = {}, 0.0
+    for row in rows:
+        name, seconds = row["name"], row.get("seconds_a_step")
+        if name == "exchange":
+            told = scale.collective(row["bytes_of_a_rank"], 2)
+            found["exchange of a call, us"] = 1e6 * told, row["microseconds"]
+        if seconds is None:
+            continue
+        if row["gpus"] == 1:  # the row of two GPUs is the next one
+            alone = seconds
+            continue
+        hidden, tokens = row["hidden"], row["B"] * row["T"]
+        config = XLSTMConfig(50304, hidden, row["layers"], hidden // 512)
+        together = 2 if "sequence" in name else 1
+        told = scale.step_of(alone, config, 2, tokens, together)
+        found[f"{name}, ms a step"] = 1e3 * told, 1e3 * seconds
+    return found
+
+
+def test_the_model_of_many_gpus_is_as_far_off_as_the_page_says(root: Path) -> None:
+    page = (root / "docs/performance/scale.md").read_text()
+    found = figures_of_two_gpus(root)
+    assert len(found) == 4
+    for name, (told, measured) in found.items():
+        line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1:] == [f"{measured:,.0f}", f"{told:,.0f}", f"{told / measured - 1:+.1%}"]
+        assert abs(told / measured - 1) < (0.2 if "exchange" in name else 0.01), name
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from tfla.bench import bias as trainings
 from tfla.bench import report, runs
-from tfla.bench.bias import Study, Watched
+from tfla.bench.bias import BiasStudy, Watched
 from tfla.bench.runs import Row, Task
 from tfla.cli import run_command
 from tfla.xlstm import XLSTM, XLSTMConfig
@@ -28,7 +28,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 def task_of(texts: Path, bias: float, **fields: Any) -> Task:
-    study = Study((texts,), MODEL, OPTIONS | fields.pop("options", {}), bias)
+    study = BiasStudy((texts,), MODEL, OPTIONS | fields.pop("options", {}), bias)
     return Task("bias", "cpu", "fp32", ("tfla exp", "tfla sigmoid"), work=study, **fields)
 
 

@@ -20,9 +20,9 @@ from tfla.bench.language_study import (
     NAMES,
     SIZES,
     Asked,
+    LanguageStudy,
     Plan,
     Size,
-    Study,
     Training,
     open_study,
 )
@@ -67,7 +67,7 @@ def asked(texts: Path) -> Asked:
 
 
 @pytest.fixture
-def study(tmp_path: Path, asked: Asked) -> Study:
+def study(tmp_path: Path, asked: Asked) -> LanguageStudy:
     """With a plan, as if all models had been timed."""
     study = open_study(tmp_path / "study", asked, False, 0.0)
     row = {"status": "ok", "parameters": 1, "peak_bytes": 1, "step_s": 1.0, "beside_s": 1.0}
@@ -140,7 +140,9 @@ class Watched(Mixing):
         return model
 
 
-def test_all_models_read_the_same_tokens_in_the_same_order(study: Study, tmp_path: Path) -> None:
+def test_all_models_read_the_same_tokens_in_the_same_order(
+    study: LanguageStudy, tmp_path: Path
+) -> None:
     read, placements = {}, {}
     corpus = study.corpus()
     for name in NAMES:
@@ -180,7 +182,7 @@ def table_model(corpus: Corpus) -> tuple[XLSTM, Tensor]:
     return model, (logits.logsumexp(-1, keepdim=True) - logits) / math.log(2)
 
 
-def test_bits_a_byte_in_closed_form(study: Study) -> None:
+def test_bits_a_byte_in_closed_form(study: LanguageStudy) -> None:
     corpus, asked = study.corpus(), study.asked
     model, bits = table_model(corpus)
     found = language.judged(model, corpus, asked, CPU)
@@ -198,7 +200,7 @@ def test_bits_a_byte_in_closed_form(study: Study) -> None:
         assert value == pytest.approx(each[:, begin:end].mean().item(), rel=1e-5)
 
 
-def test_windows_begin_without_memory(study: Study) -> None:
+def test_windows_begin_without_memory(study: LanguageStudy) -> None:
     """Of a model that remembers, written out: in windows of the context, and in the long ones."""
     corpus, asked = study.corpus(), study.asked
     torch.manual_seed(3)
@@ -215,7 +217,7 @@ def test_windows_begin_without_memory(study: Study) -> None:
     assert found["bits"] != pytest.approx(found["bits_long"], rel=1e-5)
 
 
-def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(study: Study) -> None:
+def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(study: LanguageStudy) -> None:
     corpus = study.corpus()
     model, _ = table_model(corpus)
     with torch.no_grad():
@@ -263,7 +265,7 @@ def test_a_tokenizer_that_loses_text_is_refused(texts: Path, asked: Asked, tmp_p
         open_study(tmp_path / "a", other, False, 0.0)
 
 
-def test_the_reported_text_is_none_that_rates_are_chosen_by(study: Study) -> None:
+def test_the_reported_text_is_none_that_rates_are_chosen_by(study: LanguageStudy) -> None:
     corpus, asked = study.corpus(), study.asked
     tuning, _ = language_study.tuning_text(corpus, asked.sized)
     whole, _ = corpus.held_out(10**9)
@@ -302,7 +304,7 @@ def test_the_course_of_a_training_is_that_of_its_records(asked: Asked) -> None:
     assert found["samples_ms"] == [500.0, 1000.0, 1000.0]
 
 
-def test_logits_are_held_against_fp64(study: Study) -> None:
+def test_logits_are_held_against_fp64(study: LanguageStudy) -> None:
     model, _ = table_model(study.corpus())
     tokens = torch.randint(257, (1, 9))
     assert 0 < language.logits_error(model, tokens, "fp32") < 1e-5 < 1e-3
@@ -320,7 +322,7 @@ def test_steps_fit_into_the_seconds_of_all_trainings() -> None:
         language_study.steps_that_fit(20.0, measured, 5, 1000)
 
 
-def test_a_plan_reads_the_text_twice_at_most(study: Study) -> None:
+def test_a_plan_reads_the_text_twice_at_most(study: LanguageStudy) -> None:
     corpus = study.corpus()
     long = dataclasses.replace(study.asked, steps=None, minutes=1e9)
     row = {"step_s": 1e-3, "beside_s": 0.0}
@@ -331,7 +333,7 @@ def test_a_plan_reads_the_text_twice_at_most(study: Study) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_that_was_cut_comes_to_the_same_result(
-    name: str, study: Study, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+    name: str, study: LanguageStudy, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language_study, "SAVE_SECONDS", 1e-9)
     whole = row_of(Training(study, 1e-3, 0), name)
@@ -361,7 +363,7 @@ def test_a_training_that_was_cut_comes_to_the_same_result(
     assert not list((other.training_folder(name, 1e-3, 0) / "checkpoints").iterdir())
 
 
-def test_further_seeds_take_the_rate_that_is_best_on_the_tuning_text(study: Study) -> None:
+def test_further_seeds_take_the_rate_that_is_best_on_the_tuning_text(study: LanguageStudy) -> None:
     swept = [row_of(Training(study, lr, 0), "tfla sigmoid") for lr in study.asked.rates]
     bits = {row["lr"]: row["curve"][-1] for row in swept}
     further = row_of(Training(study, None, 1), "tfla sigmoid")
@@ -372,20 +374,20 @@ def test_further_seeds_take_the_rate_that_is_best_on_the_tuning_text(study: Stud
     assert language_study.chosen(swept, "attention") == []
 
 
-def test_further_seeds_of_a_sweep_that_failed_say_so(study: Study) -> None:
+def test_further_seeds_of_a_sweep_that_failed_say_so(study: LanguageStudy) -> None:
     row = row_of(Training(study, None, 1), "attention")
     assert row["status"] == "failed" and "no learning rate" in row["reason"]
     assert "Seed 1, each at its best learning rate" in report.title(row)
 
 
-def test_a_model_that_was_not_timed_is_not_trained(study: Study, tmp_path: Path) -> None:
+def test_a_model_that_was_not_timed_is_not_trained(study: LanguageStudy, tmp_path: Path) -> None:
     other = open_study(tmp_path / "other", study.asked, False, 0.0)
     row = row_of(Training(other, 1e-3, 0), "attention")
     assert row["status"] == "failed" and "has no plan" in row["reason"]
     assert "Seed 0, learning rate 0.001" in report.title(row)
 
 
-def test_a_study_is_taken_up_with_its_own_options_alone(study: Study) -> None:
+def test_a_study_is_taken_up_with_its_own_options_alone(study: LanguageStudy) -> None:
     folder, asked = study.folder, study.asked
     assert open_study(folder, asked, True, 1.0).fingerprint == study.fingerprint
     with pytest.raises(RunError, match="add --resume"):
@@ -400,7 +402,7 @@ def test_a_study_is_taken_up_with_its_own_options_alone(study: Study) -> None:
         open_study(folder, again.asked, True, 0.0)
 
 
-def test_tuning_bits_are_those_of_training(study: Study) -> None:
+def test_tuning_bits_are_those_of_training(study: LanguageStudy) -> None:
     """The last number of the curve is what tfla.xlstm evaluates on the tuning text."""
     row = row_of(Training(study, 1e-3, 0), "tfla exp")
     assert row["tokens"] == [4 * 32, 6 * 32] and len(row["curve"]) == 2

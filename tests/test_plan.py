@@ -23,21 +23,23 @@ def test_a_plan_covers_its_problem(
     K, V = dims
     p = plan(Problem(2, T, 3, K, V, 2, False, bytes, "ieee"), device)
     for tile, A, X in ((p.h, K, V), (p.dq, V, K)):
-        assert tile.splits * tile.block_a >= A > (tile.splits - 1) * tile.block_a
+        assert tile.slices * tile.block_a >= A > (tile.slices - 1) * tile.block_a
         assert tile.tiles * tile.block_x >= X > (tile.tiles - 1) * tile.block_x
         # The state of a program is at most half of its registers.
         assert tile.block_a * tile.block_x <= 128 * 32 * tile.warps
-    assert p.span % p.L == 0 and (p.segment == 0 or p.segment % p.span == 0)
-    # dq and dk start from what h and dv keep, so the kept tiles must hold every entry.
-    assert p.kept[0] >= K and p.kept[1] >= V
+    assert p.checkpoint_every % p.L == 0 and (
+        p.split_len == 0 or p.split_len % p.checkpoint_every == 0
+    )
+    # dq and dk start from what h and dv store, so checkpoints must hold every entry.
+    assert p.checkpoint_shape[0] >= K and p.checkpoint_shape[1] >= V
 
 
 def test_long_sequences_with_few_heads_are_cut_and_full_batches_are_not() -> None:
-    assert plan(PAPER, H200).segment == 0
+    assert plan(PAPER, H200).split_len == 0
     one = dataclasses.replace(PAPER, B=1, N=1, T=65536)
     few = plan(one, H200)
-    assert 0 < few.segment < 65536
-    programs = 16 * few.h.tiles * -(-65536 // few.segment)
+    assert 0 < few.split_len < 65536
+    programs = 16 * few.h.tiles * -(-65536 // few.split_len)
     assert programs >= 0.9 * H200.multiprocessors
 
 

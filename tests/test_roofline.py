@@ -24,7 +24,7 @@ def tile(A: int, X: int, block_a: int, block_x: int) -> Tile:
 def plan_of(L: int, h: Tile, dq: Tile) -> Plan:
     """A plan with these tiles; what else a plan has does not matter here."""
     real = plan(Problem(1, 64, 1, 64, 64, 1, False, 2, "ieee"), Device((9, 0), 132, 232448))
-    return dataclasses.replace(real, L=L, span=2048, segment=0, h=h, dq=dq)
+    return dataclasses.replace(real, L=L, checkpoint_every=2048, split_len=0, h=h, dq=dq)
 
 
 def by_name(kernels: list[r.Kernel]) -> dict[str, r.Kernel]:
@@ -62,7 +62,7 @@ def test_a_tile_is_counted_as_its_program_runs() -> None:
     assert set(found) == {"weights", "h"}
 
 
-def test_splits_repeat_the_values_and_carry_partial_sums() -> None:
+def test_slices_repeat_the_values_and_carry_partial_sums() -> None:
     problem = Problem(1, 128, 1, 128, 64, 1, False, 2, "ieee")
 
     def scan(block_a: int) -> r.Kernel:
@@ -97,10 +97,10 @@ def test_a_plan_never_undercuts_the_function(K: int, normalize: bool) -> None:
 def test_cutting_a_sequence_costs_launches_and_bytes() -> None:
     problem = Problem(1, 65536, 1, 64, 64, 1, False, 2, "ieee")
     found = plan(problem, Device((9, 0), 132, 232448))
-    assert found.segment
-    cut = by_name(r.kernels(problem, found, normalize=True))
-    assert cut["h: cut"].launches == 2 * found.h.splits
-    assert 0 < cut["h: cut"].flops < cut["h"].flops
+    assert found.split_len
+    split = by_name(r.kernels(problem, found, normalize=True))
+    assert split["h: splits"].launches == 2 * found.h.slices
+    assert 0 < split["h: splits"].flops < split["h"].flops
 
 
 def test_kernels_of_both_variants_are_those_that_are_launched() -> None:
@@ -124,11 +124,11 @@ def arithmetic(launch: Any, chunks: int) -> int:
 
 def passes_over(launch: Any, name: str) -> float:
     """How often a launch goes over an argument: a slice of a contraction takes its part of a, b and
-    kept states; what is updated is read and written, but kept states only where pieces start."""
+    checkpoints; what is updated is read and written, but checkpoints only where splits start."""
     numbers, c = launch.parameters.numbers, launch.parameters.constants
-    if name == "ends" and "BLOCK_A" in c:
-        rows = numbers["stride_e"] // c["STRIDE_EA"] if c["STRIDE_EX"] == 1 else c["STRIDE_EX"]
-        return c["BLOCK_A"] / rows
+    if name == "checkpoints" and "BLOCK_A" in c:
+        stored, x = numbers["stride_checkpoint"], c["STRIDE_CHECKPOINT_X"]
+        return c["BLOCK_A"] / (stored // c["STRIDE_CHECKPOINT_A"] if x == 1 else x)
     if name in ("a", "b") and "BLOCK_A" in c:
         return numbers["A"] / numbers["stride_ah"]
     return 2 if name in launch.parameters.updates else 1
@@ -152,7 +152,7 @@ def test_the_counts_are_those_of_the_program(
 ) -> None:
     """Launch by launch: as many, the FLOPs of every scan exactly, and the bytes of what each launch
     reads, updates and writes. A Program says which arrays, not which lines of them: of eight
-    vectors of weights a launch may read one, of n a row a span."""
+    vectors of weights a launch may read one, of n a row a checkpoint."""
     pytest.importorskip("triton")
     device = r.MACHINES[machine].device
     assert device is not None
@@ -179,9 +179,9 @@ def test_the_counts_are_those_of_the_program(
     for name, (launches, flops, moved) in found.items():
         k = counted[name]
         assert launches == k.launches
-        if name in ("h", "dv", "dq", "dk", "h: cut", "dv: cut"):
+        if name in ("h", "dv", "dq", "dk", "h: splits", "dv: splits"):
             assert flops == k.flops, name
-        if "cut" in name:  # an estimate of what has not faded
+        if "splits" in name:  # an estimate of what has not faded
             continue
         more = 8 * vector * k.launches  # lines of vectors that are not read
         more += 2 * 4 * chunks * K if name == "gate gradients" else 0
@@ -240,9 +240,9 @@ def test_named_machines_name_every_dtype() -> None:
 
 @pytest.mark.parametrize(("gate", "both"), [("exp", 2401862144), ("sigmoid", 2378596352)])
 def test_memory_is_what_an_h200_was_seen_to_take(gate: str, both: int) -> None:
-    """docs/results/gpu-memory.json, spans of 2,048: peaks of forward and backward together over
-    what was there before, by torch's allocator. Passes that are played fit their buffers in another
-    way."""
+    """docs/results/gpu-memory.json, a checkpoint every 2,048 tokens: peaks of forward and backward
+    together over what was there before, by torch's allocator. Passes that are played fit their
+    buffers in another way."""
     problem = Problem(8, 8192, 8, 256, 512, 8, False, 2, "ieee")
     m = memory(problem, H200.device, torch.bfloat16, gate)
     assert m.output == 8 * 8192 * 8 * 512 * 2
@@ -252,15 +252,15 @@ def test_memory_is_what_an_h200_was_seen_to_take(gate: str, both: int) -> None:
 
 @pytest.mark.parametrize("name", sorted(r.MACHINES))
 def test_memory_of_every_named_machine(name: str) -> None:
-    """At least the gradients; and what is saved is the plan's kept states and vectors."""
+    """At least the gradients; and what is saved is the plan's checkpoints and vectors."""
     device = r.MACHINES[name].device
     assert device is not None
     problem = Problem(2, 4096, 4, 128, 256, 2, False, 2, "ieee")
     m = memory(problem, device, torch.bfloat16, "sigmoid")
     planned = plan(problem, device)
-    rows, kept = 2 * 4, planned.kept[0] * planned.kept[1]
-    chunks, spans = 4096 // planned.L, 4096 // planned.span - 1
-    least = 4 * rows * (chunks + spans * kept)
+    rows, entries = 2 * 4, planned.checkpoint_shape[0] * planned.checkpoint_shape[1]
+    chunks, checkpoints = 4096 // planned.L, 4096 // planned.checkpoint_every - 1
+    least = 4 * rows * (chunks + checkpoints * entries)
     assert least <= m.saved <= least + 4 * rows * 4096 * 8 + 4096
     assert m.forward >= m.output + m.saved
     assert m.backward >= m.inputs  # the gradients of q, k, v, i, f
@@ -306,8 +306,8 @@ def test_memory_that_cannot_be_counted_says_why(monkeypatch: pytest.MonkeyPatch)
         memory(Problem(1, 64, 1, 64, 64, 1, False, 2, "ieee"), H200.device, torch.bfloat16, "exp")
 
 
-def test_a_contraction_of_millions_of_splits_is_counted_at_once() -> None:
-    """Equal to the sum over splits, and in no time."""
+def test_a_contraction_of_millions_of_slices_is_counted_at_once() -> None:
+    """Equal to the sum over slices, and in no time."""
     problem = Problem(1, 64, 1, 10**9, 8, 1, False, 2, "ieee")
     found = by_name(r.kernels(problem, plan(problem, H200.device or Device((9, 0), 1, 1)), False))
     assert found["h"].launches > 10**6 and found["h"].flops > 4 * 64 * 10**9 * 8
@@ -322,5 +322,5 @@ def test_a_contraction_of_millions_of_splits_is_counted_at_once() -> None:
         for K in (320, 384)
     )
     assert (few.launches, more.launches) == (5, 6)
-    per_split = 2 * 64 * 64 + 64 * (2 * 64 + 4 * 64)
-    assert more.flops - few.flops == 64 * per_split
+    per_slice = 2 * 64 * 64 + 64 * (2 * 64 + 4 * 64)
+    assert more.flops - few.flops == 64 * per_slice

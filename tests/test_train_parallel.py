@@ -186,14 +186,22 @@ def test_ranks_with_other_options_end_in_one_line(words: str, said: str, tmp_pat
     assert not out.exists()
 
 
-def test_the_benchmark_runs_at_a_tiny_size(root: Path, tmp_path: Path) -> None:
+def test_the_benchmark_runs_in_pieces_at_a_tiny_size(root: Path, tmp_path: Path) -> None:
+    """A later run adds its pieces to what an earlier one left."""
     elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [str(root / "benchmarks" / "scale.py"), "--tiny", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, *elastic, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for pieces in ("exchange,agreement,functions,weak", "context,long,checkpoint"):
+        command = [sys.executable, *elastic, *words, "--pieces", pieces]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
     assert not [row for row in rows if "reason" in row]
-    assert {"exchange", "train", "train, sharded"} < {row["name"] for row in rows}
+    assert {"exchange", "train", "train, sharded", "1 x 128 over 2"} < {row["name"] for row in rows}
+    assert list(dict.fromkeys(row["piece"] for row in rows)) == [
+        *("exchange", "agreement", "functions", "weak", "context", "long", "checkpoint")
+    ]
+    assert all("model" in row for row in rows if "of_one_gpu_times_n" in row)
+    assert rows[-1]["write_s"] > 0 and not (tmp_path / "checkpoint").exists()
 
 
 def test_what_needs_torchrun_says_so(

@@ -301,7 +301,7 @@ _FORMS = {"i32": "i", "i64": "q", "fp32": "f", "constexpr": ""}
 _PTX_BYTES = {"u64": 8, "s64": 8, "b64": 8, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "f32": 4}
 
 
-class _Layout(NamedTuple):
+class _ParameterLayout(NamedTuple):
     """The parameter buffer of a compiled kernel."""
 
     form: str  # for ``struct``; the last two are addresses of scratch memory: ours, the profiler's
@@ -309,10 +309,12 @@ class _Layout(NamedTuple):
     pointers: int  # come first
 
 
-_layouts: dict[int, tuple[Any, _Layout | None]] = {}  # by id of what was compiled, which is kept
+_layouts: dict[
+    int, tuple[Any, _ParameterLayout | None]
+] = {}  # by id of what was compiled, which is kept
 
 
-def _layout_of(compiled: Any) -> _Layout | None:
+def _layout_of(compiled: Any) -> _ParameterLayout | None:
     """None: only Triton's launcher may launch this kernel."""
     found = _layouts.get(id(compiled))
     if found is None:
@@ -324,7 +326,7 @@ def _layout_of(compiled: Any) -> _Layout | None:
     return found[1]
 
 
-def _checked_layout(compiled: Any) -> _Layout | None:
+def _checked_layout(compiled: Any) -> _ParameterLayout | None:
     about = compiled.metadata
     if not triton_is_checked() or about.target.backend != "cuda":
         return None
@@ -350,7 +352,7 @@ def _checked_layout(compiled: Any) -> _Layout | None:
     sizes = [_PTX_BYTES[kind] for kind in re.findall(r"\.param\s+\.(\w+)", entry[1])]
     if sizes != [struct.calcsize(letter) for letter in form]:
         return None
-    return _Layout(form, tuple(kind != "constexpr" for kind in kinds), pointers)
+    return _ParameterLayout(form, tuple(kind != "constexpr" for kind in kinds), pointers)
 
 
 def pack_launch(
@@ -376,7 +378,7 @@ class PackedLaunch:
     def __init__(
         self,
         compiled: Any,
-        layout: _Layout,
+        layout: _ParameterLayout,
         grid: tuple[int, int, int],
         device: int,
         values: Sequence[Any],

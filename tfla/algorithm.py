@@ -92,7 +92,7 @@ def _forward(backend: Backend[X, W, D, S], x: Inputs[X], spec: CallSpec) -> Resu
     clear(backend, given, h.out)
     saved = backend.saved(weights) if spec.needs_grad else None
     C, n, m = h.final if spec.final_state else None, None, None
-    if spec.normalize and spec.at_ends:
+    if spec.normalize and spec.at_sequence_end:
         n, m = weights.n_final if spec.final_state else None, weights.m_final
     return h.out, C, n, m, saved
 

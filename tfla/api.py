@@ -306,7 +306,7 @@ class _Call(NamedTuple):
         return self.q, self.k, self.v, self.i, self.f, self.cu_seqlens, *given
 
 
-class _Ready(NamedTuple):
+class _ValidCall(NamedTuple):
     """A call whose arguments were checked, cast and expanded."""
 
     inputs: Inputs  # q and k with the heads that were given
@@ -320,12 +320,12 @@ MOST_KEPT = 10_000  # of those, and of steps: lengths without end
 
 
 def _sequence(call: _Call) -> tuple[Tensor, State | None]:
-    ready = _known(call, key := _key(call))
-    if ready is None:
-        ready = _validated(call)
+    valid = _known(call, key := _key(call))
+    if valid is None:
+        valid = _validated(call)
         if key is not None:
-            _keep(_specs, key, ready.spec)
-    x, spec, group = ready
+            _keep(_specs, key, valid.spec)
+    x, spec, group = valid
     if spec.T == 1 and not (spec.packed or spec.needs_grad) and group is None:
         h, state = _step_of_sequence(x, spec, _is_negative(call.scale))
         return h, state if spec.final_state else None
@@ -364,7 +364,7 @@ def _key(call: _Call) -> tuple[Any, ...] | None:
     )
 
 
-def _known(call: _Call, key: tuple[Any, ...] | None) -> _Ready | None:
+def _known(call: _Call, key: tuple[Any, ...] | None) -> _ValidCall | None:
     """The call with the spec of one that was validated before; offsets are always looked at."""
     try:
         spec = None if key is None else _specs.get(key)
@@ -376,7 +376,7 @@ def _known(call: _Call, key: tuple[Any, ...] | None) -> _Ready | None:
         check_offsets(call.cu_seqlens, spec.T)
     i, f = checks.expanded(call.i, call.v), checks.expanded(call.f, call.v)
     C, n, m = call.initial_state or (None, None, None)
-    return _Ready(Inputs(call.q, call.k, call.v, i, f, C, n, m, call.cu_seqlens), spec)
+    return _ValidCall(Inputs(call.q, call.k, call.v, i, f, C, n, m, call.cu_seqlens), spec)
 
 
 def _keep(shelf: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
@@ -386,7 +386,7 @@ def _keep(shelf: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -
         shelf[key] = value
 
 
-def _validated(call: _Call) -> _Ready:
+def _validated(call: _Call) -> _ValidCall:
     normalize, state = call.normalize, call.initial_state
     for name, gate in zip(call.gate_names, (call.i, call.f), strict=True):
         if not name.startswith("log_"):  # only of linear_attention may they be left out
@@ -418,7 +418,7 @@ def _validated(call: _Call) -> _Ready:
     )
     C, n, m = state or (None, None, None)
     inputs = Inputs(q, k, v, i, f, C, n, m, call.cu_seqlens)
-    return _Ready(inputs, CallSpec.of(inputs, options), group)
+    return _ValidCall(inputs, CallSpec.of(inputs, options), group)
 
 
 def _is_usual(q: Tensor | None) -> bool:

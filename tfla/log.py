@@ -66,9 +66,9 @@ def step(x: StepInputs, options: StepOptions) -> None:
 
 def plan_words(plan: Any) -> str:
     """A ``tfla.plan.Plan`` in one line."""
-    words = [f"chunks of {plan.L} tokens", f"states kept every {plan.span:,}"]
-    if plan.segment:
-        words.append(f"sequences cut every {plan.segment:,}")
+    words = [f"chunks of {plan.L} tokens", f"checkpoints every {plan.checkpoint_every:,}"]
+    if plan.split_len:
+        words.append(f"sequences cut every {plan.split_len:,}")
     for names, tile in (("h and dv", plan.h), ("dq and dk", plan.dq)):
         kind = ", Hopper kernel" if tile.hopper else ", mma.sync kernel" if tile.mma else ""
         words.append(

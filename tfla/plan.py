@@ -50,7 +50,7 @@ class Tile:
     X: int
     block_a: int
     block_x: int
-    splits: int  # launches, each with block_a of the contraction and adding to the last
+    slices: int  # of the contraction: launches, each with block_a of it and adding to the last
     warps: int
     stages: int
     transposed: bool
@@ -69,8 +69,9 @@ class Plan:
     """Everything that is decided before a launch."""
 
     L: int  # tokens a chunk
-    span: int  # tokens between kept states: dq and dk start there, and the sum of df restarts
-    segment: int  # tokens a piece where h and dv are cut to fill the machine, 0 where they are not
+    # Tokens between checkpoints, the stored states: dq and dk start there, and the sum of df.
+    checkpoint_every: int
+    split_len: int  # tokens of a split, where h and dv need several a sequence; 0: they do not
     h: Tile  # h and dv: K -> V
     dq: Tile  # dq and dk: V -> K
     block_k: int  # head dim block of the small kernels
@@ -79,18 +80,19 @@ class Plan:
     block_n: int  # and columns of n
     small_warps: int
     gate_warps: int  # of kernels over the gates of a chunk
-    divides: bool  # the scan of h makes the denominator itself, but for fp16
+    fuse_denominator: bool  # the scan of h makes the denominator itself, but for fp16
 
     @property
-    def kept(self) -> tuple[int, int]:
-        """(rows, columns) of a kept state, tiles filled up."""
-        return self.h.splits * self.h.block_a, self.h.tiles * self.h.block_x
+    def checkpoint_shape(self) -> tuple[int, int]:
+        """(rows, columns) of a checkpoint, whose tiles are whole."""
+        return self.h.slices * self.h.block_a, self.h.tiles * self.h.block_x
 
     def tile(self, name: str) -> Tile:
         return self.h if name in ("h", "dv") else self.dq
 
     def __str__(self) -> str:
-        head = f"chunk {self.L}, span {self.span}, segment {self.segment or 'none'}"
+        head = f"chunk {self.L}, checkpoint every {self.checkpoint_every}"
+        head += f", split {self.split_len or 'none'}"
         return "\n".join([head, f"h, dv   {self.h}", f"dq, dk  {self.dq}"])
 
 
@@ -114,25 +116,27 @@ class Shape:
     mma: bool = False
 
 
-# Chosen from ahead-of-time builds: the widest that leave (next to) nothing on the stack and two
-# programs a multiprocessor.
+# By the file of the kernel and what it is for. Chosen from ahead-of-time builds: the widest that
+# leave (next to) nothing on the stack and two programs a multiprocessor.
 SHAPES = {
-    "ieee": Shape(16, 64, 16, 4, 2),  # products on the plain units; anything wider spills kilobytes
-    "hopper": Shape(64, 256, 128, 8, 2, True, True),  # hopper.py
+    "hopper.py": Shape(64, 256, 128, 8, 2, transposed=True, hopper=True),
     # fp32 as sums of two bf16: two stages fill the shared memory, 256 rows spill 900 bytes.
-    "hopper pairs": Shape(64, 128, 128, 8, 2, True, True),
-    "wgmma narrow": Shape(64, 128, 64, 4, 2),  # what cannot use it: short sequences, odd head dims
-    "wgmma wide": Shape(
-        32, 256, 64, 4, 3, True
-    ),  # at L = 64 a contraction of 256 spills 256 to 1,264 bytes
-    "wgmma tf32": Shape(32, 128, 64, 4, 2, True),
-    # mma.py, measured as compiled for 8.0 on an H200 (docs/performance/other_gpus.md).
-    "mma.sync": Shape(32, 256, 128, 8, 2, True, mma=True),
-    "mma.sync pairs": Shape(32, 128, 128, 8, 2, True, mma=True),  # fp32 as sums of two bf16
-    "mma.sync pairs, 99 KiB": Shape(16, 128, 128, 8, 2, True, mma=True),
-    "mma": Shape(64, 128, 64, 4, 2, True),  # what cannot use it: rows that are not of 16 bytes
-    "mma 4 warps": Shape(32, 128, 64, 4, 2),
-    "mma tf32": Shape(32, 64, 32, 4, 2),
+    "hopper.py, fp32": Shape(64, 128, 128, 8, 2, transposed=True, hopper=True),
+    # Measured as compiled for 8.0 on an H200 (docs/performance/other_gpus.md).
+    "mma.py": Shape(32, 256, 128, 8, 2, transposed=True, mma=True),
+    "mma.py, fp32": Shape(32, 128, 128, 8, 2, transposed=True, mma=True),  # as sums of two bf16
+    "mma.py, fp32, 99 KiB": Shape(16, 128, 128, 8, 2, transposed=True, mma=True),
+    # What neither can serve. fp32 on the plain units: anything wider spills kilobytes.
+    "scan.py, ieee": Shape(16, 64, 16, 4, 2),
+    # On 9.0 short sequences and odd head dims; at L = 64 a contraction of 256 spills 256 to 1,264
+    # bytes.
+    "scan.py, 9.0, narrow": Shape(64, 128, 64, 4, 2),
+    "scan.py, 9.0, wide": Shape(32, 256, 64, 4, 3, transposed=True),
+    "scan.py, 9.0, tf32": Shape(32, 128, 64, 4, 2, transposed=True),
+    # On 8.x and 12.x, rows that are not multiples of 16 bytes.
+    "scan.py, 8.x": Shape(64, 128, 64, 4, 2, transposed=True),
+    "scan.py, 10.x and AMD": Shape(32, 128, 64, 4, 2),
+    "scan.py, tf32": Shape(32, 64, 32, 4, 2),
 }
 
 
@@ -142,27 +146,27 @@ LONG = 33  # tokens, from which on hopper.py is worth it
 def _shape(p: Problem, device: Device, mean: int) -> Shape:
     major = device.capability[0]
     if p.bytes == 4 and p.precision == "ieee":
-        return SHAPES["ieee"]
+        return SHAPES["scan.py, ieee"]
     if major == 9 and _descriptors(p, device) and mean >= LONG:
-        return SHAPES["hopper" if p.bytes == 2 else "hopper pairs"]
+        return SHAPES["hopper.py" if p.bytes == 2 else "hopper.py, fp32"]
     if major in (8, 12) and _whole_rows(p):
         if p.bytes == 2:
-            return SHAPES["mma.sync"]
+            return SHAPES["mma.py"]
         small = device.shared_memory < 128 * 1024
-        return SHAPES["mma.sync pairs, 99 KiB" if small else "mma.sync pairs"]
+        return SHAPES["mma.py, fp32, 99 KiB" if small else "mma.py, fp32"]
     if p.bytes == 4:
-        return SHAPES["wgmma tf32" if major == 9 else "mma tf32"]
+        return SHAPES["scan.py, 9.0, tf32" if major == 9 else "scan.py, tf32"]
     if major == 9:
-        return SHAPES["wgmma narrow" if max(p.K, p.V) <= 128 else "wgmma wide"]
-    return SHAPES["mma 4 warps" if major in (0, 10) else "mma"]
+        return SHAPES["scan.py, 9.0, narrow" if max(p.K, p.V) <= 128 else "scan.py, 9.0, wide"]
+    return SHAPES["scan.py, 10.x and AMD" if major in (0, 10) else "scan.py, 8.x"]
 
 
-class Units(NamedTuple):
-    """What the size of what a forward pass saves depends on; see ``Plan``."""
+class StoredSizes(NamedTuple):
+    """What sizes the arrays have that a forward pass saves; see ``Plan``."""
 
     L: int
-    span: int
-    kept: tuple[int, int]
+    checkpoint_every: int
+    checkpoint_shape: tuple[int, int]
 
 
 def is_at_least(x: int, bound: int) -> int:
@@ -193,36 +197,36 @@ def _programs(device: Device, p: Problem, shape: Shape, h: Tile, dq: Tile) -> in
     return device.multiprocessors * (1 if one else 2)
 
 
-def _span(p: Problem, dq: Tile, programs: int) -> int:
-    """Tokens between kept states: as many as leave enough pieces for dq and dk to fill the machine,
-    2,048 at most and 256 at least."""
-    mean, span, most = _mean(p), 2048, 2048
+def _checkpoint_every(p: Problem, dq: Tile, programs: int) -> int:
+    """Tokens between checkpoints: as many as leave enough programs for dq and dk to fill the
+    machine, 2,048 at most and 256 at least."""
+    mean, every, most = _mean(p), 2048, 2048
     while most > 256:
-        pieces = -(-mean // most) * p.N * p.H * dq.tiles
+        found = -(-mean // most) * p.N * p.H * dq.tiles
         most //= 2
-        span -= most * (1 - is_at_least(pieces, programs))
-    return span
+        every -= most * (1 - is_at_least(found, programs))
+    return every
 
 
-def _units(device: Device, p: Problem, shape: Shape) -> tuple[Units, Tile, Tile]:
+def _stored_sizes(device: Device, p: Problem, shape: Shape) -> tuple[StoredSizes, Tile, Tile]:
     """With the tiles of h and of dq."""
     h, dq = _tile(p, device, shape, p.K, p.V), _tile(p, device, shape, p.V, p.K)
-    span = _span(p, dq, _programs(device, p, shape, h, dq))
-    kept = h.splits * h.block_a, h.tiles * h.block_x
-    return Units(_chunk(shape, _mean(p)), span, kept), h, dq
+    checkpoint_every = _checkpoint_every(p, dq, _programs(device, p, shape, h, dq))
+    checkpoint_shape = h.slices * h.block_a, h.tiles * h.block_x
+    return StoredSizes(_chunk(shape, _mean(p)), checkpoint_every, checkpoint_shape), h, dq
 
 
-def units(problem: Problem, device: Device) -> list[tuple[int, Units]]:
-    """(1 or 0, units): those of ``plan`` have the 1. B, T and N may be symbols, which are not
+def stored_sizes(problem: Problem, device: Device) -> list[tuple[int, StoredSizes]]:
+    """(1 or 0, sizes): those of ``plan`` have the 1. B, T and N may be symbols, which are not
     compared: a graph that is traced holds for all of them."""
     mean = _mean(problem)
     short, long = (_shape(problem, device, some) for some in (0, LONG))
     if short is long:
-        return [(1, _units(device, problem, short)[0])]
+        return [(1, _stored_sizes(device, problem, short)[0])]
     is_long = is_at_least(mean, LONG)
     return [
-        (is_long, _units(device, problem, long)[0]),
-        (1 - is_long, _units(device, problem, short)[0]),
+        (is_long, _stored_sizes(device, problem, long)[0]),
+        (1 - is_long, _stored_sizes(device, problem, short)[0]),
     ]
 
 
@@ -231,15 +235,15 @@ def plan(problem: Problem, device: Device) -> Plan:
     """The kernels that serve ``problem`` on ``device``."""
     p, mean = problem, _mean(problem)
     shape = _shape(p, device, mean)
-    (L, span, _), h, dq = _units(device, p, shape)
+    (L, checkpoint_every, _), h, dq = _stored_sizes(device, p, shape)
     wanted = _programs(device, p, shape, h, dq)
-    # h and dv are cut where whole sequences leave more than a third of the machine idle.
+    # h and dv are split where whole sequences leave more than a third of the machine idle.
     programs = max(p.N * p.H * h.tiles, 1)
-    segment = 0
-    if 3 * programs < 2 * wanted and mean >= 8 * span:
-        segment = max(4 * span, power_of_two(-(-mean * programs // wanted)))
+    split_len = 0
+    if 3 * programs < 2 * wanted and mean >= 8 * checkpoint_every:
+        split_len = max(4 * checkpoint_every, power_of_two(-(-mean * programs // wanted)))
     # A state of two halves leaves no registers for it (256 -> 512: 1.32 ms against 0.83 and 0.29).
-    divides = h.hopper and h.A <= 128
+    fuse_denominator = h.hopper and h.A <= 128
     small = min(32 if p.bytes == 4 else 64, power_of_two(max(p.K, p.V)))
     # The scans over chunks: far at a stride where there is far to go, else as wide as fills the
     # machine (1,048,576 tokens 631 us, 64 and 16 at once 1,261; 64 x 1,024 tokens 49 and 65).
@@ -248,8 +252,8 @@ def plan(problem: Problem, device: Device) -> Plan:
         block_c, block_n = 256, 8
     return Plan(
         L,
-        span,
-        segment,
+        checkpoint_every,
+        split_len,
         h,
         dq,
         small,
@@ -258,7 +262,7 @@ def plan(problem: Problem, device: Device) -> Plan:
         min(block_n, small),
         small_warps=2 if L <= 32 and shape.mma else 4,
         gate_warps=1 if L <= 32 and shape.mma else 2,
-        divides=divides,
+        fuse_denominator=fuse_denominator,
     )
 
 
@@ -278,7 +282,7 @@ def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
     warps, stages = shape.warps, shape.stages
     if shape.hopper:
         warps = block_x // 16
-        stages += shape is SHAPES["hopper"] and block_a <= 128 and block_x == 128
+        stages += shape is SHAPES["hopper.py"] and block_a <= 128 and block_x == 128
     if shape.mma:  # half of the registers of a program hold the state, or less
         warps = 4 if block_a * block_x <= 8192 else shape.warps
         stages += p.bytes == 2 and block_a * block_x <= 4096
@@ -287,7 +291,7 @@ def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
         X,
         block_a,
         block_x,
-        splits=-(-A // block_a),
+        slices=-(-A // block_a),
         warps=warps,
         stages=stages,
         # The transposed form has block_x rows, of which a warp-group product needs 64.

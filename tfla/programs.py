@@ -13,7 +13,7 @@ from tfla.spec import BackendName, CallSpec
 if TYPE_CHECKING:
     import torch
 
-    from tfla.kernels.program import Built, Layout, Program
+    from tfla.kernels.program import ArrayLayout, Built, Program
 
 
 def call_of(
@@ -82,14 +82,14 @@ def passes(
     program = importlib.import_module("tfla.kernels.program")
     spec = spec.but(device=device, backend="triton")
 
-    def of(dtype: Any, *shape: int) -> Layout:
+    def of(dtype: Any, *shape: int) -> ArrayLayout:
         name = dtype if isinstance(dtype, str) else program.name_of(dtype)
-        return program.Layout(name, shape, program.dense(shape))
+        return program.ArrayLayout(name, shape, program.dense(shape))
 
     B, T, N, H, K, V, full = spec.B, spec.T, spec.N, spec.H, spec.K, spec.V, "fp32"
     C, n, m = of(full, N, H, K, V), of(full, N, H, K), of(full, N, H)
     start, normal = spec.initial_state, spec.normalize
-    layouts: dict[str, Layout | None] = {
+    layouts: dict[str, ArrayLayout | None] = {
         "q": of(spec.dtype, B, T, H, K),
         "k": of(spec.dtype, B, T, H, K),
         "v": of(spec.dtype, B, T, H, V),

@@ -205,7 +205,7 @@ class CallSpec:
         return Activations(self.input_gate, self.sigmoid_f)
 
     @property
-    def at_ends(self) -> bool:
+    def at_sequence_end(self) -> bool:
         """May there be gradients of the states where sequences end?"""
         return self.final_state or self.split
 

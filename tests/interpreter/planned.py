@@ -20,19 +20,19 @@ def short_scans() -> Iterator[None]:
 
 
 def _short(p: Plan) -> Plan:
-    return dataclasses.replace(p, block_c=4, span=min(p.span, 64))
+    return dataclasses.replace(p, block_c=4, checkpoint_every=min(p.checkpoint_every, 64))
 
 
 @contextlib.contextmanager
 def planned(tile: dict[str, object] | None = None, **fields: object) -> Iterator[None]:
-    """Pin fields of the plan: short chunks and spans, so that small problems have many of them."""
+    """Pin fields of the plan: short chunks and many checkpoints, for problems that are small."""
 
     def change(t: Tile) -> Tile:
         t = dataclasses.replace(t, **tile or {})  # type: ignore[arg-type]
-        return dataclasses.replace(t, splits=-(-t.A // t.block_a))
+        return dataclasses.replace(t, slices=-(-t.A // t.block_a))
 
     def pinned(p: Plan) -> Plan:
-        changed = {"L": 16, "span": 32, "block_c": 4} | fields
+        changed = {"L": 16, "checkpoint_every": 32, "block_c": 4} | fields
         return dataclasses.replace(p, h=change(p.h), dq=change(p.dq), **changed)  # type: ignore[arg-type]
 
     # The rule is a mean over rows (a sequence of a head each), and what fits the interpreter has

@@ -44,9 +44,9 @@ def test_vectors_without_den_are_those_with_it_but_for_den(lengths: tuple[int, .
     cu_seqlens, starts = offsets if len(lengths) > 1 else None, offsets[:-1].tolist()
     m = torch.randn(len(lengths), H, generator=g)
 
-    def vectors(divides: bool) -> torch.Tensor:
+    def vectors(fuse: bool) -> torch.Tensor:
         zeros = torch.zeros(1, T, H, K)
-        with planned(divides=divides):
+        with planned(fuse_denominator=fuse):
             x = Inputs(
                 zeros,
                 zeros,
@@ -63,10 +63,10 @@ def test_vectors_without_den_are_those_with_it_but_for_den(lengths: tuple[int, .
 
             def weights(spec: CallSpec, *x: program.Symbol) -> tuple[program.Symbol]:
                 seen.append(kernels.gate_weights(Inputs(*x), spec))
-                return (seen[0].undivided or seen[0].vectors,)
+                return (seen[0].vectors_without_den or seen[0].vectors,)
 
             (found,) = runtime.execute(weights, CallSpec.of(x, options), x)
-        assert (seen[0].undivided is None) != divides and found is not None
+        assert (seen[0].vectors_without_den is None) != fuse and found is not None
         found = found.view(H, seen[0].sizes.chunks, gates.VECTORS.value, 16)
         used = [
             start // 16 + n + j
@@ -90,12 +90,12 @@ def test_vectors_without_den_are_those_with_it_but_for_den(lengths: tuple[int, .
 
 
 STRUCTURES = {
-    "cut": ({}, {"segment": 32}),
+    "splits": ({}, {"split_len": 32}),
     "transposed": ({"transposed": True}, {}),
-    "transposed and cut": ({"transposed": True}, {"segment": 64}),
+    "transposed, splits": ({"transposed": True}, {"split_len": 64}),
     "split contraction": ({"block_a": 16}, {}),
     "narrow tiles": ({"block_x": 16}, {}),
-    "descriptors": ({"descriptor": True}, {"segment": 32}),
+    "descriptors": ({"descriptor": True}, {"split_len": 32}),
 }
 
 
@@ -111,21 +111,21 @@ def test_every_structure(structure: str, gate: str) -> None:
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
 @pytest.mark.parametrize("lengths", [(300,), (7, 0, 290)])
 def test_a_cut_sequence_that_forgets(lengths: tuple[int, ...], gate: str) -> None:
-    """What fades within a piece of 16 chunks is not walked over for the state behind it."""
+    """What fades within a split of 16 chunks is not walked over for the state behind it."""
     fields = {k: v for k, v in SMALL.items() if k not in ("T", "B")}
     case = packed(*lengths, **fields, input_gate=gate, gates="f=-1")
-    with planned(segment=256):  # the recurrence knows df as exp(f) of something, we as a sum
+    with planned(split_len=256):  # the recurrence knows df as exp(f) of something, we as a sum
         checks.check_against_recurrence(case, floor_eps=torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("states", [(True, True), (True, False), (False, False)], ids=str)
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
-@pytest.mark.parametrize("segment", [0, 32])
-def test_packed_with_empty_ones(gate: str, segment: int, states: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize("split_len", [0, 32])
+def test_packed_with_empty_ones(gate: str, split_len: int, states: tuple[bool, bool]) -> None:
     """With states before, behind, or none at all, which makes one sequence of them."""
     fields = {k: v for k, v in SMALL.items() if k not in ("T", "B")}
     fields |= {"state": states[0], "final": states[1]}
-    with planned(segment=segment):
+    with planned(split_len=split_len):
         checks.check_against_recurrence(packed(0, 5, 0, 40, 33, 0, **fields, input_gate=gate))
 
 
@@ -160,8 +160,8 @@ def test_short_documents_as_one_sequence(gate: str) -> None:
 
 @pytest.mark.parametrize("T", [32, 53, 64, 70])
 def test_without_a_final_state(T: int) -> None:
-    """No state is kept where a sequence ends, and none is missed there."""
-    with planned(segment=32 if T == 70 else 0):
+    """No state is stored where a sequence ends, and none is missed there."""
+    with planned(split_len=32 if T == 70 else 0):
         checks.check_against_recurrence(Case(**SMALL | {"T": T, "H": 2}, final=False))
 
 
@@ -213,15 +213,15 @@ def test_half_precision() -> None:
         checks.check_against_recurrence(Case(**SMALL | {"dtype": torch.float16}))
 
 
-def test_the_forget_gate_of_a_long_span() -> None:
-    """The errors of q . dq and k . dk are the same ones and leave the sum over a span; with
+def test_the_forget_gate_far_from_a_checkpoint() -> None:
+    """The errors of q . dq and k . dk are the same ones and leave the sum up to a checkpoint; with
     q . dq = 0, which is exact where the normaliser is active, df was off by 1.4e-3 here."""
     x = next(x for x in cases.IMPLEMENTATIONS if x.name == "tfla exp")
     call = functools.partial(tfla.mlstm, input_gate="exp", backend="triton")
     x = dataclasses.replace(x, call=lambda leaves: call(**leaves)[0])
     torch.manual_seed(3)
     with (
-        planned(L=32, span=256, segment=1024),
+        planned(L=32, checkpoint_every=256, split_len=1024),
         mock.patch.object(bench, "CPU_TOKENS", 2048),
     ):
         errors = bench.judge(
@@ -231,13 +231,13 @@ def test_the_forget_gate_of_a_long_span() -> None:
 
 
 @triton.jit
-def _share_kernel(dh, h, dot, T, H, V, rest, slots, L: tl.constexpr, BLOCK: tl.constexpr):
+def _share_kernel(dh, h, dot, T, H, V, rest, chunks_per_head, L: tl.constexpr, BLOCK: tl.constexpr):
     """dh . h of a token, three tenths of it in one row of dot and the rest in another."""
     t, head = tl.program_id(0) // H, tl.program_id(0) % H
     lanes = tl.arange(0, BLOCK)
     at = (t * H + head) * V + lanes
     both = tl.load(dh + at, mask=lanes < V, other=0.0) * tl.load(h + at, mask=lanes < V, other=0.0)
-    place = dot + head * slots * L + t
+    place = dot + head * chunks_per_head * L + t
     tl.store(place, 0.3 * tl.sum(both, 0))
     tl.store(place + rest, 0.7 * tl.sum(both, 0))
 
@@ -257,7 +257,7 @@ def test_a_scan_of_dv_that_makes_dh_h(monkeypatch: pytest.MonkeyPatch) -> None:
         dh, weights = args[2:4]
         rows, chunks, L = *weights.sizes[:2], weights.plan.L
         share = dh.builder.new("share", 2, rows, chunks, L)
-        numbers = {"T": 40, "H": 2, "V": 20, "rest": rows * chunks * L, "slots": chunks}
+        numbers = {"T": 40, "H": 2, "V": 20, "rest": rows * chunks * L, "chunks_per_head": chunks}
         dh.builder.launch(
             "share",
             _share_kernel,
@@ -333,7 +333,7 @@ def test_offsets_out_of_range_write_nothing_outside(lengths: tuple[int, ...], fi
     gate = torch.zeros(1, 64, 1)
     offsets = torch.tensor(lengths, dtype=torch.int32)
     unread = mock.patch("tfla.checks.host_has_values", return_value=False)
-    with planned(segment=32), unread:
+    with planned(split_len=32), unread:
         inputs = [x.requires_grad_() for x in (q, k, v, gate)]
         h, _ = tfla.mlstm(
             *inputs, gate, cu_seqlens=offsets, backend="triton", output_final_state=final
@@ -409,7 +409,7 @@ def test_counters_of_a_step_go_with_the_memory_of_m() -> None:
 def test_a_second_run_is_the_same_bit_for_bit() -> None:
     case = Case(**SMALL)
     inputs = checks.make_inputs(case)
-    with planned(segment=32):
+    with planned(split_len=32):
         first, second = (checks.run_tfla(case, inputs, torch.zeros(1, 1)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

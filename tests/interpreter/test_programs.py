@@ -130,19 +130,19 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 OFFSETS = torch.tensor([0, 9, 9, 40], dtype=torch.int32)
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "plain": ({"B": 2}, {}, {}),
-    "segments, states": ({"N": 1}, {}, {"segment": 32}),
+    "splits, states": ({"N": 1}, {}, {"split_len": 32}),
     "packed": ({}, {"cu_seqlens": OFFSETS}, {}),
-    "packed, segments, states": ({"N": 3}, {"cu_seqlens": OFFSETS}, {"segment": 32}),
-    "split": ({"K": 20, "V": 20}, {}, {"tile": {"block_a": 16}}),
-    "split, segments, states": (
+    "packed, splits, states": ({"N": 3}, {"cu_seqlens": OFFSETS}, {"split_len": 32}),
+    "slices": ({"K": 20, "V": 20}, {}, {"tile": {"block_a": 16}}),
+    "slices, splits, states": (
         {"K": 20, "V": 20, "N": 1},
         {},
-        {"tile": {"block_a": 16}, "segment": 32},
+        {"tile": {"block_a": 16}, "split_len": 32},
     ),
     "half": ({"dtype": torch.float16, "gate_dtype": torch.float16}, {}, {}),
 }
 
-TENSORS = ("packed", "packed, segments, states")
+TENSORS = ("packed", "packed, splits, states")
 WAYS = [(shape, True) for shape in SHAPES] + [(shape, False) for shape in TENSORS]
 
 
@@ -162,12 +162,12 @@ def test_a_call_from_the_cache_is_a_fresh_one_bit_for_bit(
 
 
 def test_a_contraction_in_slices_is_a_whole_one() -> None:
-    """With a state, kept ones and pieces: offsets of a slice reach all that has a row of it."""
-    sizes, options, fields = SHAPES["split, segments, states"]
+    """With a state, stored ones and splits: offsets of a slice reach all that has a row of it."""
+    sizes, options, fields = SHAPES["slices, splits, states"]
     x = problem(0, **sizes)
     with cached(**fields):
         slices = results(x, **options)
-    with cached(segment=32):
+    with cached(split_len=32):
         whole = results(x, **options)
     for a, b in zip(slices, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)

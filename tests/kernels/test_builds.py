@@ -31,7 +31,7 @@ SCANS = (_scan_kernel, _scan_hopper_kernel, _scan_mma_kernel)
 MMA = [target for target in DEVICES if target[0] == "cuda" and target[1] in (80, 86, 89, 120)]
 
 # Bytes of stack a thread. Triton says nothing of spills without a GPU; the linker does. What is
-# tolerated was measured to be touched at the ends of spans only, or (mma.py) is what 255 registers
+# tolerated was measured to be touched at checkpoints only, or (mma.py) is what 255 registers
 # do not hold beside a state of 256 rows: dq and dk were timed with it. Triton 3.9, which was not
 # timed, leaves up to 224 bytes there, and 304 where a contraction of 512 is cut in two.
 SINCE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
@@ -80,7 +80,7 @@ def test_the_scans_build(target: tuple[str, int | str]) -> None:
 # What a call may have, and the least of what it may be.
 ON_MMA: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "states": ((2, 1000, 4, 128, 256), {"state": True, "dtype": torch.float16}),
-    "cut": ((1, 20000, 4, 64, 64), {"state": True, "gate": "sigmoid"}),
+    "splits": ((1, 20000, 4, 64, 64), {"state": True, "gate": "sigmoid"}),
     "packed": ((1, 20000, 4, 48, 80), {"state": True, "packed": 5}),
     "wide": ((2, 1000, 4, 256, 512), {"gate": "sigmoid"}),
     "small": ((4, 20, 4, 16, 8), {"state": True}),
@@ -177,11 +177,11 @@ def test_what_lies_between_matrix_products_builds(target: tuple[str, int | str])
         check(launch, target, 0)
 
 
-def test_short_documents_keep_no_states() -> None:
-    """What a forward pass keeps is as much for 10,000 documents as for one, but for what lies at
+def test_short_documents_store_no_states() -> None:
+    """What a forward pass saves is as much for 10,000 documents as for one, but for what lies at
     the end of each: a state of 16 heads 128/256 takes 2 MiB."""
 
-    def kept(documents: int, ends: bool = False) -> float:
+    def saved_bytes(documents: int, ends: bool = False) -> float:
         spec = CallSpec(
             B=1,
             T=65536,
@@ -206,8 +206,8 @@ def test_short_documents_keep_no_states() -> None:
         return 4 * math.prod(kernels.saved_shape(spec)) / 2**20
 
     with planning.planned_for(DEVICES["cuda", 90]):
-        assert kept(10_000) < kept(1) + 10_000 * 0.1
-        assert kept(10_000, ends=True) > 10_000 * 2
+        assert saved_bytes(10_000) < saved_bytes(1) + 10_000 * 0.1
+        assert saved_bytes(10_000, ends=True) > 10_000 * 2
 
 
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)

@@ -106,7 +106,7 @@ class TestFp32WithTf32Allowed:
         checks.check_sixteen_bits(on_gpu(dtype=torch.float32, **fields))
 
     def test_a_long_sequence_cut_of_strided_inputs(self, gate: str) -> None:
-        """Eight warps, many chunks, pieces; twice the same bit for bit."""
+        """Eight warps, many chunks, splits; twice the same bit for bit."""
         B, T, H, K, V = 1, 20000, 2, 128, 256
         *_, i, f = problem(B, T, H, K, V, torch.float32)
         q, k, v = torch.randn(B, T, H, 2 * K + V, device="cuda").split((K, K, V), -1)
@@ -275,12 +275,12 @@ def test_thousands_of_documents(gate: str) -> None:
 
 @pytest.mark.parametrize("gate", GATES)
 def test_long_sequences_with_few_heads(gate: str) -> None:
-    """Cut into segments, against the recurrence."""
+    """Split along T, against the recurrence."""
     case = on_gpu(T=8192, H=1, K=64, V=64, dtype=torch.bfloat16, input_gate=gate)
     checks.check_against_recurrence(case)
 
 
-@pytest.mark.parametrize("opened", [0.0, 3.0], ids=["fades within a piece", "does not"])
+@pytest.mark.parametrize("opened", [0.0, 3.0], ids=["fades within a split", "does not"])
 @pytest.mark.parametrize("gate", GATES)
 def test_the_longest_sequence(gate: str, opened: float) -> None:
     """65,536 tokens, against the chunked reference in fp64: the recurrence would take minutes.

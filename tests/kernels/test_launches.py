@@ -179,6 +179,7 @@ def test_a_launch_hands_over_its_own_arguments(gate: str) -> None:
             mock.patch.object(runtime, "_allocate", allocate),
             mock.patch.object(runtime, "_stream", lambda index: 7),
             mock.patch.object(runtime, "_compiled", {}),
+            mock.patch.object(runtime, "_kernels", {}),
         ):
             runtime.launch(built, x.grid, shape, tensors, *numbers, **constants)
             assert not driver.seen  # Triton's
@@ -321,6 +322,7 @@ def patched(kernel: Counted) -> Any:
         ("pack_launch", kernel.packed),
         ("_stream", lambda index: 7),
         ("_compiled", {}),
+        ("_kernels", {}),
         ("_passes", {}),
     ):
         stack.enter_context(mock.patch.object(runtime, name, value))
@@ -369,8 +371,25 @@ def test_a_profiler_sees_every_launch_while_its_hooks_are_there() -> None:
             finally:
                 chain.remove(hook)
             assert once() == (0, 1)
-        (found,) = runtime._passes.values()
-        assert found.players[0].ready is not None
+
+
+def test_other_numbers_need_the_compiler_only_where_it_may_compile_anew() -> None:
+    """For 1, for multiples of 16 and for more than 32 bits it does; a length seldom is one."""
+    kernel = Counted(object())
+
+    def launched(number: int, grid: int = 1, width: int = 16, warps: int = 4) -> str:
+        before = kernel.by_driver
+        x = torch.ones(64)
+        runtime.launch(kernel, (grid,), (warps, 2), (x,), number, 0.5, BLOCK=width)
+        return "driver" if kernel.by_driver > before else "Triton"
+
+    with patched(kernel):
+        assert [launched(n) for n in (3, 5, 7, 2**31 - 1, -3)] == ["Triton"] + ["driver"] * 4
+        assert [launched(n) for n in (16, 0, 32, 1, 1, 2**31 + 1, 2**40 + 1)] == [
+            *("Triton", "driver", "driver", "Triton", "driver", "Triton", "driver")
+        ]
+        assert launched(5, grid=9) == "driver"
+        assert launched(5, width=32) == launched(5, warps=8) == "Triton"
 
 
 def test_the_users_allocator_stays_and_ours_serves_every_thread() -> None:

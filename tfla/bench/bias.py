@@ -25,7 +25,7 @@ NAMES = {"tfla exp": "exp", "tfla sigmoid": "sigmoid"}
 
 
 @dataclass(frozen=True)
-class Study:
+class BiasStudy:
     """What `tfla.xlstm.run.start` takes of a run (`paths`, `model`, `options`), and the bias."""
 
     paths: tuple[Path, ...]
@@ -72,7 +72,7 @@ class Watched(Placement):
 def bias(task: Task, device: torch.device, tell: Tell) -> None:
     """A row a gate: a training with the study's bias."""
     study = task.work
-    assert isinstance(study, Study)
+    assert isinstance(study, BiasStudy)
     for name in task.names:
         row = task.row(name, ours=True)
         placement = Watched(device, study.bias)

@@ -125,16 +125,17 @@ class Implementation:
         return {"flops": flops, "bytes": roofline.least_bytes(*moved)}
 
     def planned(self, plan: Plan) -> Plan:
-        """Our own plan with a state kept every `chunk` tokens."""
+        """Our own plan with a checkpoint every `chunk` tokens."""
         if self.chunk is None or not self.ours:
             return plan
-        span = max(self.chunk, plan.L)
-        return replace(plan, span=span, segment=plan.segment and max(plan.segment, span))
+        every = max(self.chunk, plan.L)
+        split_len = plan.split_len and max(plan.split_len, every)
+        return replace(plan, checkpoint_every=every, split_len=split_len)
 
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
-        """Make our own plan keep a state every `chunk` tokens: on a GPU the span after which states
-        are kept, in the backend "reference" its chunk. None, or a peer: as planned."""
+        """Make our own plan store a state every `chunk` tokens: on a GPU `checkpoint_every`,
+        in the backend "reference" the chunk. None, or a peer: as planned."""
         if self.chunk is None or not self.ours:
             yield
             return

@@ -15,7 +15,7 @@ import tfla
 from tfla import _compat, gates
 from tfla.bench import COMMANDS, cases, measure, models, plots, report, scale
 from tfla.bench import roofline as r
-from tfla.bench.bias import NAMES, Study, check_options
+from tfla.bench.bias import NAMES, BiasStudy, check_options
 from tfla.bench.cases import DTYPES, Shape
 from tfla.bench.language_study import (
     NAMES as MIXERS,
@@ -132,10 +132,12 @@ def kernels(
 def memory(
     session: "_Session",
     tokens: Tokens = 0,
-    chunks: Annotated[str, _option("Tokens a kept state.", default="64 to 4096")] = "",
+    chunks: Annotated[
+        str, _option("Tokens from one stored state to the next.", default="64 to 4096")
+    ] = "",
 ) -> None:
-    """Peak memory against runtime over how often a state is kept: the paper's chunk; with us, on
-    a GPU, the span after which the backward pass finds a state, on a CPU the chunk.
+    """Peak memory against runtime over how often a state is stored: the paper's chunk; with us, on
+    a GPU, the tokens between the checkpoints of the backward pass, on a CPU the chunk.
     """
     _at_least(1, tokens=tokens or 1)
     tokens = tokens or (2048 if session.cpu else 65536)
@@ -263,7 +265,7 @@ def bias(
     session.take("fp32", 1, seconds)
     for name in NAMES:  # a task each, so that what is done is kept when a later one fails
         for number in numbers:
-            study = Study(tuple(paths or ()), model, options, number)
+            study = BiasStudy(tuple(paths or ()), model, options, number)
             session.add("bias", None, [name], study="bias", work=study)
 
 
@@ -419,7 +421,7 @@ def roofline(
         how,
     )
     for part in (False, True):
-        title = "backward" if part else "forward (states kept for the backward pass)"
+        title = "backward" if part else "forward (states stored for the backward pass)"
         rows = [k for k in found if k.backward == part]
         report.table(title, report.ROOFLINE_COLUMNS, report.roofline_cells(rows, machine, kind))
         report.say(f"each kernel at its limit: {r.limit_ms(rows, machine, kind):.3f} ms")
@@ -492,8 +494,9 @@ def show_plan(
     packed: Annotated[int, _option("Sequences packed along T, with states; B is 1.")] = 0,
     gate: Annotated[str, _option(f"{gates.described()}.")] = "exp",
 ) -> None:
-    """Chunk, spans, segments and tiles of the kernels that serve a call: chosen from these integers
-    and the device's alone, never by trial; then the launches of a forward and a backward pass.
+    """Chunk, checkpoints, splits and tiles of the kernels that serve a call: chosen from these
+    integers and the device's alone, never by trial; then the launches of a forward and a backward
+    pass.
     """
     if gate not in gates.INPUT_GATES:
         raise RunError(f"--gate is {gate}, wanted {' or '.join(gates.INPUT_GATES)}")
@@ -517,7 +520,7 @@ def show_plan(
     print(planned)
     if error := _compat.triton_error():
         print(f"launches: the kernels need Triton ({error})")
-    elif max(planned.h.splits, planned.dq.splits) > LAUNCHES:
+    elif max(planned.h.slices, planned.dq.slices) > LAUNCHES:
         print(f"launches: more than {LAUNCHES} a pass")
     else:
         spec = call_of(problem, DTYPES[_dtype(dtype, False)], gate, states=bool(packed))

@@ -28,7 +28,7 @@ from tfla.bench.language_study import (
     LONG,
     SAME_SIZE,
     Asked,
-    Study,
+    LanguageStudy,
     Training,
     load_result,
     plan_of,
@@ -104,7 +104,7 @@ def plan(task: Task, device: torch.device, tell: Tell) -> None:
     """A row a model: what a step of it takes. Of these the plan of the study is made; that of a
     study which is resumed is read."""
     study = task.work
-    assert isinstance(study, Study)
+    assert isinstance(study, LanguageStudy)
     found = study.plan()
     if found is None:
         corpus, measured = study.corpus(), {}

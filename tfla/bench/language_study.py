@@ -147,7 +147,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Study:
+class LanguageStudy:
     """A study whose corpus is there. began: time.time() of the command."""
 
     folder: Path
@@ -207,17 +207,17 @@ class Plan:
 class Training:
     """One training of a study; lr None: the best of the sweep, which must be over."""
 
-    study: Study
+    study: LanguageStudy
     lr: float | None
     seed: int
 
     def describe(self) -> Row:
-        """As for Study; "swept": is it one of the sweep?"""
+        """As for LanguageStudy; "swept": is it one of the sweep?"""
         swept = self.lr is not None
         return {**self.study.describe(), "lr": self.lr, "seed": self.seed, "swept": swept}
 
 
-def open_study(folder: Path, asked: Asked, resume: bool, began: float) -> Study:
+def open_study(folder: Path, asked: Asked, resume: bool, began: float) -> LanguageStudy:
     """A new study in `folder`, whose corpus is written here; or the one that stands there.
 
     RunError when one that has a plan stands there and `resume` is False, when it has other options
@@ -232,7 +232,7 @@ def open_study(folder: Path, asked: Asked, resume: bool, began: float) -> Study:
                     f"--{name} is {value}, the study in {folder} was started with "
                     f"{said['asked'].get(name)}; give the options of its start"
                 )
-        study = Study(folder, said["fingerprint"], asked, began)
+        study = LanguageStudy(folder, said["fingerprint"], asked, began)
         study.corpus()
         return study
     if (folder / "plan.json").exists():
@@ -244,7 +244,7 @@ def open_study(folder: Path, asked: Asked, resume: bool, began: float) -> Study:
     corpus = prepare(paths, folder / "data", tokenizer=tokenizer, include=asked.include)
     check_corpus(corpus, asked)
     _write(known, {"asked": _plain(asked), "fingerprint": corpus.fingerprint})
-    return Study(folder, corpus.fingerprint, asked, began)
+    return LanguageStudy(folder, corpus.fingerprint, asked, began)
 
 
 def check_corpus(corpus: Corpus, asked: Asked) -> None:
@@ -304,7 +304,7 @@ def steps_that_fit(seconds: float, measured: Mapping[str, Row], trainings: int, 
     return found
 
 
-def plan_of(study: Study, corpus: Corpus, measured: dict[str, Row], threads: int) -> Plan:
+def plan_of(study: LanguageStudy, corpus: Corpus, measured: dict[str, Row], threads: int) -> Plan:
     """As many steps as were asked for, or fit into what is left of the minutes."""
     asked = study.asked
     if asked.steps is not None:

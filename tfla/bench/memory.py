@@ -84,7 +84,7 @@ def memory(p: Problem, device: Device | None, dtype: torch.dtype, gate: str) -> 
         if error := _compat.triton_error():
             raise RuntimeError(f"the kernels need Triton ({error})")
         planned = plan(p, device)
-        if max(planned.h.splits, planned.dq.splits) > LAUNCHES:
+        if max(planned.h.slices, planned.dq.slices) > LAUNCHES:
             raise RuntimeError(f"a pass takes more than {LAUNCHES} launches")
     elif not _compat.can_record():
         raise RuntimeError("this torch does not let allocations be followed")

@@ -165,7 +165,7 @@ def _chunks(rows: list[Row], ceiling: dict[str, Any], about: str) -> Figure:
         ends = [end for ax in axes for end in getattr(ax, f"get_{which}lim")()]
         for ax in axes:
             ax.set(**{f"{which}lim": (min(ends), max(ends))})
-    text = "Memory against runtime; at each point the tokens from one kept state to the next"
+    text = "Memory against runtime; at each point the tokens from one stored state to the next"
     return _finish(figure, [axes], f"{text}\n{Shape(**rows[0]['shape'])}, {about}")
 
 

@@ -6,7 +6,7 @@ costs, a token and head,
     2 L A + 2 L X + 4 A X         scores, scores times values, state out of and into the chunk
 
 and h, dq, dk, dv are a scan each. A plan computes X in tiles that each repeat the scores, A in
-splits that each repeat the product with the values, and both are filled up to whole blocks.
+slices that each repeat the product with the values, and both are filled up to whole blocks.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def limit_ms(kernels: list[Kernel], machine: Machine, dtype: str) -> float:
 
 def for_dtype(plan: Plan, dtype: torch.dtype) -> Plan:
     """The plan as calls of a dtype follow it: of fp16 the denominator has a launch of its own."""
-    return dataclasses.replace(plan, divides=plan.divides and dtype != torch.float16)
+    return dataclasses.replace(
+        plan, fuse_denominator=plan.fuse_denominator and dtype != torch.float16
+    )
 
 
 def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list[Kernel]:
@@ -126,11 +128,12 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
     rows, e, g = p.N * p.H, p.bytes, 2 * FP32
     tokens = p.B * p.T * p.H
     chunks = rows * math.ceil(p.T / plan.L) if not p.packed else p.H * (p.T // plan.L + p.N)
-    spans = p.H * (p.T // plan.span) if p.packed else rows * max(math.ceil(p.T / plan.span) - 1, 0)
-    state = plan.kept[0] * plan.kept[1] * FP32
+    every = plan.checkpoint_every
+    checkpoints = p.H * (p.T // every) if p.packed else rows * max(math.ceil(p.T / every) - 1, 0)
+    state = plan.checkpoint_shape[0] * plan.checkpoint_shape[1] * FP32
     vector = FP32 * tokens
     n_chunk = FP32 * chunks * p.K
-    divides = normalize and plan.divides
+    fused = normalize and plan.fuse_denominator
     found: list[Kernel] = []
 
     def small(name: str, backward: bool, flops: int, bytes: int) -> None:
@@ -141,11 +144,11 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
         column = normalize and name in ("dq", "dk")
         flops = moved = through = 0
         filled = tile.tiles * tile.block_x
-        inner = max(tile.splits - 2, 0)
-        # (how many, is it the first, is it the last): K = 10^9 has 8 million splits.
-        alike = [(1, True, tile.splits == 1), (inner, False, False), (tile.splits > 1, False, True)]
+        inner = max(tile.slices - 2, 0)
+        # (how many, is it the first, is it the last): K = 10^9 has 8 million slices.
+        alike = [(1, True, tile.slices == 1), (inner, False, False), (tile.slices > 1, False, True)]
         for count, first, last in alike:
-            width = tile.A - (tile.splits - 1) * tile.block_a if last else tile.block_a
+            width = tile.A - (tile.slices - 1) * tile.block_a if last else tile.block_a
             flops += (
                 count
                 * tokens
@@ -159,27 +162,27 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
             if last:
                 own += tokens * tile.X * e + tile.tiles * vector if dots else 0
                 own += vector + n_chunk if column else 0
-                own += n_chunk + 8 * vector * train if name == "h" and divides else 0
+                own += n_chunk + 8 * vector * train if name == "h" and fused else 0
             moved += count * (shared + own)
             through += count * (tile.tiles * shared + own)
-        if train:  # kept states: h and dv write them, dq and dk start from them
-            moved += spans * state
-            through += spans * state
-        found.append(Kernel(name, backward, tile.splits, flops, moved, through))
-        if plan.segment and name in ("h", "dv"):  # at most: what has faded is not read
-            flops = tokens * 2 * tile.splits * tile.block_a * tile.tiles * tile.block_x
-            ends = math.ceil(p.T / plan.segment) * rows * state
-            shared, own = tokens * tile.A * e + 2 * vector, tokens * tile.X * e * tile.splits
+        if train:  # checkpoints: h and dv write them, dq and dk start from them
+            moved += checkpoints * state
+            through += checkpoints * state
+        found.append(Kernel(name, backward, tile.slices, flops, moved, through))
+        if plan.split_len and name in ("h", "dv"):  # at most: what has faded is not read
+            flops = tokens * 2 * tile.slices * tile.block_a * tile.tiles * tile.block_x
+            ends = math.ceil(p.T / plan.split_len) * rows * state
+            shared, own = tokens * tile.A * e + 2 * vector, tokens * tile.X * e * tile.slices
             moved, through = shared + own + 3 * ends, tile.tiles * shared + own + 3 * ends
-            launches = 2 * tile.splits
-            found.append(Kernel(f"{name}: cut", backward, launches, flops, moved, through))
+            launches = 2 * tile.slices
+            found.append(Kernel(f"{name}: splits", backward, launches, flops, moved, through))
 
     if normalize:
         moved = tokens * (p.K * e + g) + 8 * vector + n_chunk + 16 * chunks
         small("sums", False, 2 * tokens * p.K, moved)
-        own = 16 * vector if divides else 4 * chunks  # the vectors that wait for the gauge, or it
+        own = 16 * vector if fused else 4 * chunks  # the vectors that wait for the gauge, or it
         small("gauge", False, 4 * chunks * p.K, 2 * n_chunk + 20 * chunks + own)
-    if not divides:
+    if not fused:
         if normalize:
             moved = 2 * tokens * p.K * e + n_chunk + 15 * vector + 24 * chunks
             small("denominator", False, 2 * tokens * p.K * (plan.L + 1), moved)
@@ -197,8 +200,8 @@ def kernels(p: Problem, plan: Plan, normalize: bool, train: bool = True) -> list
     scan("dv", normalize and plan.h.hopper)
     scan("dq", True)
     scan("dk", True)
-    moved = (2 * plan.dq.tiles + 1) * vector + 2 * tokens * g + 2 * spans * state
-    small("gate gradients", True, 2 * spans * state // FP32, moved)
+    moved = (2 * plan.dq.tiles + 1) * vector + 2 * tokens * g + 2 * checkpoints * state
+    small("gate gradients", True, 2 * checkpoints * state // FP32, moved)
     return found
 
 

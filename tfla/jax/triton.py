@@ -20,7 +20,7 @@ from tfla.jax import lowering, reference
 from tfla.jax.shards import axes_of, varying
 from tfla.jax.spec import Inputs, Options
 from tfla.kernels.gates import form_of
-from tfla.kernels.program import Buffer, Builder, Layout, Program, dense, name_of
+from tfla.kernels.program import ArrayLayout, Buffer, Builder, Program, dense, name_of
 from tfla.kernels.step import WARPS, _step_kernel, tiles_of
 from tfla.plan import Device
 from tfla.programs import Passes, passes
@@ -405,7 +405,7 @@ def _step_program(
     arrays = {
         name: None
         if kind is None
-        else builder.input(name, Layout(name_of(kind[1]), kind[0], dense(kind[0])))
+        else builder.input(name, ArrayLayout(name_of(kind[1]), kind[0], dense(kind[0])))
         for name, kind in zip(names, kinds, strict=True)
     }
     q, v, C, n, m = (arrays[name] for name in ("q", "v", "C", "n", "m"))
@@ -414,7 +414,7 @@ def _step_program(
     block_k, block_v, tiles = tiles_of(B, H, K, V, device.multiprocessors)
     arrived = None
     if m is not None and tiles > 1:
-        arrived = builder.input("arrived", Layout("i32", (B, H), (H, 1)))
+        arrived = builder.input("arrived", ArrayLayout("i32", (B, H), (H, 1)))
     after = {
         f"{name}_out": x and builder.new(name, *x.shape, dtype=x.dtype)
         for name, x in (("C", C), ("n", n), ("m", m))

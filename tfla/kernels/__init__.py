@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tfla.backend import ScanName
 from tfla.kernels import gates, normalizer
-from tfla.kernels.layout import _joined_kernel
+from tfla.kernels.layout import _fold_packing_kernel
 from tfla.kernels.planning import plan_of
 from tfla.kernels.program import Symbol, name_of
-from tfla.kernels.scan import _join_kernel, _scan_kernel
+from tfla.kernels.scan import _join_splits_kernel, _scan_kernel
 from tfla.kernels.weights import (
     GateWeights,
     clear,
@@ -29,7 +29,7 @@ from tfla.kernels.weights import (
     strides,
     tables,
 )
-from tfla.plan import Tile, Units
+from tfla.plan import StoredSizes, Tile
 from tfla.spec import CallSpec, Inputs
 
 if TYPE_CHECKING:
@@ -86,57 +86,64 @@ def fold_packing(f: Symbol, cu_seqlens: Symbol) -> tuple[Symbol, Symbol]:
     """The forget gates of packed sequences as of one, in fp32, and the (2,) offsets of that one.
     See ``tfla.algorithm``."""
     (_, T, H), builder = f.shape, f.builder
-    out, ends = builder.new("f folded", 1, T, H), builder.new("offsets folded", 2, dtype="i64")
+    out = builder.new("f folded", 1, T, H)
+    out_offsets = builder.new("offsets folded", 2, dtype="i64")
     builder.launch(
         "fold packing",
-        _joined_kernel,
+        _fold_packing_kernel,
         (max(-(-T // 64), 1),),
         4,
         1,
         reads={"f": f, "cu_seqlens": cu_seqlens},
-        writes={"out": out, "ends": ends},
+        writes={"out": out, "out_offsets": out_offsets},
         numbers={"T": T, "N": cu_seqlens.shape[0] - 1, "H": H}
         | {"stride_ft": f.strides[1], "stride_fh": f.strides[2]},
         constants={"BLOCK": 64, "BLOCK_H": 16},
     )
-    return out, ends
+    return out, out_offsets
 
 
 def gate_weights(x: Inputs[Symbol], spec: CallSpec, saved: Symbol | None = None) -> GateWeights:
-    """The weights of every chunk, the denominator folded into the target side; see
+    """The weights of every chunk, with the denominator in the exponents of targets; see
     ``tfla.reference.gate_weights``."""
     plan, builder = plan_of(spec), x.q.builder
-    units = Units(plan.L, plan.span, plan.kept)
-    shapes, keeps = saved_parts(spec, units), spec.needs_grad or saved is not None
+    stored = StoredSizes(plan.L, plan.checkpoint_every, plan.checkpoint_shape)
+    shapes, trains = saved_parts(spec, stored), spec.needs_grad or saved is not None
 
     def part(name: str) -> Symbol | None:
         if name not in shapes:
             return None
-        if keeps:
+        if trains:
             return builder.part(name, *shapes[name], given=saved is not None)
         return builder.new(name, *shapes[name])
 
-    vectors, decay, C_ends, n_chunk, n_final = map(
-        part, ("vectors", "decay", "C_ends", "n_chunk", "n_final")
+    vectors, decay, C_checkpoints, n_chunk, n_final = map(
+        part, ("vectors", "decay", "C_checkpoints", "n_chunk", "n_final")
     )
     assert vectors is not None and decay is not None
     forward = saved is None
-    dC_ends = None if forward or C_ends is None else builder.new("dC_ends", *C_ends.shape)
+    dC_checkpoints = (
+        None
+        if forward or C_checkpoints is None
+        else builder.new("dC_checkpoints", *C_checkpoints.shape)
+    )
     # fp16 would lose what is small beside a gauge and not beside a denominator.
-    undivided = None
-    if spec.normalize and plan.divides and x.q.dtype != "fp16" and forward:
-        undivided = builder.new("undivided", *vectors.shape) if keeps else vectors
+    vectors_without_den = None
+    if spec.normalize and plan.fuse_denominator and x.q.dtype != "fp16" and forward:
+        vectors_without_den = (
+            builder.new("vectors without den", *vectors.shape) if trains else vectors
+        )
     weights = GateWeights(
         spec=spec,
         plan=plan,
-        sizes=sizes_of(spec, units),
+        sizes=sizes_of(spec, stored),
         cu_seqlens=x.cu_seqlens,
         tables=tables(x.cu_seqlens, spec.T, plan),
         vectors=vectors,
-        undivided=undivided,
+        vectors_without_den=vectors_without_den,
         decay=decay,
-        C_ends=C_ends,
-        dC_ends=dC_ends,
+        C_checkpoints=C_checkpoints,
+        dC_checkpoints=dC_checkpoints,
         n_chunk=n_chunk,
         n_final=n_final,
         m_final=builder.new("m_final", spec.N, spec.H) if spec.normalize and forward else None,
@@ -171,8 +178,10 @@ def _normalized(x: Inputs[Symbol], weights: GateWeights) -> None:
     rows = weights.sizes.rows, weights.sizes.chunks
     sums = builder.new("sums", *rows, K)
     chunk_f, chunk_p = (builder.new(name, *rows, dtype="fp64") for name in ("chunk_f", "chunk_p"))
-    gauge = builder.new("gauge", *rows, dtype="fp64") if weights.undivided is None else None
-    made = weights.vectors if weights.undivided is None else weights.undivided
+    gauge = (
+        builder.new("gauge", *rows, dtype="fp64") if weights.vectors_without_den is None else None
+    )
+    made = weights.vectors if weights.vectors_without_den is None else weights.vectors_without_den
     where = {"cu_seqlens": x.cu_seqlens, "table": weights.tables[0]}
     builder.launch(
         "sums",
@@ -347,7 +356,7 @@ def initial_state_decay(
     parts = [weights.vectors[:, :, 2], weights.decay]
     if column is not None:
         parts.append(column.d)
-    if first is not None:  # its first slot is its own number: what came before it is empty
+    if first is not None:  # its first chunk lies at its own number: what came before it is empty
         import torch
 
         chosen = (first + torch.arange(chunks, device=first.device)).clamp(max=sizes.chunks - 1)
@@ -363,7 +372,7 @@ def initial_state_decay(
 
 
 class Scan(NamedTuple):
-    """What a scan leaves behind."""
+    """What a scan writes."""
 
     out: Symbol  # (B, T, H, X)
     dot: Symbol | None  # (parts, rows, chunks, L) shares of the row dot products
@@ -394,8 +403,8 @@ def scan(
     dot: Symbol | None = None,
     final: bool = True,
 ) -> Scan:
-    """The primitive; see ``tfla.reference.scan``. h and dv keep their states at the ends of spans,
-    dq and dk start from them.
+    """The primitive; see ``tfla.reference.scan``. h and dv store their states at checkpoints, dq
+    and dk start from them.
 
     A wide contraction is done in slices, each adding to the last one's output in fp32.
     """
@@ -404,12 +413,12 @@ def scan(
     tile = plan.tile(name)
     if name == "dv" and not tile.hopper:
         dot = None
-    # From one end of a sequence to the other, for dq and dk to follow span by span.
-    stores_states = name in ("h", "dv")
-    ends = weights.dC_ends if name in ("dv", "dk") else weights.C_ends
-    keeps_states = stores_states and ends is not None
-    if ends is None and plan.segment:
-        ends = builder.new("states", sizes.rows, sizes.states, *plan.kept)
+    # Over whole sequences, for dq and dk to follow from checkpoint to checkpoint.
+    over_sequences = name in ("h", "dv")
+    checkpoints = weights.dC_checkpoints if name in ("dv", "dk") else weights.C_checkpoints
+    store_states = over_sequences and checkpoints is not None
+    if checkpoints is None and plan.split_len:
+        checkpoints = builder.new("states", sizes.rows, sizes.checkpoints, *plan.checkpoint_shape)
     call = _Scan(
         name=name,
         tile=tile,
@@ -421,11 +430,11 @@ def scan(
         dots=None
         if dot is None
         else builder.new(f"{name} dot", tile.tiles, sizes.rows, sizes.chunks, plan.L),
-        final=builder.new(f"{name} final", spec.N, H, A, X) if stores_states and final else None,
+        final=builder.new(f"{name} final", spec.N, H, A, X) if over_sequences and final else None,
         weights=weights,
         state=state,
-        ends=ends,
-        keeps_states=keeps_states,
+        checkpoints=checkpoints,
+        store_states=store_states,
         column=column,
     )
     partial = None
@@ -452,8 +461,8 @@ class _Scan(NamedTuple):
     final: Symbol | None
     weights: GateWeights
     state: Symbol | None
-    ends: Symbol | None
-    keeps_states: bool
+    checkpoints: Symbol | None
+    store_states: bool
     column: NormalizerGrad | None
 
     @property
@@ -461,42 +470,43 @@ class _Scan(NamedTuple):
         return self.name in ("dv", "dk")
 
     @property
-    def stores_states(self) -> bool:
+    def over_sequences(self) -> bool:
+        """Does it run over whole sequences? Else it starts from the checkpoints of one that did."""
         return self.name in ("h", "dv")
 
-    def launch(self, part: _Slice) -> None:
-        """One launch; where h or dv is cut, two before it make the states that its pieces start
-        from."""
+    def launch(self, k_slice: _Slice) -> None:
+        """One launch; where h or dv is split along T, two before it make the states that its splits
+        start from."""
         plan, spec = self.weights.plan, self.weights.spec
         T, N, H = spec.T, spec.N, spec.H
-        unit = plan.segment if self.stores_states else plan.span
-        cut = unit > 0 and self.ends is not None
-        pieces = N
-        if cut:
-            pieces = T // unit + N if spec.packed else N * max(-(-T // unit), 1)
-        if cut and self.stores_states:
-            left = self.a.builder.new(f"{self.name} left", pieces, H)
-            self._pieces(part, left, unit, pieces)
-            self._join(part, left, unit)
-        self._whole(part, unit, cut, pieces)
+        split_len = plan.split_len if self.over_sequences else plan.checkpoint_every
+        split_t = split_len > 0 and self.checkpoints is not None
+        splits = N
+        if split_t:
+            splits = T // split_len + N if spec.packed else N * max(-(-T // split_len), 1)
+        if split_t and self.over_sequences:
+            split_decay = self.a.builder.new(f"{self.name} split decay", splits, H)
+            self._split_states(k_slice, split_decay, split_len, splits)
+            self._join(k_slice, split_decay, split_len)
+        self._whole(k_slice, split_len, split_t, splits)
 
-    def _whole(self, part: _Slice, unit: int, cut: bool, pieces: int) -> None:
-        weights, tile, last = self.weights, self.tile, part.is_last
+    def _whole(self, k_slice: _Slice, split_len: int, split_t: bool, splits: int) -> None:
+        weights, tile, last = self.weights, self.tile, k_slice.is_last
         column = self.column if last else None
         vector = None
         if column is not None:
             vector = column.dn_chunk if self.reverse else weights.n_chunk
-        vectors, n_in, folded = weights.vectors, None, None
-        if tile.hopper and self.name == "h" and weights.undivided is not None:
+        vectors, n_in, weights_with_den = weights.vectors, None, None
+        if tile.hopper and self.name == "h" and weights.vectors_without_den is not None:
             # The scan makes the denominator, and notes it for the backward pass.
-            vectors, n_in = weights.undivided, weights.n_chunk
-            folded = weights.vectors if self.keeps_states else None
+            vectors, n_in = weights.vectors_without_den, weights.n_chunk
+            weights_with_den = weights.vectors if self.store_states else None
         reads = {
             "a": self.a,
             "b": self.b,
             "x": self.x,
             "y": self.y if last else None,
-            "partial": part.partial,
+            "partial": k_slice.partial,
             "weights": vectors,
             "decay": weights.decay,
             "d": None if column is None else column.d,
@@ -504,22 +514,33 @@ class _Scan(NamedTuple):
             **({"n_in": n_in} if tile.hopper else {}),
             "state": self.state,
             "cu_seqlens": weights.cu_seqlens,
-            "table": weights.tables[2 if self.stores_states else 1],
+            "table": weights.tables[2 if self.over_sequences else 1],
         }
-        # Kept states are read where a piece starts from one, updated where it also stores some.
-        starts = cut and self.ends is not None
+        # Checkpoints are read where a split starts from one, updated where it also stores some.
+        starts = split_t and self.checkpoints is not None
         writes = {
             "final": self.final,
-            "out": part.out,
+            "out": k_slice.out,
             "dot": self.dots if last else None,
-            "left": None,
-            **({"folded": folded} if tile.hopper else {}),
+            "split_decay": None,
+            **({"weights_with_den": weights_with_den} if tile.hopper else {}),
         }
-        keep = self.keeps_states
-        self._launch(self.name, part, unit, cut, pieces, reads, writes, keep=keep, starts=starts)
+        self._launch(
+            self.name,
+            k_slice,
+            split_len,
+            split_t,
+            splits,
+            reads,
+            writes,
+            store_states=self.store_states,
+            starts=starts,
+        )
 
-    def _pieces(self, part: _Slice, left: Symbol, unit: int, pieces: int) -> None:
-        """What each piece makes of an empty state, to where the next one starts from."""
+    def _split_states(
+        self, k_slice: _Slice, split_decay: Symbol, split_len: int, splits: int
+    ) -> None:
+        """What each split makes of an empty state, to where the next one starts from."""
         weights, hopper = self.weights, self.tile.hopper
         reads = {
             "a": None,
@@ -536,50 +557,52 @@ class _Scan(NamedTuple):
             "cu_seqlens": weights.cu_seqlens,
             "table": weights.tables[2],
         }
-        writes = {"final": None, "out": None, "dot": None, "left": left}
-        writes |= {"folded": None} if hopper else {}
-        label = f"{self.name}: cut"
-        self._launch(label, part, unit, True, pieces, reads, writes, keep=False, starts=False)
+        writes = {"final": None, "out": None, "dot": None, "split_decay": split_decay}
+        writes |= {"weights_with_den": None} if hopper else {}
+        label = f"{self.name}: splits"
+        self._launch(
+            label, k_slice, split_len, True, splits, reads, writes, store_states=False, starts=False
+        )
 
     def _sources(self) -> Symbol:
         weights = self.weights
-        if self.tile.hopper and self.name == "h" and weights.undivided is not None:
-            return weights.undivided
+        if self.tile.hopper and self.name == "h" and weights.vectors_without_den is not None:
+            return weights.vectors_without_den
         return weights.vectors
 
     def _launch(
         self,
         label: str,
-        part: _Slice,
-        unit: int,
-        cut: bool,
-        pieces: int,
+        k_slice: _Slice,
+        split_len: int,
+        split_t: bool,
+        splits: int,
         reads: dict[str, Symbol | None],
         writes: dict[str, Symbol | None],
         *,
-        keep: bool,
+        store_states: bool,
         starts: bool,
     ) -> None:
         weights, plan, spec, tile = self.weights, self.weights.plan, self.weights.spec, self.tile
-        # Kept states and the last one stand between what is read and what is written: each slice
+        # Checkpoints and the final state stand between what is read and what is written: each slice
         # adds its rows to those of the slices before it.
-        ends, updates = {"ends": self.ends}, dict[str, Symbol | None]()
-        is_first = part.first == 0
-        if not keep and writes["out"] is not None:
-            reads = reads | ends
+        checkpoints, updates = {"checkpoints": self.checkpoints}, dict[str, Symbol | None]()
+        is_first = k_slice.first == 0
+        if not store_states and writes["out"] is not None:
+            reads = reads | checkpoints
         elif starts or not is_first:
-            updates = ends
+            updates = checkpoints
         else:
-            writes = ends | writes
+            writes = checkpoints | writes
         if not is_first:
             updates = updates | {"final": writes.pop("final")}
-        X, y = self.x.shape[-1], self.y if part.is_last else None
-        e = _state_strides(plan.kept, self.stores_states)
-        kernel, forms = _kernel_of(tile, spec.precision, self.stores_states and y is not None)
+        X, y = self.x.shape[-1], self.y if k_slice.is_last else None
+        stride_a, stride_x = _checkpoint_strides(plan.checkpoint_shape, self.over_sequences)
+        kernel, forms = _kernel_of(tile, spec.precision, self.over_sequences and y is not None)
         self.a.builder.launch(
             label,
             kernel,
-            (tile.tiles * spec.H * pieces,),
+            (tile.tiles * spec.H * splits,),
             tile.warps,
             tile.stages,
             reads=reads,
@@ -593,66 +616,70 @@ class _Scan(NamedTuple):
             | _strides_of("f", self.final)
             | weights.common
             | {
-                "spans": weights.sizes.states,
-                "UNIT": unit,
+                "checkpoints_per_head": weights.sizes.checkpoints,
+                "split_len": split_len,
                 "size": weights.size,
-                "stride_e": plan.kept[0] * plan.kept[1],
-                "first_a": part.first or None,  # none to add costs no register
-                "A": part.width,
+                "stride_checkpoint": plan.checkpoint_shape[0] * plan.checkpoint_shape[1],
+                "first_a": k_slice.first or None,  # none to add costs no register
+                "A": k_slice.width,
                 "X": X,
             },
             constants={
                 "L": plan.L,
                 "BLOCK_A": tile.block_a,
                 "BLOCK_X": tile.block_x,
-                "SPAN": plan.span,
-                "STRIDE_EA": e[0],
-                "STRIDE_EX": e[1],
+                "CHECKPOINT_EVERY": plan.checkpoint_every,
+                "STRIDE_CHECKPOINT_A": stride_a,
+                "STRIDE_CHECKPOINT_X": stride_x,
                 "REVERSE": self.reverse,
-                "CUT": cut,
-                "KEEP": keep,
-                "ENDS": spec.at_ends,
+                "SPLIT_T": split_t,
+                "STORE_STATES": store_states,
+                "AT_SEQUENCE_END": spec.at_sequence_end,
                 **forms,
             },
         )
 
-    def _join(self, part: _Slice, left: Symbol, unit: int) -> None:
-        """From what each piece makes of an empty state to the state at its end."""
+    def _join(self, k_slice: _Slice, split_decay: Symbol, split_len: int) -> None:
+        """From what each split makes of an empty state to the state at its end."""
         weights, plan, spec = self.weights, self.weights.plan, self.weights.spec
         X = self.x.shape[-1]
         self.a.builder.launch(
-            f"{self.name}: cut",
-            _join_kernel,
-            (spec.N * spec.H, -(-part.width * X // 1024)),
+            f"{self.name}: splits",
+            _join_splits_kernel,
+            (spec.N * spec.H, -(-k_slice.width * X // 1024)),
             4,
             2,
-            reads={"left": left, "state": self.state, "cu_seqlens": weights.cu_seqlens},
-            updates={"ends": self.ends},
+            reads={
+                "split_decay": split_decay,
+                "state": self.state,
+                "cu_seqlens": weights.cu_seqlens,
+            },
+            updates={"checkpoints": self.checkpoints},
             writes={},
             numbers=_strides_of("s", self.state)
             | {
                 "T": spec.T,
                 "H": spec.H,
-                "spans": weights.sizes.states,
-                "UNIT": unit,
-                "stride_e": plan.kept[0] * plan.kept[1],
-                "first_a": part.first or None,  # none to add costs no register
-                "A": part.width,
+                "checkpoints_per_head": weights.sizes.checkpoints,
+                "split_len": split_len,
+                "stride_checkpoint": plan.checkpoint_shape[0] * plan.checkpoint_shape[1],
+                "first_a": k_slice.first or None,  # none to add costs no register
+                "A": k_slice.width,
                 "X": X,
             },
             constants={
-                "SPAN": plan.span,
+                "CHECKPOINT_EVERY": plan.checkpoint_every,
                 "BLOCK": 1024,
-                "STRIDE_EA": _state_strides(plan.kept, True)[0],
+                "STRIDE_CHECKPOINT_A": _checkpoint_strides(plan.checkpoint_shape, True)[0],
                 "REVERSE": self.reverse,
-                "ENDS": spec.at_ends,
+                "AT_SEQUENCE_END": spec.at_sequence_end,
             },
         )
 
 
-def _state_strides(kept: tuple[int, int], straight: bool) -> tuple[int, int]:
-    """Of a kept state (A, X): h and dv keep it so, dq and dk read it as (X, A)."""
-    return (kept[1], 1) if straight else (1, kept[1])
+def _checkpoint_strides(shape: tuple[int, int], straight: bool) -> tuple[int, int]:
+    """Of a checkpoint (A, X): h and dv store it so, dq and dk read it as (X, A)."""
+    return (shape[1], 1) if straight else (1, shape[1])
 
 
 def _strides_of(name: str, x: Symbol | None) -> dict[str, int]:
@@ -693,11 +720,13 @@ def gate_gradients(
     )
     column = dk.column
     assert dq.dot is not None and dk.dot is not None
-    pieces = T // plan.span + spec.N if spec.packed else B * -(-T // plan.span)
+    intervals = (
+        T // plan.checkpoint_every + spec.N if spec.packed else B * -(-T // plan.checkpoint_every)
+    )
     builder.launch(
         "gate gradients",
         gates._gradients_kernel,
-        (pieces * H,),
+        (intervals * H,),
         8,
         2,
         reads={
@@ -708,8 +737,8 @@ def gate_gradients(
             "weights": weights.vectors,
             "q_dq": dq.dot,
             "k_dk": dk.dot,
-            "C_ends": weights.C_ends,
-            "dC_ends": weights.dC_ends,
+            "C_checkpoints": weights.C_checkpoints,
+            "dC_checkpoints": weights.dC_checkpoints,
             "n_chunk": weights.n_chunk,
             "n_last": weights.n_final,
             "dn_chunk": None if column is None else column.dn_chunk,
@@ -719,14 +748,14 @@ def gate_gradients(
         | strides("f", f)
         | weights.common
         | {
-            "spans": weights.sizes.states,
+            "checkpoints_per_head": weights.sizes.checkpoints,
             "size": weights.size,
             "K": spec.K,
-            "state": plan.kept[0] * plan.kept[1],
+            "state": plan.checkpoint_shape[0] * plan.checkpoint_shape[1],
         },
         constants={
             "L": plan.L,
-            "SPAN": plan.span,
+            "CHECKPOINT_EVERY": plan.checkpoint_every,
             "BLOCK_K": plan.block_k,
             "Q_PARTS": dq.dot.shape[0],
             "K_PARTS": dk.dot.shape[0],
@@ -734,7 +763,7 @@ def gate_gradients(
             "SIGMOID_F": spec.sigmoid_f,
             "NORMALIZE": spec.normalize,
             "PACKED": spec.packed,
-            "ENDS": spec.at_ends,
+            "AT_SEQUENCE_END": spec.at_sequence_end,
         },
     )
     return di, df

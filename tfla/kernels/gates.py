@@ -1,6 +1,6 @@
 """Exponents, chunk by chunk, and the gradients of the gates: ``tfla.gates`` in Triton.
 
-Weights of a token, in log2 units, seven vectors of L numbers a chunk, (row, slot, 8, L) in all:
+Weights of a token, in log2 units, seven vectors of L numbers a chunk, (rows, chunks, 8, L) in all:
 
     0, 1   target   b - ln den + ln scale as (whole, rest)
     2               exp(b) scale / den: what the incoming state weighs here
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from tfla import limits
-from tfla.kernels.layout import chunk, first_kept, first_slot, sequence, unit
+from tfla.kernels.layout import chunk, first_checkpoint_index, first_index, interval, sequence
 from tfla.spec import TritonForm
 
 LOG2E = tl.constexpr(limits.LOG2E)
@@ -188,7 +188,20 @@ def store_weights(here, target, edge, source, source_edge, mark, inside, used, L
     tl.store(here + MARK * L, mark)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", *GATE_STRIDES])
+# R: batch entries times heads, or heads where packed.
+#
+#   i, f         (B, T, H), any float   pre-activations; stride_.. by batch, token, head
+#   cu_seqlens   (N + 1,) i64           offsets of packed sequences, or None
+#   table        i32                    the sequence of each chunk, where packed
+#   weights      (R, chunks_per_head, 8, L) fp32   written: the vectors above
+#   decay        (R, chunks_per_head) fp32         written: exp(b_L)
+#   T, H, chunks_per_head   tokens, heads, places of chunks for each of R
+#   scale        of q
+#   L            tokens of a chunk
+#   LOG_I        the input gate's function, pre-activation -> log_i
+#   SIGMOID_F    f is a pre-activation of a sigmoid, else log_f
+#   PACKED       sequences are packed
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head", *GATE_STRIDES])
 def _weights_kernel(
     i,
     f,
@@ -204,7 +217,7 @@ def _weights_kernel(
     stride_fh,
     T,
     H,
-    slots,
+    chunks_per_head,
     scale,
     L: tl.constexpr,
     LOG_I: tl.constexpr,
@@ -212,7 +225,9 @@ def _weights_kernel(
     PACKED: tl.constexpr,
 ):
     """The seven vectors of a chunk and what it leaves of the state, without a normaliser."""
-    n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
+    n, j, batch, head, start, length, chunk_index = chunk(
+        cu_seqlens, table, T, H, chunks_per_head, L, PACKED
+    )
     if j * L >= length:
         return
     l = tl.arange(0, L)
@@ -231,9 +246,9 @@ def _weights_kernel(
     p = within(log_i * LOG2E, -WRITE, STEP) - b
     p = tl.where(log_i <= LOG_I_NOTHING, NOTHING, p)
     log_s = log_scale(scale)
-    tl.store(decay + slot, _exp2(b_last))
+    tl.store(decay + chunk_index, _exp2(b_last))
     store_weights(
-        weights + slot * VECTORS * L + l,
+        weights + chunk_index * VECTORS * L + l,
         b + log_s,
         tl.where(scale > 0.0, _exp2(b + log_s), 0.0),
         p,
@@ -245,7 +260,29 @@ def _weights_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "spans", *GATE_STRIDES])
+# R: batch entries times heads, or heads where packed.
+#
+#   i, f, cu_seqlens   as in _weights_kernel
+#   table        i32                    the sequence of each interval of checkpoints, where packed
+#   weights      (R, chunks_per_head, 8, L) fp32   the marks of tokens that erase are read
+#   q_dq         (Q_PARTS, R, chunks_per_head, L) fp32   q . dq, in parts to be added
+#   k_dk         (K_PARTS, R, chunks_per_head, L) fp32   k . dk, likewise
+#   C_checkpoints, dC_checkpoints   (R, checkpoints_per_head, state) fp32   C and dC there
+#   n_chunk      (R, chunks_per_head, K) fp32   n before each chunk; None without a normaliser
+#   n_last       (N, H, K) fp32                 n after the last token
+#   dn_chunk     (R, chunks_per_head, K) fp32   dn after each chunk
+#   di, df       (B, T, H), dtypes of i and f   written
+#   T, H, chunks_per_head, checkpoints_per_head   tokens, heads, places for each of R
+#   size         R chunks_per_head L, the numbers of a part
+#   K            columns of n
+#   state        numbers of a checkpoint
+#   L, CHECKPOINT_EVERY   tokens of a chunk, and of the interval of a program
+#   BLOCK_K      columns of n at once
+#   GRADIENT_I   the input gate's function, (dlog_i, pre-activation) -> di
+#   SIGMOID_F, PACKED     as in _weights_kernel
+#   NORMALIZE    there is a normaliser
+#   AT_SEQUENCE_END       there is a checkpoint at the end of each sequence too
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", *GATE_STRIDES])
 def _gradients_kernel(
     i,
     f,
@@ -254,8 +291,8 @@ def _gradients_kernel(
     weights,
     q_dq,
     k_dk,
-    C_ends,
-    dC_ends,
+    C_checkpoints,
+    dC_checkpoints,
     n_chunk,
     n_last,
     dn_chunk,
@@ -269,13 +306,13 @@ def _gradients_kernel(
     stride_fh,
     T,
     H,
-    slots,
-    spans,
+    chunks_per_head,
+    checkpoints_per_head,
     size,
     K,
     state,
     L: tl.constexpr,
-    SPAN: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr,
     BLOCK_K: tl.constexpr,
     Q_PARTS: tl.constexpr,
     K_PARTS: tl.constexpr,
@@ -283,30 +320,34 @@ def _gradients_kernel(
     SIGMOID_F: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
-    ENDS: tl.constexpr,
+    AT_SEQUENCE_END: tl.constexpr,
 ):
-    """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the end of its span
-    of SPAN tokens, and of the states that meet there; it restarts at tokens that erase what came
-    before."""
+    """dlog_i = k . dk; dlog_f is the sum of q . dq - k . dk from each token to the
+    checkpoint after it, CHECKPOINT_EVERY tokens apart, and of the states that meet there; it
+    restarts at tokens that erase what came before."""
     w = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     size = size.to(tl.int64)
-    n, j = unit(w, cu_seqlens, table, T, SPAN, PACKED)
+    n, j = interval(w, cu_seqlens, table, T, CHECKPOINT_EVERY, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    if j * SPAN >= length:
+    if j * CHECKPOINT_EVERY >= length:
         return
-    row = head if PACKED else batch * H + head
-    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS) + j
-    if not ENDS:  # dC is 0 where a sequence ends
-        state = tl.where((j + 1) * SPAN < length, state, 0)
-    first = row * slots + first_slot(n, start, L, PACKED)
-    # Tokens from the last to the first: the scan runs forward.
-    behind = tl.minimum((j + 1) * SPAN, ((length + L - 1) // L * L).to(tl.int32))
-    position = behind - 1 - tl.arange(0, SPAN)
-    inside = (position >= j * SPAN) & (position < length)
-    here = first * L + position
-    dlog_i = tl.zeros([SPAN], tl.float32)
-    dot = tl.zeros([SPAN], tl.float32)
+    bh = head if PACKED else batch * H + head
+    checkpoint = (
+        bh * checkpoints_per_head
+        + first_checkpoint_index(n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END)
+        + j
+    )
+    if not AT_SEQUENCE_END:  # dC is 0 where a sequence ends
+        state = tl.where((j + 1) * CHECKPOINT_EVERY < length, state, 0)
+    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
+    # Tokens from the last to the first_chunk: the scan runs forward.
+    end_of_chunks = tl.minimum((j + 1) * CHECKPOINT_EVERY, ((length + L - 1) // L * L).to(tl.int32))
+    position = end_of_chunks - 1 - tl.arange(0, CHECKPOINT_EVERY)
+    inside = (position >= j * CHECKPOINT_EVERY) & (position < length)
+    here = first_chunk * L + position
+    dlog_i = tl.zeros([CHECKPOINT_EVERY], tl.float32)
+    dot = tl.zeros([CHECKPOINT_EVERY], tl.float32)
     for part in tl.static_range(K_PARTS):
         dlog_i += tl.load(k_dk + part * size + here, mask=inside, other=0.0)
     for part in tl.static_range(Q_PARTS):
@@ -314,12 +355,14 @@ def _gradients_kernel(
     meet = tl.zeros([1024], tl.float32)
     for block in range(0, state, 1024):
         entry = block + tl.arange(0, 1024)
-        C = tl.load(C_ends + span * state + entry, mask=entry < state, other=0.0)
-        meet += C * tl.load(dC_ends + span * state + entry, mask=entry < state, other=0.0)
+        C = tl.load(C_checkpoints + checkpoint * state + entry, mask=entry < state, other=0.0)
+        meet += C * tl.load(
+            dC_checkpoints + checkpoint * state + entry, mask=entry < state, other=0.0
+        )
     total = tl.sum(meet, 0).to(tl.float64)
-    end = tl.minimum((j + 1) * SPAN, length)
+    end = tl.minimum((j + 1) * CHECKPOINT_EVERY, length)
     if NORMALIZE:
-        slot = first + (end + L - 1) // L
+        chunk_index = first_chunk + (end + L - 1) // L
         for block in range(0, K, BLOCK_K):
             column = block + tl.arange(0, BLOCK_K)
             if end == length:
@@ -327,14 +370,14 @@ def _gradients_kernel(
                     n_last + (n.to(tl.int64) * H + head) * K + column, mask=column < K, other=0.0
                 )
             else:
-                n_end = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
-            dn_end = tl.load(dn_chunk + (slot - 1) * K + column, mask=column < K, other=0.0)
+                n_end = tl.load(n_chunk + chunk_index * K + column, mask=column < K, other=0.0)
+            dn_end = tl.load(dn_chunk + (chunk_index - 1) * K + column, mask=column < K, other=0.0)
             total += tl.sum(n_end * dn_end, 0).to(tl.float64)
-    mark = weights + (first + position // L) * (VECTORS * L) + MARK * L + position % L
+    mark = weights + (first_chunk + position // L) * (VECTORS * L) + MARK * L + position % L
     erased = tl.load(mark, mask=inside, other=0.0) > 2.0
-    keep = tl.where(erased, 0.0, 1.0).to(tl.float64)
-    flow = tl.where(erased, 0.0, dot - dlog_i).to(tl.float64)
-    factor, value = tl.associative_scan((keep, flow), 0, _affine)
+    factor = tl.where(erased, 0.0, 1.0).to(tl.float64)
+    value = tl.where(erased, 0.0, dot - dlog_i).to(tl.float64)
+    factor, value = tl.associative_scan((factor, value), 0, _affine)
     dlog_f = (scaled(total, factor) + value).to(tl.float32)
     t = start + position
     x = tl.load(

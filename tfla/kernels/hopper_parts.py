@@ -164,14 +164,22 @@ def store_products(at, one, other):
 
 @gluon.jit
 def updated(
-    S, S_2, X_rows, B, edge, keep, HALF: gl.constexpr, HALVES: gl.constexpr, SOURCE: gl.constexpr
+    S,
+    S_2,
+    X_rows,
+    B,
+    edge,
+    chunk_decay,
+    HALF: gl.constexpr,
+    HALVES: gl.constexpr,
+    SOURCE: gl.constexpr,
 ):
     """The state after a chunk, while it is being made."""
     col_edge = edge.load(gl.SliceLayout(0, SOURCE))
     X_low = parts_of(load(turned(X_rows), SOURCE).to(gl.float32) * col_edge[None, :], B)
-    S = product(X_low, columns(B, 0, HALF), S * keep, True)
+    S = product(X_low, columns(B, 0, HALF), S * chunk_decay, True)
     if HALVES == 2:
-        S_2 = product(X_low, columns(B, HALF, HALF), S_2 * keep, True)
+        S_2 = product(X_low, columns(B, HALF, HALF), S_2 * chunk_decay, True)
     return S, S_2
 
 
@@ -189,9 +197,11 @@ def over_den(vectors, n_q_s, sums_s, L: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def fold(folded, vectors, sign, factor, slot, L: gl.constexpr, LAYOUT: gl.constexpr):
+def store_weights_with_den(
+    weights_with_den, vectors, sign, factor, chunk_index, L: gl.constexpr, LAYOUT: gl.constexpr
+):
     """The vectors of a chunk with the denominator in them, for the backward pass."""
-    here = folded + slot * (VECTORS * L) + gl.arange(0, L, layout=LAYOUT)
+    here = weights_with_den + chunk_index * (VECTORS * L) + gl.arange(0, L, layout=LAYOUT)
     rest = vectors.slice(L, L).load(LAYOUT) + gl.log2(factor)
     carry = gl.floor(rest + 0.5)
     gl.store(here, vectors.slice(0, L).load(LAYOUT) + carry)
@@ -204,7 +214,7 @@ def fold(folded, vectors, sign, factor, slot, L: gl.constexpr, LAYOUT: gl.conste
 
 
 @gluon.jit
-def keep_state(at, S, S_2, HALVES: gl.constexpr, SECOND: gl.constexpr):
+def store_state(at, S, S_2, HALVES: gl.constexpr, SECOND: gl.constexpr):
     gl.store(at, S)
     if HALVES == 2:
         gl.store(at + SECOND, S_2)

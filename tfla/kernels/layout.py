@@ -1,10 +1,11 @@
-"""Where things lie: sequences, chunks and larger units of tokens, for every kernel, without the
-host knowing any length.
+"""Where things lie: sequences and the intervals of tokens that they are divided into, for every
+kernel, without the host knowing any length.
 
-A sequence of packed tokens [c_n, c_{n+1}) gets the slots from c_n // U + n on when it is cut into
-units of U tokens: never fewer than it needs, never more than T // U + N in all, and no prefix sum
-to wait for. Vectors of one number a token lie as (row, slot, L), rows being (batch, head), or
-heads alone when sequences are packed.
+An interval of U tokens is a chunk, the tokens between two checkpoints, or a split. Arrays have a
+place for each interval of one (batch, head), or of one head when sequences are packed: vectors of
+one number a token lie as (batch and head, chunk, L). A sequence of packed tokens [c_n, c_{n+1}) has
+the places from c_n // U + n on: never fewer than it needs, never more than T // U + N in all, and
+no prefix sum to wait for. Some places stay empty.
 
 The host does not know the offsets of packed sequences on a GPU, so they may be anything.
 ``_offsets_kernel`` makes them ascend within [0, T]; every other kernel reads what it wrote, never
@@ -22,6 +23,10 @@ def _larger(a, b):
     return tl.maximum(a, b)
 
 
+#   cu_seqlens   (N + 1,) i32 or i64, ``stride`` numbers apart   offsets as the caller gave them
+#   out          (N + 1,) i64   written
+#   T, N         tokens, sequences
+#   BLOCK        offsets at once
 @triton.jit(do_not_specialize=["T", "N", "stride"])
 def _offsets_kernel(cu_seqlens, out, T, N, stride, BLOCK: tl.constexpr):
     """out (N + 1,) int64: each offset within [0, T], and no less than any before it. One program,
@@ -56,6 +61,11 @@ def _clear(x, width, T, start, end, BLOCK: tl.constexpr):
             tl.store(x + at + lanes, zeros, mask=at + lanes < T.to(tl.int64) * width)
 
 
+#   offsets      (N + 1,) i64              what _offsets_kernel wrote
+#   a, b, c, d, e   (T, width), any dtype   updated; None where there are fewer
+#   T, N         tokens, sequences
+#   width_a, width_b, width_c, width_d, width_e   their columns
+#   BLOCK        numbers at once
 @triton.jit(do_not_specialize=["T", "N", "width_a", "width_b", "width_c", "width_d", "width_e"])
 def _clear_kernel(
     offsets, a, b, c, d, e, T, N, width_a, width_b, width_c, width_d, width_e, BLOCK: tl.constexpr
@@ -85,9 +95,9 @@ def sequence(n, cu_seqlens, T, PACKED: tl.constexpr):
 
 
 @triton.jit
-def unit(w, cu_seqlens, table, T, U, PACKED: tl.constexpr):
-    """(sequence, index within it) of the w-th slot of units of U tokens; the index is past the end
-    in a slot that is not used."""
+def interval(w, cu_seqlens, table, T, U, PACKED: tl.constexpr):
+    """(sequence, index within it) of the w-th place for intervals of U tokens; the index is past
+    the end where the place is empty."""
     w = w.to(tl.int64)
     if PACKED:
         n = tl.load(table + w)
@@ -101,8 +111,8 @@ def unit(w, cu_seqlens, table, T, U, PACKED: tl.constexpr):
 
 
 @triton.jit
-def first_slot(n, start, U, PACKED: tl.constexpr):
-    """The slot of the first unit of sequence n, which starts at token ``start``, in its row."""
+def first_index(n, start, U, PACKED: tl.constexpr):
+    """The place of the first interval of sequence n, which starts at token ``start``."""
     if PACKED:
         return start // U + n
     else:
@@ -110,95 +120,119 @@ def first_slot(n, start, U, PACKED: tl.constexpr):
 
 
 @triton.jit
-def chunk(cu_seqlens, table, T, H, slots, L, PACKED: tl.constexpr):
-    """(sequence, index in it, batch, head, first token, length, slot) of the chunk that a program
-    of a grid over all slots has; the index is past the end in a slot that is not used."""
+def chunk(cu_seqlens, table, T, H, chunks_per_head, L, PACKED: tl.constexpr):
+    """(sequence, index in it, batch, head, first token, length, index in arrays) of the chunk of a
+    program in a grid over all places; the index is past the end where the place is empty."""
     head = (tl.program_id(0) % H).to(tl.int64)
-    n, j = unit(tl.program_id(0) // H, cu_seqlens, table, T, L, PACKED)
+    n, j = interval(tl.program_id(0) // H, cu_seqlens, table, T, L, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
-    return n, j, batch, head, start, length, row * slots + first_slot(n, start, L, PACKED) + j
+    bh = head if PACKED else batch * H + head
+    return (
+        n,
+        j,
+        batch,
+        head,
+        start,
+        length,
+        bh * chunks_per_head + first_index(n, start, L, PACKED) + j,
+    )
 
 
 @triton.jit
-def first_kept(n, start, SPAN, PACKED: tl.constexpr, ENDS: tl.constexpr):
-    """The same of kept states: one where two spans of SPAN tokens meet, with ENDS one more at the
-    end of every sequence."""
-    if ENDS:
-        return first_slot(n, start, SPAN, PACKED)
+def first_checkpoint_index(
+    n, start, CHECKPOINT_EVERY, PACKED: tl.constexpr, AT_SEQUENCE_END: tl.constexpr
+):
+    """The place of its first checkpoint: one lies after every CHECKPOINT_EVERY tokens inside of a
+    sequence, with AT_SEQUENCE_END one more at its end."""
+    if AT_SEQUENCE_END:
+        return first_index(n, start, CHECKPOINT_EVERY, PACKED)
     elif PACKED:
-        return start // SPAN
+        return start // CHECKPOINT_EVERY
     else:
         return start * 0
 
 
 @triton.jit
-def reaching(decay, low, high, REVERSE: tl.constexpr):
-    """(low, high, remains): the part of chunks [low, high) that the state behind them still knows,
-    and what it leaves of a state before them. What came before that part (in reverse, after) is
+def effective_chunks(decay, low, high, REVERSE: tl.constexpr):
+    """(low, high, split_decay): the part of chunks [low, high) that has weight in the state after
+    them (in reverse, before), and the product of their decays. What lies beyond that part is
     multiplied by decays whose product is 0 in fp32."""
-    remains = (low * 0 + 1).to(tl.float32)
+    split_decay = (low * 0 + 1).to(tl.float32)
     known = low * 0
-    while (known < high - low) & (remains > 0.0):
+    while (known < high - low) & (split_decay > 0.0):
         for each in tl.static_range(8):  # loads that wait for none of each other
             c = (low + known + each) if REVERSE else (high - 1 - known - each)
-            remains *= tl.load(decay + c, mask=(c >= low) & (c < high), other=1.0)
+            split_decay *= tl.load(decay + c, mask=(c >= low) & (c < high), other=1.0)
         known += 8
     if REVERSE:
-        return low, tl.minimum(low + known, high), remains
+        return low, tl.minimum(low + known, high), split_decay
     else:
-        return tl.maximum(high - known, low), high, remains
+        return tl.maximum(high - known, low), high, split_decay
 
 
 @triton.jit
-def _last(cu_seqlens, at, U, N, SLOTS: tl.constexpr):
-    """The last n with c_n // U <= at, or with c_n // U + n <= at where sequences have slots;
-    found by bisection."""
+def _last(cu_seqlens, at, U, N, PLACES: tl.constexpr):
+    """The last n with c_n // U <= at, or with PLACES with c_n // U + n <= at; by bisection."""
     low = at * 0
     high = low + N
-    span = N
-    while span > 0:
+    width = N
+    while width > 0:
         middle = (low + high) // 2
         start = tl.load(cu_seqlens + middle) // U
-        before = (start + middle if SLOTS else start) <= at
+        before = (start + middle if PLACES else start) <= at
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
-        span = span // 2
+        width = width // 2
     return low
 
 
-@triton.jit(do_not_specialize=["N", "unit_0", "unit_1", "unit_2", "size_0", "size_1", "size_2"])
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences
+#   table_0, table_1, table_2   (count_0,), (count_1,), (count_2,) i32   written: the sequence of
+#                each place for chunks, for intervals between checkpoints, and for splits
+#   N            sequences
+#   length_0, length_1, length_2   tokens of an interval of each kind
+#   count_0, count_1, count_2      places of each kind
+#   BLOCK        places of a program
+@triton.jit(
+    do_not_specialize=["N", "length_0", "length_1", "length_2", "count_0", "count_1", "count_2"]
+)
 def _tables_kernel(
     cu_seqlens,
     table_0,
     table_1,
     table_2,
     N,
-    unit_0,
-    unit_1,
-    unit_2,
-    size_0,
-    size_1,
-    size_2,
+    length_0,
+    length_1,
+    length_2,
+    count_0,
+    count_1,
+    count_2,
     BLOCK: tl.constexpr,
 ):
-    """The sequence of every slot, for three units at once."""
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    which = (slot >= size_0).to(tl.int32) + (slot >= size_0 + size_1).to(tl.int32)
-    U = tl.where(which == 0, unit_0, tl.where(which == 1, unit_1, unit_2)).to(tl.int64)
-    w = slot - tl.where(which == 0, 0, tl.where(which == 1, size_0, size_0 + size_1))
+    """The sequence of every place, for intervals of three lengths at once."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    which = (place >= count_0).to(tl.int32) + (place >= count_0 + count_1).to(tl.int32)
+    U = tl.where(which == 0, length_0, tl.where(which == 1, length_1, length_2)).to(tl.int64)
+    w = place - tl.where(which == 0, 0, tl.where(which == 1, count_0, count_0 + count_1))
     n = tl.minimum(_last(cu_seqlens, w, U, N, True), N - 1)
     tl.store(table_0 + w, n, mask=which == 0)
     tl.store(table_1 + w, n, mask=which == 1)
-    tl.store(table_2 + w, n, mask=(which == 2) & (w < size_2))
+    tl.store(table_2 + w, n, mask=(which == 2) & (w < count_2))
 
 
+#   f            (T, H), any float   forget gates, pre-activations or log_f; stride_ft, stride_fh
+#   cu_seqlens   (N + 1,) i64        offsets of packed sequences
+#   out          (T, H) fp32         written: f, -inf where a sequence begins
+#   out_offsets  (2,) i64            written: the offsets of all sequences as one
+#   T, N, H      tokens, sequences, heads
+#   BLOCK, BLOCK_H   tokens of a program; heads at once
 @triton.jit(do_not_specialize=["T", "N", "H", "stride_ft", "stride_fh"])
-def _joined_kernel(
+def _fold_packing_kernel(
     f,
     cu_seqlens,
     out,
-    ends,
+    out_offsets,
     T,
     N,
     H,
@@ -210,8 +244,8 @@ def _joined_kernel(
     """f (T, H), closed at tokens where a sequence begins; and where the first begins and the last
     one ends, the offsets of the one sequence that they are then."""
     if tl.program_id(0) == 0:
-        tl.store(ends, tl.load(cu_seqlens))
-        tl.store(ends + 1, tl.load(cu_seqlens + N))
+        tl.store(out_offsets, tl.load(cu_seqlens))
+        tl.store(out_offsets + 1, tl.load(cu_seqlens + N))
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = _last(cu_seqlens, t, 1, N, False)
     begins = tl.load(cu_seqlens + n) == t

@@ -27,7 +27,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from tfla.kernels import parts
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS
-from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
+from tfla.kernels.layout import (
+    effective_chunks,
+    first_checkpoint_index,
+    first_index,
+    interval,
+    sequence,
+)
 
 # The same function under the names of Triton 3.6 and of later ones.
 _load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -36,7 +42,7 @@ SLICE = gl.constexpr(32)  # columns of the state in one product: few operands in
 
 
 @gluon.constexpr_function
-def _each(dtype):
+def _per_copy(dtype):
     """Numbers in 16 bytes, what a thread copies at once."""
     return 128 // dtype.primitive_bitwidth
 
@@ -66,11 +72,11 @@ def _rows_at(
     """(pointers to rows from token t and columns from ``first``, which of them exist). Rows begin
     at multiples of 16 bytes, which the compiler is told: it does not see it in ``stride``."""
     LAYOUT: gl.constexpr = _rows_layout(BLOCK, x.dtype.element_ty, WARPS)
-    EACH: gl.constexpr = _each(x.dtype.element_ty)
+    PER_COPY: gl.constexpr = _per_copy(x.dtype.element_ty)
     l = gl.arange(0, L, layout=gl.SliceLayout(1, LAYOUT))
     column = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
     at = x + t.to(gl.int64) * stride + (l * stride)[:, None] + column[None, :]
-    seen = (l < tokens - t)[:, None] & (column < width // EACH * EACH)[None, :]
+    seen = (l < tokens - t)[:, None] & (column < width // PER_COPY * PER_COPY)[None, :]
     return gl.multiple_of(at, [1, 16]), seen
 
 
@@ -133,8 +139,8 @@ def _fetch_rows(tile, x, stride, t, tokens, first, width, WARPS: gl.constexpr):
 def _fetch_line(line, x, width, WARPS: gl.constexpr):
     """Begin to copy fp32 numbers, of which ``width`` exist."""
     SIZE: gl.constexpr = line.shape[0]
-    EACH: gl.constexpr = max(1, min(4, SIZE // (32 * WARPS)))
-    column = gl.arange(0, SIZE, layout=gl.BlockedLayout([EACH], [32], [WARPS], [0]))
+    PER_COPY: gl.constexpr = max(1, min(4, SIZE // (32 * WARPS)))
+    column = gl.arange(0, SIZE, layout=gl.BlockedLayout([PER_COPY], [32], [WARPS], [0]))
     _load(line, x + column, mask=column < width)
 
 
@@ -161,12 +167,12 @@ def _scaled(x, weight):
 
 
 @gluon.jit
-def _store_state(at, S, STRIDE_EA: gl.constexpr):
+def _store_state(at, S, STRIDE_CHECKPOINT_A: gl.constexpr):
     for n in gl.static_range(len(S)):
-        gl.store(at + n * S[n].shape[1] * STRIDE_EA, S[n])
+        gl.store(at + n * S[n].shape[1] * STRIDE_CHECKPOINT_A, S[n])
 
 
-@gluon.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
+@gluon.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _scan_mma_kernel(
     a,
     b,
@@ -180,11 +186,11 @@ def _scan_mma_kernel(
     state,
     cu_seqlens,
     table,
-    ends,
+    checkpoints,
     final,
     out,
     dot,
-    left,
+    split_decay,
     stride_ab,
     stride_at,
     stride_ah,
@@ -207,24 +213,24 @@ def _scan_mma_kernel(
     stride_fx,
     T,
     H,
-    slots,
-    spans,
-    UNIT,
+    chunks_per_head,
+    checkpoints_per_head,
+    split_len,
     size,
-    stride_e,
+    stride_checkpoint,
     first_a,
     A,
     X,
     L: gl.constexpr,
     BLOCK_A: gl.constexpr,
     BLOCK_X: gl.constexpr,
-    SPAN: gl.constexpr,
-    STRIDE_EA: gl.constexpr,
-    STRIDE_EX: gl.constexpr,
+    CHECKPOINT_EVERY: gl.constexpr,
+    STRIDE_CHECKPOINT_A: gl.constexpr,
+    STRIDE_CHECKPOINT_X: gl.constexpr,
     REVERSE: gl.constexpr,
-    CUT: gl.constexpr,
-    KEEP: gl.constexpr,
-    ENDS: gl.constexpr,
+    SPLIT_T: gl.constexpr,
+    STORE_STATES: gl.constexpr,
+    AT_SEQUENCE_END: gl.constexpr,
     STAGES: gl.constexpr,
     Y_AHEAD: gl.constexpr,
     WARPS: gl.constexpr,
@@ -236,14 +242,14 @@ def _scan_mma_kernel(
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
     given: gl.constexpr = x.dtype.element_ty
-    PAIR: gl.constexpr = given == gl.float32
-    dtype: gl.constexpr = gl.bfloat16 if PAIR else given  # of products
+    SPLIT_FP32: gl.constexpr = given == gl.float32
+    dtype: gl.constexpr = gl.bfloat16 if SPLIT_FP32 else given  # of products
     COPIED: gl.constexpr = WHOLE and out.dtype.element_ty == given
     PIECE: gl.constexpr = min(SLICE, BLOCK_A)
     PIECES: gl.constexpr = BLOCK_A // PIECE
-    # Chunks between kept states: the loop over them has no branch, which costs h of 256/512 a
+    # Chunks between checkpoints: the loop over them has no branch, which costs h of 256/512 a
     # quarter of its time.
-    EVERY: gl.constexpr = SPAN // L
+    CHUNKS_PER_CHECKPOINT: gl.constexpr = CHECKPOINT_EVERY // L
 
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, WARPS // 2], [16, 8])
     STATE: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])  # and the output
@@ -266,29 +272,31 @@ def _scan_mma_kernel(
     size = size.to(gl.int64)
     w = (gl.program_id(0) // tiles // H).to(gl.int64)
     n, j = w, 0
-    if CUT:
-        n, j = unit(w, cu_seqlens, table, T, UNIT, PACKED)
+    if SPLIT_T:
+        n, j = interval(w, cu_seqlens, table, T, split_len, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
+    bh = head if PACKED else batch * H + head
     chunks = ((length + L - 1) // L).to(gl.int32)
     low, high = 0, chunks
-    if CUT:
-        if (j > 0) & (j >= (chunks * L + UNIT - 1) // UNIT):
+    if SPLIT_T:
+        if (j > 0) & (j >= (chunks * L + split_len - 1) // split_len):
             return
-        low = (j * (UNIT // L)).to(gl.int32)
-        high = gl.minimum(chunks, (low + UNIT // L).to(gl.int32))
-        if not WHOLE:  # nothing starts from what the last piece leaves
+        low = (j * (split_len // L)).to(gl.int32)
+        high = gl.minimum(chunks, (low + split_len // L).to(gl.int32))
+        if not WHOLE:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
-    slot = row * slots + first_slot(n, start, L, PACKED)
-    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
-    if left is not None:
-        behind = (low if REVERSE else high) * L // SPAN - 1
-        low, high, remains = reaching(decay + slot, low, high, REVERSE)
-        gl.store(left + w * H + head, remains)
+    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
+    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
+        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
+    )
+    if split_decay is not None:
+        next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
+        low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
+        gl.store(split_decay + w * H + head, decay_of_split)
     first_x = tile * BLOCK_X
     tokens = length.to(gl.int32)
-    decay += slot
+    decay += first_chunk
     if first_a is not None:
         b += first_a
         if WHOLE:
@@ -299,14 +307,16 @@ def _scan_mma_kernel(
     x_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_X], X_TILE)
     v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
     rows = (b, stride_bt, 0, A, b_s), (x, stride_xt, first_x, X, x_s)
-    lines = ((weights + slot * (VECTORS * L), 0, VECTORS * L, v_s),)
+    lines = ((weights + first_chunk * (VECTORS * L), 0, VECTORS * L, v_s),)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head * stride_ah
         a_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
         rows += ((a, stride_at, 0, A, a_s),)
-        p_all = gl.allocate_shared_memory(dtype, [2 if PAIR else 1, L, L], _tile_layout(L, dtype))
+        p_all = gl.allocate_shared_memory(
+            dtype, [2 if SPLIT_FP32 else 1, L, L], _tile_layout(L, dtype)
+        )
         p_s = (p_all.index(0),)
-        if PAIR:
+        if SPLIT_FP32:
             p_s += (p_all.index(1),)
         out += ((batch * T + start) * H + head) * X
         if partial is not None:
@@ -315,11 +325,14 @@ def _scan_mma_kernel(
             y += batch * stride_yb + start * stride_yt + head * stride_yh
             y_s = gl.allocate_shared_memory(given, [Y_STAGES, L, BLOCK_X], X_TILE)
             dot_s = gl.allocate_shared_memory(gl.float32, [WARPS, L], ROW_MAJOR)
-            dot += tile * size + slot * L
+            dot += tile * size + first_chunk * L
         if vector is not None:
             d_s = gl.allocate_shared_memory(gl.float32, [STAGES, L], FLAT)
             vector_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_X], FLAT)
-            lines += ((d + slot * L, 0, L, d_s), (vector + slot * X, first_x, X, vector_s))
+            lines += (
+                (d + first_chunk * L, 0, L, d_s),
+                (vector + first_chunk * X, first_x, X, vector_s),
+            )
     fetched = rows
     if WHOLE and y is not None and Y_AHEAD:
         fetched += ((y, stride_yt, first_x, X, y_s),)
@@ -327,14 +340,16 @@ def _scan_mma_kernel(
         c = (high - 1 - early) if REVERSE else (low + early)
         _fetch_chunk(fetched, lines, c, early, tokens, low + early < high, WARPS)
 
-    # The state, in pieces of A. Entries of kept states lie at constant strides.
+    # The state, in pieces of A. Entries of checkpoints lie at constant strides.
     columns = first_x + gl.arange(0, BLOCK_X, layout=gl.SliceLayout(1, STATE))
     lanes = gl.arange(0, PIECE, layout=gl.SliceLayout(0, STATE))
-    entry = (columns - first_x)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
-    if ends is not None:
-        ends += span * stride_e + first_x * STRIDE_EX
+    entry = (columns - first_x)[:, None] * STRIDE_CHECKPOINT_X + lanes[
+        None, :
+    ] * STRIDE_CHECKPOINT_A
+    if checkpoints is not None:
+        checkpoints += first_checkpoint * stride_checkpoint + first_x * STRIDE_CHECKPOINT_X
         if first_a is not None:
-            ends += first_a * STRIDE_EA
+            checkpoints += first_a * STRIDE_CHECKPOINT_A
     if WHOLE and state is not None and first_a is not None:
         state += first_a * stride_sa
     S = ()
@@ -343,45 +358,56 @@ def _scan_mma_kernel(
         S_piece = gl.zeros([BLOCK_X, PIECE], gl.float32, layout=STATE)
         if WHOLE and state is not None:
             known = A
-            if CUT:  # the pieces after the first start from what was kept
+            if SPLIT_T:  # the splits after the first start from a checkpoint
                 known = gl.where((high == chunks) if REVERSE else (low == 0), A, 0)
             first = state + n.to(gl.int64) * stride_sn + head * stride_sh
             first += columns[:, None] * stride_sx + lane[None, :] * stride_sa
             valid = (columns < X)[:, None] & (lane < known)[None, :]
             S_piece = gl.load(first, mask=valid, other=0.0)
-        if WHOLE and CUT:
+        if WHOLE and SPLIT_T:
             if (high < chunks) if REVERSE else (low > 0):
-                before = ends + ((high if REVERSE else low) * L // SPAN - 1) * stride_e + entry
+                before = (
+                    checkpoints
+                    + ((high if REVERSE else low) * L // CHECKPOINT_EVERY - 1) * stride_checkpoint
+                    + entry
+                )
                 valid = (columns < X)[:, None] & (lane < A)[None, :]
-                S_piece = gl.load(before + piece * PIECE * STRIDE_EA, mask=valid, other=0.0)
+                S_piece = gl.load(
+                    before + piece * PIECE * STRIDE_CHECKPOINT_A, mask=valid, other=0.0
+                )
         S += (S_piece,)
 
-    keep_next = gl.load(decay + (gl.maximum(high - 1, low) if REVERSE else low))
+    next_decay = gl.load(decay + (gl.maximum(high - 1, low) if REVERSE else low))
     step = 0
-    first_span = low // EVERY if KEEP else 0
-    n_spans = (high + EVERY - 1) // EVERY - first_span if KEEP else 1
-    for nth in range(0, n_spans):
+    first_interval = low // CHUNKS_PER_CHECKPOINT if STORE_STATES else 0
+    intervals = 1
+    if STORE_STATES:
+        intervals = (high + CHUNKS_PER_CHECKPOINT - 1) // CHUNKS_PER_CHECKPOINT - first_interval
+    for nth in range(0, intervals):
         begin, end = low, high
-        if KEEP:
+        if STORE_STATES:
             # The state before these chunks, unless this program started from it.
-            this = first_span + (n_spans - 1 - nth if REVERSE else nth)
-            begin, end = this * EVERY, gl.minimum((this + 1) * EVERY, high)
+            this = first_interval + (intervals - 1 - nth if REVERSE else nth)
+            begin = this * CHUNKS_PER_CHECKPOINT
+            end = gl.minimum((this + 1) * CHUNKS_PER_CHECKPOINT, high)
             if REVERSE:
                 wanted = end < high
-                if ENDS:
+                if AT_SEQUENCE_END:
                     wanted |= end == chunks
-                kept = this
+                checkpoint = this
             else:
                 wanted = begin > low
-                kept = this - 1
+                checkpoint = this - 1
             if wanted:
-                _store_state(ends + kept * stride_e + entry, S, STRIDE_EA)
+                _store_state(
+                    checkpoints + checkpoint * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A
+                )
         for inner in range(0, end - begin):
             c = (end - 1 - inner) if REVERSE else (begin + inner)
             stage = step % STAGES
-            keep = keep_next
+            chunk_decay = next_decay
             following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
-            keep_next = gl.load(decay + following)
+            next_decay = gl.load(decay + following)
             async_copy.wait_group(STAGES - 2)
             parts.barrier()
             if y is not None and not Y_AHEAD:
@@ -394,7 +420,7 @@ def _scan_mma_kernel(
             step += 1
 
             vectors = v_s.index(stage)
-            if PAIR:
+            if SPLIT_FP32:
                 _split(rows, stage, WARPS)
             B, XX = _tile(b_s, stage), _tile(x_s, stage)
             X_left = _loaded(parts.turned(XX), LEFT)
@@ -452,7 +478,7 @@ def _scan_mma_kernel(
                     O += more_O
                 if y is not None:
                     Y = y_s.index(stage if Y_AHEAD else 0).permute((1, 0))
-                    if PAIR:
+                    if SPLIT_FP32:
                         Y = Y.load(STATE)
                     else:  # by ldmatrix; the accumulator has its numbers in the same places
                         Y = gl.convert_layout(Y.load(LEFT), STATE)
@@ -465,13 +491,13 @@ def _scan_mma_kernel(
                     gl.store(out + place, O, mask=there)
             col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, LEFT))
             X_value = X_left[0].to(gl.float32)
-            if PAIR:
+            if SPLIT_FP32:
                 X_value += X_left[1].to(gl.float32)
             X_left = parts.parts_of(_scaled(X_value, col_edge[None, :]), B)
             updated = ()
             for piece in gl.static_range(PIECES):
                 B_right = _loaded(parts.columns(B, piece * PIECE, PIECE), RIGHT)
-                updated += (_product(X_left, B_right, _scaled(S[piece], keep)),)
+                updated += (_product(X_left, B_right, _scaled(S[piece], chunk_decay)),)
             S = updated
             if COPIED:
                 parts.barrier()
@@ -482,13 +508,17 @@ def _scan_mma_kernel(
                     gl.store(dot + c * L + l, gl.sum(dot_s.load(BY_WARP), 0))
 
     if WHOLE:
-        if KEEP and ENDS and not REVERSE:
+        if STORE_STATES and AT_SEQUENCE_END and not REVERSE:
             if (high == chunks) & (low < high):
-                kept = (chunks - 1) * L // SPAN
-                _store_state(ends + kept * stride_e + entry, S, STRIDE_EA)
+                checkpoint = (chunks - 1) * L // CHECKPOINT_EVERY
+                _store_state(
+                    checkpoints + checkpoint * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A
+                )
     else:
-        # What this piece makes of an empty state, to where the next one starts from.
-        _store_state(ends + behind * stride_e + entry, S, STRIDE_EA)
+        # What this split makes of an empty state, to where the next one starts from.
+        _store_state(
+            checkpoints + next_checkpoint * stride_checkpoint + entry, S, STRIDE_CHECKPOINT_A
+        )
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(gl.int64) * stride_fn + head * stride_fh

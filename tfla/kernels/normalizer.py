@@ -39,7 +39,7 @@ from tfla.kernels.gates import (
     store_weights,
     within,
 )
-from tfla.kernels.layout import chunk, first_slot, sequence
+from tfla.kernels.layout import chunk, first_index, sequence
 
 # Where things wait for the gauge of the incoming state, among the vectors of gates.py: b of the
 # stabilised gates that a chunk has by itself lies in 0 and 1, and p of them where it stays.
@@ -81,16 +81,29 @@ def _load_parts(here, rest):
 
 
 @triton.jit
-def _sum_up(rows, tile, weight, inside, column, sums, slot, K, BLOCK_K: tl.constexpr):
+def _sum_up(rows, tile, weight, inside, column, sums, chunk_index, K, BLOCK_K: tl.constexpr):
     """The weighted sum of a chunk's rows (L, K), whose first ``tile`` is there already."""
     for block in range(0, K, BLOCK_K):
         total = tl.sum(scaled(tile.to(tl.float32), weight[:, None]), 0)
-        tl.store(sums + slot * K + block + column, total, mask=block + column < K)
+        tl.store(sums + chunk_index * K + block + column, total, mask=block + column < K)
         seen = inside[:, None] & (block + BLOCK_K + column < K)[None, :]
         tile = tl.load(rows[:, None] + block + BLOCK_K + column[None, :], mask=seen, other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", *GATE_STRIDES])
+# R: batch entries times heads, or heads where packed.
+#
+#   k            (B, T, H, K), bf16, fp16 or fp32   keys; stride_.. by batch, token, head
+#   i, f         (B, T, H), any float               pre-activations, likewise
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
+#   table        i32            the sequence of each chunk, where packed
+#   sums         (R, chunks_per_head, K) fp32       written: the weighted sum of keys of each chunk
+#   chunk_f      (R, chunks_per_head) fp64          written: its sum of log_f
+#   chunk_p      (R, chunks_per_head) fp64          written: its gauge at the end, without a state
+#   weights      (R, chunks_per_head, 8, L) fp32    written: what waits for the gauge, see above
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of k
+#   L, BLOCK_K   tokens of a chunk; columns of k at once
+#   LOG_I, SIGMOID_F, PACKED   as in gates._weights_kernel
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head", *GATE_STRIDES])
 def _sums_kernel(
     k,
     i,
@@ -112,7 +125,7 @@ def _sums_kernel(
     stride_fh,
     T,
     H,
-    slots,
+    chunks_per_head,
     K,
     L: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -126,7 +139,9 @@ def _sums_kernel(
     What the vectors need of the gates waits where they will lie: of each token the sum of log_f up
     to it, its gauge without a state, and the exponents b and p in that gauge.
     """
-    n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
+    n, j, batch, head, start, length, chunk_index = chunk(
+        cu_seqlens, table, T, H, chunks_per_head, L, PACKED
+    )
     if j * L >= length:
         return
     t = j * L + tl.arange(0, L)
@@ -155,15 +170,15 @@ def _sums_kernel(
     b_last = tl.sum(a, 0)
     p = within((log_i - top) * LOG2E, -WRITE, 0.0) - b
     p = tl.where(log_i <= LOG_I_NOTHING, NOTHING, p)
-    here = weights + slot * VECTORS * L + l
+    here = weights + chunk_index * VECTORS * L + l
     store_pair(here, b, L)
     store_pair(here + FIRST_SOURCE * L, p, L)
     top = _store_parts(here + TOP * L, here + TOP_REST * L, top)
     _store_parts(here + TOTAL * L, here + (TOTAL + 1) * L, total)
-    tl.store(chunk_f + slot, _at(total, L - 1, L))
-    tl.store(chunk_p + slot, _at(top, L - 1, L))
+    tl.store(chunk_f + chunk_index, _at(total, L - 1, L))
+    tl.store(chunk_p + chunk_index, _at(top, L - 1, L))
     weight = _exp2(p + b_last)
-    _sum_up(rows, tile, weight, inside, column, sums, slot, K, BLOCK_K)
+    _sum_up(rows, tile, weight, inside, column, sums, chunk_index, K, BLOCK_K)
 
 
 @triton.jit
@@ -178,7 +193,7 @@ def _at(x, position, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sums_of(sums, chunk_f, chunk_p, c, chunks, column, K):
-    """What _sums_kernel left of the chunks c of a sequence."""
+    """What _sums_kernel stored of the chunks c of a sequence."""
     inside = c < chunks
     seen = inside[:, None] & (column < K)[None, :]
     return (
@@ -232,14 +247,16 @@ def _in_gauge(here, l, m_in, m_end, L: tl.constexpr):
 
 
 @triton.jit
-def _undivided(weights, slot, last, token, length, m_in, m_end, scale, L: tl.constexpr):
+def _store_weights_without_den(
+    weights, first_chunk, last, token, length, m_in, m_end, scale, L: tl.constexpr
+):
     """The vectors of the chunks up to ``last`` of a block, without den, its floor beside them. The
     programs of a sequence share them, eight at a time; the last one is done again where there are
     no more."""
     for nth in range(tl.program_id(1) * 8, last + 1, tl.num_programs(1) * 8):
         c = tl.minimum(nth + tl.arange(0, 8), last)
         l = tl.arange(0, L)[None, :]
-        here = weights + (slot + c)[:, None] * (VECTORS * L) + l
+        here = weights + (first_chunk + c)[:, None] * (VECTORS * L) + l
         inside = token + c[:, None] * L + l < length
         before, after = tl.gather(m_in, c, 0)[:, None], tl.gather(m_end, c, 0)[:, None]
         b, edge, floor, mark, p, at_end = _in_gauge(here, l, before, after, L)
@@ -251,7 +268,26 @@ def _undivided(weights, slot, last, token, length, m_in, m_end, scale, L: tl.con
         tl.store(here + FLOOR * L, floor)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots"])
+# R: batch entries times heads, or heads where packed. A program has BLOCK_K columns of one head of
+# one sequence.
+#
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
+#   sums, chunk_f, chunk_p      what _sums_kernel wrote
+#   n_first      (N, H, K) fp32   n before the first token, where HAS_N
+#   m_first      (N, H) fp32      its gauge, where HAS_M
+#   weights      (R, chunks_per_head, 8, L) fp32   updated where gauge is None: vectors without den
+#   gauge        (R, chunks_per_head) fp64         written: m before each chunk; or None
+#   decay        (R, chunks_per_head) fp32         written: what a chunk leaves of a state
+#   n_chunk      (R, chunks_per_head, K) fp32      written: n before each chunk
+#   n_last       (N, H, K) fp32   written: n after the last token
+#   m_last       (N, H) fp32      written: its gauge
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of n
+#   scale        of q
+#   L            tokens of a chunk
+#   BLOCK        chunks at once
+#   BLOCK_K      columns of n of a program
+#   HAS_N, HAS_M, PACKED   there is an n_first, an m_first; sequences are packed
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head"])
 def _gauge_kernel(
     cu_seqlens,
     sums,
@@ -267,7 +303,7 @@ def _gauge_kernel(
     m_last,
     T,
     H,
-    slots,
+    chunks_per_head,
     K,
     scale,
     L: tl.constexpr,
@@ -283,8 +319,8 @@ def _gauge_kernel(
     n = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
-    first = row * slots + first_slot(n, start, L, PACKED)
+    bh = head if PACKED else batch * H + head
+    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
     chunks = ((length + L - 1) // L).to(tl.int32)
     state = n.to(tl.int64) * H + head
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -296,11 +332,11 @@ def _gauge_kernel(
         normalizer = tl.load(n_first + state * K + column, mask=column < K, other=0.0)
     if chunks > 0:
         if gauge is not None:
-            tl.store(gauge + first, m)
-        tl.store(n_chunk + first * K + column, normalizer, mask=column < K)
-    sums += first * K
-    chunk_f += first
-    chunk_p += first
+            tl.store(gauge + first_chunk, m)
+        tl.store(n_chunk + first_chunk * K + column, normalizer, mask=column < K)
+    sums += first_chunk * K
+    chunk_f += first_chunk
+    chunk_p += first_chunk
     l = tl.arange(0, BLOCK)
     log_f, top, tile = _sums_of(sums, chunk_f, chunk_p, l, chunks, column, K)
     for block in range(0, chunks, BLOCK):
@@ -308,7 +344,7 @@ def _gauge_kernel(
         inside = c < chunks
         more = c + 1 < chunks
         last = tl.minimum(chunks - block, BLOCK) - 1
-        slot = first + c
+        chunk_index = first_chunk + c
         # The next chunks are on their way while these are worked on.
         next_f, next_top, next_tile = _sums_of(sums, chunk_f, chunk_p, c + BLOCK, chunks, column, K)
         total, most = tl.associative_scan((log_f, top), 0, _max_plus)
@@ -317,26 +353,42 @@ def _gauge_kernel(
         end = tl.where(m_out <= EMPTY, 0.0, m_out).to(tl.float32)
         m_in = tl.where(l == 0, m, tl.gather(m_out, tl.maximum(l - 1, 0), 0))
         if gauge is not None:
-            tl.store(gauge + slot + 1, m_out, mask=more)
+            tl.store(gauge + chunk_index + 1, m_out, mask=more)
         m_end = _followed(m_in, log_f, top, tl.where(more, m_out, end.to(tl.float64)))
-        keep = tl.where(_erases(log_f), 0.0, _exp(_carried(m_in, log_f) - m_end))
-        take = _exp(top - m_end)
-        tl.store(decay + slot, keep, mask=inside)
+        chunk_decay = tl.where(_erases(log_f), 0.0, _exp(_carried(m_in, log_f) - m_end))
+        sum_weight = _exp(top - m_end)
+        tl.store(decay + chunk_index, chunk_decay, mask=inside)
         seen = more[:, None] & (column < K)[None, :]
-        factor = tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K])
-        factor, value = tl.associative_scan((factor, scaled(tile, take[:, None])), 0, _affine)
+        factor = tl.broadcast_to(chunk_decay[:, None], [BLOCK, BLOCK_K])
+        factor, value = tl.associative_scan((factor, scaled(tile, sum_weight[:, None])), 0, _affine)
         value += scaled(normalizer[None, :], factor)
-        tl.store(n_chunk + (slot + 1)[:, None] * K + column[None, :], value, mask=seen)
+        tl.store(n_chunk + (chunk_index + 1)[:, None] * K + column[None, :], value, mask=seen)
         m = _at(m_out, last, BLOCK)
         normalizer = _at(value, last, BLOCK)
         if gauge is None:
-            _undivided(weights, first + block, last, block * L, length, m_in, m_end, scale, L)
+            _store_weights_without_den(
+                weights, first_chunk + block, last, block * L, length, m_in, m_end, scale, L
+            )
         log_f, top, tile = next_f, next_top, next_tile
     tl.store(n_last + state * K + column, normalizer, mask=column < K)
     tl.store(m_last + state, tl.where(m <= EMPTY, 0.0, m).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots"])
+# R: batch entries times heads, or heads where packed. A program has one chunk of one head.
+#
+#   q, k         (B, T, H, K), bf16, fp16 or fp32   stride_.. by batch, token, head
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
+#   table        i32            the sequence of each chunk, where packed
+#   gauge, m_last, n_chunk      what _gauge_kernel wrote
+#   chunk_f, chunk_p            what _sums_kernel wrote
+#   weights      (R, chunks_per_head, 8, L) fp32   updated: in, what _sums_kernel wrote; out,
+#                the seven vectors of gates.py, with den
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of q and k
+#   scale        of q
+#   L, BLOCK_K   tokens of a chunk; columns at once
+#   PACKED       sequences are packed
+#   PRECISION    of products of fp32: "ieee" or "tf32x3"
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head"])
 def _denominator_kernel(
     q,
     k,
@@ -356,7 +408,7 @@ def _denominator_kernel(
     stride_kh,
     T,
     H,
-    slots,
+    chunks_per_head,
     K,
     scale,
     L: tl.constexpr,
@@ -365,7 +417,9 @@ def _denominator_kernel(
     PRECISION: tl.constexpr,
 ):
     """nu and den of every token, and with them the seven vectors of the chunk."""
-    n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
+    n, j, batch, head, start, length, chunk_index = chunk(
+        cu_seqlens, table, T, H, chunks_per_head, L, PACKED
+    )
     if j * L >= length:
         return
     l = tl.arange(0, L)
@@ -381,19 +435,19 @@ def _denominator_kernel(
         seen = inside[:, None] & (column < K)[None, :]
         q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
         k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
-        n_tile = tl.load(n_chunk + slot * K + column, mask=column < K, other=0.0)
+        n_tile = tl.load(n_chunk + chunk_index * K + column, mask=column < K, other=0.0)
         if PRECISE:  # sums of BLOCK_K terms, added: half the rounding of one sum of 512
             scores += tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         else:
             scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
         nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
-    here = weights + slot * VECTORS * L + l
+    here = weights + chunk_index * VECTORS * L + l
     if (j + 1) * L >= length:
         m_out = tl.load(m_last + n.to(tl.int64) * H + head).to(tl.float64)
     else:
-        m_out = tl.load(gauge + slot + 1)
-    m_in = tl.load(gauge + slot)
-    m_end = _followed(m_in, tl.load(chunk_f + slot), tl.load(chunk_p + slot), m_out)
+        m_out = tl.load(gauge + chunk_index + 1)
+    m_in = tl.load(gauge + chunk_index)
+    m_end = _followed(m_in, tl.load(chunk_f + chunk_index), tl.load(chunk_p + chunk_index), m_out)
     b, edge, floor, mark, p, at_end = _in_gauge(here, l, m_in, m_end, L)
     row, row_rest = _pair(b)
     col, col_rest = _pair(p)
@@ -415,7 +469,23 @@ def _denominator_kernel(
     store_weights(here, target, edge, p, at_end, mark, inside, inside & (scale > 0.0), L)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots"])
+# R: batch entries times heads, or heads where packed. A program has one chunk of one head.
+#
+#   dh, h        (B, T, H, V), bf16, fp16 or fp32   None where dh_h is there; stride_d., stride_h.
+#   q            (B, T, H, K), likewise             stride_q. by batch, token, head
+#   dh_h         (PARTS, R, chunks_per_head, L) fp32   dh . h in parts to be added, of the scan dv
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
+#   table        i32            the sequence of each chunk, where packed
+#   weights      (R, chunks_per_head, 8, L) fp32   the vectors of gates.py, with den
+#   d            (R, chunks_per_head, L) fp32      written: d of each token
+#   sums         (R, chunks_per_head, K) fp32      written: the chunk's share of dn
+#   T, H, chunks_per_head   tokens, heads, places of chunks for each of R
+#   size         R chunks_per_head L, the numbers of a part of dh_h
+#   K, V         columns of q; of dh and h
+#   L, BLOCK_K, BLOCK_V   tokens of a chunk; columns at once
+#   PARTS        of dh_h; 0: it is made here
+#   PACKED       sequences are packed
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head"])
 def _column_kernel(
     dh,
     h,
@@ -437,7 +507,7 @@ def _column_kernel(
     stride_qh,
     T,
     H,
-    slots,
+    chunks_per_head,
     size,
     K,
     V,
@@ -450,13 +520,15 @@ def _column_kernel(
     """d_t = -sign(nu_t) (dh_t . h_t) where the normaliser is active, and the chunk's sum of
     exp(m_in - M_t) d_t scale q_t / den_t, its share of dn. dh_h: dh . h in PARTS to be added; with
     none it is made here."""
-    n, j, batch, head, start, length, slot = chunk(cu_seqlens, table, T, H, slots, L, PACKED)
+    n, j, batch, head, start, length, chunk_index = chunk(
+        cu_seqlens, table, T, H, chunks_per_head, L, PACKED
+    )
     if j * L >= length:
         return
     l = tl.arange(0, L)
     inside = j * L + l < length
     t = start + j * L + l
-    here = slot * L + l
+    here = chunk_index * L + l
     # The first tile is on its way while the vectors are worked on.
     rows = q + batch * stride_qb + t * stride_qt + head * stride_qh
     column = tl.arange(0, BLOCK_K)
@@ -474,18 +546,18 @@ def _column_kernel(
             dh_tile = tl.load(dh_rows[:, None] + value[None, :], mask=there, other=0.0)
             h_tile = tl.load(h_rows[:, None] + value[None, :], mask=there, other=0.0)
             dot += tl.sum(dh_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
-    own = weights + slot * VECTORS * L + l
+    own = weights + chunk_index * VECTORS * L + l
     mark = tl.load(own + MARK * L)
     sign = tl.where(mark > 2.0, mark - 4.0, mark)
     d_row = -scaled(dot, sign)
     tl.store(d + here, d_row)
     weight = scaled(d_row, tl.load(own + 2 * L))
-    _sum_up(rows, tile, weight, inside, column, sums, slot, K, BLOCK_K)
+    _sum_up(rows, tile, weight, inside, column, sums, chunk_index, K, BLOCK_K)
 
 
 @triton.jit
-def _kept_of(sums, decay, c, column, K):
-    """Decay of the chunks c of a sequence and what _column_kernel left of them."""
+def _column_sums_of(sums, decay, c, column, K):
+    """Decay of the chunks c of a sequence and what _column_kernel stored of them."""
     seen = (c >= 0)[:, None] & (column < K)[None, :]
     return (
         tl.load(decay + c, mask=c >= 0, other=0.0),
@@ -493,7 +565,21 @@ def _kept_of(sums, decay, c, column, K):
     )
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots"])
+# R: batch entries times heads, or heads where packed. A program has BLOCK_K columns of one head of
+# one sequence.
+#
+#   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
+#   sums         (R, chunks_per_head, K) fp32   what _column_kernel wrote
+#   decay        (R, chunks_per_head) fp32      what a chunk leaves of the state before it
+#   dn_last      (N, H, K) fp32   dn after the last token, where HAS_DN
+#   dn_chunk     (R, chunks_per_head, K) fp32   written: dn after each chunk
+#   dn_first     (N, H, K) fp32   written: dn before the first token
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of n
+#   L            tokens of a chunk
+#   BLOCK        chunks at once
+#   BLOCK_K      columns of a program
+#   HAS_DN, PACKED   there is a dn_last; sequences are packed
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head"])
 def _column_state_kernel(
     cu_seqlens,
     sums,
@@ -503,7 +589,7 @@ def _column_state_kernel(
     dn_first,
     T,
     H,
-    slots,
+    chunks_per_head,
     K,
     L: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -515,8 +601,8 @@ def _column_state_kernel(
     n = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
-    first = row * slots + first_slot(n, start, L, PACKED)
+    bh = head if PACKED else batch * H + head
+    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
     chunks = ((length + L - 1) // L).to(tl.int32)
     state = n.to(tl.int64) * H + head
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -524,19 +610,19 @@ def _column_state_kernel(
     if HAS_DN:
         dn = tl.load(dn_last + state * K + column, mask=column < K, other=0.0)
     if chunks > 0:
-        tl.store(dn_chunk + (first + chunks - 1) * K + column, dn, mask=column < K)
-    sums += first * K
+        tl.store(dn_chunk + (first_chunk + chunks - 1) * K + column, dn, mask=column < K)
+    sums += first_chunk * K
     c = chunks - 1 - tl.arange(0, BLOCK)
-    keep, tile = _kept_of(sums, decay + first, c, column, K)
+    chunk_decay, tile = _column_sums_of(sums, decay + first_chunk, c, column, K)
     for block in range(0, chunks, BLOCK):
         c = chunks - 1 - block - tl.arange(0, BLOCK)
-        next_keep, next_tile = _kept_of(sums, decay + first, c - BLOCK, column, K)
+        next_decay, next_tile = _column_sums_of(sums, decay + first_chunk, c - BLOCK, column, K)
         factor, value = tl.associative_scan(
-            (tl.broadcast_to(keep[:, None], [BLOCK, BLOCK_K]), tile), 0, _affine
+            (tl.broadcast_to(chunk_decay[:, None], [BLOCK, BLOCK_K]), tile), 0, _affine
         )
         value += scaled(dn[None, :], factor)
         seen = (c >= 1)[:, None] & (column < K)[None, :]
-        tl.store(dn_chunk + (first + c - 1)[:, None] * K + column[None, :], value, mask=seen)
+        tl.store(dn_chunk + (first_chunk + c - 1)[:, None] * K + column[None, :], value, mask=seen)
         dn = _at(value, tl.minimum(chunks - block, BLOCK) - 1, BLOCK)
-        keep, tile = next_keep, next_tile
+        chunk_decay, tile = next_decay, next_tile
     tl.store(dn_first + state * K + column, dn, mask=column < K)

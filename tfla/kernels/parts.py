@@ -59,5 +59,5 @@ def turned(parts):
 
 
 @gluon.jit
-def columns(parts, FIRST: gl.constexpr, SIZE: gl.constexpr):
-    return [each.slice(FIRST, SIZE, dim=1) for each in parts]
+def columns(parts, START: gl.constexpr, SIZE: gl.constexpr):
+    return [each.slice(START, SIZE, dim=1) for each in parts]

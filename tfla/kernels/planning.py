@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from tfla.plan import Device, Plan, Problem, Units, plan, units
+from tfla.plan import Device, Plan, Problem, StoredSizes, plan, stored_sizes
 from tfla.spec import CallSpec
 
 if TYPE_CHECKING:  # who has JAX may have no torch
@@ -75,14 +75,14 @@ def plan_of(spec: CallSpec) -> Plan:
     return found
 
 
-def units_of(spec: CallSpec) -> list[tuple[int, Units]]:
-    """(1 or 0, units): those of the plan have a 1. Sizes of the call may be symbols, which nothing
+def stored_sizes_of(spec: CallSpec) -> list[tuple[int, StoredSizes]]:
+    """(1 or 0, sizes): those of the plan have a 1. Sizes of the call may be symbols, which nothing
     here compares."""
     if _Now.change is None:
-        return units(_problem(spec), device_of(spec))
+        return stored_sizes(_problem(spec), device_of(spec))
     numbers = {name: int(getattr(spec, name)) for name in "BTHKVN"}
     found = plan_of(spec.but(**numbers))
-    return [(1, Units(found.L, found.span, found.kept))]
+    return [(1, StoredSizes(found.L, found.checkpoint_every, found.checkpoint_shape))]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,10 @@ from torch import Tensor
 from tfla.kernels.runtime import launch
 
 
+#   x       (rows, 2 F), any float   [g | u]
+#   out     (rows, F), x's dtype     written: silu(g) * u
+#   F       columns of out
+#   BLOCK   columns of a program
 @triton.jit
 def _swiglu_kernel(x, out, F, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -31,6 +35,13 @@ def swiglu(x: Tensor) -> Tensor:
     return out
 
 
+#   x, y    (rows, D), any float   summands
+#   weight  (D,), any float        of the norm
+#   total   (rows, D), x's dtype   written: x + y
+#   out     (rows, D), x's dtype   written: the RMS norm of total, times weight
+#   eps     added to the mean square
+#   D       columns
+#   BLOCK   the power of two from D on: a program has a row
 @triton.jit
 def _add_norm_kernel(x, y, weight, total, out, eps, D, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
@@ -56,6 +67,13 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
     return total, out
 
 
+#   h         (rows, heads, V), any float   one head of one row is normed by a program
+#   o         (rows, heads V), any float    pre-activation of the output gate; rows stride_o apart
+#   weight    (heads V,), any float         of the norm
+#   out       (rows, heads V), h's dtype    written
+#   eps       added to the variance
+#   V         columns of a head
+#   BLOCK     the power of two from V on
 @triton.jit
 def _head_norm_kernel(h, o, weight, out, stride_o, eps, V, BLOCK: tl.constexpr):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -84,6 +102,15 @@ def head_norm(h: Tensor, o: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+#   x        (N, D), any float       rows of the batch
+#   weight   (2 H, D), any float     of the input gate, then of the forget gate
+#   bias     (2 H,), any float
+#   active   (N,) u8, or None        rows where it is 0 get closed gates
+#   out      (N, 2 H) fp32           written: pre-activations
+#   cap      the gates' soft cap, where CAPPED
+#   D, H     columns of x; heads
+#   BLOCK    the power of two from D on: a program has one gate of one row
+#   CLOSED   what closes a gate: -CLOSED for the input gate, CLOSED for the forget gate
 @triton.jit
 def _gates_kernel(
     x,

@@ -203,7 +203,7 @@ def name_of(dtype: Any) -> str:
     return DTYPES[str(dtype).rsplit(".", 1)[-1]]
 
 
-class Layout(NamedTuple):
+class ArrayLayout(NamedTuple):
     """What a Program may depend on of an array that comes in."""
 
     dtype: str
@@ -243,7 +243,7 @@ class Builder:
         at = len(self.buffers) - 1
         return Symbol(self, at, buffer.dtype, buffer.shape, buffer.strides)
 
-    def input(self, name: str, x: Layout, role: Role = "input") -> Symbol:
+    def input(self, name: str, x: ArrayLayout, role: Role = "input") -> Symbol:
         found = self._add(Buffer(name, role, x.dtype, x.shape, x.strides, x.aligned))
         self.given.append(found.buffer)
         return found
@@ -303,7 +303,7 @@ class Builder:
         the backward pass. Whoever wants them in one allocation has ``saved`` for it."""
         role: Role = "saved"
         if given:
-            x = self.input(name, Layout("fp32", shape, dense(shape)), role)
+            x = self.input(name, ArrayLayout("fp32", shape, dense(shape)), role)
         else:
             x = self.new(name, *shape, role=role)
         self.saved[x.buffer] = self.saved_elements
@@ -359,7 +359,7 @@ class Built(NamedTuple):
 def build(
     function: Callable[..., Any],
     spec: CallSpec,
-    layouts: Mapping[str, Layout | None],
+    layouts: Mapping[str, ArrayLayout | None],
     device: Device,
     exchange: bool = False,
 ) -> Built:
@@ -405,7 +405,7 @@ class _Arrival:
         s = self.spec
         shapes = {"dC": (s.N, s.H, s.K, s.V)} | ({"dn": (s.N, s.H, s.K)} if s.normalize else {})
         self.arrived = [
-            self.builder.input(name, Layout("fp32", shape, dense(shape)))
+            self.builder.input(name, ArrayLayout("fp32", shape, dense(shape)))
             for name, shape in shapes.items()
         ]
         dC, *dn = self.arrived

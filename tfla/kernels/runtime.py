@@ -25,7 +25,7 @@ from tfla.kernels.program import (
     DTYPES,
     NAMES,
     SAVED,
-    Layout,
+    ArrayLayout,
     Program,
     Symbol,
     build,
@@ -39,7 +39,10 @@ from tfla.spec import CallSpec
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, once for a kernel
 TYPES = {name: getattr(torch, long) for long, name in DTYPES.items()}
 
+# Launches that were seen before, but for their addresses; and what Triton compiled, by all that it
+# may have compiled it for, with the kernel, whose id is a part of the key.
 _compiled: dict[tuple[Any, ...], PackedLaunch] = {}
+_kernels: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 _stream = current_stream
 _interpreter = threading.Lock()
 _scratch_device = "cpu" if INTERPRETED else "cuda"
@@ -63,9 +66,10 @@ def launch(
     stages); an empty grid is no call. Tensors without memory (device "meta") have nothing to
     launch.
 
-    A call that was seen before goes straight to the compiled kernel: looking up what it was
-    compiled for takes the compiler's own launcher 100 to 200 us. Where launches are watched (a
-    profiler), and where ``_compat.pack_launch`` says so, Triton launches.
+    A call that was seen before, or one like it with other numbers, goes straight to the compiled
+    kernel: looking up what it was compiled for takes the compiler's own launcher 100 to 200 us.
+    Where launches are watched (a profiler), and where ``_compat.pack_launch`` says so, Triton
+    launches.
     """
     if 0 in grid:
         return
@@ -93,36 +97,53 @@ def _launch(
 ) -> PackedLaunch | None:
     """The launch, and how it is made without Triton's launcher from now on, if it can be."""
     pointers = [0 if x is None else x.data_ptr() for x in tensors]
-    key = (
+    kind = (
         id(kernel),
-        grid,
         shape,
         device,
-        tuple(numbers),
         tuple(constants.values()),
         tuple([None if x is None else x.dtype for x in tensors]),
         *[p & 15 for p in pointers],
     )
-    known = None if launches_are_watched() else _compiled.get(key)
-    if known is not None:
-        scratch = _allocate(known.scratch, 0, None) if known.scratch else None
-        at = 0 if scratch is None else scratch.data_ptr()
-        given = [p for p, x in zip(pointers, tensors, strict=True) if x is not None]
-        known(_stream(device.index), at, given)
-        return known
-    options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
-    # The interpreter keeps the number of its program in one place for all threads.
-    with _interpreter if INTERPRETED else contextlib.nullcontext():
-        compiled = launch_by_triton(kernel, grid, options, _allocate, *tensors, *numbers)
-    if compiled is None:
-        return None
-    values = *pointers, *numbers, *constants.values()
-    whole: Any = (*grid, 1, 1)[:3]
-    if packed := pack_launch(compiled, whole, device.index, values):
-        if len(_compiled) >= 10_000:  # lengths without end
-            _compiled.clear()
-        _compiled[key] = packed
+    key = grid, tuple(numbers), kind
+    watched = launches_are_watched()
+    packed = None if watched else _compiled.get(key)
+    if packed is None:
+        whole: Any = (*grid, 1, 1)[:3]
+        values = *pointers, *numbers, *constants.values()
+        like = *[_specialized(x) for x in numbers], kind
+        known = None if watched else _kernels.get(like)
+        if known is not None:
+            packed = pack_launch(known[1], whole, device.index, values)
+        if known is None or packed is None:
+            options = {**constants, "num_warps": shape[0], "num_stages": shape[1]}
+            # The interpreter keeps the number of its program in one place for all threads.
+            with _interpreter if INTERPRETED else contextlib.nullcontext():
+                found = launch_by_triton(kernel, grid, options, _allocate, *tensors, *numbers)
+            packed = found and pack_launch(found, whole, device.index, values)
+            if packed is not None:
+                _remember(_kernels, like, (kernel, found))
+                _remember(_compiled, key, packed)
+            return packed
+        _remember(_compiled, key, packed)
+    scratch = _allocate(packed.scratch, 0, None) if packed.scratch else None
+    at = 0 if scratch is None else scratch.data_ptr()
+    given = [p for p, x in zip(pointers, tensors, strict=True) if x is not None]
+    packed(_stream(device.index), at, given)
     return packed
+
+
+def _specialized(x: Any) -> Any:
+    """Of a number that goes to a kernel, what Triton may compile anew for."""
+    if type(x) is not int:
+        return type(x)
+    return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
+
+
+def _remember(seen: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(seen) >= 10_000:  # lengths without end
+        seen.clear()
+    seen[key] = value
 
 
 # ---------------------------------------------------------------- a Program on a device
@@ -150,8 +171,8 @@ class _Part(NamedTuple):
         return flat[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
-class _Ready(NamedTuple):
-    """The launches of a Program that only want addresses."""
+class _PackedLaunches(NamedTuple):
+    """The launches of a Program that lack addresses alone."""
 
     scratch: int  # bytes that the neediest of them takes
     steps: list[tuple[PackedLaunch, list[tuple[int, int]]]]  # each, and where its tensors lie
@@ -179,7 +200,7 @@ class _Player:
             buffer = program.buffers[n]
             self.parts[n] = _Part(last, offset, TYPES[buffer.dtype], buffer.shape)
         # Once no launch needs Triton's launcher. Set at once: other threads may be playing.
-        self.ready: _Ready | None = None
+        self.ready: _PackedLaunches | None = None
 
     def play(self, tensors: list[Any], addresses: list[int]) -> None:
         device = self.device
@@ -238,7 +259,9 @@ class _Player:
             steps.append((packed, [(part.place, part.offset) for part in parts]))
         ready = [(packed, places) for packed, places in steps if packed is not None]
         if len(ready) == len(steps):
-            self.ready = _Ready(max((packed.scratch for packed, _ in ready), default=0), ready)
+            self.ready = _PackedLaunches(
+                max((packed.scratch for packed, _ in ready), default=0), ready
+            )
 
 
 # ---------------------------------------------------------------- calls
@@ -382,10 +405,10 @@ class _Pass:
         return value
 
 
-def _layout(x: Tensor, copied: bool) -> Layout:
+def _layout(x: Tensor, copied: bool) -> ArrayLayout:
     shape = tuple(x.shape)
     strides = dense(shape) if copied else x.stride()
-    return Layout(name_of(x.dtype), shape, strides, copied or x.data_ptr() % 16 == 0)
+    return ArrayLayout(name_of(x.dtype), shape, strides, copied or x.data_ptr() % 16 == 0)
 
 
 def is_copied(name: str, x: Tensor, plan: Plan) -> bool:

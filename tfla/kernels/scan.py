@@ -1,14 +1,14 @@
-"""The scan: one kernel body for h, dq, dk and dv, and for the states where a sequence is cut.
+"""The scan: one kernel body for h, dq, dk and dv, and for the states where splits of T begin.
 
     scores = (A B^T + d) * D                     (L, L)     D = exp2(row + column exponents),
     causal or anti-causal out    = edge * (A S + column) + scores X    (L, X)
     S      = decay S + (edge B)^T X              (A, X)     on chip from the first chunk of a
-    segment to its last
+    split to its last
 
-A program owns BLOCK_X columns of one head of one segment and walks over its chunks, forward or in
-reverse. Which vector is the row and which the column exponent is all that the direction changes
-(``math.md``). TRANSPOSED keeps S as (X, A), the register operand of the next product, where it
-would otherwise pass through shared memory.
+A program owns BLOCK_X columns of one head of one split of a sequence and walks over its chunks,
+forward or in reverse. Which vector is the row and which the column exponent is all that the
+direction changes (``math.md``). TRANSPOSED keeps S as (X, A), the register operand of the next
+product, where it would otherwise pass through shared memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import triton
 import triton.language as tl
 
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power, scaled
-from tfla.kernels.layout import first_kept, first_slot, reaching, sequence, unit
+from tfla.kernels.layout import (
+    effective_chunks,
+    first_checkpoint_index,
+    first_index,
+    interval,
+    sequence,
+)
 
 
 @triton.jit
@@ -53,7 +59,46 @@ def _spare(x, AXIS: tl.constexpr):
     return tl.expand_dims(power, AXIS)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
+# The arguments, of h | dq | dv | dk. R: batch entries times heads, or heads where packed. E: bf16,
+# fp16 or fp32. What is None in a launch is neither read nor written.
+#
+#   a            (B, T, H, A) E      rows of targets: q | dh | k | v; None where out is None
+#   b            (B, T, H, A) E      rows of sources: k | v | q | dh
+#   x            (B, T, H, X) E      payload of sources: v | k | dh | q
+#   y            (B, T, H, X) E      what the row dot products are with: - | q | - | k
+#   partial      (B, T, H, X) fp32   out of the slices of the contraction before this one
+#   weights      (R, chunks_per_head, 8, L) fp32   the vectors of gates.py
+#   decay        (R, chunks_per_head) fp32         what a chunk leaves of the state before it
+#   d            (R, chunks_per_head, L) fp32      the normaliser's column, added to the scores
+#   vector       (R, chunks_per_head, X) fp32      the state of that column: n for dq, dn for dk
+#   state        (N, H, A, X) fp32   the state before the first token (in reverse, after the last)
+#   cu_seqlens   (N + 1,) i64        offsets of packed sequences
+#   table        i32                 the sequence of each split, where packed
+#   checkpoints  (R, checkpoints_per_head, rows, columns) fp32   states, of
+#                stride_checkpoint numbers each: written by h and dv, read by dq and dk
+#   final        (N, H, A, X) fp32   written: the state at the other end of the sequence
+#   out          (B, T, H, X) E      written: h | dq | dv | dk; fp32 of slices but the last
+#   dot          (tiles, R, chunks_per_head, L) fp32   written: out . y of the columns of each tile
+#   split_decay  (splits, H) fp32    written where out is None: the product of the decays of a split
+#
+#   stride_..    elements: a, b, x, y by batch, token, head; state (s), final (f) by n, head, a, x
+#   T, H         tokens (of a sequence, or of all that are packed), heads
+#   chunks_per_head, checkpoints_per_head   places in the arrays above for each of R
+#   split_len    tokens of a split, where SPLIT_T; of dq and dk CHECKPOINT_EVERY
+#   size         numbers of dot for each tile: R chunks_per_head L
+#   first_a      the first column of a and b of this slice; None for 0
+#   A, X         columns of this slice; columns of out
+#
+#   L, BLOCK_A, BLOCK_X   tokens of a chunk; columns of a and b, of x, of a program
+#   CHECKPOINT_EVERY      tokens between checkpoints
+#   REVERSE               dv and dk: chunks are walked from the last to the first
+#   SPLIT_T               programs have a split of a sequence, not all of it
+#   STORE_STATES          write checkpoints on the way
+#   AT_SEQUENCE_END       there is a checkpoint at the end of each sequence too
+#   TRANSPOSED            hold S as (X, A)
+#   DESCRIPTOR            copy tiles by descriptors (TMA)
+#   PRECISION             of products of fp32: "ieee" or "tf32"
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _scan_kernel(
     a,
     b,
@@ -67,11 +112,11 @@ def _scan_kernel(
     state,
     cu_seqlens,
     table,
-    ends,
+    checkpoints,
     final,
     out,
     dot,
-    left,
+    split_decay,
     stride_ab,
     stride_at,
     stride_ah,
@@ -94,24 +139,24 @@ def _scan_kernel(
     stride_fx,
     T,
     H,
-    slots,
-    spans,
-    UNIT,
+    chunks_per_head,
+    checkpoints_per_head,
+    split_len,
     size,
-    stride_e,
+    stride_checkpoint,
     first_a,
     A,
     X,
     L: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_X: tl.constexpr,
-    SPAN: tl.constexpr,
-    STRIDE_EA: tl.constexpr,
-    STRIDE_EX: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr,
+    STRIDE_CHECKPOINT_A: tl.constexpr,
+    STRIDE_CHECKPOINT_X: tl.constexpr,
     REVERSE: tl.constexpr,
-    CUT: tl.constexpr,
-    KEEP: tl.constexpr,
-    ENDS: tl.constexpr,
+    SPLIT_T: tl.constexpr,
+    STORE_STATES: tl.constexpr,
+    AT_SEQUENCE_END: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -130,26 +175,28 @@ def _scan_kernel(
     size = size.to(tl.int64)
     w = (tl.program_id(0) // tiles // H).to(tl.int64)
     n, j = w, 0
-    if CUT:
-        n, j = unit(w, cu_seqlens, table, T, UNIT, PACKED)
+    if SPLIT_T:
+        n, j = interval(w, cu_seqlens, table, T, split_len, PACKED)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
+    bh = head if PACKED else batch * H + head
     chunks = ((length + L - 1) // L).to(tl.int32)
     low, high = 0, chunks
-    if CUT:
-        if (j > 0) & (j >= (chunks * L + UNIT - 1) // UNIT):
+    if SPLIT_T:
+        if (j > 0) & (j >= (chunks * L + split_len - 1) // split_len):
             return
-        low = (j * (UNIT // L)).to(tl.int32)
-        high = tl.minimum(chunks, (low + UNIT // L).to(tl.int32))
-        if out is None:  # nothing starts from what the last piece leaves
+        low = (j * (split_len // L)).to(tl.int32)
+        high = tl.minimum(chunks, (low + split_len // L).to(tl.int32))
+        if out is None:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
-    slot = row * slots + first_slot(n, start, L, PACKED)
-    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
-    if left is not None:
-        behind = (low if REVERSE else high) * L // SPAN - 1
-        low, high, remains = reaching(decay + slot, low, high, REVERSE)
-        tl.store(left + w * H + head, remains)
+    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
+    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
+        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
+    )
+    if split_decay is not None:
+        next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
+        low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
+        tl.store(split_decay + w * H + head, decay_of_split)
 
     first_x = tile * BLOCK_X
     columns = first_x + tl.arange(0, BLOCK_X)
@@ -176,21 +223,27 @@ def _scan_kernel(
                 out_rows, [n_rows, X], [H.to(tl.int64) * X, 1], [L, BLOCK_X]
             )
 
-    if ends is not None and first_a is not None:
-        ends += first_a * STRIDE_EA
-    # The state, in the orientation that it has on chip. It lies in ``ends`` in tiles whose strides
-    # are constants, so that the addresses of kept states take no registers; only the base moves.
+    if checkpoints is not None and first_a is not None:
+        checkpoints += first_a * STRIDE_CHECKPOINT_A
+    # The state, in the orientation that it has on chip. In ``checkpoints`` it has strides that are
+    # constants, so that the addresses of checkpoints take no registers; only the base moves.
     if TRANSPOSED:
         S = tl.zeros([BLOCK_X, BLOCK_A], tl.float32)
-        entry = tl.arange(0, BLOCK_X)[:, None] * STRIDE_EX + lanes[None, :] * STRIDE_EA
+        entry = (
+            tl.arange(0, BLOCK_X)[:, None] * STRIDE_CHECKPOINT_X
+            + lanes[None, :] * STRIDE_CHECKPOINT_A
+        )
         inside = (columns < X)[:, None] & (lanes < A)[None, :]
     else:
         S = tl.zeros([BLOCK_A, BLOCK_X], tl.float32)
-        entry = lanes[:, None] * STRIDE_EA + tl.arange(0, BLOCK_X)[None, :] * STRIDE_EX
+        entry = (
+            lanes[:, None] * STRIDE_CHECKPOINT_A
+            + tl.arange(0, BLOCK_X)[None, :] * STRIDE_CHECKPOINT_X
+        )
         inside = (lanes < A)[:, None] & (columns < X)[None, :]
     if out is not None and state is not None:
         rows = A
-        if CUT:  # the pieces after the first start from what was kept
+        if SPLIT_T:  # the splits after the first start from a checkpoint
             rows = tl.where((high == chunks) if REVERSE else (low == 0), A, 0)
         state += n.to(tl.int64) * stride_sn + head * stride_sh
         if first_a is not None:
@@ -202,11 +255,16 @@ def _scan_kernel(
             at = lanes[:, None] * stride_sa + columns[None, :] * stride_sx
             first = (lanes < rows)[:, None] & (columns < X)[None, :]
         S = tl.load(state + at, mask=first, other=0.0)
-    if out is not None and CUT:
+    if out is not None and SPLIT_T:
         if (high < chunks) if REVERSE else (low > 0):
-            before = (high if REVERSE else low) * L // SPAN - 1
-            kept = ends + (span + before) * stride_e + first_x * STRIDE_EX + entry
-            S = tl.load(kept, mask=inside, other=0.0)
+            before = (high if REVERSE else low) * L // CHECKPOINT_EVERY - 1
+            checkpoint = (
+                checkpoints
+                + (first_checkpoint + before) * stride_checkpoint
+                + first_x * STRIDE_CHECKPOINT_X
+                + entry
+            )
+            S = tl.load(checkpoint, mask=inside, other=0.0)
 
     l = tl.arange(0, L)
     for step in range(0, high - low):
@@ -214,9 +272,9 @@ def _scan_kernel(
         t = c * L
         B = _tile(b_rows, A, stride_bt, t, length, 0, L, BLOCK_A, DESCRIPTOR)
         XX = _tile(x_rows, X, stride_xt, t, length, first_x, L, BLOCK_X, DESCRIPTOR)
-        here = weights + (slot + c) * (VECTORS * L) + l
+        here = weights + (first_chunk + c) * (VECTORS * L) + l
         col_edge = tl.load(here + (COL + 2) * L)
-        keep = tl.load(decay + slot + c)
+        chunk_decay = tl.load(decay + first_chunk + c)
         if out is not None:
             AA = _tile(a_rows, A, stride_at, t, length, 0, L, BLOCK_A, DESCRIPTOR)
             row_whole = tl.load(here + ROW * L)
@@ -236,7 +294,7 @@ def _scan_kernel(
                 target, source = l[:, None], l[None, :]
             causal = (target <= source) if REVERSE else (target >= source)
             if d is not None:
-                d_here = tl.load(d + (slot + c) * L + l)
+                d_here = tl.load(d + (first_chunk + c) * L + l)
                 if REVERSE == TRANSPOSED:
                     P += d_here[:, None]
                 else:
@@ -270,7 +328,9 @@ def _scan_kernel(
                 if FITTED:
                     O *= tl.exp2(P_spare)
             if d is not None:  # last: the state in low precision has left the registers
-                row_vector = tl.load(vector + (slot + c) * X + columns, mask=columns < X, other=0.0)
+                row_vector = tl.load(
+                    vector + (first_chunk + c) * X + columns, mask=columns < X, other=0.0
+                )
                 row_d = row_edge if REVERSE else scaled(d_here, row_edge)
                 O += scaled(row_vector[None, :], row_d[:, None])
             seen = (t + l < length)[:, None] & (columns < X)[None, :]
@@ -283,18 +343,25 @@ def _scan_kernel(
                 tl.store(out_rows + token, O.to(out.dtype.element_ty), mask=seen)
             if y is not None:
                 Y = _tile(y_rows, X, stride_yt, t, length, first_x, L, BLOCK_X, False)
-                tl.store(dot + tile * size + (slot + c) * L + l, tl.sum(O * Y.to(tl.float32), 1))
-        if KEEP:
-            # The state at the end of the chunk, unless it is where another piece of the sequence
+                tl.store(
+                    dot + tile * size + (first_chunk + c) * L + l, tl.sum(O * Y.to(tl.float32), 1)
+                )
+        if STORE_STATES:
+            # The state at the end of the chunk, unless it is where another split of the sequence
             # starts from.
-            edge = ((c + 1) * L % SPAN == 0) & (c + 1 < high)
-            if ENDS:
+            edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
+            if AT_SEQUENCE_END:
                 edge |= c + 1 == chunks
-            kept = ends + (span + c * L // SPAN) * stride_e + first_x * STRIDE_EX + entry
-        if KEEP and REVERSE:
+            checkpoint = (
+                checkpoints
+                + (first_checkpoint + c * L // CHECKPOINT_EVERY) * stride_checkpoint
+                + first_x * STRIDE_CHECKPOINT_X
+                + entry
+            )
+        if STORE_STATES and REVERSE:
             if edge:
-                tl.store(kept, S)
-        S = scaled(S, keep)
+                tl.store(checkpoint, S)
+        S = scaled(S, chunk_decay)
         X_weighed = scaled(XX.to(tl.float32), col_edge[:, None])
         if FITTED:
             X_spare = _spare(X_weighed, 0)
@@ -309,13 +376,19 @@ def _scan_kernel(
             S = tl.dot(tl.trans(B), XX, S, input_precision=PRECISION)
         if FITTED:
             S *= tl.exp2(X_spare)
-        if KEEP and not REVERSE:
+        if STORE_STATES and not REVERSE:
             if edge:
-                tl.store(kept, S)
+                tl.store(checkpoint, S)
 
     if out is None:
-        # What this piece makes of an empty state, to where the next one starts from.
-        tl.store(ends + (span + behind) * stride_e + first_x * STRIDE_EX + entry, S)
+        # What this split makes of an empty state, to where the next one starts from.
+        tl.store(
+            checkpoints
+            + (first_checkpoint + next_checkpoint) * stride_checkpoint
+            + first_x * STRIDE_CHECKPOINT_X
+            + entry,
+            S,
+        )
     if final is not None:
         if (low == 0) if REVERSE else (high == chunks):
             last = final + n.to(tl.int64) * stride_fn + head * stride_fh
@@ -328,57 +401,73 @@ def _scan_kernel(
             tl.store(last, S, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "spans", "UNIT"])
-def _join_kernel(
-    left,
+#   split_decay  (splits, H) fp32    the product of the decays of each split
+#   state        (N, H, A, X) fp32   the state before the first split, or None
+#   cu_seqlens   (N + 1,) i64        offsets of packed sequences, or None
+#   checkpoints  as in _scan_kernel; updated: in, what each split makes of an empty state, where the
+#                next one starts; out, the state there
+#   stride_..    of state by n, head, a, x
+#   T, H, checkpoints_per_head, split_len, stride_checkpoint, first_a, A, X, CHECKPOINT_EVERY,
+#   STRIDE_CHECKPOINT_A, REVERSE, AT_SEQUENCE_END   as in _scan_kernel
+#   BLOCK        entries of the state of a program
+@triton.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
+def _join_splits_kernel(
+    split_decay,
     state,
     cu_seqlens,
-    ends,
+    checkpoints,
     stride_sn,
     stride_sh,
     stride_sa,
     stride_sx,
     T,
     H,
-    spans,
-    UNIT,
-    stride_e,
+    checkpoints_per_head,
+    split_len,
+    stride_checkpoint,
     first_a,
     A,
     X,
-    SPAN: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr,
     BLOCK: tl.constexpr,
-    STRIDE_EA: tl.constexpr,
+    STRIDE_CHECKPOINT_A: tl.constexpr,
     REVERSE: tl.constexpr,
-    ENDS: tl.constexpr,
+    AT_SEQUENCE_END: tl.constexpr,
 ):
-    """From what each piece of a sequence makes of an empty state to the state at its end (its
+    """From what each split of a sequence makes of an empty state to the state at its end (its
     start in reverse), in place."""
     PACKED: tl.constexpr = cu_seqlens is not None
     n = tl.program_id(0) // H
     head = (tl.program_id(0) % H).to(tl.int64)
     batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    row = head if PACKED else batch * H + head
-    span = row * spans + first_kept(n, start, SPAN, PACKED, ENDS)
-    pieces = ((length + UNIT - 1) // UNIT).to(tl.int32)
-    each = tl.maximum((T + UNIT - 1) // UNIT, 1)
-    first = first_slot(n, start, UNIT, PACKED) if PACKED else n.to(tl.int64) * each
+    bh = head if PACKED else batch * H + head
+    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
+        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
+    )
+    splits = ((length + split_len - 1) // split_len).to(tl.int32)
+    each = tl.maximum((T + split_len - 1) // split_len, 1)
+    first = first_index(n, start, split_len, PACKED) if PACKED else n.to(tl.int64) * each
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     lane, column = entry // X, entry % X
     inside = entry < A * X
     S = tl.zeros([BLOCK], tl.float32)
     if first_a is not None:
-        ends += first_a * STRIDE_EA
+        checkpoints += first_a * STRIDE_CHECKPOINT_A
     if state is not None:
         first_at = n.to(tl.int64) * stride_sn + head * stride_sh
         first_at += lane * stride_sa + column * stride_sx
         if first_a is not None:
             first_at += first_a * stride_sa
         S = tl.load(state + first_at, mask=inside, other=0.0)
-    for step in range(0, pieces - 1):
-        piece = (pieces - 1 - step) if REVERSE else step
-        end = (piece if REVERSE else piece + 1) * (UNIT // SPAN) - 1
-        at = ends + (span + end) * stride_e + lane * STRIDE_EA + column
-        remains = tl.load(left + (first + piece) * H + head)
-        S = scaled(S, remains) + tl.load(at, mask=inside, other=0.0)
+    for step in range(0, splits - 1):
+        split = (splits - 1 - step) if REVERSE else step
+        end = (split if REVERSE else split + 1) * (split_len // CHECKPOINT_EVERY) - 1
+        at = (
+            checkpoints
+            + (first_checkpoint + end) * stride_checkpoint
+            + lane * STRIDE_CHECKPOINT_A
+            + column
+        )
+        decay_of_split = tl.load(split_decay + (first + split) * H + head)
+        S = scaled(S, decay_of_split) + tl.load(at, mask=inside, other=0.0)
         tl.store(at, S, mask=inside)

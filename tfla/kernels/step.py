@@ -21,6 +21,28 @@ REGISTERS = 16384  # fp32 entries of the state that one program holds, 128 a thr
 WARPS = 4
 
 
+# A program has BLOCK_V columns of one head of one row of the batch.
+#
+#   q, k         (B, H, K)          any float; strides by batch and head
+#   v            (B, H, V)          likewise
+#   i, f         (B, H)             pre-activations, any float
+#   slots        (B,) i32 or i64    the row of the states of each row of the batch; None: the same
+#   C            (rows, H, K, V)    fp32 or bf16, updated, or read; strides of every axis
+#   n            (rows, H, K)       likewise; None without a normaliser
+#   m            (rows, H) fp32     likewise
+#   arrived      (rows, H) i32      programs of a head that have read n and m; 0 between launches;
+#                                   None where one program has all of V
+#   C_out, n_out, m_out             where the new state is written, laid out as the old one and
+#                                   perhaps the same memory; None: over the old one
+#   h            (B, H, V)          written, in v's dtype; NaN where a slot is out of range
+#   scale        of q
+#   H, K, V      heads, q/k head dim, v head dim
+#   rows         of C, n and m
+#   BLOCK_K      the power of two from K on: a program has all of K
+#   BLOCK_V      columns of a program
+#   STRIDE_CK    C's stride by K, a constant
+#   LOG_I        the input gate's function, pre-activation -> log_i
+#   SIGMOID_F    f is a pre-activation of a sigmoid, else log_f
 @triton.jit(do_not_specialize=["H", "rows", *GATE_STRIDES])
 def _step_kernel(
     q,
@@ -67,9 +89,6 @@ def _step_kernel(
     SIGMOID_F: tl.constexpr,
 ):
     """C' = exp(log_f + m - m') C + exp(log_i - m') k v^T, and h, for BLOCK_V columns of one head.
-
-    The state is updated where it lies, or goes to C_out, n_out and m_out, which are laid out alike
-    and may be the same memory.
 
     Every program of a head reads n and m, and the last one to have done so writes them. STRIDE_CK
     is constant, which saves a register in ten.

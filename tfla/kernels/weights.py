@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from tfla.kernels import gates
 from tfla.kernels.layout import _clear_kernel, _offsets_kernel, _tables_kernel
-from tfla.kernels.planning import units_of
+from tfla.kernels.planning import stored_sizes_of
 from tfla.kernels.program import Symbol, padded
-from tfla.plan import Plan, Units
+from tfla.plan import Plan, StoredSizes
 from tfla.spec import CallSpec
 
 Tables = tuple[Symbol | None, Symbol | None, Symbol | None]
@@ -21,29 +21,30 @@ class Sizes(NamedTuple):
     """How many of what a call has. They may be symbols."""
 
     rows: int  # of chunks: (batch, head), or heads alone when sequences are packed
-    chunks: int  # a row; called slots in kernels, for some of them may be empty
-    states: int  # kept states a row
+    chunks: int  # a row, some of which may be empty
+    checkpoints: int  # stored states a row
 
 
-def sizes_of(spec: CallSpec, units: Units) -> Sizes:
+def sizes_of(spec: CallSpec, stored: StoredSizes) -> Sizes:
     T, N, H = spec.T, spec.N, spec.H
     if spec.packed:
-        chunks, spans = T // units.L + N, T // units.span + N
-        return Sizes(H, chunks, spans if spec.at_ends else T // units.span)
-    chunks, spans = -(-T // units.L), -(-T // units.span)
-    # Where nothing comes from the ends of sequences there is one less: where two spans meet.
-    return Sizes(spec.B * H, chunks, spans if spec.at_ends else spans - 1 + 1 // (1 + spans))
+        inside = T // stored.checkpoint_every
+        return Sizes(H, T // stored.L + N, inside + N if spec.at_sequence_end else inside)
+    chunks, checkpoints = -(-T // stored.L), -(-T // stored.checkpoint_every)
+    if not spec.at_sequence_end:  # no gradient comes from there: none at the end of a sequence
+        checkpoints += 1 // (1 + checkpoints) - 1
+    return Sizes(spec.B * H, chunks, checkpoints)
 
 
-def saved_parts(spec: CallSpec, units: Units) -> dict[str, tuple[int, ...]]:
+def saved_parts(spec: CallSpec, stored: StoredSizes) -> dict[str, tuple[int, ...]]:
     """Shapes of what the backward pass needs of the forward pass, all fp32."""
-    s = sizes_of(spec, units)
+    s = sizes_of(spec, stored)
     parts: dict[str, tuple[int, ...]] = {
-        "vectors": (s.rows, s.chunks, gates.VECTORS.value, units.L),
+        "vectors": (s.rows, s.chunks, gates.VECTORS.value, stored.L),
         "decay": (s.rows, s.chunks),
     }
     if spec.needs_grad:
-        parts["C_ends"] = (s.rows, s.states, *units.kept)
+        parts["C_checkpoints"] = (s.rows, s.checkpoints, *stored.checkpoint_shape)
     if spec.normalize:
         parts |= {"n_chunk": (s.rows, s.chunks, spec.K), "n_final": (spec.N, spec.H, spec.K)}
     return parts
@@ -52,8 +53,8 @@ def saved_parts(spec: CallSpec, units: Units) -> dict[str, tuple[int, ...]]:
 def saved_elements(spec: CallSpec) -> int:
     """Of all of them in one allocation, each with room for one more (see ``program``)."""
     return sum(
-        is_so * sum(padded(math.prod(shape) + 1) for shape in saved_parts(spec, units).values())
-        for is_so, units in units_of(spec)
+        is_so * sum(padded(math.prod(shape) + 1) for shape in saved_parts(spec, stored).values())
+        for is_so, stored in stored_sizes_of(spec)
     )
 
 
@@ -64,13 +65,14 @@ class GateWeights(NamedTuple):
     plan: Plan
     sizes: Sizes
     cu_seqlens: Symbol | None
-    tables: Tables  # which sequence each chunk, span and segment belongs to; None unless packed
+    tables: Tables  # which sequence each chunk, checkpoint and split belongs to; None unless packed
     vectors: Symbol  # (rows, chunks, VECTORS, L), see gates.py
-    undivided: Symbol | None  # the same without the denominator, where the scan of h makes it
+    # The same without the denominator, where the scan of h makes it.
+    vectors_without_den: Symbol | None
     decay: Symbol  # (rows, chunks)
-    # (rows, states, *plan.kept) C at the ends of spans, where the backward pass starts from
-    C_ends: Symbol | None
-    dC_ends: Symbol | None  # the same of dC
+    # (rows, checkpoints, *plan.checkpoint_shape) C, from which the backward pass starts
+    C_checkpoints: Symbol | None
+    dC_checkpoints: Symbol | None  # the same of dC
     n_chunk: Symbol | None  # (rows, chunks, K) n entering each chunk
     n_final: Symbol | None  # (N, H, K)
     m_final: Symbol | None  # (N, H), in the forward pass
@@ -87,7 +89,7 @@ class GateWeights(NamedTuple):
 
     @property
     def common(self) -> dict[str, int]:
-        return {"T": self.spec.T, "H": self.spec.H, "slots": self.sizes.chunks}
+        return {"T": self.spec.T, "H": self.spec.H, "chunks_per_head": self.sizes.chunks}
 
 
 @functools.cache
@@ -146,28 +148,28 @@ def clear(offsets: Symbol, *outputs: Symbol) -> None:
 
 
 def tables(cu_seqlens: Symbol | None, T: int, plan: Plan) -> Tables:
-    """Of packed sequences: which one each slot of chunks, spans and segments belongs to, in one
-    launch."""
+    """Of packed sequences: which one each chunk, interval between checkpoints and split
+    belongs to, in one launch."""
     if cu_seqlens is None:
         return None, None, None
     N, builder = cu_seqlens.shape[0] - 1, cu_seqlens.builder
-    units = (plan.L, plan.span, plan.segment or plan.span)
-    sizes = [padded(T // unit + N) for unit in units]
-    chunk, span, segment = (
-        builder.new(f"{name} table", size, dtype="i32")
-        for name, size in zip(("chunk", "span", "segment"), sizes, strict=True)
+    lengths = (plan.L, plan.checkpoint_every, plan.split_len or plan.checkpoint_every)
+    counts = [padded(T // length + N) for length in lengths]
+    chunk, checkpoint, split = (
+        builder.new(f"{name} table", count, dtype="i32")
+        for name, count in zip(("chunk", "checkpoint", "split_len"), counts, strict=True)
     )
     builder.launch(
         "tables",
         _tables_kernel,
-        (-(-sum(sizes) // 256),),
+        (-(-sum(counts) // 256),),
         4,
         1,
         reads={"cu_seqlens": cu_seqlens},
-        writes={"table_0": chunk, "table_1": span, "table_2": segment},
+        writes={"table_0": chunk, "table_1": checkpoint, "table_2": split},
         numbers={"N": N}
-        | {f"unit_{n}": unit for n, unit in enumerate(units)}
-        | {f"size_{n}": size for n, size in enumerate(sizes)},
+        | {f"length_{n}": length for n, length in enumerate(lengths)}
+        | {f"count_{n}": count for n, count in enumerate(counts)},
         constants={"BLOCK": 256},
     )
-    return chunk, span, segment
+    return chunk, checkpoint, split

@@ -73,9 +73,9 @@ def execute(
 
 
 def offsets(cu_seqlens: Tensor, T: int) -> Tensor:
-    """Offsets as the functions above take them: any, for ``Layout.make`` reads and checks them."""
+    """Offsets as the functions above take them: any; ``ChunkLayout.make`` reads and checks them."""
     return cu_seqlens
 
 
 def clear(offsets: Tensor, *outputs: Tensor) -> None:
-    """Zeros at tokens that belong to no sequence: ``Layout.make`` allows none."""
+    """Zeros at tokens that belong to no sequence: ``ChunkLayout.make`` allows none."""

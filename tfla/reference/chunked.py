@@ -190,8 +190,8 @@ class _State(NamedTuple):
     @staticmethod
     def of(C: Tensor | None, n: Tensor | None, group: Group, weights: GateWeights) -> _State:
         """Of the sequences of a group, from (N, H, ...) by sequence."""
-        by_rank = weights.layout.by_rank
-        C, n = (None if x is None else by_rank(x)[group.ranks].flatten(0, 1) for x in (C, n))
+        by_place = weights.layout.by_place
+        C, n = (None if x is None else by_place(x)[group.places].flatten(0, 1) for x in (C, n))
         return _State(C, None if n is None else n[..., None])
 
     def times(self, factor: Tensor) -> _State:
@@ -199,11 +199,11 @@ class _State(NamedTuple):
         return _State(*(None if x is None else x * factor[:, None, None] for x in self))
 
     def put(self, C: Tensor | None, n: Tensor | None, group: Group) -> None:
-        """Into (N, H, ...) by rank; zeros where there is no state, as of sequences of no tokens."""
+        """Into (N, H, ...) by place; zeros where there is no state: sequences of no tokens."""
         for x, out in ((self.C, C), (self.n, n)):
             if out is None:
                 continue
-            part = out[group.ranks].flatten(0, 1)
+            part = out[group.places].flatten(0, 1)
             known = 0 if x is None else len(x)
             part[known:].zero_()
             if x is not None:
@@ -374,7 +374,7 @@ def _forward_pass(
         S = _State.of(C, weights.n, group, weights).times(weights.entering(group))
         sums = []
         for block, simple in zip(group.blocks, separable, strict=True):
-            rows = (block.ranks.stop - block.ranks.start) * H
+            rows = (block.places.stop - block.places.start) * H
             r = layout.of_block(weights.source, block)
             w = layout.of_block(weights.target, block)
             q_, v_ = (layout.operand(x, dtype, block) for x in (q, v))
@@ -515,7 +515,7 @@ def _backward_pass(t: _Backward, weights: GateWeights, dq: Scan, dv: Scan) -> Sc
         for block, simple, states in zip(
             reversed(group.blocks), reversed(separable), reversed(entering), strict=True
         ):
-            rows = (block.ranks.stop - block.ranks.start) * H
+            rows = (block.places.stop - block.places.start) * H
             dS = _grown(dS, ends, rows)
             r = layout.of_block(weights.source, block)
             w = layout.of_block(weights.target, block)
@@ -559,7 +559,7 @@ def _backward_pass(t: _Backward, weights: GateWeights, dq: Scan, dv: Scan) -> Sc
                 if wd is not None:
                     before_n = _before(worth.n, q, wd[..., None], weight, simple)
             dS = _State(before_C, before_n)
-        dS = _grown(dS, ends, (group.ranks.stop - group.ranks.start) * H)
+        dS = _grown(dS, ends, (group.places.stop - group.places.start) * H)
         if sums and not _is_finite(torch.stack(sums), dS.C, dS.n):
             return None
         if dC_0 is not None:
@@ -577,7 +577,7 @@ def _entering(
     layout, dtype, H = weights.layout, weights.dtype, weights.spec.H
     S, found = _State.of(t.C, n, group, weights).times(weights.entering(group)), []
     for block, simple in zip(group.blocks, separable, strict=True):
-        rows = (block.ranks.stop - block.ranks.start) * H
+        rows = (block.places.stop - block.places.start) * H
         active = S.rows(0, rows)
         if block is group.blocks[-1] and block.number == 1:  # what follows is not needed
             found.append(active)

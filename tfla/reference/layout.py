@@ -27,7 +27,7 @@ class Block(NamedTuple):
     """Chunks that are worked on at once: ``number`` consecutive ones of some sequences."""
 
     chunks: slice  # of the C chunks, ordered by number and then by sequence
-    ranks: slice  # the sequences, by rank
+    places: slice  # the sequences, by their place
     number: int  # consecutive chunks of each sequence; more than 1 only of all sequences at once
     size: int  # tokens in each chunk
     tokens: slice  # of those sequences, where all are of one length
@@ -36,19 +36,19 @@ class Block(NamedTuple):
 class Group(NamedTuple):
     """Sequences that are worked on from end to end before the next ones are."""
 
-    ranks: slice
+    places: slice
     blocks: list[Block]  # in the order of time; later ones may leave out the last sequences
 
 
-class Layout(NamedTuple):
-    """Sequences are ordered by falling length (a sequence's place is its *rank*), and chunks by
-    their number in the sequence, then by rank: what continues a chunk is in a later slice."""
+class ChunkLayout(NamedTuple):
+    """Sequences are ordered by falling length (a sequence has a *place* in this order), chunks by
+    their number in the sequence, then by place: what continues a chunk is in a later slice."""
 
     size: int  # tokens of a chunk, L at most
-    lengths: Tensor  # (N,) by rank
+    lengths: Tensor  # (N,) by place
     rows: Tensor | None  # (C, L) rows of T, T past the end of a sequence; None where not packed
-    rank: Tensor | None  # (N,) the sequence of each rank; None where they are the same
-    rank_of: Tensor | None  # (N,) the rank of each sequence
+    order: Tensor | None  # (N,) the sequence at each place; None where they are the same
+    place_of: Tensor | None  # (N,) the place of each sequence
     counts: list[int]  # how many sequences have a chunk of each number
     starts: list[int]  # the first of these in the order of chunks
     groups: list[Group]
@@ -56,32 +56,34 @@ class Layout(NamedTuple):
     @staticmethod
     def make(
         B: int, T: int, H: int, cu_seqlens: Any, width: int, device: torch.device, longest: int
-    ) -> Layout:
+    ) -> ChunkLayout:
         """width: of the widest operand. longest: the most tokens of a chunk."""
         cpu = torch.device("cpu")  # whatever torch's default device is
         if cu_seqlens is None:
             start = length = torch.full((B,), T, device=cpu)
-            rank = None
+            order = None
         else:
             offsets = torch.tensor(check_offsets(cu_seqlens, T), device=cpu)
             start, length = offsets[:-1], offsets.diff()
-            length, rank = length.sort(descending=True, stable=True)
+            length, order = length.sort(descending=True, stable=True)
         most = int(length[0]) if len(length) else 0
         number = -(-most // longest)
         # Chunks of one length leave the least past the end.
-        size = longest if rank is not None and number > 1 else -(-most // max(number, 1))
+        size = longest if order is not None and number > 1 else -(-most // max(number, 1))
         size = max(size, 1)
         first = torch.arange(number, device=cpu) * size
         counts = torch.searchsorted(-length, -first)  # how many sequences are longer than that
         starts = counts.cumsum(0) - counts
-        rows, rank_of = None, None
-        if rank is not None:
-            ranks = torch.cat([torch.arange(n, device=cpu) for n in [0, *counts.tolist()]])
+        rows, place_of = None, None
+        if order is not None:
+            places = torch.cat([torch.arange(n, device=cpu) for n in [0, *counts.tolist()]])
             position = first.repeat_interleave(counts)[:, None] + torch.arange(size, device=cpu)
-            past = position >= length[ranks, None]
-            rows = torch.where(past, T, start[rank[ranks], None] + position).to(device)
-            rank, rank_of = rank.to(device), rank.argsort().to(device)
-        layout = Layout(size, length, rows, rank, rank_of, counts.tolist(), starts.tolist(), [])
+            past = position >= length[places, None]
+            rows = torch.where(past, T, start[order[places], None] + position).to(device)
+            order, place_of = order.to(device), order.argsort().to(device)
+        layout = ChunkLayout(
+            size, length, rows, order, place_of, counts.tolist(), starts.tolist(), []
+        )
         numbers = H * size * max(size, width)  # in a matrix of one chunk, all heads
         layout.groups.extend(layout._groups(numbers))
         return layout
@@ -92,12 +94,12 @@ class Layout(NamedTuple):
         several = FEW // max(N * numbers, 1) if self.rows is None else 1
         groups = []
         for r in range(0, N, room):
-            ranks, blocks = slice(r, min(r + room, N)), []
+            places, blocks = slice(r, min(r + room, N)), []
             whole = int(self.lengths[r]) // self.size  # chunks that are full
             c = 0
             while c < len(self.counts) and self.counts[c] > r:
                 count = max(min(several, whole - c), 1)
-                last = min(ranks.stop, self.counts[c])
+                last = min(places.stop, self.counts[c])
                 at = self.starts[c] + r
                 stop = self.starts[c + count - 1] + last
                 size, tokens = self.size, slice(0)
@@ -107,7 +109,7 @@ class Layout(NamedTuple):
                     size = (end - tokens.start) // count
                 blocks.append(Block(slice(at, stop), slice(r, last), count, size, tokens))
                 c += count
-            groups.append(Group(ranks, blocks))
+            groups.append(Group(places, blocks))
         return groups
 
     @property
@@ -116,18 +118,18 @@ class Layout(NamedTuple):
         return sum(self.counts)
 
     def steps(self) -> list[slice]:
-        """The ranks of the sequences that the first chunks belong to, the second ones and so on."""
+        """The places of the sequences that the first chunks belong to, the second ones, ..."""
         return [slice(0, count) for count in self.counts]
 
     # ------------------------------------------------------------ states
 
-    def by_rank(self, x: Tensor) -> Tensor:
-        """(N, ...) by sequence -> by rank."""
-        return x if self.rank is None else x[self.rank]
+    def by_place(self, x: Tensor) -> Tensor:
+        """(N, ...) by sequence -> by place."""
+        return x if self.order is None else x[self.order]
 
     def by_sequence(self, x: Tensor) -> Tensor:
-        """(N, ...) by rank -> by sequence."""
-        return x if self.rank_of is None else x[self.rank_of]
+        """(N, ...) by place -> by sequence."""
+        return x if self.place_of is None else x[self.place_of]
 
     # ------------------------------------------------------------ numbers of tokens
 
@@ -173,7 +175,7 @@ class Layout(NamedTuple):
     def view(self, x: Tensor, block: Block) -> Tensor:
         """(B, T, H, D) -> (number, sequences, H, L, D) of a block: a view of its memory, where
         sequences are of one length."""
-        tokens = x[block.ranks, block.tokens].unflatten(1, (block.number, block.size))
+        tokens = x[block.places, block.tokens].unflatten(1, (block.number, block.size))
         return tokens.permute(1, 0, 3, 2, 4)
 
     def operand(
@@ -206,7 +208,7 @@ class Layout(NamedTuple):
 
     def store(self, y: Tensor, out: Tensor, block: Block, factor: Tensor | None = None) -> None:
         """(R, L, D) times factor (R, L) into (B, T, H, D) of ``outputs``."""
-        sequences = block.ranks.stop - block.ranks.start
+        sequences = block.places.stop - block.places.start
         y = y.view(block.number, sequences, -1, block.size, y.shape[-1])
         factor = None if factor is None else factor.view(*y.shape[:-1], 1)
         if self.rows is None:

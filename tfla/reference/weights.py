@@ -23,7 +23,7 @@ from torch import Tensor
 from tfla import gates
 from tfla.dtypes import state_dtype
 from tfla.reference import layout as chunks
-from tfla.reference.layout import Block, Group, Layout
+from tfla.reference.layout import Block, ChunkLayout, Group
 from tfla.spec import CallSpec, Inputs
 
 # Of a separable chunk, the largest |p + h| and |b - h|. Products with the least and the largest
@@ -43,7 +43,7 @@ class GateWeights:
     of states. What belongs to a target has scale / den in it once the scan of h has found nu."""
 
     spec: CallSpec
-    layout: Layout
+    layout: ChunkLayout
     separable: list[list[bool]]  # of each block of each group
     source: Tensor  # what a source weighs: 2^(p + h); else in the state after its chunk
     target: Tensor  # what it weighs for a target: 2^(b - h), which is also the weight of the state
@@ -82,7 +82,7 @@ class GateWeights:
         enter = self.enter.new_ones(len(self.layout.lengths), self.spec.H)
         first = self.layout.counts[0] if self.layout.counts else 0
         enter[:first] = self.enter[:first]
-        return enter[group.ranks].flatten()
+        return enter[group.places].flatten()
 
     def separate_nothing(self) -> None:
         """Turn all blocks into ones that are not separable."""
@@ -100,14 +100,14 @@ def gate_weights(
     q, i, f, n, m = x.q, x.i, x.f, x.n, x.m
     B, T, H, scale, normalize = spec.B, spec.T, spec.H, spec.scale, spec.normalize
     width = max(spec.K, spec.V)
-    layout = Layout.make(B, T, H, x.cu_seqlens, width, q.device, chunks.L)
+    layout = ChunkLayout.make(B, T, H, x.cu_seqlens, width, q.device, chunks.L)
     dtype, N = state_dtype(spec.dtype), spec.N
     host = q.device if q.device.type != "mps" else torch.device("cpu")  # MPS has no fp64
     log_i, log_f = gates.log_gates(i.to(host, dtype), f.to(host, dtype), spec.activations)
     e = gates.exponents(
         layout.chunks_of(log_i, torch.float64, gates.LOG_I_NOTHING),
         layout.chunks_of(log_f, torch.float64),
-        None if m is None else layout.by_rank(m).to(host),
+        None if m is None else layout.by_place(m).to(host),
         layout.steps(),
         N,
         normalize,
@@ -159,7 +159,7 @@ def gate_weights(
 
 
 def _separable(
-    layout: Layout, p: Tensor, b: Tensor, may_separate: bool
+    layout: ChunkLayout, p: Tensor, b: Tensor, may_separate: bool
 ) -> tuple[Tensor, list[list[bool]]]:
     """(h (C, H), which blocks are separable). Other devices are not asked for values; where there
     are none, as where memory is counted, gates are ordinary."""
@@ -182,7 +182,7 @@ def _separable(
     return torch.where(_spread(layout, found, h), half, 0.0), found
 
 
-def _spread(layout: Layout, separable: list[list[bool]], like: Tensor) -> Tensor:
+def _spread(layout: ChunkLayout, separable: list[list[bool]], like: Tensor) -> Tensor:
     """(C, H) bool from what holds of the blocks."""
     out = torch.zeros_like(like, dtype=torch.bool)
     for group, found in zip(layout.groups, separable, strict=True):
