@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
+from tfla.jax.shards import axes_of, varying
 from tfla.kernels.program import Launch, Program
 
 _one_at_a_time = threading.Lock()  # the interpreter keeps the number of its program in one place
@@ -54,27 +57,26 @@ LONG = {
 }
 
 
-def interpret(program: Program, given: dict[int, Array]) -> dict[int, Array]:
-    """As ``lowering.run``; what is not written is NaN or as good."""
-    from tfla.jax.lowering import _type_of
-
+def interpret(
+    program: Program, given: dict[int, Array], types: Sequence[jax.ShapeDtypeStruct]
+) -> dict[int, Array]:
+    """As ``lowering.run``; what is not written is NaN or as good. types: of all buffers."""
     places = list(given)
-    types = [_type_of(program.buffers[n]) for n in program.outputs]
 
     def play(*arrays: Any) -> list[np.ndarray]:
         memory = {n: np.array(x, order="C") for n, x in zip(places, arrays, strict=True)}
-        for n, buffer in enumerate(program.buffers):
+        for n, of in enumerate(types):
             if n not in memory:
-                of = _type_of(buffer)
-                memory[n] = np.full(of.shape, 0xFF, np.uint8).repeat(np.dtype(of.dtype).itemsize)
-                memory[n] = memory[n].view(of.dtype).reshape(of.shape)
+                size = math.prod(of.shape) * np.dtype(of.dtype).itemsize
+                memory[n] = np.full(size, 0xFF, np.uint8).view(of.dtype).reshape(of.shape)
         with _one_at_a_time:
             for launch in program.launches:
                 _launch(program, launch, memory)
         return [memory[n] for n in program.outputs]
 
-    made = jax.pure_callback(play, types, *given.values(), vmap_method="sequential")
-    return dict(zip(program.outputs, made, strict=True))
+    out = [types[n] for n in program.outputs]
+    made = jax.pure_callback(play, out, *given.values(), vmap_method="sequential")
+    return dict(zip(program.outputs, varying(made, axes_of(given)), strict=True))
 
 
 def _launch(program: Program, launch: Launch, memory: dict[int, np.ndarray]) -> None:

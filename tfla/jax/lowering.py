@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from tfla.jax.interpreter import interpret
+from tfla.jax.shards import axes_of, varying
 from tfla.kernels.compile import compiled, source_of_launch
 from tfla.kernels.program import BYTES, Buffer, Launch, Program
 from tfla.plan import Device
@@ -152,11 +154,7 @@ def run(
     are written those that are read and may lie in the same memory, if nobody needs them again; that
     nothing is lost where XLA forgets it is up to the kernel."""
     if device.capability == (0, 0):
-        from tfla.jax.interpreter import interpret
-
-        return interpret(program, given)
-    from tfla.jax.shards import axes_of, varying
-
+        return interpret(program, given, [_type_of(buffer) for buffer in program.buffers])
     axes = axes_of(given)
     arrays = dict(given)
     for launch in program.launches:
@@ -185,6 +183,4 @@ def run(
 
 
 def _empty(of: jax.ShapeDtypeStruct, axes: Any) -> Any:
-    from tfla.jax.shards import varying
-
     return varying(lax.empty(of.shape, of.dtype), axes)
