@@ -70,23 +70,26 @@ def _choice(*arrays: Any) -> tuple[Device | None, str]:
     """(device, ""), or (None, why "triton" cannot serve them)."""
     if jnp.dtype(arrays[0].dtype) == jnp.float64:
         return None, "its kernels take fp16, bf16 and fp32, and q is fp64."
-    if why_not := _why_no_triton():
-        return None, why_not
-    planned = _planned.get()
-    if planned is not None:
-        return planned, ""
-    device = _device_of(*arrays)
-    if device.platform in ("gpu", "cuda"):
-        found = _read(device)
-        if found.capability >= (8, 0):
-            return found, ""
-        return None, f"it needs compute capability 8.0 or later; got {device.device_kind}."
+    planned, why_not = _planned.get(), ""
+    if planned is None:
+        planned, why_not = _planned_on(_device_of(*arrays))
+    why_not = why_not or _why_no_triton()
+    return (None, why_not) if why_not else (planned, "")
+
+
+def _planned_on(device: Any) -> tuple[Device | None, str]:
+    """The integers of a device of JAX, or why there are no kernels for it."""
     if device.platform == "cpu" and _is_interpreted():
         return INTERPRETER, ""
-    return None, (
-        f"it needs an NVIDIA GPU (or, on a CPU, Triton's interpreter: TRITON_INTERPRET=1); got "
-        f"{device.platform}."
-    )
+    if device.platform not in ("gpu", "cuda"):
+        return None, (
+            "it needs an NVIDIA GPU or, on a CPU, Triton's interpreter (TRITON_INTERPRET=1); got "
+            f"{device.platform}."
+        )
+    found = _read(device)
+    if found.capability < (8, 0):
+        return None, f"it needs compute capability 8.0 or later; got {device.device_kind}."
+    return found, ""
 
 
 def _is_interpreted() -> bool:
