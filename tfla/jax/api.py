@@ -72,19 +72,24 @@ def mlstm(
             every input and in h, of packed sequences each by itself. The states are then those
             behind a sequence's last token and before its first.
         group: None; T is not split over processes here.
-        backend: None or "reference", which runs on all that JAX runs on. "triton" is not there yet.
+        backend: "reference" runs on all that JAX runs on; "triton" on NVIDIA GPUs of compute
+            capability 8.0 or later, where Triton 3.6 to 3.9 is installed, in fp16, bf16 and fp32.
+            None: "triton" where it can run, else "reference", on a GPU with one warning that says
+            why. A function that is traced is planned for JAX's default device.
 
     What is not finite stays in its row of B, its packed sequence and its head (in all heads of a
     group, if it is in q or k), and in later tokens; NaN and inf in q, k and v may reach earlier
     tokens of their own chunk of up to 64. Finite inputs never spoil an earlier token.
 
     Returns:
-        h: (B, T, H, V) in v's dtype, and the final State or None. JAX may differentiate them in
-        both modes and any number of times, through the normaliser and through both states.
+        h: (B, T, H, V) in v's dtype, and the final State or None. JAX may differentiate them
+        through the normaliser and through both states: on "reference" in both modes and any number
+        of times, on "triton" once, in reverse mode.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
-        NotImplementedError: ``group``, and ``backend="triton"``.
+        RuntimeError: ``backend="triton"`` where it cannot serve the call.
+        NotImplementedError: ``group``; on "triton" a derivative of a derivative.
 
     Example:
         >>> import jax, tfla.jax
@@ -143,7 +148,7 @@ def linear_attention(
         h: (B, T, H, V) in v's dtype, and the final State or None.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as in ``mlstm``.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in ``mlstm``.
 
     Example:
         >>> import jax, jax.numpy as jnp, tfla.jax
@@ -192,7 +197,7 @@ def mlstm_step(
         h: (B, H, V) in v's dtype, and the State after the token.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as in ``mlstm``.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in ``mlstm``.
 
     Example:
         >>> import jax, tfla.jax

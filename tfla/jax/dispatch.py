@@ -24,6 +24,7 @@ from tfla.jax.spec import BackendName
 from tfla.plan import Device
 
 BACKENDS = ("reference", "triton")
+GPUS = ("gpu", "cuda", "rocm")
 # Bytes of shared memory that one program may use, where JAX does not say: CUDA C++ Programming
 # Guide, "Compute Capabilities".
 SHARED_MEMORY = {
@@ -54,15 +55,14 @@ def pick_backend(backend: BackendName | None, *arrays: Any) -> Device | None:
         raise ValueError(f"backend must be None, 'reference', 'triton'; got {backend!r}.")
     if backend == "reference":
         return None
+    if backend is None and _planned.get() is None and _device_of(*arrays).platform == "cpu":
+        return None
     device, why_not = _choice(*arrays)
     if backend == "triton" and device is None:
         raise RuntimeError(f'backend="triton" cannot serve this call: {why_not}')
-    if backend is None and (device is None or device == INTERPRETER):
-        on_gpu = _platform_of(*arrays) in ("gpu", "cuda", "rocm")
-        if on_gpu and why_not not in _warned:
-            _warned.add(why_not)
-            warnings.warn(f'tfla.jax runs on its backend "reference" here: {why_not}', stacklevel=4)
-        return None
+    if device is None and why_not not in _warned and _platform_of(*arrays) in GPUS:
+        _warned.add(why_not)
+        warnings.warn(f'tfla.jax runs on its backend "reference" here: {why_not}', stacklevel=4)
     return device
 
 
