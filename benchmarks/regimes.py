@@ -1,6 +1,7 @@
 """The regimes beside `tfla bench kernels`: python benchmarks/regimes.py [--only small,packed,...]
 
-    small    one sequence of 512 to 4,096 tokens, 16 heads 128/256: the host decides
+    small    one sequence of 512 to 4,096 tokens, 16 heads 128/256, whose launches take longer than
+             its kernels
     packed   65,536 tokens as 1 to 16,384 documents of random lengths, 16 heads 128/256, as one
              sequence and, where their last states are wanted, document by document
     long     one sequence of 65,536 to 1,048,576 tokens, 8 heads 128/256: nanoseconds a token
@@ -11,10 +12,10 @@
              launch by its plan
     host     until the host is back from a call of 512 or 2,048 tokens, each alone and in a row
 
-One GPU. Timed in turns as in `tfla bench`, by events; calls one after the other and a graph beside
-them where the host decides. What is timed was held against fp64 first (its error is printed), a
-packed document against the same one alone; long, launches and host take what `tfla bench`
-checks. `mlstm_kernels` only has to be importable.
+One GPU. Timed in turns as in `tfla bench`, by events; small also as calls one after the other and
+from a CUDA graph. What is timed was held against fp64 first (its error is printed), a packed
+document against the same one alone; long, launches and host take what `tfla bench` checks.
+`mlstm_kernels` only has to be importable.
 """
 
 import argparse

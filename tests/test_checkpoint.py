@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_model_names_the_tensor(tmp_path: Path) -> None:
     module = nn.Linear(5, 3, bias=False)
     saved.restore(module)
     assert torch.equal(module.weight, saved.tensors("model")["weight"])
-    with pytest.raises(RunError, match=r"weight is \(3, 5\), the model wants \(4, 5\)"):
+    with pytest.raises(RunError, match=r"weight is \(3, 5\); the model needs \(4, 5\)"):
         saved.restore(nn.Linear(5, 4, bias=False))
     with pytest.raises(RunError, match="the checkpoint lacks bias"):
         saved.restore(nn.Linear(5, 3))
@@ -300,7 +300,7 @@ def test_checkpoints_are_not_written_or_removed_through_a_link(tmp_path: Path) -
 def test_weights_of_8_bits_are_refused(tmp_path: Path) -> None:
     weight = torch.zeros(3, 5, dtype=torch.float8_e4m3fn)
     save(tmp_path, {"step": 1, "config": {}}, {"model": {"weight": weight}}, {})
-    with pytest.raises(RunError, match="weight is float8_e4m3fn, the model wants a floating dtype"):
+    with pytest.raises(RunError, match="weight is float8_e4m3fn; the model needs a floating dtype"):
         load(tmp_path).restore(nn.Linear(5, 3, bias=False))
 
 

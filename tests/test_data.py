@@ -273,7 +273,7 @@ def test_errors_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
         prepare([tmp_path / "absent"], target)
     with pytest.raises(RunError, match=f"the corpus is empty: no bytes in {empty}"):
         prepare([empty], target)
-    with pytest.raises(RunError, match="--held-out is 0.9, wanted above 0 and at most 0.5"):
+    with pytest.raises(RunError, match="--held-out is 0.9; it must be above 0 and at most 0.5"):
         prepare([folder], target, held_out=0.9)
     with pytest.raises(RunError, match="no.json cannot be read"):
         prepare([folder], target, tokenizer=tmp_path / "no.json")

@@ -124,6 +124,17 @@ def test_nothing_is_left_to_fill_in() -> None:
     assert not {page: found for page, found in left.items() if found}
 
 
+def test_no_formula_is_taken_for_html() -> None:
+    """A browser shows nothing of "<C, dC>": in prose it is written with &lt;."""
+    eaten = {}
+    for page in [*DOCS, *PROJECT]:
+        text = "\n".join(line for line in prose(page) if not line.startswith("    "))
+        eaten[name(page)] = re.findall(
+            r"<(?=[\w/!,])(?!https?:)[^>]*>?", re.sub(r"`[^`]*`", "", text)
+        )
+    assert not {page: found for page, found in eaten.items() if found}
+
+
 # ------------------------------------------------------------------------------- the files
 
 

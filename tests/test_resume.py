@@ -410,7 +410,7 @@ def test_another_model_or_a_window_beyond_the_text_is_one_line(
 @pytest.mark.parametrize("option", ["batch", "context", "steps", "seed", "save_every"])
 @pytest.mark.parametrize("value", [1.5, True, "8", np.float32(3)])
 def test_options_that_are_no_whole_numbers_are_named(option: str, value: object) -> None:
-    with pytest.raises(RunError, match=f"--{option.replace('_', '-')} is .*, wanted a whole"):
+    with pytest.raises(RunError, match=f"--{option.replace('_', '-')} is .*; it must be a whole"):
         TrainOptions(**{"steps": 3, option: value})
 
 

@@ -160,7 +160,7 @@ def test_an_option_wins_over_the_environment(free: pytest.MonkeyPatch) -> None:
         free.setenv("OMP_NUM_THREADS", nonsense)
         assert threads.requested(None) is None
     for wrong in (0, -1, 100_000):
-        with pytest.raises(RunError, match=f"--threads is {wrong}, wanted from 1 to"):
+        with pytest.raises(RunError, match=f"--threads is {wrong}; it must be from 1 to"):
             threads.requested(wrong)
 
 
@@ -376,7 +376,7 @@ def test_threads_that_cannot_be_are_one_line(
 ) -> None:
     assert cli.run_command([*line.split(), "--threads", "0"]) == 2
     said = capfd.readouterr().err
-    assert said == f"tfla: --threads is 0, wanted from 1 to {threads.MOST}\n"
+    assert said == f"tfla: --threads is 0; it must be from 1 to {threads.MOST}\n"
 
 
 # ------------------------------------------------------------------------------- imports

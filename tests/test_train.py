@@ -343,12 +343,12 @@ def test_a_time_budget_is_kept_and_its_schedule_ends_low(
     ("values", "message"),
     [
         ({}, "neither --steps nor --seconds is given"),
-        ({"steps": 0}, "--steps is 0, wanted above 0"),
-        ({"seconds": math.inf}, "--seconds is inf, wanted above 0"),
-        ({"steps": 1, "save_every": 0}, "--save-every is 0, wanted at least 1"),
-        ({"steps": 1, "warmup": 1.5}, "--warmup is 1.5, wanted from 0 to 1"),
-        ({"steps": 1, "lr": math.nan}, "--lr is nan, wanted above 0"),
-        ({"steps": 1, "precision": "fp8"}, "--precision is fp8, wanted auto, fp32 or bf16"),
+        ({"steps": 0}, "--steps is 0; it must be above 0"),
+        ({"seconds": math.inf}, "--seconds is inf; it must be above 0"),
+        ({"steps": 1, "save_every": 0}, "--save-every is 0; it must be at least 1"),
+        ({"steps": 1, "warmup": 1.5}, "--warmup is 1.5; it must be from 0 to 1"),
+        ({"steps": 1, "lr": math.nan}, "--lr is nan; it must be above 0"),
+        ({"steps": 1, "precision": "fp8"}, "--precision is fp8; it must be auto, fp32 or bf16"),
     ],
 )
 def test_options_out_of_range(values: dict[str, Any], message: str) -> None:

@@ -105,8 +105,8 @@ def other_moments(group: Any) -> None:
     whole = (path / "optimizer.safetensors").read_bytes()
     place, name = Ranks("cpu"), "blocks.0.ffn.up.weight/exp_avg"
     for harm, words in (
-        (lambda x: x[:7].clone(), "is (7, 32), the model wants"),
-        (lambda x: x.half(), "is float16, the model wants float32"),
+        (lambda x: x[:7].clone(), "is (7, 32); the model needs"),
+        (lambda x: x.half(), "is float16; the model needs float32"),
         (None, "the checkpoint lacks blocks.0.ffn.up.weight/exp_avg"),
     ):
         dist.barrier()
@@ -177,13 +177,13 @@ def refused(words: str, act: Callable[[], object], group: Any) -> None:
 
 
 def wrong_mesh(group: Any) -> None:
-    refused("--context-ranks is 3, wanted a divisor", lambda: Ranks("cpu", 3), group)
+    refused("--context-ranks is 3; it must be a divisor", lambda: Ranks("cpu", 3), group)
 
 
 def odd_batch(group: Any) -> None:
     folder = Path(os.environ["RUNS"], f"odd-{group.size()}")
     place, given = Ranks("cpu"), values("data") | {"batch": 5}
-    words = "--batch is 5, wanted a multiple"
+    words = "--batch is 5; it must be a multiple"
     refused(words, lambda: place.share(lambda: start(folder, given)), group)
 
 

@@ -249,7 +249,7 @@ def train(
     given = {n: command.params[n] for n, x in sources.items() if x and x.name == "COMMANDLINE"}
     if size is not None:
         if size not in SIZES:
-            raise RunError(f"--size is {size}, wanted {', '.join(SIZES)}")
+            raise RunError(f"--size is {size}; it must be one of {', '.join(SIZES)}")
         given = SIZES[size][0] | given
 
     def make() -> runs.Run:
@@ -524,9 +524,9 @@ def evaluate(
     from tfla.xlstm.writer import is_transformers_folder
 
     if context is not None and not 1 <= context < 2**31:
-        raise RunError(f"--context is {context}, wanted from 1 to 2^31 - 1")
+        raise RunError(f"--context is {context}; it must be from 1 to 2^31 - 1")
     if precision not in ("auto", "fp32", "bf16"):
-        raise RunError(f"--precision is {precision}, wanted auto, fp32 or bf16")
+        raise RunError(f"--precision is {precision}; it must be auto, fp32 or bf16")
     if include and not paths:
         raise RunError("--include is for the files of folders; name the folders too")
     if not paths and is_transformers_folder(run):
@@ -613,7 +613,7 @@ def plot(
     from tfla.xlstm import data, files, metrics
 
     if over not in ("seconds", "steps"):
-        raise RunError(f"--over is {over}, wanted seconds or steps")
+        raise RunError(f"--over is {over}; it must be seconds or steps")
     curves = []
     for run in runs:
         records = metrics.read_metrics(run / "metrics.jsonl")
@@ -895,12 +895,12 @@ def _device(name: str) -> "torch.device":
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RunError(f"--device is {name}, wanted auto, cpu, cuda or cuda:1") from error
+        raise RunError(f"--device is {name}; it must be auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         number = torch.cuda.device_count()
-        raise RunError(f"--device is {name}, torch sees {number} GPUs here; take --device auto")
+        raise RunError(f"--device is {name}; torch sees {number} GPUs here; take --device auto")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device is {name}, this torch lacks it; take --device auto") from error
+        raise RunError(f"--device is {name}; this torch lacks it; take --device auto") from error
     return device

@@ -27,8 +27,12 @@ MOST_HEADS = 4  # by default, as in the paper's models
 class States:
     """The states of an ``MLSTM``: one ``tfla.State`` for each layer and direction.
 
-    They are ``state[0]``, ``state[1]``, ... or, to go over them, ``state.layers``. Unpacking raises
-    a TypeError, for with two layers ``y, (h, c) = layer(x)`` would go unnoticed.
+    ``state[n]`` is one of them, ``state.layers`` the tuple of all. Iterating over a States, and so
+    unpacking it, raises a TypeError: with two layers ``y, (h, c) = layer(x)``, as of an
+    ``nn.LSTM``, would otherwise pass unnoticed.
+
+    Attributes:
+        layers: layer 0 forward, layer 0 backward (if bidirectional), layer 1 forward, ...
     """
 
     layers: tuple[tfla.State, ...]  # layer 0 forward, layer 0 backward, layer 1 forward, ...

@@ -102,7 +102,7 @@ def requested(option: int | None) -> int | None:
     """The number that the user gave: by `--threads`, else by OMP_NUM_THREADS, else none."""
     if option is not None:
         if not 1 <= option <= MOST:
-            raise RunError(f"--threads is {option}, wanted from 1 to {MOST}")
+            raise RunError(f"--threads is {option}; it must be from 1 to {MOST}")
         return option
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(first) if first.isdecimal() and 1 <= int(first) <= MOST else None

@@ -14,7 +14,7 @@ def plain(text: str | None) -> str:
     """Help without the markup of the terminal."""
     text = re.sub(r"\[/?bold\]", "`", text or "")
     text = re.sub(r"\\(\[)", r"\1", text)
-    return " ".join(text.replace("<", "&lt;").split())
+    return " ".join(text.replace("<", "&lt;").replace("*", r"\*").split())
 
 
 def options(command: Any) -> list[str]:

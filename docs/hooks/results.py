@@ -162,8 +162,8 @@ width, not the same function.
 {picture("gpu-heads", "Time over the head dim; lower is better")}
 ## One token of a batch of sequences
 
-Microseconds for one decode step, 8 heads 256/512, states in fp32 updated in place. Of one or four
-sequences the host decides; a CUDA graph leaves it out.
+Microseconds for one decode step, 8 heads 256/512, states in fp32 updated in place. For one
+or four sequences launching the kernels takes longer than running them; a CUDA graph avoids that.
 
 {chr(10).join(steps)}
 
@@ -247,7 +247,7 @@ def _memory() -> list[Loss]:
 
 
 def _small() -> list[Loss]:
-    """Single sequences, where the host decides, beside cuDNN's attention."""
+    """Single sequences, whose kernels take less time than their launches, beside cuDNN's."""
     rows = load("gpu-regimes")["small"]
     found = []
     for part in ("forward one after the other ms", "with backward one after the other ms"):

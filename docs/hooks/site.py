@@ -62,10 +62,20 @@ def project_page(name: str) -> str:
     return re.sub(r"\[([^\]]+)\]\(([^)]+)\)", moved, (ROOT / name).read_text())
 
 
-# ---------------------------------------------------------------- drawings
+# ---------------------------------------------------------------- tables and drawings
 
 
 def on_page_content(content: str, **_: Any) -> str:
+    """Pairs of numbers in tables stay on one line, and drawings become part of their page."""
+    return drawn(re.sub(r"<td.*?</td>", lambda cell: unbroken(cell[0]), content, flags=re.DOTALL))
+
+
+def unbroken(cell: str) -> str:
+    """The cell of a table with "0.66 / 2.32" on one line."""
+    return re.sub(r"(?<=\d) / (?=\d)", "&nbsp;/&nbsp;", cell)
+
+
+def drawn(content: str) -> str:
     """A drawing becomes part of its page, where it has the colours of the page."""
 
     def inlined(match: re.Match[str]) -> str:

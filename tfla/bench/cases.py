@@ -32,6 +32,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Shape:
+    """B sequences of T tokens, H heads, head dims K of q and k and V of v."""
+
     B: int
     T: int
     H: int
@@ -44,12 +46,20 @@ class Shape:
 
 @dataclass(frozen=True)
 class Implementation:
-    """Something that maps leaves (what is differentiated) to h.
+    """One way to compute h, ours or another package's, from the tensors that are differentiated.
 
-    function: what it computes: the name of an input gate (that mLSTM), "simple" (log_f alone),
-        "decay" (a constant a head), "ssd", "vector" (log_f a channel of k) or "attention".
-    heads_first: it wants (B, H, T, .). multiple: T must divide by it. detached: its backward takes
-        the normaliser for a constant. note: what a reader must know. chunk: pinned, or None.
+    Args:
+        name: as it stands in tables; those that begin with "tfla" are ours.
+        function: what it computes: the name of an input gate (that mLSTM), "simple" (log_f alone),
+            "decay" (a constant a head), "ssd", "vector" (log_f a channel of k) or "attention".
+        call: from the leaves, by name, to h.
+        package, pip: what must be installed for it.
+        devices: the types of device that it runs on.
+        heads_first: its tensors are (B, H, T, .).
+        multiple: T must divide by it.
+        detached: its backward pass takes the normaliser for a constant.
+        note: what a reader must know of it.
+        chunk: tokens from one stored state to the next; None: as it is planned.
     """
 
     name: str
@@ -66,6 +76,7 @@ class Implementation:
 
     @property
     def ours(self) -> bool:
+        """Is it one of this package?"""
         return self.name.startswith("tfla")
 
     def missing(self, device: torch.device) -> str | None:
@@ -109,6 +120,7 @@ class Implementation:
         return x.transpose(1, 2) if self.heads_first and x.dim() > 2 else x
 
     def run(self, leaves: Leaves) -> Tensor:
+        """h, in its own layout, with `chunk` as it asks for."""
         with self.pinned():
             return self.call(leaves)
 
@@ -258,7 +270,8 @@ def peer_words(peers: str) -> list[str]:
     unknown = [word for word in words if not any(word in name for name in names)]
     if unknown or not words:
         raise RunError(
-            f"--peers is {peers!r}, wanted all, none, or parts of {', '.join(dict.fromkeys(names))}"
+            f"--peers is {peers!r}; "
+            f"it must be all, none, or parts of {', '.join(dict.fromkeys(names))}"
         )
     return words
 

@@ -33,9 +33,16 @@ CPU_TOKENS, VECTOR_TOKENS = 512, 256
 
 @dataclass
 class Verdict:
-    """errors: relative, by result; exceeded: those beyond the bound. against: the errors from the
-    function with a constant normaliser in its backward pass, where that is what is computed.
-    first_s: seconds of the first forward and backward, compiling and tuning included."""
+    """What ``judge`` has found.
+
+    Attributes:
+        errors: relative error in the Frobenius norm by result: "h", "dq", ...
+        against: the same against the function whose backward pass takes the normaliser for a
+            constant, where that is what an implementation computes.
+        exceeded: the results whose error is beyond the bound.
+        tokens: T of the problem that was judged.
+        first_s: seconds of the first forward and backward, compiling and tuning included.
+    """
 
     errors: dict[str, float]
     against: dict[str, float]
@@ -45,6 +52,8 @@ class Verdict:
 
 
 def bound(name: str, dtype: torch.dtype) -> float:
+    """The largest relative error that a result of ours may have: that of BOUNDS for `dtype` (TF32
+    for fp32 where torch allows it), times that of SUMS for a gradient that is a sum over tokens."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return (BOUNDS[dtype] if exact else TF32) * SUMS.get(name, 1.0)
 

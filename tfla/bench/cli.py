@@ -38,6 +38,7 @@ bench = typer.Typer(help=COMMANDS["bench"], no_args_is_help=True, rich_markup_mo
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands bench, roofline and plan to an app."""
     app.add_typer(bench, name="bench")
     app.command("roofline", short_help=COMMANDS["roofline"])(roofline)
     app.command("plan", short_help=COMMANDS["plan"])(show_plan)
@@ -49,16 +50,26 @@ def _option(text: str, *names: str, default: str | None = None) -> Any:
     return typer.Option(*names, help=text, show_default=default is None)
 
 
-Tokens = Annotated[int, _option("In all.", default="65536, on a CPU 2048")]
+Tokens = Annotated[
+    int, _option("Tokens of all sequences together.", default="65536, on a CPU 2048")
+]
 Dtype = Annotated[str, _option("bf16, fp16 or fp32.", default="bf16, on a CPU fp32")]
 
 
 def _shared(
-    peers: Annotated[str, _option("Others: all, none, or parts of names, with commas.")] = "all",
+    peers: Annotated[
+        str, _option("Other implementations to time: all, none, or parts of names, with commas.")
+    ] = "all",
     dtype: Dtype = "",
-    repeats: Annotated[int, _option("Turns that count.", default="30, on a CPU 5")] = 0,
-    seconds: Annotated[float, _option("Begin nothing after.", default="3000, on a CPU 90")] = 0,
-    limit: Annotated[float, _option("Seconds that one step of one of them may take.")] = 400.0,
+    repeats: Annotated[
+        int, _option("Timed calls of each implementation.", default="30, on a CPU 5")
+    ] = 0,
+    seconds: Annotated[
+        float, _option("Begin no measurement after so many seconds.", default="3000, on a CPU 90")
+    ] = 0,
+    limit: Annotated[
+        float, _option("Seconds after which an implementation that hangs is given up.")
+    ] = 400.0,
     device: Annotated[str, _option("cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     out: Annotated[Path, _option("Folder for the JSON and the plots.")] = Path("runs/bench"),
 ) -> None:
@@ -90,7 +101,8 @@ def _add(command: Callable[..., None], left_out: tuple[str, ...]) -> Callable[..
     outer.__name__, outer.__doc__ = command.__name__, command.__doc__
     outer.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     outer.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
-    bench.command()(outer)
+    first_sentence = " ".join((command.__doc__ or "").split()).partition(". ")[0].rstrip(".") + "."
+    bench.command(short_help=first_sentence)(outer)
     return command
 
 
@@ -99,10 +111,13 @@ def kernels(
     session: "_Session",
     tokens: Tokens = 0,
     lengths: Annotated[
-        str, _option("Of a sequence, with commas.", default="512 to 65536, on a CPU 128 to 2048")
+        str,
+        _option("Tokens of a sequence, with commas.", default="512 to 65536, on a CPU 128 to 2048"),
     ] = "",
-    studies: Annotated[str, _option("length, heads, or both.")] = "length,heads",
-    list_peers: Annotated[bool, _option("Say who is here, no more.", "--list-peers")] = False,
+    studies: Annotated[str, _option("What is varied: length, heads, or both.")] = "length,heads",
+    list_peers: Annotated[
+        bool, _option("List the others that are installed, and measure nothing.", "--list-peers")
+    ] = False,
 ) -> None:
     """Forward and forward + backward over the length at a constant number of tokens, in the two
     set-ups of the paper (16 heads 128/256, 8 heads 256/512; a quarter of the heads on a CPU), and
@@ -114,7 +129,7 @@ def kernels(
         raise typer.Exit()
     _at_least(1, tokens=tokens or 1)
     if not (words := set(studies.split(","))) <= {"length", "heads"}:
-        raise RunError(f"--studies is {studies}, wanted length, heads, or length,heads")
+        raise RunError(f"--studies is {studies}; it must be length, heads, or length,heads")
     tokens = tokens or (2048 if session.cpu else 65536)
     powers = range(7, 17, 2) if session.cpu else range(9, 17)
     wanted = _numbers(lengths) or [2**n for n in powers if 2**n <= tokens]
@@ -136,8 +151,8 @@ def memory(
         str, _option("Tokens from one stored state to the next.", default="64 to 4096")
     ] = "",
 ) -> None:
-    """Peak memory against runtime over how often a state is stored: the paper's chunk; with us, on
-    a GPU, the tokens between the checkpoints of the backward pass, on a CPU the chunk.
+    """Peak memory against runtime, over the tokens from one stored state to the next: the chunk of
+    the paper's scheme, and with us the checkpoints of a GPU and the chunk of a CPU.
     """
     _at_least(1, tokens=tokens or 1)
     tokens = tokens or (2048 if session.cpu else 65536)
@@ -153,7 +168,9 @@ def memory(
 @_measures
 def decode(
     session: "_Session",
-    batches: Annotated[str, _option("Sequences.", default="1,4,16,64,256, on a CPU to 16")] = "",
+    batches: Annotated[
+        str, _option("Numbers of sequences, with commas.", default="1,4,16,64,256, on a CPU to 16")
+    ] = "",
     context: Annotated[int, _option("Tokens that attention looks back at.")] = 8192,
 ) -> None:
     """One token of a batch of sequences: 8 heads 256/512, states in fp32, updated in place."""
@@ -170,14 +187,14 @@ def model(
         str, _option("tiny, 160m, 400m, 1.3b or 7b.", default="400m, on a CPU tiny")
     ] = "",
     batch: Annotated[int, _option("Sequences.", default="8, on a CPU 2")] = 0,
-    context: Annotated[int, _option("Tokens.", default="2048, on a CPU 512")] = 0,
+    context: Annotated[int, _option("Tokens of a sequence.", default="2048, on a CPU 512")] = 0,
 ) -> None:
     """Prefill, decode and a training step of a model with random weights: tokens a second, and the
     share of what the device's matrix products reach (MFU).
     """
     size = size or ("tiny" if session.cpu else "400m")
     if size not in models.SIZES:
-        raise RunError(f"--size is {size}, wanted {', '.join(models.SIZES)}")
+        raise RunError(f"--size is {size}; it must be one of {', '.join(models.SIZES)}")
     _at_least(1, batch=batch or 1, context=context or 1)
     B, T = batch or (2 if session.cpu else 8), context or (512 if session.cpu else 2048)
     names = [name for name in session.names if name.startswith("tfla")]
@@ -191,12 +208,12 @@ def transfer(
     head_dim: Annotated[int, _option("Width of q, k and v.")] = 128,
     input_gate: Annotated[str, _option("Lowest and highest pre-activation i.")] = "-12,8",
     forget_gate: Annotated[str, _option("Lowest and highest pre-activation f.")] = "-5,12",
-    step: Annotated[float, _option("From one pre-activation to the next.")] = 1.0,
+    step: Annotated[float, _option("Distance of one pre-activation from the next.")] = 1.0,
     eps: Annotated[
         str, _option("The norm's eps, one to four values with commas.")
     ] = "1e-2,1e-6,1e-8",
     draws: Annotated[int, _option("Independent q, k and v; each draw serves all gates.")] = 4,
-    seconds: Annotated[float, _option("Begin no further draw after so many.")] = 600.0,
+    seconds: Annotated[float, _option("Begin no further draw after so many seconds.")] = 600.0,
 ) -> None:
     """How much of v passes through a head at constant gates, q, k, v ~ N(0, 1): the mean over
     tokens of the largest |h| over that of the largest |v|, before and after the head's norm, for
@@ -205,11 +222,11 @@ def transfer(
     smallest = (("tokens", tokens, 1), ("head-dim", head_dim, 2), ("draws", draws, 1))
     for name, number, least in smallest:
         if number < least:
-            raise RunError(f"--{name} is {number}, wanted {least} or more")
+            raise RunError(f"--{name} is {number}; it must be {least} or more")
     gates = _gates("input-gate", input_gate, step), _gates("forget-gate", forget_gate, step)
     epsilons = _reals("eps", eps)
     if not 1 <= len(epsilons) <= 4 or not all(0 < x <= 1 for x in epsilons):
-        raise RunError(f"--eps is {eps}, wanted one to four numbers above 0, at most 1")
+        raise RunError(f"--eps is {eps}; it must be one to four numbers above 0, at most 1")
     _at_least(0, seconds=seconds)
     session.take("fp32", draws, seconds)
     shape = Shape(1, tokens, 1, head_dim, head_dim)
@@ -229,7 +246,10 @@ def transfer(
 def bias(
     session: "_Session",
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="Texts; without: the sources of Python's library.")
+        list[Path] | None,
+        typer.Argument(
+            help="Files and folders of text. Without any: the sources of Python's library."
+        ),
     ] = None,
     biases: Annotated[str, _option("Biases of the input gate, with commas.")] = "0,-2,-5,-10",
     eps: Annotated[float, _option("The eps of the model's norms.")] = 1e-6,
@@ -240,8 +260,8 @@ def bias(
     context: Annotated[int, _option("Tokens in a window.")] = 256,
     batch: Annotated[int, _option("Windows in a step.")] = 8,
     lr: Annotated[float, _option("Learning rate at its peak.")] = 2.5e-3,
-    seed: Annotated[int, _option("Of the parameters and of the order of the texts.")] = 0,
-    seconds: Annotated[float, _option("Begin no training after so many.")] = 1200.0,
+    seed: Annotated[int, _option("Seed of the parameters and of the order of the texts.")] = 0,
+    seconds: Annotated[float, _option("Begin no training after so many seconds.")] = 1200.0,
 ) -> None:
     """Loss and gradient norm of early training with other biases of the input gate: a small model
     of each gate, from one seed, on the same tokens.
@@ -260,7 +280,7 @@ def bias(
     options |= {"log_every": 10, "save_every": 2**31, "eval_every": 2**31}
     numbers = _reals("biases", biases)
     if len(set(numbers)) < len(numbers):
-        raise RunError(f"--biases is {biases}, wanted different numbers")
+        raise RunError(f"--biases is {biases}; it must be different numbers")
     _at_least(0, seconds=seconds)
     session.take("fp32", 1, seconds)
     for name in NAMES:  # a task each, so that what is done is kept when a later one fails
@@ -273,29 +293,42 @@ def bias(
 def language(
     session: "_Session",
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="Texts; without: the sources of Python's library.")
+        list[Path] | None,
+        typer.Argument(
+            help="Files and folders of text. Without any: the sources of Python's library."
+        ),
     ] = None,
-    minutes: Annotated[float, _option("What all trainings together may take.")] = 10.0,
+    minutes: Annotated[float, _option("Minutes that all trainings together may take.")] = 10.0,
     size: Annotated[
-        str, _option(f"Parameters: {', '.join(SIZES)}.", default="by --minutes and device")
+        str,
+        _option(f"Number of parameters: {', '.join(SIZES)}.", default="by --minutes and device"),
     ] = "",
     rates: Annotated[
         str, _option("Learning rates of the sweep, with commas.", default="three, by --size")
     ] = "",
-    seeds: Annotated[int, _option("Trainings of each model at its best learning rate.")] = 3,
+    seeds: Annotated[
+        int,
+        _option("Trainings of each model at its best learning rate, each with a seed of its own."),
+    ] = 3,
     steps: Annotated[
-        int | None, _option("Of each training.", default="what fits into --minutes, 2 epochs")
+        int | None,
+        _option("Steps of each training.", default="what fits into --minutes, at most 2 epochs"),
     ] = None,
     context: Annotated[int, _option("Tokens in a window.", default="by --size")] = 0,
     batch: Annotated[int, _option("Windows in a step.", default="by --size")] = 0,
     tokenizer: Annotated[
-        Path | None, _option("A tokenizer.json; without: bytes.", default="")
+        Path | None, _option("A tokenizer.json.", default="a token is a byte")
     ] = None,
     include: Annotated[
-        list[str] | None, _option("Of folders only files that fit, '*.py'.", default="all")
+        list[str] | None,
+        _option("Of folders read only files that fit this pattern, '*.py'.", default="all"),
     ] = None,
     resume: Annotated[
-        bool, _option("Go on with the study in --out, given the options of its start.", "--resume")
+        bool,
+        _option(
+            "Go on with the study in --out; the other options must be those of its start.",
+            "--resume",
+        ),
     ] = False,
 ) -> None:
     """Language models of one size with mLSTMexp, mLSTMsig and causal attention, trained on the same
@@ -305,7 +338,7 @@ def language(
     began, cuda = time.time(), session.options["device"] != "cpu"
     size = size or size_for(minutes, cuda)
     if size not in SIZES:
-        raise RunError(f"--size is {size}, wanted {', '.join(SIZES)}")
+        raise RunError(f"--size is {size}; it must be one of {', '.join(SIZES)}")
     precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     asked = Asked(
         paths=tuple(map(str, paths or ())),
@@ -337,7 +370,9 @@ def language(
 def compare(
     old: Annotated[Path, typer.Argument(help="JSON of a run.", show_default=False)],
     new: Annotated[Path, typer.Argument(help="JSON of a later one.", show_default=False)],
-    threshold: Annotated[float, _option("Slower by more than this share is a regression.")] = 0.05,
+    threshold: Annotated[
+        float, _option("A row that is slower by more than this share is a regression.")
+    ] = 0.05,
 ) -> None:
     """Compare two runs. Exit status 1 if one of our own rows became slower, wrong, or is gone."""
     _at_least(0, threshold=threshold)
@@ -381,29 +416,35 @@ def roofline(
     H: Annotated[int | None, _size("Heads.")] = None,
     K: Annotated[int | None, _size("Head dim of q and k.")] = None,
     V: Annotated[int | None, _size("Head dim of v.")] = None,
-    device: Annotated[str, _option(f"{', '.join(r.MACHINES)}; this: measured limits.")] = "this",
+    device: Annotated[
+        str,
+        _option(f"{', '.join(r.MACHINES)}, by the data sheet; this: the device here, measured."),
+    ] = "this",
     gate: Annotated[str, _option(f"{gates.described()}.")] = "exp",
     dtype: Dtype = "",
     plot: Annotated[Path | None, _option("Draw PATH.png and PATH.svg.", default="")] = None,
     gpus: Annotated[
-        int, _option("Instead: what training xLSTM 7B costs on up to so many.", default="")
+        int,
+        _option(
+            "Instead of a call: what training xLSTM 7B costs on up to so many GPUs.", default=""
+        ),
     ] = 0,
-    tokens: Annotated[int, _option("With --gpus: tokens on each.")] = 16384,
+    tokens: Annotated[int, _option("With --gpus: tokens on each GPU.")] = 16384,
 ) -> None:
     """FLOPs, bytes, intensity and least time of each kernel that a call takes, here or on a named
-    device, and the best chunk of the paper's scheme beside ours. With --gpus a model of cost of
-    many: shards of the model, exchanges where all share one sequence, memory.
+    device, and the best chunk of the paper's scheme beside ours. With --gpus: a model of what many
+    GPUs cost each other in time and memory, as shards of the model or with one sequence over all.
     """
     if gpus:
         _scale(gpus, tokens, device)
         return
     if B is None or T is None or H is None or K is None or V is None:
-        raise RunError("B T H K V are wanted, five whole numbers, or --gpus")
+        raise RunError("name B T H K V, five whole numbers, or --gpus")
     if gate not in gates.INPUT_GATES:
-        raise RunError(f"--gate is {gate}, wanted {' or '.join(gates.INPUT_GATES)}")
+        raise RunError(f"--gate is {gate}; it must be {' or '.join(gates.INPUT_GATES)}")
     normalize = gates.INPUT_GATES[gate].normalize
     if device != "this" and device.lower() not in r.MACHINES:
-        raise RunError(f"--device is {device}, wanted this, {', '.join(r.MACHINES)}")
+        raise RunError(f"--device is {device}; it must be one of this, {', '.join(r.MACHINES)}")
     machine, kind = _machine(device.lower(), dtype)
     problem = Problem(B, T, H, K, V, B, False, r.SIZES[kind], "ieee")
     L: int | None = None
@@ -467,7 +508,8 @@ def _scale(gpus: int, tokens: int, device: str) -> None:
     name = "h100" if device == "this" else device.lower()
     if not 2 <= gpus <= 2**20 or not 1 <= tokens <= 2**40 or name not in r.MACHINES:
         raise RunError(
-            f"--gpus is {gpus}, --tokens {tokens}, --device {device}; wanted 2 to 2^20, 1 to 2^40, "
+            f"--gpus is {gpus}, --tokens {tokens}, --device {device}; "
+            "they must be 2 to 2^20, 1 to 2^40, "
             f"and one of {', '.join(r.MACHINES)}"
         )
     config, machine = XLSTMConfig.xlstm_7b(), r.MACHINES[name]
@@ -488,7 +530,9 @@ def show_plan(
     H: Annotated[int, typer.Argument(help="Heads.", min=1, show_default=False)],
     K: Annotated[int, typer.Argument(help="Head dim of q and k.", min=1, show_default=False)],
     V: Annotated[int, typer.Argument(help="Head dim of v.", min=1, show_default=False)],
-    device: Annotated[str, _option(f"this or a named one: {', '.join(r.MACHINES)}.")] = "this",
+    device: Annotated[
+        str, _option(f"this, for the GPU here, or one of {', '.join(r.MACHINES)}.")
+    ] = "this",
     dtype: Annotated[str, _option("bf16, fp16 or fp32.")] = "bf16",
     tf32: Annotated[bool, _option("fp32 products in TF32, if torch is set to it.")] = False,
     packed: Annotated[int, _option("Sequences packed along T, with states; B is 1.")] = 0,
@@ -499,11 +543,11 @@ def show_plan(
     pass.
     """
     if gate not in gates.INPUT_GATES:
-        raise RunError(f"--gate is {gate}, wanted {' or '.join(gates.INPUT_GATES)}")
+        raise RunError(f"--gate is {gate}; it must be {' or '.join(gates.INPUT_GATES)}")
     if packed and B != 1:
-        raise RunError(f"B is {B}, wanted 1 with --packed {packed}: the sequences lie along T")
+        raise RunError(f"B is {B}; it must be 1 with --packed {packed}: the sequences lie along T")
     if device != "this" and device.lower() not in r.MACHINES:
-        raise RunError(f"--device is {device}, wanted this, {', '.join(r.MACHINES)}")
+        raise RunError(f"--device is {device}; it must be one of this, {', '.join(r.MACHINES)}")
     if device != "this":
         known = r.MACHINES[device.lower()].device
         assert known is not None
@@ -547,9 +591,9 @@ class _Session:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.split(":")[0] not in ("cpu", "cuda"):
-            raise RunError(f"--device is {device}, wanted auto, cpu or cuda")
+            raise RunError(f"--device is {device}; it must be auto, cpu or cuda")
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise RunError(f"--device is {device}, torch sees no GPU here; take --device auto")
+            raise RunError(f"--device is {device}; torch sees no GPU here; take --device auto")
         _at_least(1, repeats=repeats or 1)
         _at_least(0, seconds=seconds)
         _at_least(1, limit=limit)
@@ -642,7 +686,7 @@ def _machine(name: str, dtype: str) -> tuple[Any, str]:
 def _dtype(name: str, cpu: bool) -> str:
     name = name or ("fp32" if cpu else "bf16")
     if name not in DTYPES:
-        raise RunError(f"--dtype is {name}, wanted {', '.join(DTYPES)}")
+        raise RunError(f"--dtype is {name}; it must be one of {', '.join(DTYPES)}")
     return name
 
 
@@ -650,16 +694,16 @@ def _at_least(least: float, **values: float) -> None:
     """RunError when an option is less, or no finite number."""
     for name, value in values.items():
         if not least <= value < math.inf:
-            raise RunError(f"--{name} is {value:g}, wanted {least:g} or more")
+            raise RunError(f"--{name} is {value:g}; it must be {least:g} or more")
 
 
 def _reals(name: str, text: str) -> tuple[float, ...]:
     try:
         numbers = tuple(float(word) for word in text.split(","))
     except ValueError:
-        raise RunError(f"--{name} is {text}, wanted numbers with commas between them") from None
+        raise RunError(f"--{name} is {text}; it must be numbers with commas between them") from None
     if not all(math.isfinite(x) for x in numbers):
-        raise RunError(f"--{name} is {text}, wanted finite numbers")
+        raise RunError(f"--{name} is {text}; it must be finite numbers")
     return numbers
 
 
@@ -668,13 +712,13 @@ def _gates(name: str, text: str, step: float) -> tuple[float, ...]:
     ends = _reals(name, text)
     if len(ends) != 2 or not -LARGEST_GATE <= ends[0] < ends[1] <= LARGEST_GATE:
         raise RunError(
-            f"--{name} is {text}, wanted two numbers from -{LARGEST_GATE} to {LARGEST_GATE}, "
+            f"--{name} is {text}; it must be two numbers from -{LARGEST_GATE} to {LARGEST_GATE}, "
             "the lower one first"
         )
     low, high = ends
     if not (high - low) / MOST_GATES <= step <= high - low:
         raise RunError(
-            f"--step is {step:g}, wanted at most {high - low:g}, the range of --{name}, and at "
+            f"--step is {step:g}; it must be at most {high - low:g}, the range of --{name}, and at "
             f"least {(high - low) / MOST_GATES:g}"
         )
     return tuple(round(low + n * step, 9) for n in range(int((high - low) / step + 1e-6) + 1))

@@ -108,6 +108,7 @@ class Asked:
 
     @property
     def sized(self) -> Size:
+        """The model, with the context and the batch that were asked for."""
         return dataclasses.replace(SIZES[self.size], context=self.context, batch=self.batch)
 
     @property
@@ -134,12 +135,12 @@ class Asked:
     def check(self) -> None:
         """RunError in one line, before anything is read or written."""
         if not 0 < self.minutes < math.inf:
-            raise RunError(f"--minutes is {self.minutes:g}, wanted above 0")
+            raise RunError(f"--minutes is {self.minutes:g}; it must be above 0")
         if self.seeds < 1:
-            raise RunError(f"--seeds is {self.seeds}, wanted 1 or more")
+            raise RunError(f"--seeds is {self.seeds}; it must be 1 or more")
         if len(set(self.rates)) < len(self.rates) or min(self.rates) <= 0:
             words = ", ".join(f"{lr:g}" for lr in self.rates)
-            raise RunError(f"--rates is {words}, wanted different numbers above 0")
+            raise RunError(f"--rates is {words}; it must be different numbers above 0")
         for path in map(Path, self.paths):
             if not path.exists():
                 raise RunError(f"{path} does not exist; give files and folders of texts, or none")
@@ -156,6 +157,7 @@ class LanguageStudy:
     began: float
 
     def corpus(self) -> Corpus:
+        """The text of all trainings; RunError where it is not what the study was begun with."""
         return open_corpus(self.folder / "data", self.fingerprint)
 
     def describe(self) -> Row:
@@ -172,6 +174,7 @@ class LanguageStudy:
         }
 
     def training_folder(self, name: str, lr: float, seed: int) -> Path:
+        """The folder of one training: its run, and result.json."""
         return self.folder / f"{name.removeprefix('tfla ')}-lr{lr:g}-seed{seed}"
 
     def plan(self) -> Plan | None:
@@ -180,6 +183,7 @@ class LanguageStudy:
         return Plan(**json.loads(path.read_text("utf-8"))) if files.is_regular(path) else None
 
     def save_plan(self, plan: Plan) -> None:
+        """Write plan.json, which a study that is resumed reads."""
         _write(self.folder / "plan.json", dataclasses.asdict(plan))
 
     def best_rate(self, name: str) -> float:
@@ -322,6 +326,7 @@ def load_result(folder: Path) -> Row | None:
 
 
 def save_result(folder: Path, result: Row) -> None:
+    """Write what a training came to; ``load_result`` reads it."""
     _write(folder / "result.json", result)
 
 

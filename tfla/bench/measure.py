@@ -29,6 +29,7 @@ Run = Callable[[int], object]  # called with the number of the turn
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all that was launched; on a CPU nothing is to be waited for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

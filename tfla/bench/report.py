@@ -96,6 +96,7 @@ ROOFLINE_COLUMNS = [
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON. RunError: there is a file at `path` that ``save`` has not written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, (json.dumps(result, indent=1) + "\n").encode(), is_result)
 
@@ -109,6 +110,7 @@ def is_result(path: Path) -> bool:
 
 
 def load(path: Path) -> dict[str, Any]:
+    """Read a result. RunError: the file is no result, or one of another format."""
     try:
         result = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -336,6 +338,7 @@ def shown_forget_gate(row: Row) -> tuple[int, float]:
 
 
 def label(row: Row) -> str:
+    """The name of a row in a table: the implementation, and which pass was timed."""
     part = {"forward": "  fwd", "forward+backward": "  fwd+bwd"}.get(row.get("pass", ""), "")
     return row["implementation"] + part
 
@@ -433,6 +436,7 @@ def say(*lines: str) -> None:
 def roofline_cells(
     kernels: Sequence[roofline.Kernel], machine: roofline.Machine, dtype: str
 ) -> list[list[str]]:
+    """The lines of a table with the columns ROOFLINE_COLUMNS, one a kernel."""
     lines = []
     for k in kernels:
         by_bytes, by_flops = k.ms(machine, dtype)

@@ -100,6 +100,7 @@ class Kernel:
 
     @property
     def intensity(self) -> float:
+        """FLOPs a byte of main memory."""
         return self.flops / self.bytes
 
     def ms(self, machine: Machine, dtype: str) -> tuple[float, float]:

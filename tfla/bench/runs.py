@@ -70,11 +70,13 @@ class Task:
     until: float = float("inf")  # time.time() after which it is not begun
 
     def implementations(self) -> list[Implementation]:
+        """Those that `names` lists, at each of `chunks` if there are any."""
         found = list(cases.IMPLEMENTATIONS)
         found = cases.with_chunks(found, list(self.chunks)) if self.chunks else found
         return [x for x in found if x.name in self.names]
 
     def row(self, name: str, **fields: Any) -> Row:
+        """A row of the result for the implementation `name`, with further fields."""
         shape = None if self.shape is None else dataclasses.asdict(self.shape)
         head: Row = {"kind": self.kind, "study": self.study, "implementation": name, "shape": shape}
         if self.input_gates:
@@ -162,11 +164,13 @@ def _work(send: Any, tasks: list[Task]) -> None:
 
 
 def reason_of(error: Exception) -> str:
+    """An error in one line of at most 200 letters and its type."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
 
 
 def ceiling(task: Task, device: torch.device, tell: Tell) -> None:
+    """A row with the machine, and what a copy and a matrix product reach on it."""
     found = measure.ceiling(device, DTYPES[task.dtype])
     tell("row", task.row("", machine=measure.machine(device), ceiling=found))
 

@@ -71,7 +71,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Give fla's operators back to fla. Without ``install`` before, nothing happens."""
+    """Give each operator of fla its own code back. Without ``install`` before, nothing happens."""
     with _lock:
         while _rerouted:
             _rerouted.pop().restore()

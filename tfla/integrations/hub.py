@@ -75,9 +75,16 @@ __all__ = ["State", "layers", "linear_attention", "mlstm", "mlstm_step"]
 
 
 def assemble(path: str | Path) -> Path:
-    """Write the folder at `path`, which must not exist or be empty; it appears whole or not at all.
+    """Write a folder that the package ``kernels`` loads; it appears whole or not at all.
 
-    Returns the folder. FileExistsError: it is in use.
+    Args:
+        path: the folder; it must be empty or not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: `path` is a file, or a folder that is not empty.
 
     Example:
         >>> from tfla.integrations.hub import assemble

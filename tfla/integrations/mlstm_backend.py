@@ -33,7 +33,7 @@ class mLSTMBackendConfig:
             with "siging" have the sigmoid input gate.
         sequence_kernel, step_kernel: names of the same table.
         mode: "train", "train_with_padding" or "inference"; a call may name another.
-        chunk_size, eps: accepted and left alone.
+        chunk_size, eps: accepted, without effect.
         return_last_states: whether training returns states; a call may say otherwise.
         autocast_kernel_dtype: of q, k and v under torch.autocast.
         inference_state_dtype: of c and n in inference ("float32" or "bfloat16"); m is fp32.
@@ -55,8 +55,11 @@ class mLSTMBackendConfig:
 class mLSTMBackend(nn.Module):
     """The mLSTM as a module without parameters: ``tfla.mlstm`` and ``tfla.mlstm_step``.
 
-    Any sequence length in any mode; a single token without gradients takes the decode step. Call it
-    by keyword or by position, with q, k and v of one dtype; states of any dtype come in.
+    Sequences may have any length in any mode; a single token without gradients takes the decode
+    step. q, k and v have one dtype; incoming states may have any.
+
+    Args:
+        config: what it computes with.
 
     Raises:
         ValueError: a field of the configuration that names nothing.
@@ -108,16 +111,28 @@ class mLSTMBackend(nn.Module):
         return_last_states: bool | None = None,
         mode: str | None = None,
     ) -> Output:
-        """h, or h and (c, n, m), of a sequence or of its next part.
+        """Read a sequence, or the next part of one.
+
+        Dimensions: B batch, NH heads, S tokens, DHQK and DHHV head dims of q and k, of v.
 
         Args:
-            q, k: (B, NH, S, DHQK), v: (B, NH, S, DHHV), i, f: (B, NH, S).
-            c_initial: (B, NH, DHQK, DHHV), n_initial: (B, NH, DHQK), m_initial: (B, NH, 1).
+            q, k: (B, NH, S, DHQK).
+            v: (B, NH, S, DHHV).
+            i, f: (B, NH, S), pre-activations of the input gate and the forget gate.
+            c_initial: (B, NH, DHQK, DHHV), the memory; None: nothing has been read.
+            n_initial: (B, NH, DHQK), the normaliser.
+            m_initial: (B, NH, 1), the exponent by which both are scaled.
             return_last_states: None: what the configuration says. Inference always returns them.
             mode: "train" or "inference"; None: what the configuration says.
 
         Returns:
-            h: (B, NH, S, DHHV); the states as the initial ones, in fp32 when training.
+            h: (B, NH, S, DHHV) in the dtype of v; or h and (c, n, m) after the last token, shaped
+            as the initial ones. m is fp32, c and n are fp32 in training and have
+            ``inference_state_dtype`` in inference.
+
+        Raises:
+            ValueError: a mode that is none of these.
+            TypeError, ValueError: of ``tfla.mlstm``, for shapes and dtypes that do not fit.
         """
         config = self.config
         mode = config.mode if mode is None else mode

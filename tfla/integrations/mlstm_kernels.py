@@ -10,7 +10,7 @@
 
 Written for mlstm_kernels 2.0.6. None of its functions is called, so all names work on a CPU and on
 a GPU, without Triton and with Triton 3.9. Gradients are those of the function; ``eps``,
-``chunk_size`` and all that tunes kernels is accepted and left alone; states are fp32, m also where
+``chunk_size`` and all that tunes kernels are accepted without effect; states are fp32, m also where
 ``dtype_state`` asks for less. docs/migrate/mlstm_kernels.md says what that changes. Without
 mlstm_kernels, ``tfla.integrations.mlstm_backend`` has its ``mLSTMBackend``.
 """
@@ -34,8 +34,8 @@ Output = Tensor | tuple[Tensor, tuple[Tensor, ...]]
 def install() -> None:
     """Put tfla's functions into the registries of mlstm_kernels.
 
-    They are read when a model is built: build it afterwards. A second call changes nothing. This is
-    the module that ``xlstm``, TiRex-2 and Bolmo compute with, so their models run on tfla
+    The registries are read when a model is built, so build it after this call. A second call
+    changes nothing. ``xlstm``, TiRex-2 and Bolmo compute with this module; their models run on tfla
     unchanged.
 
     Raises:
@@ -70,8 +70,11 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put back what was there before ``install``, but for what others have replaced since. Models
-    built in between keep tfla's functions."""
+    """Put back what was there before ``install``.
+
+    A name that somebody has replaced since stays replaced. Models that were built in between keep
+    tfla's functions. Without ``install`` before, nothing happens.
+    """
     with _lock:
         while _replaced:
             registry, name, function, before = _replaced.pop()

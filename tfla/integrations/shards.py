@@ -81,7 +81,7 @@ class Tensors:
             shape, kind = tuple(header.get_shape()), header.get_dtype()
             if shape != wanted[name] or kind not in ("F16", "BF16", "F32", "F64"):
                 raise ValueError(
-                    f"{file}: {name} is {shape} {kind}; the model of config.json wants "
+                    f"{file}: {name} is {shape} {kind}; the model of config.json needs "
                     f"{wanted[name]} in F16, BF16, F32 or F64."
                 )
 
@@ -104,7 +104,7 @@ class Tensors:
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise ValueError(
-                    f"{index}: {name} is in {file!r}; wanted is a file of the same folder."
+                    f"{index}: {name} is in {file!r}; it must be in a file of the same folder."
                 )
             where[name] = self.folder / file
             if not where[name].is_file():

@@ -154,5 +154,5 @@ def _ids(folder: Path, name: str, vocab_size: int) -> tuple[int, ...]:
     found = fields[name]
     several = found if isinstance(found, list) else [] if found is None else [found]
     if any(type(id) is not int or not 0 <= id < vocab_size for id in several):
-        raise RunError(f"{file} has {name} {found!r:.60}, wanted ids below {vocab_size:,}")
+        raise RunError(f"{file} has {name} {found!r:.60}; it must be ids below {vocab_size:,}")
     return tuple(several)

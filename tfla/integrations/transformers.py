@@ -18,11 +18,15 @@ from tfla.integrations import decode, head_first
 def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.Module:
     """Let an xLSTM of transformers compute with tfla, with or without the package xlstm installed.
 
-    From then on, in training and generation, prompts of any length pass through ``tfla.mlstm``, new
-    tokens through its decode step and with few operations around it; gradients are those of the
-    function; the cache keeps m in fp32 and can be reordered, which beam search needs; and what
-    ``attention_mask`` masks leaves no trace. ``config.eps``, ``chunk_size``, ``mode`` and the names
-    of kernels are left alone, but for "siging" in ``chunkwise_kernel``: a sigmoid input gate.
+    From then on, in training and in generation:
+
+    * Prompts of any length pass through ``tfla.mlstm``, new tokens through its decode step, with
+      few operations around it. Gradients are those of the function.
+    * The cache keeps m in fp32 and can be reordered, which beam search needs.
+    * A token that ``attention_mask`` masks changes nothing for the others.
+
+    ``config.eps``, ``chunk_size``, ``mode`` and the names of kernels have no effect, with one
+    exception: "siging" in ``chunkwise_kernel`` is a sigmoid input gate.
     docs/migrate/transformers.md compares the two.
 
     Args:
@@ -32,7 +36,12 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
         state_dtype: torch.float32 or torch.bfloat16, of C and n in the cache (fp64 in an fp64
             model).
 
-    Returns the model. TypeError: there is no xLSTM in it. ValueError: another state_dtype.
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: there is no xLSTM in `model`.
+        ValueError: another `state_dtype`.
 
     Example:
         >>> from tfla.integrations.transformers import patch

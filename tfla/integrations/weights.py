@@ -240,14 +240,14 @@ def _config(file: Path, fields: Mapping[str, Any]) -> XLSTMConfig:
     untyped = "model_type" not in fields and {"embedding_dim", "num_heads"} <= fields.keys()
     if not untyped and fields.get("model_type") != "xlstm":
         raise ValueError(
-            f"{file} describes model_type {short(fields.get('model_type'))}; wanted is 'xlstm', a "
+            f"{file} describes model_type {short(fields.get('model_type'))}; it must be 'xlstm', a "
             "model that transformers' xLSTMForCausalLM has saved."
         )
     named = fields.get("architectures") or ["xLSTMForCausalLM"]
     for name in named if isinstance(named, list) else [named]:
         if name != "xLSTMForCausalLM":
             raise ValueError(
-                f"{file} describes architecture {short(name)}; wanted is 'xLSTMForCausalLM'."
+                f"{file} describes architecture {short(name)}; it must be 'xLSTMForCausalLM'."
             )
     if fields.get("use_bias"):
         raise ValueError(
@@ -323,7 +323,7 @@ def _either(file: Path, fields: Mapping[str, Any], name: str, other: str, defaul
     for key, value in found.items():
         if type(value) is not int or not 1 <= value < 2**31:
             raise ValueError(
-                f"{file} has {key} {short(value)}; wanted is a whole number from 1 to 2^31 - 1."
+                f"{file} has {key} {short(value)}; it must be a whole number from 1 to 2^31 - 1."
             )
     if len(set(found.values())) > 1:
         raise ValueError(
@@ -340,7 +340,7 @@ def short(value: Any) -> str:
 def _weight_mode(file: Path, fields: Mapping[str, Any]) -> str:
     mode = fields.get("weight_mode", "single")
     if mode not in ("single", "fused"):
-        raise ValueError(f"{file} has weight_mode {short(mode)}; wanted is 'single' or 'fused'.")
+        raise ValueError(f"{file} has weight_mode {short(mode)}; it must be 'single' or 'fused'.")
     return mode
 
 

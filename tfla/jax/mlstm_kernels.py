@@ -9,8 +9,8 @@
     triton                                                         the step, exponential input gate
 
 Signatures are those of mlstm_kernels 2.0.6, which need not be installed. Gradients are those of the
-function; ``eps``, ``chunk_size`` and all that tunes kernels is accepted and left alone; i and f are
-not rounded to ``autocast_kernel_dtype``, and states are fp32.
+function; ``eps``, ``chunk_size`` and all that tunes kernels have no effect; i and f are not rounded
+to ``autocast_kernel_dtype``, and states are fp32.
 """
 
 from __future__ import annotations

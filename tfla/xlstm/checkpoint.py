@@ -118,12 +118,14 @@ class Checkpoint:
         elapsed: Any = self.meta.get("elapsed")
         if type(step) is not int or not 0 <= step < 2**63:
             raise RunError(
-                f"{self.path}/checkpoint.json has step {reprlib.repr(step)}, wanted a whole number"
+                f"{self.path}/checkpoint.json has step {reprlib.repr(step)}; "
+                "it must be a whole number"
             )
         # A bound, for an int of JSON may have 400 digits, which no float holds.
         if type(elapsed) not in (int, float) or not 0 <= elapsed < 1e300:
             raise RunError(
-                f"{self.path}/checkpoint.json has elapsed {reprlib.repr(elapsed)}, wanted seconds"
+                f"{self.path}/checkpoint.json has elapsed {reprlib.repr(elapsed)}; "
+                "it must be seconds"
             )
         return step, float(elapsed)
 
@@ -132,7 +134,8 @@ class Checkpoint:
         end: Any = self.meta.get("end")
         if end is not None and not (type(end) is int and 0 <= end < 2**31):
             raise RunError(
-                f"{self.path}/checkpoint.json has end {reprlib.repr(end)}, wanted the id of a token"
+                f"{self.path}/checkpoint.json has end {reprlib.repr(end)}; "
+                "it must be the id of a token"
             )
         return end
 
@@ -141,7 +144,7 @@ class Checkpoint:
         init = self.meta.get("init")
         if init is not None and not isinstance(init, str):
             raise RunError(
-                f"{self.path}/checkpoint.json has init {reprlib.repr(init)}, wanted a path"
+                f"{self.path}/checkpoint.json has init {reprlib.repr(init)}; it must be a path"
             )
         return init
 
@@ -175,13 +178,13 @@ def check_tensors(
         has, of = found[name]
         if has != shape:
             raise RunError(
-                f"{path}: {name} is {tuple(has)}, the model wants {tuple(shape)}; it is of another "
+                f"{path}: {name} is {tuple(has)}; the model needs {tuple(shape)}; it is of another "
                 "model"
             )
         if of != dtype if dtype is not None else of not in FLOATS:
             kind = str(dtype).removeprefix("torch.") if dtype else "a floating dtype of 16 bits up"
             raise RunError(
-                f"{path}: {name} is {str(of).removeprefix('torch.')}, the model wants {kind}; it "
+                f"{path}: {name} is {str(of).removeprefix('torch.')}; the model needs {kind}; it "
                 "is of another model"
             )
 

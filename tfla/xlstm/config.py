@@ -131,7 +131,7 @@ class XLSTMConfig:
         unknown, missing = sorted(fields.keys() - known), sorted(known - fields.keys())
         if unknown or missing:
             raise ValueError(
-                f"from_dict wants exactly the fields that to_dict() writes; got unknown fields "
+                f"from_dict needs exactly the fields that to_dict() writes; got unknown fields "
                 f"{unknown}, missing are {missing}."
             )
         return cls(**fields)

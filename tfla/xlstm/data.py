@@ -219,11 +219,11 @@ class Position:
         """What `dataclasses.asdict` made; RunError when it is anything else."""
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or fields.keys() != names:
-            raise RunError(f"the position in the data is {fields!r}, wanted its {sorted(names)}")
+            raise RunError(f"the position in the data is {fields!r}; it must have {sorted(names)}")
         if any(type(x) is not int or not 0 <= x < 2**63 for x in fields.values()):
-            raise RunError(f"the position in the data is {fields!r}, wanted whole numbers")
+            raise RunError(f"the position in the data is {fields!r}; it must be whole numbers")
         if not fields["lead"] < fields["unit"]:
-            raise RunError(f"the position in the data is {fields!r}, wanted lead below unit")
+            raise RunError(f"the position in the data is {fields!r}; lead must be below unit")
         return cls(**fields)
 
 
@@ -375,6 +375,7 @@ class Document:
     begin: int = 0
 
     def pieces(self) -> Iterator[bytes]:
+        """Its bytes in blocks of at most PIECE, cut at the ends of lines where there are any."""
         with self.path.open("rb") as stream:
             stream.seek(self.begin)
             left, rest = self.size, b""
@@ -486,7 +487,7 @@ def prepare(
     holds what this function has not written.
     """
     if not 0 < held_out <= 0.5:
-        raise RunError(f"--held-out is {held_out}, wanted above 0 and at most 0.5")
+        raise RunError(f"--held-out is {held_out}; it must be above 0 and at most 0.5")
     files.check_folder(folder, written_files)
     codec = codec or Codec(read_tokenizer(tokenizer) if tokenizer else None)
     if include and not paths:

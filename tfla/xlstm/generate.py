@@ -32,12 +32,14 @@ RECORD = 8  # tokens still to come that make up for recording a CUDA graph
 
 
 class Generation(NamedTuple):
-    """What ``generate`` returns.
+    """What ``XLSTM.generate`` returns.
 
-    tokens: (B, n) int64, the new ones only. A row that samples a stop token repeats it to the end.
-    lengths: (B,) int64, the new tokens of each row up to and with its stop token.
-    state: one ``tfla.State`` a layer, which has read all but the last token of each row. So
-        ``model.generate(out.tokens[:, -1:], more, state=out.state)`` goes on where this ended.
+    Attributes:
+        tokens: (B, n) int64, the new ones only. A row that samples a stop token repeats it to the
+            end.
+        lengths: (B,) int64, the number of new tokens of each row, its stop token included.
+        state: one ``tfla.State`` a layer, which has read all but the last token of each row. So
+            ``model.generate(out.tokens[:, -1:], more, state=out.state)`` goes on where this ended.
     """
 
     tokens: Tensor
@@ -79,12 +81,14 @@ class Stream:
             and continued B times). It is not changed.
         state_dtype: of C and n while tokens are drawn; None: as they are computed, in fp32 (fp64);
             torch.bfloat16: half the bytes, which is what a step of a large batch waits for.
-        backend: None, "reference" or "triton".
+        backend: None, "reference" or "triton", for every call of the model.
 
-    Attributes after each token, which the next one overwrites:
-        last: (B,) the newest tokens. finished: (B,) bool.
-        lengths: (B,) tokens so far, those of a finished row up to and with its stop token.
-        state: has read all but `last`; ``take`` from it to keep a branch.
+    Attributes:
+        last: (B,) int64, the newest tokens.
+        finished: (B,) bool, the rows that have met a stop token.
+        lengths: (B,) int64, the tokens of each row so far, its stop token included.
+        state: one ``tfla.State`` a layer, which has read all but `last`. Like the others it is
+            overwritten by the next token; ``take`` copies from it, to keep a branch.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
@@ -224,9 +228,30 @@ def prefill(
     state: Sequence[tfla.State] | None = None,
     backend: BackendName | None = None,
 ) -> tuple[Tensor, States]:
-    """Read prompts in one call: logits (B, vocab) after the last token of each, and the state.
+    """Read prompts in one call, without gradients.
 
-    prompts, state: as for ``Stream``. Prompts of different lengths are packed: there is no padding.
+    Args:
+        model: the XLSTM.
+        prompts: (B, T) token ids, or a list of B 1-d ones of different lengths, which are packed:
+            there is no padding.
+        state: what has been read before, B rows or one row for all; None: nothing. It is not
+            changed.
+        backend: None, "reference" or "triton", for ``tfla.mlstm``.
+
+    Returns:
+        logits: (B, vocab) fp32 (fp64 in an fp64 model) after the last token of each prompt; and the
+        state there, one ``tfla.State`` of B rows a layer.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+
+    Example:
+        >>> from tfla.xlstm import XLSTM, XLSTMConfig, prefill, sample
+        >>> model = XLSTM(XLSTMConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2))
+        >>> logits, state = prefill(model, [[1, 2, 3], [4, 5]])
+        >>> logits, state = model.step(sample(logits), state)
+        >>> logits.shape
+        torch.Size([2, 256])
     """
     device = model.embedding.weight.device
     tokens, lengths = _tokens(prompts, model.config.vocab_size)
@@ -257,7 +282,7 @@ def sample(
 
     Args:
         logits: (B, vocab), any floating dtype.
-        temperature: >= 0; 0 takes the most likely token, as does what 1 / temperature in fp32
+        temperature: 0 or more; 0 takes the most likely token, as does what 1 / temperature in fp32
             would overflow for (below 1.2e-38).
         top_k: keep the k most likely tokens (all of them when k exceeds the vocabulary).
         top_p: in (0, 1]; of these keep the fewest most likely whose probabilities sum to at least
@@ -266,9 +291,19 @@ def sample(
 
     Returns:
         (B,) int64. Only tensor operations: no host synchronisation, capturable in a CUDA graph.
+        For logits that are NaN the result means nothing.
+
+    Raises:
+        TypeError, ValueError: temperature, top_k or top_p is no number or is out of range.
 
     The draw is an exponential race: with E_j independent and exponential, argmax_j p_j / E_j is
-    distributed as p. Of logits that are NaN the result means nothing.
+    distributed as p.
+
+    Example:
+        >>> import torch
+        >>> from tfla.xlstm import sample
+        >>> sample(torch.tensor([[0.0, 5.0, 1.0]]), temperature=0)
+        tensor([1])
     """
     temperature, top_k, top_p = _check_sampling(temperature, top_k, top_p)
     limits = torch.finfo(torch.float32)
@@ -294,9 +329,23 @@ def sample(
 
 
 def take(state: Sequence[tfla.State], rows: Tensor | Sequence[int]) -> States:
-    """A copy of some rows of a state: a branch, which stays as it is while the state goes on.
+    """Copy some rows of a state: a branch, which stays as it is while the state goes on.
 
-    TypeError or ValueError when `rows` are no integers, or are not rows of the state.
+    Args:
+        state: of a model, one ``tfla.State`` of N rows a layer.
+        rows: (n,) integers from 0 to N - 1, a tensor or a sequence; repeated ones are copied again.
+
+    Returns:
+        One ``tfla.State`` of n rows a layer.
+
+    Raises:
+        TypeError, ValueError: `rows` are no integers, or are not rows of the state.
+
+    Example:
+        >>> from tfla.xlstm import XLSTM, XLSTMConfig, take
+        >>> model = XLSTM(XLSTMConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2))
+        >>> take(model.init_state(8), [5, 5, 0])[0].C.shape
+        torch.Size([3, 2, 16, 32])
     """
     _check_states("state", state)
     at = _rows(rows, state)
@@ -307,11 +356,24 @@ def take(state: Sequence[tfla.State], rows: Tensor | Sequence[int]) -> States:
 
 
 def put(state: Sequence[tfla.State], rows: Tensor | Sequence[int], new: States) -> None:
-    """Write `new`, of as many rows or of one for all, over `rows` of a state, where it lies.
+    """Overwrite some rows of a state in place; the other rows are neither moved nor read.
 
-    So a server admits sequences to its slots: what runs in the other rows is not moved.
-    TypeError or ValueError, before anything is written, when `rows` are not distinct rows of the
-    state, or `new` is not of its kind: as many layers, of the same shapes, with n and m or without.
+    A server admits sequences to its slots by this.
+
+    Args:
+        state: of a model, one ``tfla.State`` of N rows a layer; it is changed.
+        rows: (n,) distinct integers from 0 to N - 1, a tensor or a sequence.
+        new: the state of n sequences, or of one that is written to all n rows.
+
+    Raises:
+        TypeError, ValueError: before anything is written, when `rows` are not distinct rows of the
+            state (tensors on a GPU are not read), or `new` has other layers or shapes.
+
+    Example:
+        >>> from tfla.xlstm import XLSTM, XLSTMConfig, prefill, put
+        >>> model = XLSTM(XLSTMConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2))
+        >>> state = model.init_state(8)
+        >>> put(state, [5, 0], prefill(model, [[1, 2, 3], [4]])[1])
     """
     _check_states("state", state)
     _check_states("new", new)
@@ -343,9 +405,22 @@ def put(state: Sequence[tfla.State], rows: Tensor | Sequence[int], new: States) 
 
 
 def save_state(state: Sequence[tfla.State], path: str | Path) -> None:
-    """Write a state as safetensors, layer 0 as "0.C", "0.n" and "0.m"; the file appears whole.
+    """Write the state of a model to a safetensors file, which appears whole or not at all.
 
-    It may replace another state. FileExistsError: `path` is anything else.
+    Args:
+        state: one ``tfla.State`` a layer. Layer 0 becomes the tensors "0.C", "0.n" and "0.m", in
+            their dtypes.
+        path: the file; another saved state there is replaced.
+
+    Raises:
+        FileExistsError: there is a file at `path` that is no saved state. It is left as it is.
+        TypeError: `state` is no sequence of ``tfla.State``.
+
+    Example:
+        >>> from tfla.xlstm import XLSTM, XLSTMConfig, load_state, save_state
+        >>> model = XLSTM(XLSTMConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2))
+        >>> save_state(model.init_state(1), "prefix.safetensors")         # doctest: +SKIP
+        >>> state = load_state("prefix.safetensors")                      # doctest: +SKIP
     """
     from safetensors.torch import save_file
 
@@ -366,7 +441,19 @@ def save_state(state: Sequence[tfla.State], path: str | Path) -> None:
 
 
 def load_state(path: str | Path, device: torch.device | str = "cpu") -> States:
-    """Read what ``save_state`` wrote. ValueError names a file that is damaged or another thing."""
+    """Read a state that ``save_state`` has written.
+
+    Args:
+        path: the file.
+        device: where to put the tensors.
+
+    Returns:
+        One ``tfla.State`` a layer, in the dtypes that were saved.
+
+    Raises:
+        FileNotFoundError: there is no file at `path`.
+        ValueError: the file is damaged, or holds something other than a state.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -34,6 +34,7 @@ class MetricsLog:
         self.path = path
 
     def write(self, line: Record) -> None:
+        """Append one record."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 

@@ -33,13 +33,24 @@ Mixer = Callable[[XLSTMConfig], nn.Module]  # makes the part of a block that mix
 
 
 class MLSTMLayer(nn.Module):
-    """The mixer of tokens.
+    """The part of a block that mixes tokens (Beck et al., arXiv 2503.13427).
 
         q, k, v, o = W x        i, f = cap tanh((W' x + b) / cap)
         y = W_out (sigmoid(o) * Norm(mlstm(q, k, v, i, f)))
 
     Norm is a layer norm over the V channels of each head, with one weight per channel and no bias.
     i and f are computed in fp32 in a model of any dtype: an error in f acts on all later tokens.
+
+    Args:
+        config: its widths, heads, input gate, cap of the gates and eps of the norm.
+
+    Example:
+        >>> import torch
+        >>> from tfla.xlstm import MLSTMLayer, XLSTMConfig
+        >>> config = XLSTMConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=2)
+        >>> y, state = MLSTMLayer(config)(torch.randn(3, 100, 64), output_final_state=True)
+        >>> y.shape, state.C.shape
+        (torch.Size([3, 100, 64]), torch.Size([3, 2, 16, 32]))
     """
 
     def __init__(self, config: XLSTMConfig) -> None:
@@ -70,7 +81,22 @@ class MLSTMLayer(nn.Module):
         active: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, tfla.State | None]:
-        """x (B, T, d) takes ``tfla.mlstm``, x (B, d) ``tfla.mlstm_step``, with `options`."""
+        """Read a sequence by ``tfla.mlstm``, or one token by ``tfla.mlstm_step``.
+
+        Args:
+            x: (B, T, d) or, for one token, (B, d), in the dtype of the parameters.
+            state: of B rows (N with ``cu_seqlens``); None: nothing has been read. One token needs
+                a state.
+            active: (B, T) or (B,) bool; where it is False the state stays as it is.
+            options: further arguments of the function that is called, such as
+                ``output_final_state``, ``cu_seqlens``, ``inplace`` or ``backend``.
+
+        Returns:
+            y: shaped as x; and the state that the function returns.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as the function that is called.
+        """
         config = self.config
         q, k, v, o = self.qkvo(x).split(self.widths, -1)
         q, k, v = (y.unflatten(-1, (config.num_heads, -1)) for y in (q, k, v))  # (..., H, K or V)
@@ -103,7 +129,12 @@ class MLSTMLayer(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """y = W_down (silu(g) * u) with g, u = W_up x."""
+    """The part of a block that mixes channels (Shazeer, arXiv 2002.05202).
+
+        y = W_down (silu(g) * u)        g, u = W_up x
+
+    x and y are (..., d); g and u have ``config.ffn_dim`` channels. There are no biases.
+    """
 
     def __init__(self, config: XLSTMConfig) -> None:
         super().__init__()
@@ -119,11 +150,15 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + MLSTMLayer(RMSNorm(x)), then the same with SwiGLU: the unit to checkpoint or to shard.
-    Given a pair, whose sum is x, it returns one: the next norm adds, in the same pass.
+    """One block of the model: the unit to checkpoint or to shard.
 
-    `mixer` makes another module in place of the MLSTMLayer, to compare with: one that is called
-    like it, and whose matrix that writes to x is `out`, as `XLSTM.reset_parameters` knows it.
+        x = x + MLSTMLayer(RMSNorm(x))
+        x = x + SwiGLU(RMSNorm(x))
+
+    Args:
+        config: of the model.
+        mixer: makes the module in place of the MLSTMLayer, to compare with others. It is called
+            like an MLSTMLayer, and its matrix that writes to x is named ``out``.
     """
 
     def __init__(self, config: XLSTMConfig, mixer: Mixer = MLSTMLayer) -> None:
@@ -134,6 +169,12 @@ class Block(nn.Module):
         self.ffn = SwiGLU(config)
 
     def forward(self, x: Any, state: tfla.State | None = None, **options: Any) -> tuple[Any, Any]:
+        """The block's output and its state; `state` and `options` as for ``MLSTMLayer``.
+
+        Args:
+            x: (B, T, d) or (B, d); or a pair of such tensors whose sum is the input. Then the
+                output is such a pair too, and the next norm adds it up in the same pass.
+        """
         pair = isinstance(x, tuple)
         x, y = add_norm(x, self.norm_mlstm)
         y, state = self.mlstm(y, state, **options)
@@ -143,10 +184,18 @@ class Block(nn.Module):
 
 
 class XLSTM(nn.Module):
-    """An xLSTM language model; with another `mixer`, see ``Block``, whatever that makes of it.
+    """An xLSTM language model in the layout of xLSTM 7B (Beck et al., arXiv 2503.13427).
+
+        x = embedding[tokens]                              (B, T, d)
+        x = block(x)                                       ``num_layers`` times, see ``Block``
+        logits = cap tanh(W_head RMSNorm(x) / cap)         (B, T, vocab)
 
     Sequences may be cut anywhere: ``model(a)`` and then ``model(b, state)`` equals ``model(ab)``,
-    values and gradients.
+    in values and gradients. The parameters are drawn by ``reset_parameters``.
+
+    Args:
+        config: the shape of the model.
+        mixer: makes the part of each block that mixes tokens; see ``Block``.
 
     Example:
         >>> import torch
@@ -261,10 +310,14 @@ class XLSTM(nn.Module):
                 nothing. None: all are active.
             slots: (B,) the rows of a larger in-place state that the batch uses; see
                 ``tfla.mlstm_step``.
-            backend: None, "reference" or "triton".
+            backend: None, "reference" or "triton", for ``tfla.mlstm_step``.
 
         Returns:
-            logits: (B, vocab) for the next token, and the state after this one.
+            logits: (B, vocab) fp32 (fp64 in an fp64 model) for the next token, and the state after
+            this one.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what is expected.
         """
         if tokens.dim() != 1:
             raise ValueError(
@@ -313,10 +366,15 @@ class XLSTM(nn.Module):
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None
     ) -> tuple[tfla.State, ...]:
-        """The state before the first token of `batch_size` sequences: zeros, on the model's device.
+        """The state before the first token: zeros, on the model's device.
 
-        `dtype` is that of C and n: fp32 by default (fp64 in an fp64 model), or bf16 to halve the
-        memory of decoding; m is never below fp32.
+        Args:
+            batch_size: number of sequences, the rows of the state.
+            dtype: of C and n; None: fp32 (fp64 in an fp64 model). torch.bfloat16 halves the memory
+                of decoding. m is fp32 (fp64 in an fp64 model) in any case.
+
+        Returns:
+            One ``tfla.State`` a layer; n and m are None with the sigmoid input gate.
         """
         batch_size = integer("batch_size", batch_size, 0, 2**63 - 1)
         config, weight = self.config, self.embedding.weight
@@ -330,11 +388,24 @@ class XLSTM(nn.Module):
         return tuple(states)
 
     def generate(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Generation:
-        """Continue prompts, (B, T) or a list of 1-d ones. See ``tfla.xlstm.Stream``."""
+        """Continue prompts, and return all new tokens at the end.
+
+        Args:
+            prompts: (B, T) token ids, or a list of B prompts of different lengths.
+            max_new_tokens: at least 1.
+            options: temperature, top_k, top_p, seed, stop, state, state_dtype and backend, which
+                ``tfla.xlstm.Stream`` describes with the errors.
+
+        Returns:
+            A ``tfla.xlstm.Generation``: the tokens, their number in each row, and the state.
+        """
         return generate(self, prompts, max_new_tokens, **options)
 
     def stream(self, prompts: Prompts, max_new_tokens: int, **options: Any) -> Stream:
-        """The same as an iterator of (B,) tokens: a ``tfla.xlstm.Stream``."""
+        """Continue prompts token by token: a ``tfla.xlstm.Stream``, an iterator of (B,) int64.
+
+        Arguments: as for ``generate``.
+        """
         return Stream(self, prompts, max_new_tokens, **options)
 
 

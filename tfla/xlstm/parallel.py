@@ -172,7 +172,9 @@ class Ranks(Placement):
         rank, world = dist.get_rank(), dist.get_world_size()
         self.main, self.recompute, self.minutes = rank == 0, recompute, minutes
         if context_ranks < 1 or world % context_ranks:
-            self.refuse(f"--context-ranks is {context_ranks}, wanted a divisor of {world} ranks")
+            self.refuse(
+                f"--context-ranks is {context_ranks}; it must be a divisor of {world} ranks"
+            )
         self.rows, self.row = world // context_ranks, rank // context_ranks
         self.part = (rank % context_ranks, context_ranks)
         kind = device.type
@@ -216,9 +218,11 @@ class Ranks(Placement):
             except (RunError, OSError) as error:
                 message = f"rank {dist.get_rank()}: {error}"
         if options.batch % self.rows:
-            message = f"--batch is {options.batch}, wanted a multiple of the {self.rows} data ranks"
+            message = (
+                f"--batch is {options.batch}; it must be a multiple of the {self.rows} data ranks"
+            )
         elif options.context % self.part[1]:
-            message = f"--context is {options.context}, wanted a multiple of --context-ranks"
+            message = f"--context is {options.context}; it must be a multiple of --context-ranks"
         try:
             self.refuse(message)
         except BaseException:

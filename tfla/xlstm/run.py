@@ -54,7 +54,8 @@ class TrainOptions:
             value = getattr(self, name)
             if not (value is None and name == "steps") and type(value) is not int:
                 raise RunError(
-                    f"--{name.replace('_', '-')} is {reprlib.repr(value)}, wanted a whole number"
+                    f"--{name.replace('_', '-')} is {reprlib.repr(value)}; "
+                    "it must be a whole number"
                 )
             if value is not None and name != "seed" and abs(value) >= 2**63:
                 raise RunError(f"--{name.replace('_', '-')} is 2^63 or more; take a smaller number")
@@ -64,7 +65,7 @@ class TrainOptions:
                 continue
             if type(value) not in (int, float) or 1e300 < abs(value) < math.inf:
                 raise RunError(
-                    f"--{name.replace('_', '-')} is {reprlib.repr(value)}, wanted a number"
+                    f"--{name.replace('_', '-')} is {reprlib.repr(value)}; it must be a number"
                 )
         rules: list[tuple[str, str, Callable[[Any], bool]]] = [
             ("context batch accumulate", "at least 1", lambda x: x >= 1),
@@ -80,7 +81,7 @@ class TrainOptions:
             for name in names.split():
                 value = getattr(self, name)
                 if not holds(value):
-                    raise RunError(f"--{name.replace('_', '-')} is {value}, wanted {wanted}")
+                    raise RunError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
 
     @property
     def tokens_per_step(self) -> int:

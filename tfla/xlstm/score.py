@@ -17,8 +17,15 @@ ROWS = 4096  # tokens that are read at once
 
 @dataclass(frozen=True)
 class Score:
-    """What `bytes` bytes of text cost as `tokens` tokens: the sum of -log2 p over all of them, but
-    for the first that nothing precedes. `lost`: bytes that the tokens do not give back."""
+    """What a text costs with a model.
+
+    Attributes:
+        name: of the text.
+        bytes: its length.
+        tokens: those that were predicted: all but the first, which nothing precedes.
+        bits: the sum of -log2 p over them.
+        lost: bytes that the tokens do not give back.
+    """
 
     name: str
     bytes: int
@@ -28,11 +35,12 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """None where the tokens do not say all that the bytes do."""
+        """bits / bytes; None where the tokens do not give all bytes back."""
         return None if self.lost or not self.bytes else self.bits / self.bytes
 
     @property
     def bits_per_token(self) -> float:
+        """bits / tokens."""
         return self.bits / max(1, self.tokens)
 
     @property

@@ -167,7 +167,8 @@ class TrainState:
                 own = self.own[name]
                 if field != "step" and value.shape != own.shape:  # the kernel would not look
                     raise RunError(
-                        f"{saved.path}: {key} is {tuple(value.shape)}, wanted {tuple(own.shape)}"
+                        f"{saved.path}: {key} is {tuple(value.shape)}; "
+                        f"it must be {tuple(own.shape)}"
                     )
                 self.optimizer.state[own][field] = value.to(own.device)
 

@@ -87,7 +87,7 @@ class Dialogue:
         try:
             seed = None if seed is None else integer("seed", seed, 0, 2**63 - 1)
         except ValueError:
-            raise RunError(f"--seed is {seed}, wanted from 0 to 2^63 - 1") from None
+            raise RunError(f"--seed is {seed}; it must be from 0 to 2^63 - 1") from None
         device = writer.model.embedding.weight.device
         self._random = torch.Generator(device)
         self._random.manual_seed(torch.seed() % 2**63 if seed is None else seed)
@@ -106,7 +106,7 @@ class Dialogue:
         try:
             tokens = integer("tokens", tokens, 1, 2**63 - 1)
         except ValueError:
-            raise RunError(f"--tokens is {tokens}, wanted at least 1") from None
+            raise RunError(f"--tokens is {tokens}; it must be at least 1") from None
         writer, before = self.writer, self._stream
         codec, (temperature, top_k, top_p, _) = writer.codec, self.sampling
         goes_on = before is not None and not bool(before.finished.any())
@@ -136,12 +136,22 @@ class Dialogue:
 def load(
     path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> XLSTM:
-    """The model in `path`, ready to write (in eval mode).
+    """Read a trained model, in eval mode.
 
-    path: the folder of a run, one checkpoint in it, or a folder in transformers' format, with
-    config.json. device: where to put it, None is the CPU. dtype: of its parameters; None: what they
-    were saved in. Whatever is missing or damaged is an error that names the file: RunError for a
-    run, see ``tfla.integrations.load_xlstm`` for transformers' format.
+    Args:
+        path: the folder of a run, one checkpoint in it, or a folder in transformers' format, with
+            config.json.
+        device: where to put it; None: the CPU.
+        dtype: of its parameters; None: what they were saved in.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `dtype` is no floating dtype.
+        tfla.errors.RunError: a run has no checkpoint, or a file of it is missing or damaged; the
+            message names the file. For a folder in transformers' format: see
+            ``tfla.integrations.load_xlstm``.
 
     Example:
         >>> from tfla.xlstm import load
