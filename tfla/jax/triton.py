@@ -21,7 +21,7 @@ from tfla.jax.shards import axes_of, varying
 from tfla.jax.spec import Inputs, Options
 from tfla.kernels.gates import form_of
 from tfla.kernels.program import ArrayLayout, Buffer, Builder, Program, dense, name_of
-from tfla.kernels.step import WARPS, _step_kernel, tiles_of
+from tfla.kernels.step import REGISTERS, WARPS, _step_kernel, tiles_of
 from tfla.plan import Device
 from tfla.programs import Passes, passes
 from tfla.spec import CallSpec, Precision
@@ -411,7 +411,7 @@ def _step_program(
     q, v, C, n, m = (arrays[name] for name in ("q", "v", "C", "n", "m"))
     assert q is not None and v is not None and C is not None
     (B, H, K), V = q.shape, v.shape[-1]
-    block_k, block_v, tiles = tiles_of(B, H, K, V, device.multiprocessors)
+    block_k, block_v, tiles = tiles_of(B, H, K, V, device.multiprocessors, REGISTERS)
     arrived = None
     if m is not None and tiles > 1:
         arrived = builder.input("arrived", ArrayLayout("i32", (B, H), (H, 1)))

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfla.kernels import step
 from tfla.kernels.gates import form_of
 from tfla.kernels.planning import device_of
 from tfla.kernels.runtime import launch
-from tfla.kernels.step import WARPS, _step_kernel, tiles_of
+from tfla.kernels.step import WARPS, _step_kernel
 from tfla.spec import StepInputs, StepOptions
 
 _arrivals: dict[tuple[Any, ...], Tensor] = {}
@@ -36,7 +37,9 @@ def update(x: StepInputs, options: StepOptions) -> Tensor:
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     slots = None if slots is None else slots.contiguous()
     h = v.new_empty(B, H, V)
-    block_k, block_v, tiles = tiles_of(B, H, K, V, device_of(q).multiprocessors)
+    block_k, block_v, tiles = step.tiles_of(
+        B, H, K, V, device_of(q).multiprocessors, step.REGISTERS
+    )
     arrived = None if m is None or tiles == 1 else _arrived(m)
     strides = (0,) * 5 if n is None or m is None else (*n.stride(), *m.stride())
     launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -177,9 +178,11 @@ class Tiles(NamedTuple):
     number: int  # along V
 
 
-def tiles_of(B: int, H: int, K: int, V: int, multiprocessors: int) -> Tiles:
+@functools.lru_cache(maxsize=1024)
+def tiles_of(B: int, H: int, K: int, V: int, multiprocessors: int, most: int) -> Tiles:
+    """most: entries of the state that one program may hold, ``REGISTERS``."""
     block_k = triton.next_power_of_2(K)
-    full = B * H * triton.cdiv(V, REGISTERS // block_k) >= multiprocessors
-    registers = REGISTERS if full else REGISTERS // 2  # one sequence: 4.4 and 4.0 us (H200)
+    full = B * H * triton.cdiv(V, most // block_k) >= multiprocessors
+    registers = most if full else most // 2  # one sequence: 4.4 and 4.0 us (H200)
     block_v = max(16, min(triton.next_power_of_2(V), registers // block_k))
     return Tiles(block_k, block_v, triton.cdiv(V, block_v))
