@@ -261,3 +261,37 @@ def test_importing_the_file_does_not_import_triton() -> None:
     code = "import sys, tfla._compat; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["False"], done.stderr
+
+
+def test_a_watch_notices_what_has_become_of_a_module() -> None:
+    inner = nn.Linear(3, 3)
+    model = nn.Sequential(inner, nn.LayerNorm(3))
+    watch = _compat.ModuleWatch(list(model.modules()))
+    assert watch.unchanged()
+    with torch.no_grad():
+        inner.weight.mul_(2)  # where it lies
+    assert watch.unchanged()
+    weight, data = inner.weight, inner.weight.data
+    for change, undo in (
+        (
+            lambda: setattr(inner, "weight", nn.Parameter(data)),
+            lambda: setattr(inner, "weight", weight),
+        ),
+        (lambda: setattr(weight, "data", data.clone()), lambda: setattr(weight, "data", data)),
+        (lambda: setattr(model, "0", nn.Linear(3, 3)), lambda: setattr(model, "0", inner)),
+        (lambda: model.append(nn.Identity()), lambda: model.pop(-1)),
+        (lambda: setattr(inner, "forward", len), lambda: delattr(inner, "forward")),
+    ):
+        change()
+        assert not watch.unchanged()
+        undo()
+        assert watch.unchanged()
+    handle = inner.register_forward_hook(lambda *_: None)
+    assert not watch.unchanged()
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not watch.unchanged()
+    handle.remove()
+    assert watch.unchanged()
+    del vars(inner)["_forward_hooks"]  # a torch that calls it something else
+    assert not _compat.ModuleWatch([inner]).unchanged()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import functools
+import operator
 import os
 import re
 import struct
@@ -31,6 +32,7 @@ except ImportError:  # no torch known; see ``can_record``
     TorchDispatchMode = object  # type: ignore[assignment, misc]
 
 __all__ = [
+    "ModuleWatch",
     "PackedLaunch",
     "TorchDispatchMode",
     "can_record",
@@ -105,6 +107,41 @@ def is_hooked(module: torch.nn.Module) -> bool:
     if any(getattr(module, name, True) for name in names):
         return True
     return getattr(every_module, "_has_any_global_hook", lambda: True)()
+
+
+class ModuleWatch:
+    """Notices what has become of modules since it was made: another module, parameter or buffer in
+    a place, a parameter at another address, a hook more or less, a forward of a module's own. It
+    takes 0.2 us a module to ask. Where torch has other names for these, everything has changed.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        inside = [vars(module) for module in modules]
+        members = ("_parameters", "_modules", "_buffers")
+        names = (*members, "_forward_hooks", "_forward_pre_hooks")
+        self._known = all(name in module for module in inside for name in names)
+        if not self._known:
+            return
+        self._sized = [module[name] for module in inside for name in names]
+        self._sizes = list(map(len, self._sized))
+        held = [module[name] for module in inside for name in members]
+        places = [(table, key) for table in held for key in table]
+        places += [(module, "forward") for module in inside]
+        self._tables, self._keys = map(list, zip(*places, strict=True))
+        self._values = list(map(dict.get, self._tables, self._keys))
+        plain = (Tensor, torch.nn.Parameter)  # others may have no address
+        self._tensors: list[Any] = [x for x in self._values if type(x) in plain]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+
+    def unchanged(self) -> bool:
+        """Is all of it as it was?"""
+        return (
+            self._known
+            and list(map(len, self._sized)) == self._sizes
+            and all(map(operator.is_, map(dict.get, self._tables, self._keys), self._values))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and not getattr(every_module, "_has_any_global_hook", lambda: True)()
+        )
 
 
 def forward_derivatives() -> bool:

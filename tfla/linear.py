@@ -21,13 +21,17 @@ class PreciseLinear(nn.Linear):
     weights, also under autocast: for gates, where an error acts on all later tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = self.weight, self.bias
-        with no_autocast(x.device.type):
-            if _sums_in_fp32(x, weight):  # products of 16 bits are exact in fp32: no copies in fp32
-                y = torch.mm(x.flatten(0, -2), weight.T, out_dtype=dtype).unflatten(0, x.shape[:-1])
-                return y if bias is None else y + bias
-            return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return precise(x, self.weight, self.bias)
+
+
+def precise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias as a ``PreciseLinear`` has it."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with no_autocast(x.device.type):
+        if _sums_in_fp32(x, weight):  # products of 16 bits are exact in fp32: no copies in fp32
+            y = torch.mm(x.flatten(0, -2), weight.T, out_dtype=dtype).unflatten(0, x.shape[:-1])
+            return y if bias is None else y + bias
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _sums_in_fp32(x: Tensor, weight: Tensor) -> bool:

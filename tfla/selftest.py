@@ -241,7 +241,7 @@ def _pointwise(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
         ours = {
             "the sum of a residual": total,
             "RMS norm": norm,
-            "SwiGLU": pointwise.swiglu(wide),
+            "SwiGLU": pointwise.swiglu(*wide.chunk(2, -1)),
             "norm of heads": pointwise.head_norm(x.view(5, 2, V), o, weight, 1e-6),
             "gates": pointwise.gates(x, matrix, bias, 15.0, None, 1.0),
         }

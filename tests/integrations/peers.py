@@ -25,13 +25,16 @@ VOCAB = 97
 
 @torch.no_grad()
 def stir(model: nn.Module) -> None:
-    """Random gates and norms: with the initial ones every gate is one constant and every norm 1."""
+    """Random gates and norms: with the initial ones every gate is one constant, that of a SwiGLU 0,
+    and every norm 1."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator).to(parameter)
         if "gate_preact.bias" in name:
             parameter.copy_(values)
-        elif "gate_preact.weight" in name and "ogate" not in name:
+        elif "ogate_preact.weight" in name or "proj_up_gate.weight" in name:
+            parameter.copy_(values * (2 / (5 * parameter.shape[1])) ** 0.5)
+        elif "gate_preact.weight" in name:
             parameter.copy_(values * 0.3)
         elif "norm" in name:
             parameter.copy_(1 + 0.2 * values)

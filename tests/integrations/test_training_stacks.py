@@ -124,6 +124,17 @@ def test_what_trainer_has_written_is_read_by_both(tmp_path: Path) -> None:
         assert relative(load_xlstm(checkpoint)(x)[0], wanted) < 1e-3
 
 
+def test_evaluation_expects_what_training_does(tmp_path: Path) -> None:
+    """It reads without gradients, and so by another way."""
+    run = trainer(new_model("patched"), tmp_path, 4, save_strategy="no")
+    run.train()
+    found = run.evaluate(Texts())["eval_loss"]
+    x = Texts().texts
+    wanted = run.model.train()(input_ids=x, labels=x).loss
+    assert wanted.requires_grad
+    assert found == pytest.approx(wanted.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant: bool, tmp_path: Path) -> None:
     options = {"save_strategy": "no"}

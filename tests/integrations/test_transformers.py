@@ -17,7 +17,7 @@ from peers import VOCAB, make, relative, tokens, transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tfla.integrations import decode, head_first, load_xlstm
+from tfla.integrations import head_first, inference, load_xlstm
 from tfla.integrations.transformers import _cache_name, patch
 
 pytestmark = pytest.mark.peers
@@ -168,12 +168,12 @@ def test_the_cache_of_a_bf16_model_keeps_m_in_fp32(state_dtype: torch.dtype) -> 
 
 
 def test_a_bf16_model_does_not_drift() -> None:
-    """256 tokens one by one are no further from the model in fp64 than all at once. m falls by less
-    than bf16 can tell."""
+    """256 tokens one by one are as far from the model in fp64 as all at once, and less than half as
+    far as with gates in bf16. m falls by less than bf16 can tell."""
     model = make(torch.bfloat16, num_hidden_layers=1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "gate_preact.bias" in name:
+            if "gate_preact.bias" in name and "ogate" not in name:
                 parameter.fill_(5.0 if "fgate" in name else 8.0)
     x = tokens(1, 256)
     truth = read(patch(copy.deepcopy(model).double()), x, 256)[0][:, 128:]
@@ -183,8 +183,9 @@ def test_a_bf16_model_does_not_drift() -> None:
         return ((y - truth).norm() / truth.norm()).item()
 
     theirs, ours = pair(model)
-    assert off(ours, 1) < off(ours, 256) < 0.03
-    assert off(theirs, 1) > 3 * off(ours, 1)  # what is avoided
+    tokens_off, prompt_off = off(ours, 1), off(ours, 256)
+    assert prompt_off < 0.012 and abs(tokens_off - prompt_off) < 0.1 * prompt_off
+    assert off(theirs, 1) > 3 * tokens_off and off(theirs, 256) > 2 * prompt_off  # what is avoided
 
 
 # ------------------------------------------------------------------------------- single tokens
@@ -231,7 +232,7 @@ def test_a_block_reads_a_token_as_transformers_has_it(
     out = []
     for short in (True, False):
         if not short:
-            monkeypatch.setattr(decode.BlockStep, "serves", lambda *_: False)
+            monkeypatch.setattr(inference.BlockInference, "serves", lambda *_: False)
         cache, y = None, []
         with torch.no_grad():
             for t in range(9):
@@ -257,17 +258,18 @@ def test_hidden_states_of_blocks_are_collected_from_single_tokens_too() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mode", ["single", "fused"])
-def test_on_a_gpu_a_token_is_no_further_from_the_truth_by_the_short_way(
-    mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("piece", [1, 30])
+def test_on_a_gpu_the_short_way_is_no_further_from_the_truth(
+    piece: int, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There it goes through fused kernels; the truth is the same model in fp64."""
     model = patch(exact(weight_mode=mode).to(dtype)).cuda()
     wide = patch(copy.deepcopy(model).double())
     x = tokens(3, 30).cuda()
-    truth = read(wide, x, 1)[0]
-    short = read(model, x, 1)[0]
-    monkeypatch.setattr(decode.BlockStep, "serves", lambda *_: False)
-    long = read(model, x, 1)[0]
+    truth = read(wide, x, piece)[0]
+    short = read(model, x, piece)[0]
+    monkeypatch.setattr(inference.BlockInference, "serves", lambda *_: False)
+    long = read(model, x, piece)[0]
     off = [((y.double() - truth).norm() / truth.norm()).item() for y in (short, long)]
     assert off[0] <= 2 * off[1]
 

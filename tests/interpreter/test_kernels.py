@@ -429,8 +429,8 @@ def test_what_lies_between_matrix_products(rows: tuple[int, ...], dtype: torch.d
         torch.testing.assert_close(ours.double(), exact, **limits)
 
     x, h, wide = normal(2 * F), normal(H, V), normal(2 * H * V)
-    a, b = x.double().chunk(2, -1)
-    close(pointwise.swiglu(x), torch.nn.functional.silu(a) * b)
+    for a, b in (x.chunk(2, -1), (normal(F), normal(F))):  # halves of one tensor, and two
+        close(pointwise.swiglu(a, b), torch.nn.functional.silu(a.double()) * b.double())
     o, weight = wide[..., H * V :], torch.rand(H * V, generator=g).to(dtype)
     norm = torch.nn.functional.layer_norm(h.double(), (V,), eps=1e-6).flatten(-2)
     exact = torch.sigmoid(o.double()) * weight.double() * norm

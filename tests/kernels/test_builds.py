@@ -167,7 +167,7 @@ def test_what_lies_between_matrix_products_builds(target: tuple[str, int | str])
 
     y, wide = (torch.empty(64, n, dtype=torch.bfloat16, device="meta") for n in (21888, 12288))
     with mock.patch("tfla.kernels.pointwise.launch", recorder):
-        pointwise.swiglu(y)
+        pointwise.swiglu(*y.chunk(2, -1))
         pointwise.head_norm(wide[:, :4096].unflatten(-1, (8, 512)), wide[:, 8192:], wide[0], 1e-6)
         for active in (None, wide[:, 0] > 0):
             pointwise.gates(wide[:, :4096], wide[:16, :4096], wide[0, :16], 15.0, active, 1e4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import threading
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tfla import _compat
-from tfla.integrations import decode, head_first
+from tfla.integrations import head_first, inference
 
 
 def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -20,14 +22,16 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
 
     From then on, in training and in generation:
 
-    * Prompts of any length pass through ``tfla.mlstm``, new tokens through its decode step, with
-      few operations around it. Gradients are those of the function.
+    * Prompts of any length pass through ``tfla.mlstm``, new tokens through its decode step.
+      Gradients are those of the function. Without gradients there are few operations around them.
+    * On a GPU all tokens behind a prompt but the first are one CUDA graph each, unless a hook or an
+      adapter is to be called.
     * The cache keeps m in fp32 and can be reordered, which beam search needs.
     * A token that ``attention_mask`` masks changes nothing for the others.
 
     ``config.eps``, ``chunk_size``, ``mode`` and the names of kernels have no effect, with one
     exception: "siging" in ``chunkwise_kernel`` is a sigmoid input gate.
-    docs/migrate/transformers.md compares the two.
+    docs/migrate/transformers.md compares the two; ``unpatch`` undoes it.
 
     Args:
         model: an xLSTMForCausalLM or xLSTMModel, or a module that contains one. It is changed in
@@ -49,32 +53,62 @@ def patch(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> nn.M
     """
     if state_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16; got {state_dtype}.")
-    stacks: list[Any] = [
-        module for module in model.modules() if type(module).__name__ == "xLSTMModel"
-    ]
-    if not stacks:
-        raise TypeError(
-            f"model must be or contain an xLSTMModel of transformers; got {type(model).__name__}."
-        )
-    for stack in stacks:
+    for stack in _stacks(model):
         before = [hook for hook in _compat.pre_forward_hooks(stack) if _owner(hook)]
         if before:
             _owner(before[0]).state_dtype = state_dtype
             continue
         patched = _Patch(state_dtype, _cache_name(stack))
-        stack.register_forward_pre_hook(patched.enter, with_kwargs=True)
-        stack.register_forward_hook(patched.leave, always_call=True)
+        patched.hooks = (
+            stack.register_forward_pre_hook(patched.enter, with_kwargs=True),
+            stack.register_forward_hook(patched.leave, always_call=True),
+        )
         for layer, block in enumerate(stack.blocks):
             patched.serve(layer, block)
     return model
 
 
-class _Call:
-    """One call of a patched stack: its mask, and how far each layer has read it."""
+def unpatch(model: nn.Module) -> nn.Module:
+    """Let a patched model compute as transformers has it again; one that is not patched is left.
 
-    def __init__(self, patch: _Patch, mask: Tensor | None, outer: _Call | None) -> None:
-        self.patch, self.mask, self.outer = patch, mask, outer
+    A cache that was filled before is of use to it too. TypeError: there is no xLSTM in it.
+    """
+    for stack in _stacks(model):
+        for hook in _compat.pre_forward_hooks(stack):
+            if patched := _owner(hook):
+                patched.remove(stack)
+    return model
+
+
+def _stacks(model: nn.Module) -> list[Any]:
+    found = [module for module in model.modules() if type(module).__name__ == "xLSTMModel"]
+    if not found:
+        raise TypeError(
+            f"model must be or contain an xLSTMModel of transformers; got {type(model).__name__}."
+        )
+    return found
+
+
+class _Call:
+    """One call of a patched stack: its mask, and how far each layer has read it.
+
+    Args:
+        patch: of the stack.
+        mask: (B, T) False for tokens that do not count; None: all do.
+        outer: the call within which it is made, None: there is no other.
+        graph: what reads a single token in place of the blocks, if it can; None: nothing does.
+    """
+
+    def __init__(
+        self,
+        patch: _Patch,
+        mask: Tensor | None,
+        outer: _Call | None,
+        graph: Callable[[Tensor], Tensor | None] | None = None,
+    ) -> None:
+        self.patch, self.mask, self.outer, self.graph = patch, mask, outer, graph
         self.read: dict[int, int] = {}
+        self.is_through = False  # has the graph been through all blocks?
 
     def kept(self, layer: int, T: int) -> Tensor | None:
         """The mask of the T tokens that a layer reads now; long prompts come to it in pieces."""
@@ -101,6 +135,15 @@ class _Patch:
     def __init__(self, state_dtype: torch.dtype, cache_name: str) -> None:
         self.state_dtype = state_dtype
         self.cache_name = cache_name
+        self.cache_type = _cache_type()
+        self.hooks: tuple[RemovableHandle, ...] = ()
+        self.steps: list[inference.BlockInference | None] = []  # of each block
+        self.originals: list[tuple[Any, Any]] = []  # the functions of each block's backend
+        self.whole: inference.StackInference | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model has other blocks, at other addresses."""
+        return {**vars(self), "whole": None}
 
     # -- around the stack
 
@@ -133,10 +176,18 @@ class _Patch:
         weight = stack.get_input_embeddings().weight
         dtype = weight.dtype if embedded is None else embedded.dtype
         if given.get(cache) is None and (use_cache or cut):
-            given[cache] = _new_cache(config, x.shape[0], x.device, dtype)
+            # Made in the dtype of C and n, of which m may need another.
+            given[cache] = self.cache_type(
+                config, x.shape[0], dtype=self.dtypes(dtype)[0], device=x.device
+            )
+        graph = None
         if given.get(cache) is not None:
-            self.widen(given[cache], dtype)
-        _thread.call = _Call(self, mask, _thread.call)
+            given[cache] = self.widen(given[cache], dtype)
+            hidden = given.get("output_hidden_states")
+            hidden = config.output_hidden_states if hidden is None else hidden
+            if x.shape[1] == 1 and mask is None and hidden is False:
+                graph = partial(self.graph, stack, given[cache])
+        _thread.call = _Call(self, mask, _thread.call, graph)
         return (), given
 
     def leave(self, stack: nn.Module, args: Any, output: Any) -> None:
@@ -144,38 +195,78 @@ class _Patch:
         if _thread.call is not None and _thread.call.patch is self:
             _thread.call = _thread.call.outer
 
-    def widen(self, cache: Any, dtype: torch.dtype) -> None:
-        """Give a cache that transformers made in the model's dtype ours, and beam search what it
-        asks a cache for."""
-        if not hasattr(cache, "reorder_cache"):
-            cache.reorder_cache = partial(_reorder, cache)
+    def widen(self, cache: Any, dtype: torch.dtype) -> Any:
+        """A cache that transformers made in the model's dtype as one of ours."""
+        cache = self.cache_type.adopt(cache)
+        if isinstance(cache, self.cache_type):
+            cache.widen(*self.dtypes(dtype))
+        return cache
+
+    def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """Of C and n, and of m, in the cache of a model of this dtype."""
         full = torch.promote_types(dtype, torch.float32)
-        low = full if full == torch.float64 else self.state_dtype
-        for layer, (c, n, m) in cache.rnn_state.items():
-            if (c.dtype, n.dtype, m.dtype) != (low, low, full):
-                cache.rnn_state[layer] = (c.to(low), n.to(low), m.to(full))
+        return full if full == torch.float64 else self.state_dtype, full
 
     # -- in the layers
 
     def serve(self, layer: int, block: Any) -> None:
         """Put tfla behind the functions that a block's backend calls, in training and inference,
-        and behind the block itself for single tokens."""
+        and behind the block itself where there are no gradients."""
         backend = block.mlstm_layer.mlstm_backend
         sigmoid = "siging" in backend.config.chunkwise_kernel
-        gate = decode.Gate(
+        memory = inference.Memory(
             "sigmoid" if sigmoid else "exp",
             not sigmoid or getattr(backend.config, "normalize_siging", True),
         )
-        backend._train_fn = backend._inference_fn = partial(self.run, layer=layer, gate=gate)
-        step = decode.BlockStep.of(block, gate)
+        self.originals.append((backend._train_fn, backend._inference_fn))
+        backend._train_fn = backend._inference_fn = partial(self.run, layer=layer, memory=memory)
+        step = inference.BlockInference.of(block, memory)
+        self.steps.append(step)
         if step is not None:
             block.forward = partial(self.block, step=step, layer=layer)
 
-    def block(self, x: Tensor, state: Any = None, *, step: decode.BlockStep, layer: int) -> Any:
-        """One block: a single token in few operations, anything else as transformers has it."""
-        if not step.serves(x, state):
+    def remove(self, stack: Any) -> None:
+        """Undo it, but for what another has put in the place of something since."""
+        for hook in self.hooks:
+            hook.remove()
+        for block, step, functions in zip(stack.blocks, self.steps, self.originals, strict=False):
+            if step is not None and inference.is_forward_of(block, step):
+                del block.forward
+            backend = block.mlstm_layer.mlstm_backend
+            for name, function in zip(("_train_fn", "_inference_fn"), functions, strict=True):
+                if getattr(getattr(backend, name), "func", None) == self.run:
+                    setattr(backend, name, function)
+
+    def block(
+        self, x: Tensor, state: Any = None, *, step: inference.BlockInference, layer: int
+    ) -> Any:
+        """One block: without gradients in few operations, anything else as transformers has it."""
+        call = _thread.call
+        if call is not None and call.patch is self:
+            if call.is_through:
+                return x, state
+            if layer == 0 and call.graph is not None and step.serves(x):
+                y = call.graph(x)
+                if y is not None:
+                    call.is_through = True
+                    return y, state
+        if not step.serves(x):
             return type(step.block).forward(step.block, x, state)
-        return step(x, state, self.kept(layer, 1))
+        return step(x, state, self.kept(layer, x.shape[1]))
+
+    def graph(self, stack: Any, cache: Any, x: Tensor) -> Tensor | None:
+        """A token behind all blocks, by a CUDA graph; None where it is to be read by each."""
+        if not inference.can_record(x) or not isinstance(cache, self.cache_type):
+            return None
+        whole = self.whole
+        if whole is None or not whole.is_current(stack.blocks):
+            whole = self.whole = inference.StackInference(stack.blocks, self.steps)
+        if not whole.recordable:
+            return None
+        if cache.graph is None:
+            cache.graph = inference.TokenGraph()
+        token: inference.TokenGraph = cache.graph
+        return token(x, whole, cache.rnn_state.values())
 
     def kept(self, layer: int, T: int) -> Tensor | None:
         """The mask of the T tokens that a layer reads now."""
@@ -186,7 +277,7 @@ class _Patch:
         self,
         *,
         layer: int,
-        gate: decode.Gate,
+        memory: inference.Memory,
         return_last_states: bool = True,
         c_initial: Tensor | None = None,
         n_initial: Tensor | None = None,
@@ -196,20 +287,12 @@ class _Patch:
         """One layer: h and the states, which are None where nobody has asked for them.
         transformers names its tensors query, igate, ...; mlstm_kernels q, i, ..."""
         q, k, v, i, f = (given[a] if a in given else given[b] for a, b in _NAMES)
-        keep = self.kept(layer, q.shape[2])
-        if keep is not None:
-            i, f = head_first.close(i, f, keep)
-        options: dict[str, Any] = {"input_gate": gate.input_gate, "normalize": gate.normalize}
-        states: Any = (c_initial, n_initial, m_initial)
-        if q.shape[2] == 1 and c_initial is not None and not torch.is_grad_enabled():
-            # The cache is updated where it lies; transformers' copying it into itself does nothing.
-            token = (q[:, :, 0], k[:, :, 0], v[:, :, 0], i, f)
-            h, states = head_first.step(*token, *states, inplace=True, **options)
-            return h[:, :, None], states
         # Whoever calls this unpacks a pair, whatever the configuration says; with a cache there is
         # a state to be written into it.
         wanted = return_last_states or c_initial is not None
-        return head_first.sequence(q, k, v, i, f, *states, states=wanted, **options)
+        states: Any = None if c_initial is None else (c_initial, n_initial, m_initial)
+        keep = self.kept(layer, q.shape[2])
+        return memory(q, k, v, i, f, states, keep, output_states=wanted)
 
 
 class _Again:
@@ -258,13 +341,6 @@ def _mask(mask: Tensor | None, B: int, T: int) -> Tensor | None:
     return mask[:, mask.shape[1] - T :].to(torch.bool)
 
 
-def _reorder(cache: Any, rows: Tensor) -> None:
-    """Row n of the cache becomes what row rows[n] was."""
-    for states in cache.rnn_state.values():
-        for state in states:
-            state.copy_(state.index_select(0, rows.to(state.device)))
-
-
 def _is_readable(mask: Tensor) -> bool:
     """May the host look at its values?"""
     if torch.compiler.is_compiling() or mask.is_meta:
@@ -272,8 +348,6 @@ def _is_readable(mask: Tensor) -> bool:
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _new_cache(config: Any, B: int, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers.models.xlstm.modeling_xlstm import xLSTMCache
-
-    make: Any = xLSTMCache  # which says that it wants the name of a device
-    return make(config, B, dtype=dtype, device=device)
+def _cache_type() -> Any:
+    """Our cache, whose module needs transformers, which whoever has an xLSTM of it has."""
+    return importlib.import_module("tfla.integrations.xlstm_cache").Cache

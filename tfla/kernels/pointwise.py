@@ -16,22 +16,21 @@ from tfla.kernels.runtime import launch
 #   F       columns of out
 #   BLOCK   columns of a program
 @triton.jit
-def _swiglu_kernel(x, out, F, BLOCK: tl.constexpr):
+def _swiglu_kernel(g, u, out, stride_g, stride_u, F, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < F
-    g = tl.load(x + row * 2 * F + columns, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(x + row * 2 * F + F + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * F + columns, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
+    a = tl.load(g + row * stride_g + columns, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(u + row * stride_u + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * F + columns, (a * tl.sigmoid(a) * b).to(out.dtype.element_ty), mask=inside)
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """silu(g) * u (..., F) of x = [g | u] (..., 2 F)."""
-    x = x.contiguous()
-    F = x.shape[-1] // 2
-    out = x.new_empty(*x.shape[:-1], F)
-    grid = (out.numel() // F, triton.cdiv(F, 1024))
-    launch(_swiglu_kernel, grid, (4, 1), (x, out), F, BLOCK=1024)
+def swiglu(g: Tensor, u: Tensor) -> Tensor:
+    """silu(g) * u (..., F), g and u each with rows at one distance, as halves of one tensor are."""
+    out, F = g.new_empty(g.shape), g.shape[-1]
+    g, u = ((x if x.stride(-1) == 1 else x.contiguous()).flatten(0, -2) for x in (g, u))
+    grid, strides = (g.shape[0], triton.cdiv(F, 1024)), (g.stride(0), u.stride(0))
+    launch(_swiglu_kernel, grid, (4, 1), (g, u, out), *strides, F, BLOCK=1024)
     return out
 
 

@@ -142,10 +142,9 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.ffn_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.up(x)
-        if kernels := fused(y, y):
-            return self.down(kernels.swiglu(y))
-        g, u = y.chunk(2, -1)
+        g, u = self.up(x).chunk(2, -1)
+        if kernels := fused(g, u):
+            return self.down(kernels.swiglu(g, u))
         return self.down(F.silu(g) * u)
 
 
