@@ -13,9 +13,11 @@ from torch import Tensor
 
 from tfla import checks, dispatch, ops, parallel, shapes
 from tfla import gates as input_gates
-from tfla.gates import Activations, InputGate
+from tfla.dtypes import products_of, state_dtype
+from tfla.gates import InputGate
 from tfla.offsets import check_offsets
 from tfla.spec import (
+    Activations,
     BackendName,
     CallSpec,
     Inputs,
@@ -23,8 +25,6 @@ from tfla.spec import (
     State,
     StepInputs,
     StepOptions,
-    products_of,
-    state_dtype,
 )
 
 __all__ = ["State", "linear_attention", "mlstm", "mlstm_step"]
@@ -494,7 +494,7 @@ def _step_of_sequence(x: Inputs, spec: CallSpec, negative: bool) -> tuple[Tensor
     C, n, m = x.C, x.n, x.m
     if C is None:
         N, H, K, V = spec.N, spec.H, spec.K, spec.V
-        C = x.q.new_zeros(N, H, K, V, dtype=spec.state_dtype)
+        C = x.q.new_zeros(N, H, K, V, dtype=state_dtype(spec.dtype))
         n, m = (C.new_zeros(N, H, K), C.new_zeros(N, H)) if spec.normalize else (None, None)
     q, k, v, i, f = (t[:, 0] for t in (x.q, x.k, x.v, x.i, x.f))
     scale = -spec.scale if negative else spec.scale

@@ -17,11 +17,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 import triton
-from builds import DEVICES, Launch, binary, build, launches, of_tensors, resources
+from builds import DEVICES, Source, binary, build, launches, of_tensors, resources
 
 from tfla import kernels
 from tfla.gates import INPUT_GATES
-from tfla.kernels import planning, pointwise, step
+from tfla.kernels import decode, planning, pointwise, step
 from tfla.kernels.hopper import _scan_hopper_kernel
 from tfla.kernels.mma import _scan_mma_kernel
 from tfla.kernels.scan import _scan_kernel
@@ -63,7 +63,7 @@ OTHERS = {
 }
 
 
-def check(launch: Launch, target: tuple[str, int | str], stack: int) -> None:
+def check(launch: Source, target: tuple[str, int | str], stack: int) -> None:
     used = resources(build(launch, *target), target[0])
     assert used.stack <= stack, f"{launch}: {used}"
     assert used.shared <= DEVICES[target].shared_memory, f"{launch}: {used}"
@@ -187,7 +187,7 @@ def test_a_forward_without_a_backward_builds(gate: str) -> None:
 @pytest.mark.parametrize("target", DEVICES, ids=lambda t: f"{t[0]}{t[1]}")
 def test_what_lies_between_matrix_products_builds(target: tuple[str, int | str]) -> None:
     """At the sizes of xLSTM 7B."""
-    seen: list[Launch] = []
+    seen: list[Source] = []
 
     def recorder(kernel, grid, shape, tensors, *numbers, **constants) -> None:
         seen.append(of_tensors(kernel, shape, (*tensors, *numbers), constants))
@@ -246,7 +246,7 @@ def test_a_step_builds(target: tuple[str, int | str], B: int, gate: str, state: 
     """At the sizes of xLSTM 7B. On Hopper with 16 bytes to a load of the state, all of it in
     registers; where that leaves multiprocessors without work, half as much to a program, of which
     three fit one, or four (Triton 3.6 takes 168 registers for what 3.7 has 126)."""
-    seen: list[Launch] = []
+    seen: list[Source] = []
 
     def recorder(kernel, grid, shape, tensors, *numbers, **constants) -> None:
         seen.append(of_tensors(kernel, shape, (*tensors, *numbers), constants))
@@ -259,12 +259,12 @@ def test_a_step_builds(target: tuple[str, int | str], B: int, gate: str, state: 
     n, m = new(B, H, K, of=state), new(B, H, of=torch.float32)
     kind = INPUT_GATES[gate]
     with (
-        mock.patch.object(step, "launch", recorder),
-        mock.patch.object(step, "device_of", lambda _: DEVICES[target]),
+        mock.patch.object(decode, "launch", recorder),
+        mock.patch.object(decode, "device_of", lambda _: DEVICES[target]),
     ):
         C = new(B, H, K, V, of=state)
         states = (C, n, m) if kind.normalize else (C, None, None)
-        step.update(
+        decode.update(
             StepInputs(q, k, v, i, f, *states, None), StepOptions(1.0, gate, True, "triton")
         )
     (launch,) = seen

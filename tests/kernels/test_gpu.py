@@ -560,7 +560,7 @@ def test_a_fused_sum_is_rounded_as_torch_rounds_it(
 @pytest.mark.parametrize("shared", [False, True], ids=["two states", "slots of one"])
 def test_recorded_steps_run_at_the_same_time(shared: bool, warm: bool) -> None:
     """Two graphs on two streams, of two states or of one, update what one after the other does."""
-    from tfla.kernels import step
+    from tfla.kernels import decode
 
     H, K, V = 8, 256, 512
     inputs = [[x[:, 0] for x in problem(4, 1, H, K, V, torch.bfloat16)] for _ in range(2)]
@@ -580,8 +580,8 @@ def test_recorded_steps_run_at_the_same_time(shared: bool, warm: bool) -> None:
         for n in range(2):
             act(n, wanted)
     if not warm:  # addresses that no step has seen; the kernel itself is compiled by now
-        for key in [k for k in step._arrivals if k[1] in {s.m.data_ptr() for s in found}]:
-            del step._arrivals[key]
+        for key in [k for k in decode._arrivals if k[1] in {s.m.data_ptr() for s in found}]:
+            del decode._arrivals[key]
     graphs, streams = [], [torch.cuda.Stream() for _ in range(2)]
     for n in range(2):
         if warm:
@@ -597,7 +597,7 @@ def test_recorded_steps_run_at_the_same_time(shared: bool, warm: bool) -> None:
     torch.cuda.synchronize()
     for ours, theirs in zip(found, wanted, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert not any(x.any() for x in step._arrivals.values())
+    assert not any(x.any() for x in decode._arrivals.values())
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")

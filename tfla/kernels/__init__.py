@@ -11,19 +11,14 @@ what is saved).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tfla.backend import ScanName
 from tfla.kernels import gates, normalizer
 from tfla.kernels.layout import _fold_packing_kernel
 from tfla.kernels.planning import plan_of
 from tfla.kernels.program import Symbol, name_of
-from tfla.kernels.runtime import execute
 from tfla.kernels.scan import _join_splits_kernel, _scan_kernel
-from tfla.kernels.step import update
 from tfla.kernels.weights import (
     GateWeights,
     clear,
@@ -36,6 +31,25 @@ from tfla.kernels.weights import (
 )
 from tfla.plan import StoredSizes, Tile
 from tfla.spec import CallSpec, Inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tfla.kernels.decode import update
+    from tfla.kernels.runtime import execute
+else:
+
+    def __getattr__(name: str) -> Any:
+        """What works on tensors comes when it is asked for: who has JAX may have no torch."""
+        if name == "execute":
+            from tfla.kernels.runtime import execute as found
+        elif name == "update":
+            from tfla.kernels.decode import update as found
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found
+        return found
+
 
 __all__ = [
     "FOLDS_PACKING",
@@ -342,6 +356,8 @@ def initial_state_decay(
     if column is not None:
         parts.append(column.d)
     if first is not None:  # its first chunk lies at its own number: what came before it is empty
+        import torch
+
         chosen = (first + torch.arange(chunks, device=first.device)).clamp(max=sizes.chunks - 1)
         parts = [part.index_select(1, chosen) for part in parts]
     edge, decay, *d = parts

@@ -21,8 +21,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla import gates as limits
+from tfla import limits
 from tfla.kernels.layout import chunk, first_checkpoint_index, first_index, interval, sequence
+from tfla.spec import TritonForm
 
 LOG2E = tl.constexpr(limits.LOG2E)
 LIMIT = tl.constexpr(limits.LIMIT)
@@ -67,16 +68,18 @@ def _sigmoid_gradient(dlog_i, i):
 
 # The Triton forms of the input gates that ``tfla.gates`` registers; others bring their own.
 FORMS = {
-    "exp": limits.TritonForm(_same, _exp_gradient),
-    "sigmoid": limits.TritonForm(_log_sigmoid, _sigmoid_gradient),
+    "exp": TritonForm(_same, _exp_gradient),
+    "sigmoid": TritonForm(_log_sigmoid, _sigmoid_gradient),
 }
 
 
-def form_of(name: str) -> limits.TritonForm:
+def form_of(name: str) -> TritonForm:
     """The Triton form of an input gate; RuntimeError if it has none."""
     found = FORMS.get(name)
     if found is None:
-        gate = limits.input_gate(name)
+        from tfla.gates import input_gate  # needs torch, as gates that are registered do
+
+        gate = input_gate(name)
         if gate.triton is None:
             raise RuntimeError(
                 f'the input gate {name!r} has no Triton form: use backend="reference", or register '

@@ -7,7 +7,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tfla._compat import gluon_reinterpret
+from tfla._compat_triton import gluon_reinterpret
 
 # The same functions under the names of Triton 3.6 and of later ones.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
