@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 import tfla
-from tfla import _compat
+from tfla import _compat, _compat_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "tfla"
-OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "_compat.py")
+OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if not path.name.startswith("_compat"))
 
 # Private names of neither torch nor Triton: of transformers, whose backends are patched there.
 ALLOWED = {"os._exit", "_gradient_checkpointing_func", "_train_fn", "_inference_fn"}
@@ -47,7 +47,7 @@ def own_names(trees: list[ast.AST]) -> set[str]:
 
 
 def foreign(tree: ast.AST, own: set[str]) -> list[str]:
-    """What a file uses that belongs into _compat.py."""
+    """What a file uses that belongs into _compat.py or _compat_triton.py."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -238,7 +238,7 @@ def test_versions_of_triton(
 
 def test_a_gluon_without_the_method_says_which_triton_has_it() -> None:
     with pytest.raises(ImportError, match="Triton 3.6 to 3.9"):
-        _compat.gluon_reinterpret(object)
+        _compat_triton.gluon_reinterpret(object)
 
 
 def test_hooks_may_be_chains_functions_or_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,19 +32,30 @@ LAYERS = [
     {"log"},
     {"reference", "kernels"},
     {"backend", "shapes"},
+    {"dtypes", "gates"},
     {"spec"},
-    {"errors", "gates", "offsets", "plan", "signals"},
-    {"_compat", "limits"},
+    {"errors", "offsets", "plan", "signals"},
+    {"_compat", "_compat_triton", "limits"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-# What needs no torch: that is for who has JAX.
-WITHOUT_TORCH = {"errors", "jax", "limits", "offsets"}
+# What needs no torch: that is for who has JAX. Of kernels/ all but what works on tensors; functions
+# may import torch where they are given tensors.
+WITHOUT_TORCH = {
+    *("_compat_triton", "algorithm", "backend", "errors", "jax", "kernels", "limits", "log"),
+    *("offsets", "plan", "programs", "spec"),
+}
+ON_TENSORS = {"kernels/decode.py", "kernels/pointwise.py", "kernels/runtime.py"}
 NEEDED_BY_JAX = {"jax", "jaxlib", "numpy"}
 CORE = {unit for units in LAYERS[LAYERS.index({"tfla"}) :] for unit in units}
 # What reads every format of weights, tfla.xlstm.load, calls the reader of transformers' one.
 UPWARD = {"xlstm/writer.py": {"integrations"}}
 # The kernels are written in Triton; checks asks whether it is there, to say so when it is not.
-BESIDE_TORCH = {"kernels": {"triton"}, "checks": {"triton"}, "_compat": {"triton"}}
+BESIDE_TORCH = {
+    "kernels": {"triton"},
+    "checks": {"triton"},
+    "_compat": {"triton"},
+    "_compat_triton": {"triton"},
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -87,6 +98,17 @@ def others_imported(source: str) -> set[str]:
     return roots - sys.stdlib_module_names - {"tfla"}
 
 
+def at_import(module: ast.Module) -> ast.Module:
+    """What of a module runs, or is named, when it is imported."""
+    kept = [
+        node
+        for node in module.body
+        if not isinstance(node, ast.FunctionDef)
+        and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    return ast.Module(kept, [])
+
+
 def upward(unit: str, used: set[str]) -> set[str]:
     """The units that may not be imported by this one."""
     return {other for other in used if other != unit and RANK[other] <= RANK[unit]}
@@ -105,9 +127,12 @@ def test_imports_point_down(path: Path) -> None:
 def test_other_packages_are_imported_where_they_belong(path: Path) -> None:
     others = others_imported(path.read_text())
     unit = unit_of(path)
-    if unit in WITHOUT_TORCH:
-        used = units_imported(path.read_text(), ".".join(path.relative_to(ROOT).parts[:-1]))
-        assert used <= WITHOUT_TORCH and others <= (NEEDED_BY_JAX if unit == "jax" else set())
+    if unit in WITHOUT_TORCH and path.relative_to(PACKAGE).as_posix() not in ON_TENSORS:
+        source = ast.unparse(at_import(ast.parse(path.read_text())))
+        others = others_imported(source)
+        used = units_imported(source, ".".join(path.relative_to(ROOT).parts[:-1]))
+        allowed = NEEDED_BY_JAX if unit == "jax" else BESIDE_TORCH.get(unit, set())
+        assert used - {"reference"} <= WITHOUT_TORCH and others <= allowed
     elif unit in CORE:
         assert others <= {"torch"} | BESIDE_TORCH.get(unit, set())
     else:

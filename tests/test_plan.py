@@ -9,7 +9,8 @@ from tfla.plan import Device, Plan, Problem, plan
 H200 = Device((9, 0), 132, 232448)
 A100 = Device((8, 0), 108, 166912)
 MI300X = Device((0, 0), 304, 65536)
-DEVICES = [H200, A100, MI300X, Device((12, 0), 170, 101376)]
+CONSUMER = Device((12, 0), 170, 101376)
+DEVICES = [H200, A100, MI300X, CONSUMER]
 PAPER = Problem(B=4, T=16384, H=16, K=128, V=256, N=4, packed=False, bytes=2, precision="ieee")
 
 
@@ -54,17 +55,42 @@ def test_descriptors_need_their_unit_and_rows_of_16_bytes() -> None:
     assert not plan(dataclasses.replace(PAPER, K=92), H200).h.descriptor
 
 
-def test_precision_is_part_of_the_plan() -> None:
+def test_fp32_is_multiplied_in_parts_wherever_a_kernel_by_hand_can() -> None:
+    """Three bf16 parts are 24 bits, two are what TF32 allows; the rest runs on the plain units."""
     exact = dataclasses.replace(PAPER, bytes=4)
     fast = dataclasses.replace(exact, precision="tf32")
-    assert plan(exact, H200).h.block_x < plan(fast, H200).h.block_x
-    assert plan(fast, H200).h.hopper and not plan(exact, H200).h.hopper
-    assert not plan(dataclasses.replace(fast, T=32), H200).h.hopper
-    for device in (H200, A100):  # what a program holds of shared memory at least: its stages
-        p = plan(fast, device)
-        for tile in (p.h, p.dq):
-            stage = 4 * p.L * (2 * tile.block_a + tile.block_x)
-            assert tile.stages * stage <= device.shared_memory
+    for device in (H200, A100, CONSUMER):
+        for problem, parts in ((exact, 3), (fast, 2), (PAPER, 1)):
+            p = plan(problem, device)
+            assert p.h.parts == p.dq.parts == parts
+            assert p.h.hopper == p.dq.hopper == (device is H200)
+            assert p.h.mma == p.dq.mma == (device is not H200)
+    for problem in (dataclasses.replace(exact, T=32), dataclasses.replace(exact, K=90)):
+        p = plan(problem, H200)
+        assert p.h.parts == 1 and not p.h.hopper
+
+
+def test_tiles_of_all_stages_and_parts_fit_into_shared_memory() -> None:
+    """What a program holds at least: fp32 tiles, whose first two parts lie in their place, a third
+    for the chunk that is worked on, and the scores in parts."""
+    exact = dataclasses.replace(PAPER, bytes=4)
+    for problem in (exact, dataclasses.replace(exact, precision="tf32")):
+        for device in (H200, A100, CONSUMER):
+            p = plan(problem, device)
+            for tile in (p.h, p.dq):
+                numbers = p.L * (2 * tile.block_a + tile.block_x)
+                third = 2 * numbers * (tile.parts == 3)
+                scores = 2 * p.L**2 * tile.parts
+                assert tile.stages * 4 * numbers + third + scores <= device.shared_memory
+
+
+def test_the_denominator_of_fp32_is_summed_in_fp64_where_that_is_fast() -> None:
+    exact = dataclasses.replace(PAPER, bytes=4)
+    found = {device: plan(exact, device).denominator for device in DEVICES}
+    assert found == {H200: "fp64", A100: "fp64", MI300X: "ieee", CONSUMER: "ieee"}
+    assert not plan(exact, H200).fuse_denominator
+    assert plan(dataclasses.replace(exact, precision="tf32"), H200).denominator == "tf32x3"
+    assert plan(PAPER, A100).denominator == "ieee"
 
 
 def test_a_plan_prints_and_is_cached() -> None:

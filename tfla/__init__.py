@@ -65,7 +65,10 @@ class _AfterTorch(MetaPathFinder):
         return spec
 
 
-_WITHOUT_TORCH = {"errors", "jax", "limits", "offsets"}
+_WITHOUT_TORCH = {
+    *("_compat_triton", "algorithm", "backend", "errors", "jax", "kernels", "limits", "log"),
+    *("offsets", "plan", "programs", "spec"),
+}
 
 # Torch takes a second to import, which the command's help does not wait for, and who uses tfla.jax
 # may have no torch. So the public names are imported with torch, or when they are first asked for.

@@ -1,4 +1,5 @@
-"""The one file that touches private names of torch, Triton and the CUDA driver.
+"""The file that touches private names of torch, Triton and the CUDA driver; those that compiling
+needs, which needs no torch, are in _compat_triton.py.
 
 Each section says which versions its names were checked with and what happens where a name is
 missing or a version is another: a slower public way, or a plainer error, never a wrong result.
@@ -43,7 +44,6 @@ __all__ = [
     "driver_cuda_version",
     "forward_derivatives",
     "functorch_transforms",
-    "gluon_reinterpret",
     "is_batched",
     "is_hooked",
     "launch_by_triton",
@@ -260,17 +260,6 @@ def triton_is_checked() -> bool:
     """Is this a Triton that we have seen? Kernels of another one go through its own launcher."""
     version = triton_version()
     return version is not None and FIRST_CHECKED <= version <= LAST_CHECKED
-
-
-def gluon_reinterpret(descriptor: Any) -> Any:
-    """The method that reads shared memory in another type: public in Triton 3.8, private before."""
-    found = getattr(descriptor, "reinterpret", None) or getattr(descriptor, "_reinterpret", None)
-    if found is None:
-        raise ImportError(
-            "Triton's Gluon has no shared_memory_descriptor.reinterpret (checked with Triton 3.6 "
-            'to 3.9); use backend="reference", or install one of these.'
-        )
-    return found
 
 
 @functools.cache

@@ -15,14 +15,13 @@ import functools
 import importlib
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
-import torch
-from torch import Tensor
-
 from tfla import log
 from tfla.backend import Backend, D, Exchange, Results, S, W
 from tfla.spec import BackendName, CallSpec, Inputs, X
 
 if TYPE_CHECKING:  # both backends have all functions of the protocol, of these types
+    from torch import Tensor
+
     from tfla import kernels, reference
     from tfla.kernels.program import Symbol
 
@@ -59,8 +58,7 @@ def _fold_packing(
     if x.cu_seqlens is None or not can_fold_packing(backend, spec):
         return x, spec
     f, ends = backend.fold_packing(x.f, x.cu_seqlens)
-    folded = spec.but(N=1, gate_dtypes=(spec.gate_dtypes[0], torch.float32))
-    return x._replace(f=f, cu_seqlens=ends), folded
+    return x._replace(f=f, cu_seqlens=ends), spec.but(N=1)
 
 
 def ordered(backend: Backend[X, W, D, S], x: Inputs[X]) -> Inputs[X]:
@@ -174,6 +172,6 @@ def initial_gauge_gradient(
     """dm_0 (N, H) of an initial state and its gradients: the gauge scales both C and n."""
     if C is None or n is None or dC is None or dn is None:
         return None
-    wide = torch.float64  # the two cancel where the normaliser is active
-    dm = (dC.to(wide) * C).sum((-2, -1)) + (dn.to(wide) * n).sum(-1)
+    # In fp64: the two cancel where the normaliser is active.
+    dm = (dC.double() * C).sum((-2, -1)) + (dn.double() * n).sum(-1)
     return dm.to(dn.dtype)

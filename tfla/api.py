@@ -13,9 +13,11 @@ from torch import Tensor
 
 from tfla import checks, dispatch, ops, parallel, shapes
 from tfla import gates as input_gates
-from tfla.gates import Activations, InputGate
+from tfla.dtypes import products_of, state_dtype
+from tfla.gates import InputGate
 from tfla.offsets import check_offsets
 from tfla.spec import (
+    Activations,
     BackendName,
     CallSpec,
     Inputs,
@@ -23,8 +25,6 @@ from tfla.spec import (
     State,
     StepInputs,
     StepOptions,
-    products_of,
-    state_dtype,
 )
 
 __all__ = ["State", "linear_attention", "mlstm", "mlstm_step"]
@@ -135,6 +135,42 @@ def mlstm(
             reverse=reverse,
             group=group,
             backend=backend,
+        )
+    )
+
+
+def mlstm_allowing_tf32(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    input_gate: InputGate,
+    normalize: bool,
+    initial_state: State | None,
+    output_final_state: bool,
+) -> tuple[Tensor, State | None]:
+    """``mlstm`` with fp32 products as ``torch.set_float32_matmul_precision("high")`` makes them,
+    whatever torch is set to: for integrations whose callers know kernels that compute in TF32."""
+    return _sequence(
+        _Call(
+            q=q,
+            k=k,
+            v=v,
+            i=i,
+            f=f,
+            gate_names=("i", "f"),
+            activations=Activations(input_gates.input_gate(input_gate).name, sigmoid_f=True),
+            normalize=normalize,
+            scale=None,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=None,
+            reverse=False,
+            group=None,
+            backend=None,
+            allow_tf32=True,
         )
     )
 
@@ -295,6 +331,7 @@ class _Call(NamedTuple):
     reverse: bool
     group: Any
     backend: BackendName | None
+    allow_tf32: bool = False  # for fp32 products, whatever torch is set to
 
     @property
     def tensors(self) -> tuple[Any, ...]:
@@ -358,7 +395,7 @@ def _key(call: _Call) -> tuple[Any, ...] | None:
         *[type(option) for option in options],  # True is 1 to a dictionary
         call.backend,
         needs_grad,
-        products_of(call.q.dtype),
+        products_of(call.q.dtype, call.allow_tf32),
         *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
     )
 
@@ -413,7 +450,7 @@ def _validated(call: _Call) -> _ValidCall:
         call.output_final_state,
         needs_grad,
         name,
-        products_of(q.dtype),
+        products_of(q.dtype, call.allow_tf32),
     )
     C, n, m = state or (None, None, None)
     inputs = Inputs(q, k, v, i, f, C, n, m, call.cu_seqlens)
@@ -456,7 +493,7 @@ def _step_of_sequence(x: Inputs, spec: CallSpec, negative: bool) -> tuple[Tensor
     C, n, m = x.C, x.n, x.m
     if C is None:
         N, H, K, V = spec.N, spec.H, spec.K, spec.V
-        C = x.q.new_zeros(N, H, K, V, dtype=spec.state_dtype)
+        C = x.q.new_zeros(N, H, K, V, dtype=state_dtype(spec.dtype))
         n, m = (C.new_zeros(N, H, K), C.new_zeros(N, H)) if spec.normalize else (None, None)
     q, k, v, i, f = (t[:, 0] for t in (x.q, x.k, x.v, x.i, x.f))
     scale = -spec.scale if negative else spec.scale

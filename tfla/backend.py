@@ -10,12 +10,13 @@ the normaliser (``NormalizerGrad``); S, what a scan leaves behind (``Scan``).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from tfla.spec import CallSpec, Inputs, StepInputs, StepOptions, X
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 ScanName = Literal["h", "dv", "dq", "dk"]
 Results = tuple[X | None, ...]

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tfla import ops
+from tfla.dtypes import state_dtype
 from tfla.offsets import check_offsets
-from tfla.spec import State, state_dtype
+from tfla.spec import State
 
-# The name of State in files of older versions.
-torch.serialization.add_safe_globals([(State, "tfla.checks.State")])
+# Read by torch.load with weights_only=True, by the name in files of older versions, too.
+torch.serialization.add_safe_globals([State, (State, "tfla.checks.State")])
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

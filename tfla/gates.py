@@ -53,20 +53,13 @@ from tfla.limits import (
     STEP,
     WRITE,
 )
+from tfla.spec import Activations, TritonForm
 
 # Log-gates below this in size leave their sums over a chunk exact enough in fp64 for fp32.
 PLAIN = 16.0
 
 
 # ---------------------------------------------------------------- the registry of input gates
-
-
-class TritonForm(NamedTuple):
-    """An input gate as two ``@triton.jit`` functions. Each is compiled into the kernels that call
-    it, works on scalars and blocks, and keeps the dtype that comes in."""
-
-    log_i: Any  # (i) -> log_i: fp64 over sequences, fp32 in the decode step
-    gradient: Any  # (dlog_i, i) -> di, fp32
 
 
 @dataclass(frozen=True)
@@ -133,24 +126,13 @@ register(
 )
 
 
-class Activations(NamedTuple):
-    """How log-gates come from what the caller passes."""
-
-    input_gate: str  # the name of a registered gate; a log_i that is passed is that of "exp"
-    sigmoid_f: bool  # log_f = logsigmoid(f), else f is log_f already
-
-    @property
-    def gate(self) -> Gate:
-        return input_gate(self.input_gate)
-
-
 # ---------------------------------------------------------------- log-gates and their gradients
 
 
 def log_gates(i: Tensor, f: Tensor, activations: Activations) -> tuple[Tensor, Tensor]:
     """(log_i, log_f) from pre-activations, in the dtype that comes in and within the limits: finite
     unless NaN, which stays NaN."""
-    log_i = activations.gate.log_i(i)
+    log_i = input_gate(activations.input_gate).log_i(i)
     log_f = logsigmoid(f) if activations.sigmoid_f else f
     return limited(log_i, log_f)
 
@@ -185,7 +167,7 @@ def gate_gradients(
     dlog_i: Tensor, dlog_f: Tensor, i: Tensor, f: Tensor, activations: Activations
 ) -> tuple[Tensor, Tensor]:
     """(di, df) from the gradients of the log-gates: d logsigmoid(x) / dx = sigmoid(-x)."""
-    di = activations.gate.gradient(dlog_i, i)
+    di = input_gate(activations.input_gate).gradient(dlog_i, i)
     df = dlog_f * torch.sigmoid(-f) if activations.sigmoid_f else dlog_f
     return di, df
 

@@ -11,13 +11,13 @@ import contextlib
 import importlib
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from tfla.spec import Activations, CallSpec, StepInputs, StepOptions
 
-from tfla.gates import Activations
-from tfla.spec import CallSpec, StepInputs, StepOptions
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 ON = os.environ.get("TFLA_LOG", "") not in ("", "0")
 
@@ -25,18 +25,19 @@ ON = os.environ.get("TFLA_LOG", "") not in ("", "0")
 reasons: dict[tuple[torch.device, torch.dtype], tuple[str, str]] = {}
 _seen: set[str] = set()
 
-SHORT = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+
+
+def _short(dtype: Any) -> str:
+    """The name of a dtype of torch or NumPy."""
+    name = str(dtype).removeprefix("torch.")
+    return _SHORT.get(name, name)
 
 
 def sequence(spec: CallSpec) -> None:
     """A call over sequences."""
     tokens = f"{spec.B}, {spec.T}, {spec.H}"
-    words = [f"h({tokens}, {spec.V}) of q, k ({tokens}, {spec.K}) {SHORT[spec.dtype]}"]
+    words = [f"h({tokens}, {spec.V}) of q, k ({tokens}, {spec.K}) {_short(spec.dtype)}"]
     words.append(_gates(spec.activations, *spec.gate_dtypes))
     words.append("normalised" if spec.normalize else "not normalised")
     if spec.packed:
@@ -55,11 +56,11 @@ def sequence(spec: CallSpec) -> None:
 
 def step(x: StepInputs, options: StepOptions) -> None:
     """A call of one token."""
-    words = [f"one token, h{_shape(x.v)} of q, k {_shape(x.q)} {SHORT[x.q.dtype]}"]
+    words = [f"one token, h{_shape(x.v)} of q, k {_shape(x.q)} {_short(x.q.dtype)}"]
     words.append(_gates(options.activations, x.i.dtype, x.f.dtype))
     words.append("normalised" if x.m is not None else "not normalised")
     rows = "" if x.slots is None else f", {len(x.slots)} rows of {x.C.shape[0]}"
-    words.append(f"state {SHORT[x.C.dtype]}{rows}")
+    words.append(f"state {_short(x.C.dtype)}{rows}")
     _line(", ".join(words), x.q.device, x.q.dtype, options.backend, "")
 
 
@@ -84,13 +85,13 @@ def _gates(a: Activations, i: torch.dtype, f: torch.dtype) -> str:
     """The gates: logarithms, or what passes through a sigmoid; an exponential gate i is log_i."""
     named = [("f" if a.sigmoid_f else "log_f", f)]
     named.append(("log_i" if a.input_gate == "exp" else "i", i))
-    words = " and ".join(f"{name} {SHORT.get(dtype, dtype)}" for name, dtype in named)
+    words = " and ".join(f"{name} {_short(dtype)}" for name, dtype in named)
     return words if a.input_gate in ("exp", "sigmoid") else f"{words} ({a.input_gate} gate)"
 
 
-def _line(what: str, device: torch.device, dtype: torch.dtype, backend: str, plan: str) -> None:
+def _line(what: str, device: Any, dtype: torch.dtype, backend: str, plan: str) -> None:
     chosen, why = reasons.get((device, dtype), ("", ""))
-    if not chosen and device.type == "cpu":
+    if not chosen and getattr(device, "type", None) == "cpu":
         chosen, why = "reference", "CPU tensors"
     why = why if chosen == backend else "named by the caller"
     note(f'{what}, on {device}: backend "{backend}"{plan}: {why}')

@@ -15,6 +15,7 @@ from torch import Tensor
 from tfla import _compat, algorithm, log
 from tfla.algorithm import backend_of, can_fold_packing
 from tfla.backend import Exchange, Results
+from tfla.dtypes import state_dtype
 from tfla.spec import (
     OPTIONS,
     STEP_OPTIONS,
@@ -37,7 +38,7 @@ def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 def forward(x: Inputs, spec: CallSpec) -> tuple[Tensor, ...]:
     """(h, C_T, n_T, m_T, saved); empty tensors for what is not wanted or not there."""
-    return _filled(_outputs(spec, x), spec.state_dtype)
+    return _filled(_outputs(spec, x), state_dtype(spec.dtype))
 
 
 def backward(
@@ -54,7 +55,7 @@ def backward(
     state. dq needs no final state: an ``exchange`` begins before it, and ends after it with dC and
     dn (see ``tfla.parallel``)."""
     grads = _gradients(spec, (*x, h, saved, dh, dC, dn), exchange)
-    return _filled(grads, spec.state_dtype)
+    return _filled(grads, state_dtype(spec.dtype))
 
 
 def _outputs(spec: CallSpec, x: tuple[Any, ...]) -> Results:
@@ -227,7 +228,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     x, spec = call_of(*args)
 
     def new(*shape: int) -> Tensor:
-        return x.q.new_empty(shape, dtype=spec.state_dtype)
+        return x.q.new_empty(shape, dtype=state_dtype(spec.dtype))
 
     N, H, K, V = spec.N, spec.H, spec.K, spec.V
     normalized = spec.final_state and spec.normalize
@@ -263,7 +264,10 @@ def gradients_like(x: Inputs, spec: CallSpec) -> tuple[Tensor, ...]:
     states = (x.C, x.n, x.m)
     return (
         *(t.new_empty(t.shape) for t in (x.q, x.k, x.v, x.i, x.f)),
-        *(x.q.new_empty((0,) if t is None else t.shape, dtype=spec.state_dtype) for t in states),
+        *(
+            x.q.new_empty((0,) if t is None else t.shape, dtype=state_dtype(spec.dtype))
+            for t in states
+        ),
     )
 
 

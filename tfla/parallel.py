@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tfla import _compat, algorithm, gates, log, ops
+from tfla.dtypes import state_dtype
 from tfla.gates import EMPTY
 from tfla.offsets import check_offsets
 from tfla.shapes import each_head
@@ -186,7 +187,7 @@ def _sum_of(x: Tensor, w: Tensor, full: torch.dtype) -> Tensor:
 
 def _left(x: Inputs, spec: CallSpec, part: Part) -> _States:
     """What the rank leaves at its end; of sequences that begin here, from their initial states."""
-    full = spec.state_dtype
+    full = state_dtype(spec.dtype)
     logs = gates.log_gates(x.i.double(), x.f.double(), spec.activations)
     log_i, log_f = map(_mask, (part.tail, part.tail), logs, (-torch.inf, 0.0))
     log_i, log_f = (y.transpose(1, 2).contiguous() for y in (log_i, log_f))  # (B, H, T)
@@ -217,7 +218,7 @@ def forward(x: Inputs, spec: CallSpec, ranks: Ranks) -> tuple[Tensor, ...]:
     with ops.no_autocast(x.q.device.type):
         part = Part.make(x, rank, ranks.size)
         arrives = _left(x, spec, part).gather(ranks)
-        full = spec.state_dtype
+        full = state_dtype(spec.dtype)
         C = x.q.new_zeros(N, H, K, V, dtype=full) if x.C is None else x.C
         n, m = x.n, x.m
         if spec.normalize and x.n is None:
@@ -257,7 +258,7 @@ def backward(
     ranks: Ranks,
 ) -> tuple[Tensor, ...]:
     """As ``ops.backward``. kept: what ``forward`` returned, but for C_T and n_T."""
-    rank, full = ranks.rank, spec.state_dtype
+    rank, full = ranks.rank, state_dtype(spec.dtype)
     h, m_end, saved, C, *column, m_last, b = kept
     n, m = column if spec.normalize else (None, None)
     with ops.no_autocast(x.q.device.type):
@@ -383,7 +384,7 @@ def _(*args: Any) -> list[Tensor]:
     N, H, K, V, P = spec.N, spec.H, spec.K, spec.V, 1 if spec.packed else spec.B
 
     def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return x.q.new_empty(shape, dtype=dtype or spec.state_dtype)
+        return x.q.new_empty(shape, dtype=dtype or state_dtype(spec.dtype))
 
     def state(there: bool) -> list[Tensor]:
         n = [new(N, H, K), new(N, H)] if there and spec.normalize else [new(0), new(0)]

@@ -64,6 +64,7 @@ class Tile:
     hopper: bool = False  # by hand, hopper.py
     mma: bool = False  # by hand, mma.py
     y_ahead: bool = False  # of mma.py: is there shared memory for y of two chunks?
+    parts: int = 1  # bf16 numbers that an fp32 one is split into for a product, where it is
 
     @property
     def tiles(self) -> int:
@@ -72,7 +73,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class GroupTile:
-    """The shape of the kernels that make dq and dk of groups of heads, grouped.py."""
+    """The shape of the kernels that make dq and dk of groups of heads, groups.py."""
 
     block_k: int  # columns of q and k; a program makes the gradient of two chunks of their tokens
     block_v: int  # columns of v that a product takes at once
@@ -100,7 +101,10 @@ class Plan:
     small_warps: int
     gate_warps: int  # of kernels over the gates of a chunk
     fuse_denominator: bool  # the scan of h makes the denominator itself, but for fp16
-    group: GroupTile | None  # where many heads share q and k
+    # How the denominator is summed where it is not: the products of fp32 numbers are fp32's
+    # ("ieee", which 16-bit operands have too), three of TF32 each, or fp64's, sums in fp64 too.
+    denominator: Literal["ieee", "tf32x3", "fp64"] = "ieee"
+    group: GroupTile | None = None  # where many heads share q and k
 
     @property
     def checkpoint_shape(self) -> tuple[int, int]:
@@ -134,6 +138,7 @@ class Shape:
     transposed: bool = False
     hopper: bool = False
     mma: bool = False
+    parts: int = 1
 
 
 # By the file of the kernel and what it is for. Chosen from ahead-of-time builds: the widest that
@@ -141,11 +146,15 @@ class Shape:
 SHAPES = {
     "hopper.py": Shape(64, 256, 128, 8, 2, transposed=True, hopper=True),
     # fp32 as sums of two bf16: two stages fill the shared memory, 256 rows spill 900 bytes.
-    "hopper.py, fp32": Shape(64, 128, 128, 8, 2, transposed=True, hopper=True),
+    "hopper.py, tf32": Shape(64, 128, 128, 8, 2, transposed=True, hopper=True, parts=2),
+    # fp32 as sums of three bf16, 24 bits, whose tiles leave room for one stage.
+    "hopper.py, ieee": Shape(64, 128, 128, 8, 1, transposed=True, hopper=True, parts=3),
     # Measured as compiled for 8.0 on an H200 (docs/performance/other_gpus.md).
     "mma.py": Shape(32, 256, 128, 8, 2, transposed=True, mma=True),
-    "mma.py, fp32": Shape(32, 128, 128, 8, 2, transposed=True, mma=True),  # as sums of two bf16
-    "mma.py, fp32, 99 KiB": Shape(16, 128, 128, 8, 2, transposed=True, mma=True),
+    "mma.py, tf32": Shape(32, 128, 128, 8, 2, transposed=True, mma=True, parts=2),
+    "mma.py, tf32, 99 KiB": Shape(16, 128, 128, 8, 2, transposed=True, mma=True, parts=2),
+    "mma.py, ieee": Shape(32, 128, 128, 8, 2, transposed=True, mma=True, parts=3),
+    "mma.py, ieee, 99 KiB": Shape(16, 128, 128, 8, 2, transposed=True, mma=True, parts=3),
     # What neither can serve. fp32 on the plain units: anything wider spills kilobytes.
     "scan.py, ieee": Shape(16, 64, 16, 4, 2),
     # On 9.0 short sequences and odd head dims; at L = 64 a contraction of 256 spills 256 to 1,264
@@ -165,15 +174,14 @@ LONG = 33  # tokens, from which on hopper.py is worth it
 
 def _shape(p: Problem, device: Device, mean: int) -> Shape:
     major = device.capability[0]
+    fp32 = f", {p.precision}" if p.bytes == 4 else ""
+    if major == 9 and _descriptors(p, device) and mean >= LONG:
+        return SHAPES["hopper.py" + fp32]
+    if major in (8, 12) and _whole_rows(p):
+        small = ", 99 KiB" if fp32 and device.shared_memory < 128 * 1024 else ""
+        return SHAPES["mma.py" + fp32 + small]
     if p.bytes == 4 and p.precision == "ieee":
         return SHAPES["scan.py, ieee"]
-    if major == 9 and _descriptors(p, device) and mean >= LONG:
-        return SHAPES["hopper.py" if p.bytes == 2 else "hopper.py, fp32"]
-    if major in (8, 12) and _whole_rows(p):
-        if p.bytes == 2:
-            return SHAPES["mma.py"]
-        small = device.shared_memory < 128 * 1024
-        return SHAPES["mma.py, fp32, 99 KiB" if small else "mma.py, fp32"]
     if p.bytes == 4:
         return SHAPES["scan.py, 9.0, tf32" if major == 9 else "scan.py, tf32"]
     if major == 9:
@@ -322,7 +330,7 @@ def plan(problem: Problem, device: Device) -> Plan:
         split_len = max(4 * checkpoint_every, power_of_two(-(-mean * programs // wanted)))
         split_len = -(-split_len // checkpoint_every) * checkpoint_every
     # A state of two halves leaves no registers for it (256 -> 512: 1.32 ms against 0.83 and 0.29).
-    fuse_denominator = h.hopper and h.A <= 128
+    fuse_denominator = h.hopper and h.A <= 128 and h.parts < 3
     small = min(32 if p.bytes == 4 else 64, power_of_two(max(p.K, p.V)))
     # The scans over chunks: far at a stride where there is far to go, else as wide as fills the
     # machine (1,048,576 tokens 631 us, 64 and 16 at once 1,261; 64 x 1,024 tokens 49 and 65).
@@ -342,8 +350,24 @@ def plan(problem: Problem, device: Device) -> Plan:
         small_warps=2 if L <= 32 and shape.mma else 4,
         gate_warps=1 if L <= 32 and shape.mma else 2,
         fuse_denominator=fuse_denominator,
+        denominator=_denominator(p, device),
         group=_group(p, device, L),
     )
+
+
+# Capabilities whose tensor cores multiply fp64 numbers as fast as plain units do fp32 ones; most
+# others have 1/64 of that rate.
+FAST_FP64 = {(8, 0), (9, 0)}
+
+
+def _denominator(p: Problem, device: Device) -> Literal["ieee", "tf32x3", "fp64"]:
+    """It may be next to 0: of fp32 where TF32 is allowed it takes three products in place of one,
+    else fp64 where that is fast."""
+    if p.bytes != 4:
+        return "ieee"
+    if p.precision == "tf32":
+        return "tf32x3"
+    return "fp64" if device.capability in FAST_FP64 else "ieee"
 
 
 def _descriptors(p: Problem, device: Device) -> bool:
@@ -379,5 +403,6 @@ def _tile(p: Problem, device: Device, shape: Shape, A: int, X: int) -> Tile:
         descriptor=_descriptors(p, device),
         hopper=shape.hopper,
         mma=shape.mma,
-        y_ahead=shape.mma and device.shared_memory >= 128 * 1024,
+        y_ahead=shape.mma and shape.parts < 3 and device.shared_memory >= 128 * 1024,
+        parts=shape.parts,
     )

@@ -4,16 +4,16 @@ need not be there."""
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from tfla import algorithm, gates
+from tfla import algorithm
 from tfla.plan import Device, Problem
 from tfla.spec import BackendName, CallSpec
 
 if TYPE_CHECKING:
-    from tfla.kernels.program import ArrayLayout, Program
+    import torch
+
+    from tfla.kernels.program import ArrayLayout, Built, Program
 
 
 def call_of(
@@ -26,6 +26,10 @@ def call_of(
     backend: BackendName = "triton",
 ) -> CallSpec:
     """A call of ``tfla.mlstm`` in integers, gates in fp32. states: one comes in, one goes out."""
+    import torch
+
+    from tfla import gates
+
     p, gate = problem, gates.input_gate(input_gate)
     return CallSpec(
         B=p.B,
@@ -58,17 +62,32 @@ class Programs(NamedTuple):
     backward: Program | None
 
 
+class Passes(NamedTuple):
+    """The same, with what their arrays and results are."""
+
+    forward: Built
+    backward: Built | None
+
+
 def programs(spec: CallSpec, device: Device, *, final_grads: bool = True) -> Programs:
-    """The Programs of a call whose tensors are all dense, on ``device``. final_grads: is the loss
+    """The Programs of a call whose arrays are all dense, on ``device``. final_grads: is the loss
     one of the final state, too, where there is one?"""
-    planning = importlib.import_module("tfla.kernels.planning")
+    forward, backward = passes(spec, device, final_grads=final_grads)
+    return Programs(forward.programs[0], None if backward is None else backward.programs[0])
+
+
+def passes(
+    spec: CallSpec, device: Device, *, final_grads: bool = True, offsets: str = "i64"
+) -> Passes:
+    """The passes of such a call; this imports no torch. offsets: the dtype of cu_seqlens."""
     program = importlib.import_module("tfla.kernels.program")
-    spec = spec.but(device=torch.device("meta"), backend="triton")
+    spec = spec.but(device=device, backend="triton")
 
-    def of(dtype: torch.dtype, *shape: int) -> ArrayLayout:
-        return program.ArrayLayout(program.name_of(dtype), shape, program.dense(shape))
+    def of(dtype: Any, *shape: int) -> ArrayLayout:
+        name = dtype if isinstance(dtype, str) else program.name_of(dtype)
+        return program.ArrayLayout(name, shape, program.dense(shape))
 
-    B, T, N, H, K, V, full = spec.B, spec.T, spec.N, spec.H, spec.K, spec.V, spec.state_dtype
+    B, T, N, H, K, V, full = spec.B, spec.T, spec.N, spec.H, spec.K, spec.V, "fp32"
     C, n, m = of(full, N, H, K, V), of(full, N, H, K), of(full, N, H)
     start, normal = spec.initial_state, spec.normalize
     layouts: dict[str, ArrayLayout | None] = {
@@ -80,14 +99,12 @@ def programs(spec: CallSpec, device: Device, *, final_grads: bool = True) -> Pro
         "C": C if start else None,
         "n": n if start and normal else None,
         "m": m if start and normal else None,
-        "cu_seqlens": of(torch.int64, N + 1) if spec.packed else None,
+        "cu_seqlens": of(offsets, N + 1) if spec.packed else None,
     }
     more = {"h": layouts["v"], "saved": of(full), "dh": layouts["v"]}
     wanted = spec.final_state and final_grads
     more |= {"dC": C if wanted else None, "dn": n if wanted and normal else None}
-    with planning.planned_for(device):
-        (forward,) = program.build(algorithm.forward, spec, layouts, device).programs
-        if not spec.needs_grad:
-            return Programs(forward, None)
-        (backward,) = program.build(algorithm.backward, spec, layouts | more, device).programs
-        return Programs(forward, backward)
+    forward = program.build(algorithm.forward, spec, layouts, device)
+    if not spec.needs_grad:
+        return Passes(forward, None)
+    return Passes(forward, program.build(algorithm.backward, spec, layouts | more, device))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # who has JAX may have no torch
+    import torch
+    from torch import Tensor
 
-from tfla._compat import constant_while_tracing
-from tfla.gates import Activations
+    from tfla.plan import Device
 
 BackendName = Literal["reference", "triton"]
 Precision = Literal["ieee", "tf32"]
@@ -53,9 +53,22 @@ class State(NamedTuple):
         return State(*(None if t is None else t.detach() for t in self))  # type: ignore[arg-type]
 
 
-# Pickled by its public name, wherever it is defined, and read by torch.load with weights_only=True.
-State.__module__ = "tfla"
-torch.serialization.add_safe_globals([State])
+State.__module__ = "tfla"  # pickled by its public name, wherever it is defined
+
+
+class Activations(NamedTuple):
+    """How log-gates come from what the caller passes."""
+
+    input_gate: str  # the name of a gate of ``tfla.gates``; a log_i that is passed is that of "exp"
+    sigmoid_f: bool  # log_f = logsigmoid(f), else f is log_f already
+
+
+class TritonForm(NamedTuple):
+    """An input gate as two ``@triton.jit`` functions. Each is compiled into the kernels that call
+    it, works on scalars and blocks, and keeps the dtype that comes in."""
+
+    log_i: Any  # (i) -> log_i: fp64 over sequences, fp32 in the decode step
+    gradient: Any  # (dlog_i, i) -> di, fp32
 
 
 class Inputs(NamedTuple, Generic[X]):
@@ -82,7 +95,7 @@ class Options(NamedTuple):
     final_state: bool  # does the state after the last token go out?
     needs_grad: bool  # will there be a backward pass?
     backend: str
-    precision: str  # of products of fp32 numbers: "ieee", or "tf32" with 10 bits
+    precision: str  # of products of fp32 numbers: "ieee", 24 bits, or "tf32", 11 or more
 
 
 # The same in the language of torch.library's schemas.
@@ -138,9 +151,10 @@ class CallSpec:
     V: int  # width of v and h
     N: int  # sequences: B, or as many as are packed
     packed: bool  # are sequences packed along T?
-    dtype: torch.dtype  # of q, k, v and h
-    gate_dtypes: tuple[torch.dtype, torch.dtype]  # of i and f
-    device: torch.device
+    # Of q, k, v and h, and of i and f. On "triton" NumPy's dtypes, as JAX has them, do as well.
+    dtype: torch.dtype
+    gate_dtypes: tuple[torch.dtype, torch.dtype]
+    device: torch.device | Device  # where the tensors are, or what is planned for
     initial_state: bool  # does a state come in?
     scale: float  # of q, not negative
     input_gate: str  # the name of a gate of ``tfla.gates``
@@ -149,8 +163,11 @@ class CallSpec:
     final_state: bool  # does the state after the last token go out?
     needs_grad: bool  # will there be a backward pass?
     backend: BackendName
-    precision: Precision  # of products of fp32 numbers: "ieee", or "tf32" with 10 bits
+    precision: Precision  # of products of fp32 numbers: "ieee", 24 bits, or "tf32", 11 or more
     split: bool = False  # is T split over processes?
+    # Where the rows are those of many calls alike, how many one of them has: it plans for all, so
+    # that what is saved is laid out as if they came one by one. None: it is one call.
+    planned_rows: int | None = None
 
     @staticmethod
     def of(x: Inputs[Tensor], options: Options) -> CallSpec:
@@ -200,11 +217,6 @@ class CallSpec:
         """May there be gradients of the states where sequences end?"""
         return self.final_state or self.split
 
-    @property
-    def state_dtype(self) -> torch.dtype:
-        """Of states, gates and everything else that is not a token's operand."""
-        return state_dtype(self.dtype)
-
     def but(self, **fields: Any) -> CallSpec:
         """The same with some fields changed."""
         return dataclasses.replace(self, **fields)
@@ -228,18 +240,3 @@ class CallSpec:
         if self is other:
             return True
         return isinstance(other, CallSpec) and self._key() == other._key()
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of states beside tokens of a dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@constant_while_tracing  # graphs are made anew where torch's setting is another
-def products_of(dtype: torch.dtype) -> Precision:
-    """How products of a dtype are done: of fp32 as torch's own matrix products on NVIDIA GPUs are
-    set to be."""
-    if dtype != torch.float32 or torch.version.hip:
-        return "ieee"
-    matmul: Any = torch.backends.cuda.matmul  # allow_tf32 raises where the newer name was used
-    return "tf32" if matmul.fp32_precision == "tf32" else "ieee"

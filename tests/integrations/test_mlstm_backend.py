@@ -7,12 +7,14 @@ import dataclasses
 import itertools
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import tfla
+from tfla import api
 from tfla.integrations.mlstm_backend import mLSTMBackend, mLSTMBackendConfig
 
 with warnings.catch_warnings():
@@ -88,6 +90,38 @@ def test_autocast_computes_in_the_dtype_of_the_configuration() -> None:
     assert make(*x).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert make(*x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kernel", "precision"),
+    [
+        ("chunkwise--triton_limit_chunk", "tf32"),
+        ("chunkwise--triton_xl_chunk", "tf32"),
+        ("chunkwise--triton_xl_chunk_siging", "tf32"),
+        ("parallel--triton_limit_headdim", "tf32"),
+        ("chunkwise--native_autograd", "ieee"),
+        ("parallel--native_siging_autograd", "ieee"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_of_fp32_are_of_the_class_of_their_kernels(
+    kernel: str, precision: str, mode: str, autocast: bool
+) -> None:
+    """Their Triton kernels take TF32 whatever torch is set to; native ones follow torch. No setting
+    of torch's changes, and ``tfla.mlstm`` on the same tensors still follows torch."""
+    x = draw(dtype=torch.float32)
+    module = backend(chunkwise_kernel=kernel, autocast_kernel_dtype="float32", mode=mode)
+    seen = []
+    real = api.ops.run
+    before = torch.get_float32_matmul_precision()
+    with mock.patch.object(api.ops, "run", lambda x, spec: (seen.append(spec), real(x, spec))[1]):
+        with torch.autocast("cpu", enabled=autocast):
+            module(*x)
+        tfla.mlstm(*(t.transpose(1, 2) for t in x), input_gate="exp")
+    assert [spec.precision for spec in seen] == [precision, "ieee"]
+    assert {spec.dtype for spec in seen} == {torch.float32}
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_the_mode_and_the_states_are_the_calls() -> None:

@@ -18,7 +18,7 @@ import tfla
 from tfla import kernels
 from tfla.bench import cases
 from tfla.bench import check as bench
-from tfla.kernels import gates, pointwise, program, runtime
+from tfla.kernels import decode, gates, pointwise, program, runtime, step
 from tfla.spec import CallSpec, Inputs, Options, StepInputs, StepOptions
 
 SMALL = {"T": 53, "B": 1, "H": 1, "K": 12, "V": 20, "backend": "triton", "dtype": torch.float32}
@@ -30,6 +30,14 @@ def test_every_variant(input_gate: str, normalize: bool | None) -> None:
         checks.check_against_recurrence(
             Case(**SMALL | {"T": 37, "B": 2}, input_gate=input_gate, normalize=normalize)
         )
+
+
+@pytest.mark.parametrize("gates", ["ordinary", "resets 50%", "swings", "f=-1e5", "i=-30"])
+def test_a_denominator_summed_in_fp64(gates: str) -> None:
+    """As it is where fp64 is fast, with states and in parts of a chunk."""
+    with planned(denominator="fp64"):
+        case = Case(**SMALL | {"T": 37, "B": 2, "K": 40}, input_gate="exp", gates=gates)
+        checks.check_against_recurrence(case)
 
 
 @pytest.mark.parametrize("lengths", [(53,), (100, 0, 7, 40)])
@@ -366,7 +374,7 @@ def test_step(gate: str, V: int) -> None:
     results = []
     for backend in ("triton", "reference"):
         state = tfla.State(*(x.clone() if normalized or x.dim() == 4 else None for x in states))
-        with mock.patch.object(kernels.step, "REGISTERS", 256):
+        with mock.patch.object(step, "REGISTERS", 256):
             for _ in range(2):  # the counters are left at zero
                 h, state = tfla.mlstm_step(
                     q,
@@ -389,18 +397,18 @@ def test_step(gate: str, V: int) -> None:
 def test_counters_of_a_step_go_with_the_memory_of_m() -> None:
     """So that launches at the same time have different ones; all are left at zero."""
     m = torch.zeros(6, 2)
-    counters = [kernels.step._arrived(x) for x in (m, m[3:], m[::2], torch.zeros(6, 2))]
+    counters = [decode._arrived(x) for x in (m, m[3:], m[::2], torch.zeros(6, 2))]
     assert len({x.data_ptr() for x in counters}) == 4
-    assert kernels.step._arrived(m.view_as(m)) is counters[0]
+    assert decode._arrived(m.view_as(m)) is counters[0]
 
     q, k, v = torch.randn(2, 2, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 48)
     i, f = torch.randn(2, 2, 2).unbind(0)
     options = StepOptions(1.0, "exp", True, "triton")
-    with mock.patch.object(kernels.step, "REGISTERS", 128):
+    with mock.patch.object(step, "REGISTERS", 128):
         for slots in ([5, 0], [3, 3], [-1, 2]):  # right; twice the same; out of range
             arguments = torch.zeros(6, 2, 8, 48), torch.zeros(6, 2, 8), m, torch.tensor(slots)
             before = m.clone()
-            kernels.step.update(StepInputs(q, k, v, i, f, *arguments), options)
+            decode.update(StepInputs(q, k, v, i, f, *arguments), options)
             used = [slot for slot in slots if slot >= 0]
             assert ((m != before).any(1).nonzero()[:, 0]).tolist() == sorted(set(used))
             assert not any(x.any() for x in counters)

@@ -10,21 +10,19 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from tfla import plan
+from tfla.dtypes import products_of
 from tfla.kernels import planning
+from tfla.kernels.compile import Source, compiled, source, source_of_launch
 from tfla.kernels.program import Program
 from tfla.programs import call_of, programs
-from tfla.spec import CallSpec, Precision, products_of
+from tfla.spec import CallSpec, Precision
 
 DEVICES = {
     ("cuda", 80): plan.Device((8, 0), 108, 166912),
@@ -48,24 +46,6 @@ TYPES = {
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One recorded launch, as the compiler needs it."""
-
-    kernel: Any
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]
-    warps: int
-    stages: int
-
-    def __str__(self) -> str:
-        picked = {k: v for k, v in self.constants if k.isupper() and v is not None}
-        return f"{self.kernel.__name__} warps={self.warps} " + " ".join(
-            f"{k}={v}" for k, v in picked.items()
-        )
-
-
-@dataclass(frozen=True)
 class Resources:
     """What one kernel takes of the machine."""
 
@@ -76,60 +56,20 @@ class Resources:
     register_wgmma: int
 
 
-def record(
-    kernel: Any, shape: tuple[int, int], named: dict[str, Any], aligned: Collection[str] = ()
-) -> Launch:
-    """A launch of values by the names of parameters, a pointer as its dtype. aligned: pointers that
-    are multiples of 16."""
-    signature, fixed, divisible = [], [], []
-    skip = set(kernel.do_not_specialize or ())
-    for index, (parameter, name) in enumerate(zip(kernel.params, kernel.arg_names, strict=True)):
-        value = named[name]
-        if (
-            parameter.is_constexpr
-            or value is None
-            or (isinstance(value, int) and value == 1 and name not in skip)
-        ):
-            signature.append((name, "constexpr"))
-            fixed.append((name, value))
-        elif isinstance(value, str):
-            signature.append((name, "*" + value))
-            if name in aligned:
-                divisible.append(index)
-        elif isinstance(value, float):
-            signature.append((name, "fp32"))
-        else:
-            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if value % 16 == 0 and name not in skip:
-                divisible.append(index)
-    return Launch(kernel, tuple(signature), tuple(fixed), tuple(divisible), *shape)
-
-
 def of_tensors(
     kernel: Any, shape: tuple[int, int], args: tuple[Any, ...], constants: dict[str, Any]
-) -> Launch:
+) -> Source:
     """A launch of tensors, all aligned, and numbers, in the order of the kernel's parameters."""
     named = {
         name: TYPES[x.dtype] if isinstance(x, torch.Tensor) else x
         for name, x in (dict(zip(kernel.arg_names, args, strict=False)) | constants).items()
     }
-    return record(kernel, shape, named, kernel.arg_names)
+    return source(kernel, shape, named, kernel.arg_names)
 
 
-def of_program(program: Program) -> list[Launch]:
+def of_program(program: Program) -> list[Source]:
     """Its launches, as the compiler needs them."""
-    found = []
-    for x in program.launches:
-        p = x.parameters
-        buffers = {
-            name: None if n is None else program.buffers[n]
-            for name, n in (p.reads | p.updates | p.writes).items()
-        }
-        named = {name: None if b is None else b.dtype for name, b in buffers.items()}
-        aligned = [name for name, b in buffers.items() if b is not None and b.aligned]
-        rest = p.numbers | p.constants
-        found.append(record(x.kernel, (x.warps, x.stages), {**named, **rest}, aligned))
-    return found
+    return [source_of_launch(x, program.buffers) for x in program.launches]
 
 
 def call(
@@ -155,7 +95,7 @@ def call(
 
 def launches(
     device: plan.Device, *shape: int, override: Any = None, **options: Any
-) -> list[Launch]:
+) -> list[Source]:
     """What the forward and the backward pass of one ``call`` launch on ``device``, each once.
     override: Plan -> Plan."""
     with contextlib.nullcontext() if override is None else planning.changed(override):
@@ -164,20 +104,9 @@ def launches(
     return list(dict.fromkeys(found))
 
 
-def build(launch: Launch, backend: str, arch: int | str) -> Any:
+def build(launch: Source, backend: str, arch: int | str) -> Any:
     """The compiled kernel."""
-    make = GluonASTSource if launch.kernel.is_gluon() else ASTSource
-    source = make(
-        launch.kernel,
-        dict(launch.signature),
-        {(launch.kernel.arg_names.index(k),): v for k, v in launch.constants},
-        {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
-    )
-    target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    options = {"num_warps": launch.warps} | (
-        {} if backend == "hip" else {"num_stages": launch.stages}
-    )
-    return triton.compile(source, target=target, options=options)
+    return compiled(launch, backend, arch)
 
 
 def binary(compiled: Any, tool: str, *options: str) -> str:

@@ -120,6 +120,43 @@ def test_groups_take_no_memory_of_all_heads() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
+@pytest.mark.parametrize("T", [33, 64, 65, 1000, 8192])
+@pytest.mark.parametrize("gate", GATES)
+def test_every_length_in_fp32(gate: str, T: int) -> None:
+    """Of short sequences on the plain units, of others in three parts; cut where they are long."""
+    check(on_gpu(T=T, H=1, K=64, V=64, dtype=torch.float32, input_gate=gate, state=T != 64))
+
+
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("gate", GATES)
+def test_packed_in_fp32(gate: str, final: bool) -> None:
+    fields = {"K": 64, "V": 128, "input_gate": gate, "state": final, "final": final}
+    check(packed(0, 5, 0, 300, 33, **fields, device="cuda", backend="triton", dtype=torch.float32))
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_passes_through_fp32_as_in_ieee_arithmetic(
+    where: str, value: float
+) -> None:
+    """inf times a number is inf, not NaN, though one of its three parts is 0 or has another sign.
+    All inputs are positive, for the recurrence to have no inf - inf of its own."""
+    g = torch.Generator().manual_seed(0)
+    x = {n: torch.rand(1, 150, 1, 16, generator=g) + 0.5 for n in "qkv"}
+    gates = [torch.randn(1, 150, 1, generator=g) for _ in "if"]
+    x["v"][0, 3, 0, 5] = 1.0  # whose lower parts are 0
+    x[where][0, 70, 0, 5] = value
+    truth, _ = oracle.mlstm(*x.values(), *gates, input_gate="sigmoid", dtype=torch.float64)
+    on_device = [t.cuda() for t in (*x.values(), *gates)]
+    h = tfla.mlstm(*on_device, input_gate="sigmoid", backend="triton")[0].cpu()
+    later = torch.arange(150) >= 70  # earlier tokens of its chunk multiply it by 0
+    untouched = torch.arange(150) < 64
+    for tokens in (later, untouched):
+        torch.testing.assert_close(
+            h[:, tokens], truth[:, tokens], rtol=1e-6, atol=0.0, equal_nan=True
+        )
+
+
 @pytest.fixture
 def tf32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
@@ -571,7 +608,7 @@ def test_a_fused_sum_is_rounded_as_torch_rounds_it(
 @pytest.mark.parametrize("shared", [False, True], ids=["two states", "slots of one"])
 def test_recorded_steps_run_at_the_same_time(shared: bool, warm: bool) -> None:
     """Two graphs on two streams, of two states or of one, update what one after the other does."""
-    from tfla.kernels import step
+    from tfla.kernels import decode
 
     H, K, V = 8, 256, 512
     inputs = [[x[:, 0] for x in problem(4, 1, H, K, V, torch.bfloat16)] for _ in range(2)]
@@ -591,8 +628,8 @@ def test_recorded_steps_run_at_the_same_time(shared: bool, warm: bool) -> None:
         for n in range(2):
             act(n, wanted)
     if not warm:  # addresses that no step has seen; the kernel itself is compiled by now
-        for key in [k for k in step._arrivals if k[1] in {s.m.data_ptr() for s in found}]:
-            del step._arrivals[key]
+        for key in [k for k in decode._arrivals if k[1] in {s.m.data_ptr() for s in found}]:
+            del decode._arrivals[key]
     graphs, streams = [], [torch.cuda.Stream() for _ in range(2)]
     for n in range(2):
         if warm:
@@ -608,7 +645,7 @@ def test_recorded_steps_run_at_the_same_time(shared: bool, warm: bool) -> None:
     torch.cuda.synchronize()
     for ours, theirs in zip(found, wanted, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert not any(x.any() for x in step._arrivals.values())
+    assert not any(x.any() for x in decode._arrivals.values())
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")

@@ -304,11 +304,17 @@ def test_errors_are_those_of_torch() -> None:
 
 
 def test_what_is_not_offered_is_refused() -> None:
-    extra = {"group": "world"}, {"backend": "triton"}
-    calls = [{"function": "errors", "name": "mlstm", "arguments": X | more} for more in extra]
-    group, triton = answers(calls)
-    assert group["type"] == triton["type"] == "NotImplementedError"
-    assert "jax.shard_map" in group["text"] and 'backend="reference"' in triton["text"]
+    call = {"function": "errors", "name": "mlstm", "arguments": X | {"group": "world"}}
+    (found,) = answers([call])
+    assert found["type"] == "NotImplementedError" and "jax.shard_map" in found["text"]
+
+
+def test_kernels_that_cannot_run_here_are_refused_as_for_torch() -> None:
+    call = {"function": "errors", "name": "mlstm", "arguments": X | {"backend": "triton"}}
+    (found,), expected = answers([call]), error_of_torch("mlstm", X | {"backend": "triton"})
+    assert found["type"] == expected["type"] == "RuntimeError"
+    start = 'backend="triton" cannot serve this call: '
+    assert found["text"].startswith(start) and expected["text"].startswith(start)
 
 
 # ---------------------------------------------------------------- the example learns the same

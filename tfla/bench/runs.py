@@ -21,9 +21,9 @@ from torch import Tensor
 
 from tfla.bench import cases, check, measure, roofline
 from tfla.bench.cases import DTYPES, Implementation, Shape
+from tfla.dtypes import products_of
 from tfla.gates import input_gate
 from tfla.plan import Problem, plan
-from tfla.spec import products_of
 
 Row = dict[str, Any]
 Tell = Callable[..., None]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import tfla
+from tfla.api import mlstm_allowing_tf32
 from tfla.gates import InputGate
 
 States = tuple[Tensor, Tensor, Tensor]
@@ -32,9 +33,14 @@ def sequence(
     input_gate: InputGate = "exp",
     normalize: bool = True,
     states: bool = True,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, States | None]:
-    """``tfla.mlstm``: h (B, H, T, V), and with `states` (c, n, m) after the last token, in fp32."""
-    h, after = tfla.mlstm(
+    """``tfla.mlstm``: h (B, H, T, V), and with `states` (c, n, m) after the last token, in fp32.
+
+    `allow_tf32`: fp32 products have 11 bits or more, whatever torch is set to.
+    """
+    mlstm = mlstm_allowing_tf32 if allow_tf32 else tfla.mlstm
+    h, after = mlstm(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),

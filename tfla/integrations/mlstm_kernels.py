@@ -9,8 +9,11 @@
     step          native, triton                                                            exp
 
 Written for mlstm_kernels 2.0.6. None of its functions is called, so all names work on a CPU and on
-a GPU, without Triton and with Triton 3.9. Gradients are those of the function; ``eps``,
-``chunk_size`` and all that tunes kernels are accepted without effect; states are fp32, m also where
+a GPU, without Triton and with Triton 3.9. What they compute in Triton multiplies fp32 numbers in
+TF32 whatever torch is set to, so behind those names ("triton", but for sequences by steps) products
+of fp32 have its 11 bits or more; the native ones follow torch, and so do ours. Gradients are those
+of the function; ``eps``, ``chunk_size`` and all that tunes kernels are accepted without effect;
+states are fp32, m also where
 ``dtype_state`` asks for less. docs/migrate/mlstm_kernels.md says what that changes. Without
 mlstm_kernels, ``tfla.integrations.mlstm_backend`` has its ``mLSTMBackend``.
 """
@@ -111,6 +114,7 @@ def chunkwise_exp(
     eps: float = 1e-6,
     chunk_size: int = 64,
     autocast_kernel_dtype: torch.dtype = torch.float32,
+    allow_tf32: bool = False,
     **tuning: Any,
 ) -> Output:
     """h (B, H, T, V), or h and (c, n, m), of the mLSTM with exponential input gate."""
@@ -118,6 +122,7 @@ def chunkwise_exp(
         (q, k, v, i, f, c_initial, n_initial, m_initial),
         autocast_kernel_dtype,
         states=return_last_states,
+        allow_tf32=allow_tf32,
     )
     return h if states is None else (h, states)
 
@@ -136,6 +141,7 @@ def chunkwise_siging(
     normalize: bool = True,
     chunk_size: int = 64,
     autocast_kernel_dtype: torch.dtype = torch.float32,
+    allow_tf32: bool = False,
     **tuning: Any,
 ) -> Output:
     """h (B, H, T, V), or h and (c, n), of the mLSTM with sigmoid input gate.
@@ -150,6 +156,7 @@ def chunkwise_siging(
         states=return_last_states,
         input_gate="sigmoid",
         normalize=normalize,
+        allow_tf32=allow_tf32,
     )
     if states is None:
         return h
@@ -169,6 +176,7 @@ def parallel_exp(
     return_last_states: bool = False,
     eps: float = 1e-6,
     autocast_kernel_dtype: torch.dtype = torch.float32,
+    allow_tf32: bool = False,
     **tuning: Any,
 ) -> Output:
     """As ``chunkwise_exp``, states included: the function has no parallel form of its own here."""
@@ -176,6 +184,7 @@ def parallel_exp(
         (q, k, v, i, f, c_initial, n_initial, m_initial),
         autocast_kernel_dtype,
         states=return_last_states,
+        allow_tf32=allow_tf32,
     )
     return h if states is None else (h, states)
 
@@ -194,6 +203,7 @@ def parallel_siging(
     stable_fgate: bool = True,
     normalize: bool = True,
     autocast_kernel_dtype: torch.dtype = torch.float32,
+    allow_tf32: bool = False,
     **tuning: Any,
 ) -> Output:
     """As ``chunkwise_siging``."""
@@ -209,6 +219,7 @@ def parallel_siging(
         return_last_states=return_last_states,
         normalize=normalize,
         autocast_kernel_dtype=autocast_kernel_dtype,
+        allow_tf32=allow_tf32,
     )
 
 
@@ -255,28 +266,35 @@ KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     "chunkwise": {
         "native_autograd": chunkwise_exp,
         "native_custbw": chunkwise_exp,
-        "triton_limit_chunk": chunkwise_exp,
-        "triton_xl_chunk": chunkwise_exp,
-        "triton_xl_chunk_siging": chunkwise_siging,
+        "triton_limit_chunk": partial(chunkwise_exp, allow_tf32=True),
+        "triton_xl_chunk": partial(chunkwise_exp, allow_tf32=True),
+        "triton_xl_chunk_siging": partial(chunkwise_siging, allow_tf32=True),
     },
     "parallel": {
         "native_autograd": parallel_exp,
         "native_custbw": parallel_exp,
         "native_stablef_autograd": parallel_exp,
         "native_stablef_custbw": parallel_exp,
-        "triton_limit_headdim": parallel_exp,
+        "triton_limit_headdim": partial(parallel_exp, allow_tf32=True),
         "native_siging_autograd": parallel_siging,
         "native_siging_custbw": parallel_siging,
     },
     "sequence": {"native_sequence__native": sequence, "native_sequence__triton": sequence},
     "step": {"native": step, "triton": step},
 }
-_OURS = {function for registry in KERNELS.values() for function in registry.values()}
+
+
+def _unbound(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, where arguments are bound to it."""
+    return kernel.func if isinstance(kernel, partial) else kernel
+
+
+_OURS = {_unbound(kernel) for registry in KERNELS.values() for kernel in registry.values()}
 
 
 def _is_ours(kernel: Callable[..., Any]) -> bool:
     """Also where they have bound arguments to it."""
-    return (kernel.func if isinstance(kernel, partial) else kernel) in _OURS
+    return _unbound(kernel) in _OURS
 
 
 class _Training:

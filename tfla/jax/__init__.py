@@ -6,7 +6,8 @@
 
 They have the arguments, shapes, meaning and errors of ``tfla.mlstm``, ``tfla.mlstm_step`` and
 ``tfla.linear_attention``, and work under ``jax.jit``, ``grad``, ``vmap``, ``lax.scan``,
-``checkpoint`` and ``shard_map``. ``import tfla.jax`` imports neither torch nor Triton;
+``checkpoint`` and ``shard_map``. On NVIDIA GPUs they run the kernels that torch gets, where Triton
+is installed. ``import tfla.jax`` imports neither torch nor Triton;
 docs/migrate/jax.md has a table of what is there. ``tfla.jax.mlstm_kernels`` has the functions of
 mlstm_kernels.
 """

@@ -6,7 +6,6 @@ sequences.
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tfla.jax import checks, reference, shards
+from tfla.jax import checks, dispatch, reference, shards
 from tfla.jax.checks import State
 from tfla.jax.spec import BackendName, InputGate, Inputs, Options
+from tfla.plan import Device
 
 __all__ = ["State", "linear_attention", "mlstm", "mlstm_step"]
 
@@ -72,19 +72,24 @@ def mlstm(
             every input and in h, of packed sequences each by itself. The states are then those
             behind a sequence's last token and before its first.
         group: None; T is not split over processes here.
-        backend: None or "reference", which runs on all that JAX runs on. "triton" is not there yet.
+        backend: "reference" runs on all that JAX runs on; "triton" on NVIDIA GPUs of compute
+            capability 8.0 or later, where Triton 3.6 to 3.9 is installed, in fp16, bf16 and fp32.
+            None: "triton" where it can run, else "reference", on a GPU with one warning that says
+            why. A function that is traced is planned for JAX's default device.
 
     What is not finite stays in its row of B, its packed sequence and its head (in all heads of a
     group, if it is in q or k), and in later tokens; NaN and inf in q, k and v may reach earlier
     tokens of their own chunk of up to 64. Finite inputs never spoil an earlier token.
 
     Returns:
-        h: (B, T, H, V) in v's dtype, and the final State or None. JAX may differentiate them in
-        both modes and any number of times, through the normaliser and through both states.
+        h: (B, T, H, V) in v's dtype, and the final State or None. JAX may differentiate them
+        through the normaliser and through both states: on "reference" in both modes and any number
+        of times, on "triton" once, in reverse mode.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
-        NotImplementedError: ``group``, and ``backend="triton"``.
+        RuntimeError: ``backend="triton"`` where it cannot serve the call.
+        NotImplementedError: ``group``; on "triton" a derivative of a derivative.
 
     Example:
         >>> import jax, tfla.jax
@@ -143,7 +148,7 @@ def linear_attention(
         h: (B, T, H, V) in v's dtype, and the final State or None.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as in ``mlstm``.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in ``mlstm``.
 
     Example:
         >>> import jax, jax.numpy as jnp, tfla.jax
@@ -192,7 +197,7 @@ def mlstm_step(
         h: (B, H, V) in v's dtype, and the State after the token.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as in ``mlstm``.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in ``mlstm``.
 
     Example:
         >>> import jax, tfla.jax
@@ -214,12 +219,12 @@ def mlstm_step(
     state = checks.state(state, normalize, v, (rows, H, K, V), "state", low=True)
     if slots is not None:
         slots = checks.slots(slots, B, state.C.shape[0], inplace)
-    _pick_backend(backend)
+    device = dispatch.pick_backend(backend, q, k, v, state.C)
     options = Options(checks.scale_of(scale, K), input_gate, True, normalize)
     arrays = _alike(q, k, v, i, f, state, slots)
     is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
     run = _run_step_inplace if inplace and not is_traced else _run_step
-    return run(*arrays, options=options)
+    return run(*arrays, options=options, device=device)
 
 
 # ---------------------------------------------------------------- what the three share
@@ -248,16 +253,23 @@ def _sequence(
     offsets, N = checks.sequences(cu_seqlens, q)
     if state is not None:
         state = checks.state(state, options.normalize, v, (N, H, K, V), "initial_state")
-    _pick_backend(backend)
+    device = dispatch.pick_backend(backend, q, k, v)
     options = options.but(scale=checks.scale_of(scale, K))
     C, n, m = (None, None, None) if state is None else state
     inputs = Inputs(*_alike(q, k, v, i, f, C, n, m, offsets))
-    return _run_sequence(inputs, options=options)
+    return _run_sequence(inputs, options=options, device=device)
 
 
-@partial(jax.jit, static_argnames="options")
-def _run_sequence(inputs: Inputs, *, options: Options) -> tuple[Array, State | None]:
-    h, C, n, m = reference.sequence(inputs, options)
+@partial(jax.jit, static_argnames=("options", "device"))
+def _run_sequence(
+    inputs: Inputs, *, options: Options, device: Device | None
+) -> tuple[Array, State | None]:
+    if device is None:
+        h, C, n, m = reference.sequence(inputs, options)
+    else:
+        from tfla.jax import triton  # imports Triton
+
+        h, C, n, m = triton.sequence(inputs, options, device)
     return h, State(C, n, m) if options.final_state else None
 
 
@@ -271,47 +283,31 @@ def _step(
     slots: Array | None,
     *,
     options: Options,
+    device: Device | None,
 ) -> tuple[Array, State]:
+    if device is None:
+        step = reference.step
+    else:
+        from tfla.jax import triton  # imports Triton
+
+        step = partial(triton.step, device=device)
     if slots is None:
-        h, C, n, m = reference.step(q, k, v, i, f, state, options)
+        h, C, n, m = step(q, k, v, i, f, state, options)
         return h, State(C, n, m)
     N = len(state.C)
     is_row = (slots >= 0) & (slots < N)
     rows = jnp.where(is_row, slots, N)
     used = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), state)
-    h, *after = reference.step(q, k, v, i, f, used, options)
+    h, *after = step(q, k, v, i, f, used, options)
     h = jnp.where(is_row[:, None, None], h, jnp.nan)
     return h, jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), state, State(*after))
 
 
-_run_step = jax.jit(_step, static_argnames="options")
-_run_step_inplace = jax.jit(_step, static_argnames="options", donate_argnames="state")
+_static = "options", "device"
+_run_step = jax.jit(_step, static_argnames=_static)
+_run_step_inplace = jax.jit(_step, static_argnames=_static, donate_argnames="state")
 
 
 def _alike(*arrays: Any) -> Any:
     """All of them vary over the axes of a mesh over which any does."""
     return shards.varying(arrays, shards.axes_of(arrays))
-
-
-_warned: set[str] = set()
-
-
-def _pick_backend(backend: BackendName | None) -> None:
-    """Only "reference" is there; on a GPU tfla.jax warns once."""
-    if backend is None:
-        platform = jax.default_backend()
-        if platform in ("gpu", "cuda", "rocm") and platform not in _warned:
-            _warned.add(platform)
-            warnings.warn(
-                'tfla.jax runs on its backend "reference" here: its Triton kernels are not '
-                "available in JAX yet.",
-                stacklevel=4,
-            )
-        return
-    if backend == "triton":
-        raise NotImplementedError(
-            'backend="triton" is not available in tfla.jax yet; take backend="reference", which '
-            "runs on GPUs as well, or tfla.mlstm with torch tensors (torch.from_dlpack)."
-        )
-    if backend != "reference":
-        raise ValueError(f"backend must be None, 'reference', 'triton'; got {backend!r}.")

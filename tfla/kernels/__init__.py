@@ -11,19 +11,14 @@ hand), groups.py (dq and dk where many heads share q and k), pointwise.py (for m
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tfla.backend import ScanName
 from tfla.kernels import gates, groups, normalizer
 from tfla.kernels.layout import _fold_packing_kernel
 from tfla.kernels.planning import plan_of
 from tfla.kernels.program import Symbol, name_of
-from tfla.kernels.runtime import execute
 from tfla.kernels.scan import _join_splits_kernel, _scan_kernel
-from tfla.kernels.step import update
 from tfla.kernels.weights import (
     GateWeights,
     clear,
@@ -36,6 +31,25 @@ from tfla.kernels.weights import (
 )
 from tfla.plan import StoredSizes, Tile, power_of_two
 from tfla.spec import CallSpec, Inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tfla.kernels.decode import update
+    from tfla.kernels.runtime import execute
+else:
+
+    def __getattr__(name: str) -> Any:
+        """What works on tensors comes when it is asked for: who has JAX may have no torch."""
+        if name == "execute":
+            from tfla.kernels.runtime import execute as found
+        elif name == "update":
+            from tfla.kernels.decode import update as found
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found
+        return found
+
 
 __all__ = [
     "FOLDS_PACKING",
@@ -243,8 +257,7 @@ def _normalized(x: Inputs[Symbol], weights: GateWeights) -> None:
             "L": plan.L,
             "BLOCK_K": plan.block_k,
             "PACKED": spec.packed,
-            # den may be next to 0: where TF32 is allowed, three of its products in place of one.
-            "PRECISION": "ieee" if spec.precision == "ieee" else "tf32x3",
+            "PRECISION": plan.denominator,
         },
     )
 
@@ -343,6 +356,8 @@ def initial_state_decay(
     if column is not None:
         parts.append(column.d)
     if first is not None:  # its first chunk lies at its own number: what came before it is empty
+        import torch
+
         chosen = (first + torch.arange(chunks, device=first.device)).clamp(max=sizes.chunks - 1)
         parts = [part.index_select(1, chosen) for part in parts]
     edge, decay, *d = parts
@@ -719,12 +734,16 @@ def _kernel_of(tile: Tile, precision: str, of_x: bool) -> tuple[Any, dict[str, A
     if tile.hopper:
         from tfla.kernels.hopper import _scan_hopper_kernel
 
-        return _scan_hopper_kernel, {"OF_X": of_x, "STAGES": tile.stages}
+        return _scan_hopper_kernel, {"OF_X": of_x, "STAGES": tile.stages, "PARTS": tile.parts}
     if tile.mma:
         from tfla.kernels.mma import _scan_mma_kernel
 
-        forms = {"STAGES": tile.stages, "Y_AHEAD": tile.y_ahead, "WARPS": tile.warps}
-        return _scan_mma_kernel, forms
+        return _scan_mma_kernel, {
+            "STAGES": tile.stages,
+            "Y_AHEAD": tile.y_ahead,
+            "WARPS": tile.warps,
+            "PARTS": tile.parts,
+        }
     return _scan_kernel, {
         "TRANSPOSED": tile.transposed,
         "DESCRIPTOR": tile.descriptor,

@@ -21,8 +21,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfla import gates as limits
+from tfla import limits
 from tfla.kernels.layout import chunk, first_checkpoint_index, first_index, interval, sequence
+from tfla.spec import TritonForm
 
 LOG2E = tl.constexpr(limits.LOG2E)
 LIMIT = tl.constexpr(limits.LIMIT)
@@ -67,16 +68,18 @@ def _sigmoid_gradient(dlog_i, i):
 
 # The Triton forms of the input gates that ``tfla.gates`` registers; others bring their own.
 FORMS = {
-    "exp": limits.TritonForm(_same, _exp_gradient),
-    "sigmoid": limits.TritonForm(_log_sigmoid, _sigmoid_gradient),
+    "exp": TritonForm(_same, _exp_gradient),
+    "sigmoid": TritonForm(_log_sigmoid, _sigmoid_gradient),
 }
 
 
-def form_of(name: str) -> limits.TritonForm:
+def form_of(name: str) -> TritonForm:
     """The Triton form of an input gate; RuntimeError if it has none."""
     found = FORMS.get(name)
     if found is None:
-        gate = limits.input_gate(name)
+        from tfla.gates import input_gate  # needs torch, as gates that are registered do
+
+        gate = input_gate(name)
         if gate.triton is None:
             raise RuntimeError(
                 f'the input gate {name!r} has no Triton form: use backend="reference", or register '
@@ -185,14 +188,14 @@ def store_weights(here, target, edge, source, source_edge, mark, inside, used, L
     tl.store(here + MARK * L, mark)
 
 
-# R: batch entries times heads, or heads where packed.
+# BH: batch entries times heads, or heads where packed.
 #
 #   i, f         (B, T, H), any float   pre-activations; stride_.. by batch, token, head
 #   cu_seqlens   (N + 1,) i64           offsets of packed sequences, or None
 #   table        i32                    the sequence of each chunk, where packed
-#   weights      (R, chunks_per_head, 8, L) fp32   written: the vectors above
-#   decay        (R, chunks_per_head) fp32         written: exp(b_L)
-#   T, H, chunks_per_head   tokens, heads, places of chunks for each of R
+#   weights      (BH, chunks_per_head, 8, L) fp32   written: the vectors above
+#   decay        (BH, chunks_per_head) fp32         written: exp(b_L)
+#   T, H, chunks_per_head   tokens, heads, places of chunks for each of BH
 #   scale        of q
 #   L            tokens of a chunk
 #   LOG_I        the input gate's function, pre-activation -> log_i
@@ -257,20 +260,20 @@ def _weights_kernel(
     )
 
 
-# R: batch entries times heads, or heads where packed.
+# BH: batch entries times heads, or heads where packed.
 #
 #   i, f, cu_seqlens   as in _weights_kernel
 #   table        i32                    the sequence of each interval of checkpoints, where packed
-#   weights      (R, chunks_per_head, 8, L) fp32   the marks of tokens that erase are read
-#   q_dq         (Q_PARTS, R, chunks_per_head, L) fp32   q . dq, in parts to be added
-#   k_dk         (K_PARTS, R, chunks_per_head, L) fp32   k . dk, likewise
-#   C_checkpoints, dC_checkpoints   (R, checkpoints_per_head, state) fp32   C and dC there
-#   n_chunk      (R, chunks_per_head, K) fp32   n before each chunk; None without a normaliser
+#   weights      (BH, chunks_per_head, 8, L) fp32   the marks of tokens that erase are read
+#   q_dq         (Q_PARTS, BH, chunks_per_head, L) fp32   q . dq, in parts to be added
+#   k_dk         (K_PARTS, BH, chunks_per_head, L) fp32   k . dk, likewise
+#   C_checkpoints, dC_checkpoints   (BH, checkpoints_per_head, state) fp32 or bf16   C and dC there
+#   n_chunk      (BH, chunks_per_head, K) fp32   n before each chunk; None without a normaliser
 #   n_last       (N, H, K) fp32                 n after the last token
-#   dn_chunk     (R, chunks_per_head, K) fp32   dn after each chunk
+#   dn_chunk     (BH, chunks_per_head, K) fp32   dn after each chunk
 #   di, df       (B, T, H), dtypes of i and f   written
-#   T, H, chunks_per_head, checkpoints_per_head   tokens, heads, places for each of R
-#   size         R chunks_per_head L, the numbers of a part
+#   T, H, chunks_per_head, checkpoints_per_head   tokens, heads, places for each of BH
+#   size         BH chunks_per_head L, the numbers of a part
 #   K            columns of n
 #   state        numbers of a checkpoint
 #   L, CHECKPOINT_EVERY   tokens of a chunk, and of the interval of a program

@@ -30,13 +30,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power, scaled, within
 from tfla.kernels.layout import first_checkpoint_index, first_index, interval, sequence
-from tfla.kernels.program import Symbol
+from tfla.kernels.program import Symbol, name_of
 from tfla.kernels.scan import _spare
 from tfla.kernels.weights import GateWeights, strides
 
@@ -618,7 +617,7 @@ def _precision(weights: GateWeights) -> str:
 def _is_opaque(weights: GateWeights) -> bool:
     """See ``_widened``: is there bf16 to hold in pairs, and an assembler that knows the word?"""
     nvidia = weights.vectors.builder.device.capability[0] > 0
-    return nvidia and weights.spec.dtype == torch.bfloat16
+    return nvidia and name_of(weights.spec.dtype) == "bf16"
 
 
 def _has_descriptors(weights: GateWeights, *tensors: Symbol) -> bool:

@@ -1,5 +1,5 @@
-"""The scan on Hopper's own instructions, for 16-bit operands, and for fp32 where TF32 is allowed:
-the body of scan.py with every step placed by hand.
+"""The scan on Hopper's own instructions: the body of scan.py with every step placed by hand. 16-bit
+operands, and fp32 in parts.
 
     copies     of the next one or two chunks run while this one is worked on
     products   the scores beside the state's share of the output and, of states up to 128 wide,
@@ -7,8 +7,10 @@ the body of scan.py with every step placed by hand.
                that is not slower, so are the scores of the next chunk
     the state  as (X, A), in the registers that the next product takes it from
 
-An fp32 number is split into two bf16 where it arrives, 16 bits in all, and a product is three of
-theirs: 1 / 60 to 1 / 230 of the error of TF32, which wants every operand along its contraction.
+An fp32 number is split into bf16 parts where it arrives (parts.py): three of them are its 24 bits,
+and of the nine products of two numbers six count; two are 16 bits, where TF32 is allowed, and three
+products count: 1 / 60 to 1 / 230 of the error of TF32, which wants every operand along its
+contraction.
 
 The compiler's own pipeline sends for copies at the end of an iteration and waits for each product
 where it stands; the tensor cores then rest two thirds of the time.
@@ -29,16 +31,41 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from tfla.kernels import hopper_parts as part
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS
 from tfla.kernels.layout import (
+    chunks_of_split,
     effective_chunks,
-    first_checkpoint_index,
-    first_index,
-    interval,
-    sequence,
+    first_places,
+    is_past_the_end,
+    place_of,
 )
 
 _rows = tma.make_tensor_descriptor
 
 
+# The arguments are those of scan.py's table, the transposed form with descriptors, but for:
+#
+#   n_in         (BH, chunks_per_head, A) fp32   n before each chunk, where the scan of h makes the
+#                denominator: weights then lack it, and their last vector is its floor exp(-m)
+#   weights_with_den   (BH, chunks_per_head, 8, L) fp32   written: the vectors with it, for backward
+#   dot          (tiles, BH, chunks_per_head, L) fp32   written: out . y, or with OF_X x . y
+#
+#   STAGES       chunks whose tiles are in shared memory or on their way
+#   PARTS        bf16 numbers that one of fp32 is split into: 2 or 3; 1 for 16-bit operands
+#
+# What happens to chunk c, | being a barrier. One or two parts, the state in one half:
+#
+#   copies    c + 1 and c + 2 .........................................................
+#   tensor    share of S, scores of c, update of S | X P of c      scores of c + 1
+#   threads   exponents; P * D to shared memory    | den           | O to shared memory, to out
+#
+# The scores of c + 1 are there where PREFETCH_SCORES; the update stands beside the output where
+# there are no registers for it (UPDATE_WITH_SCORES). fp32 tiles are split before all of this, with
+# a barrier for each.
+#
+# Three parts, one stage, a product is two sums (hopper_parts.product_24), a state two halves:
+#
+#   copies                                                                           c + 1 ...
+#   tensor    scores, share of S_1   share of S_2 | X P  update of S_1 ..... update of S_2 |
+#   threads   exponents; P * D to shared memory   | x edge  | O to where x lay | to out    |
 @gluon.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _scan_hopper_kernel(
     a,
@@ -104,19 +131,20 @@ def _scan_hopper_kernel(
     AT_SEQUENCE_END: gl.constexpr,
     OF_X: gl.constexpr,
     STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
-    """See ``tfla.kernels.scan``; descriptors and the transposed form throughout. OF_X: x . y.
-    R, R_X: heads that share a and b, x and y."""
-    PACKED: gl.constexpr = cu_seqlens is not None
+    """See above."""
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
     WARPS: gl.constexpr = BLOCK_X // 16
     GROUPS: gl.constexpr = WARPS // 4
     given: gl.constexpr = x.dtype.element_ty
-    SPLIT_FP32: gl.constexpr = given == gl.float32
+    SPLIT_FP32: gl.constexpr = PARTS > 1
+    THREE_PARTS: gl.constexpr = PARTS == 3
     dtype: gl.constexpr = gl.bfloat16 if SPLIT_FP32 else given  # of products
     PRODUCTS: gl.constexpr = 3 if SPLIT_FP32 else 1  # of them for one
+    COPIES: gl.constexpr = max(STAGES - 1, 1)  # chunks ahead; of one stage, once it is free
     COPIED: gl.constexpr = out is not None and out.dtype.element_ty == given
     # y comes by copy; where two fp32 stages leave no room for it, threads read it as it is needed.
     Y_COPIED: gl.constexpr = y is not None and not SPLIT_FP32
@@ -126,8 +154,8 @@ def _scan_hopper_kernel(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, L // GROUPS, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, L, 16])
     # A state of 256 rows comes in two halves: with one accumulator of 256 rows ptxas serialises the
-    # products.
-    HALF: gl.constexpr = min(BLOCK_A, 128)
+    # products. With three parts one of 128 rows does, for sums beside it to find registers.
+    HALF: gl.constexpr = min(BLOCK_A, 64 if THREE_PARTS else 128)
     HALVES: gl.constexpr = BLOCK_A // HALF
     # The update of the state runs beside the scores, where registers are left for it; else while
     # the output is stored.
@@ -151,6 +179,7 @@ def _scan_hopper_kernel(
     STATE_FIRST: gl.constexpr = SPLIT_FP32 or (vector is not None and not PREFETCH_SCORES)
     TARGETS: gl.constexpr = gl.SliceLayout(0 if SOURCE_FIRST else 1, SCORES)
     SOURCES: gl.constexpr = gl.SliceLayout(1 if SOURCE_FIRST else 0, SCORES)
+    QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
@@ -167,34 +196,33 @@ def _scan_hopper_kernel(
     WIDE_A: gl.constexpr = max(BLOCK_A, 32)  # copies arrive at multiples of 128 bytes
     BY_WARP: gl.constexpr = gl.BlockedLayout([WARPS, 2], [1, 32], [1, WARPS], [1, 0])
     ROW_MAJOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    tiles = (X + BLOCK_X - 1) // BLOCK_X
-    tile = gl.program_id(0) % tiles
-    head = ((gl.program_id(0) // tiles) % H).to(gl.int64)
-    size = size.to(gl.int64)
-    w = (gl.program_id(0) // tiles // H).to(gl.int64)
-    n, j = w, 0
+    # Which chunks of which sequence are this program's.
+    place = place_of(cu_seqlens, table, T, H, X, split_len, L, BLOCK_X, SPLIT_T)
+    tile, tiles, head = place.tile, place.tiles, place.head
+    n, batch, start, length = place.n, place.batch, place.start, place.length
+    chunks, low, high = place.chunks, 0, place.chunks
     if SPLIT_T:
-        n, j = interval(w, cu_seqlens, table, T, split_len, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    bh = head if PACKED else batch * H + head
-    chunks = ((length + L - 1) // L).to(gl.int32)
-    low, high = 0, chunks
-    if SPLIT_T:
-        if (j > 0) & (j >= (chunks * L + split_len - 1) // split_len):
+        if is_past_the_end(place, split_len, L):
             return
-        low = (j * (split_len // L)).to(gl.int32)
-        high = gl.minimum(chunks, (low + split_len // L).to(gl.int32))
+        low, high = chunks_of_split(place, split_len, L)
         if not WHOLE:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
-    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
-    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
-        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
+    first_chunk, first_checkpoint = first_places(
+        place,
+        cu_seqlens,
+        chunks_per_head,
+        checkpoints_per_head,
+        L,
+        CHECKPOINT_EVERY,
+        AT_SEQUENCE_END,
     )
+    size = size.to(gl.int64)
     if split_decay is not None:
         next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
         low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
-        gl.store(split_decay + w * H + head, decay_of_split)
+        gl.store(split_decay + place.split * H + head, decay_of_split)
+    # What comes by copies, and the shared memory for all of it.
     first_x = tile * BLOCK_X
     tokens = gl.maximum(length, 1).to(gl.int32)  # 0 is no size, though nothing is read
     lines = gl.maximum(chunks, 1)
@@ -206,7 +234,8 @@ def _scan_hopper_kernel(
     x += batch * stride_xb + start * stride_xt + head // R_X * stride_xh
     b_rows = _rows(b, [tokens, A], [stride_bt, 1], [L, BLOCK_A], A_TILE)
     x_rows = _rows(x, [tokens, X], [stride_xt, 1], [L, BLOCK_X], X_TILE)
-    b_in, x_in = part.channel(b_rows, 0, STAGES), part.channel(x_rows, first_x, STAGES)
+    b_in = part.channel(b_rows, 0, STAGES, PARTS)
+    x_in = part.channel(x_rows, first_x, STAGES, PARTS)
     weights += first_chunk * VECTORS * L
     v_rows = _rows(
         weights, [lines * V_LINES, part.LINE], [part.LINE, 1], [V_LINES, part.LINE], LINES
@@ -216,11 +245,12 @@ def _scan_hopper_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head // R * stride_ah
-        a_in = part.channel(_rows(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE), 0, STAGES)
+        a_rows = _rows(a, [tokens, A], [stride_at, 1], [L, BLOCK_A], A_TILE)
+        a_in = part.channel(a_rows, 0, STAGES, PARTS)
         channels = b_in, a_in, v_in, x_in
         out_at = ((batch * T + start) * H + head) * X
         p_s = (gl.allocate_shared_memory(dtype, [L, L], P_TILE),)
-        if SPLIT_FP32:
+        for _ in gl.static_range(PARTS - 1):
             p_s += (gl.allocate_shared_memory(dtype, [L, L], P_TILE),)
         if COPIED:
             each = H.to(gl.int64) * X
@@ -254,7 +284,7 @@ def _scan_hopper_kernel(
         mbarrier.init(ready.index(bar), count=1)
     fence_async_shared()
     part.barrier()
-    for chunk in gl.static_range(STAGES - 1):
+    for chunk in gl.static_range(COPIES):
         early = (high - 1 - chunk) if REVERSE else (low + chunk)
         part.fetch(channels, ready, early, chunk, low + chunk < high, STAGES)
     # The state, (X, A). Entries of checkpoints lie at constant strides.
@@ -278,11 +308,8 @@ def _scan_hopper_kernel(
         if first_a is not None:
             state += first_a * stride_sa
         first_at = state + columns[:, None] * stride_sx + lanes[None, :] * stride_sa
-        valid = (columns < X)[:, None] & (lanes < rows)[None, :]
-        S = gl.load(first_at, mask=valid, other=0.0)
-        if HALVES == 2:
-            valid = (columns < X)[:, None] & (lanes + HALF < rows)[None, :]
-            S_2 = gl.load(first_at + HALF * stride_sa, mask=valid, other=0.0)
+        second = HALF * stride_sa
+        S, S_2 = part.load_state(first_at, second, rows, columns, lanes, X, HALF, HALVES)
     if WHOLE and SPLIT_T:
         if (high < chunks) if REVERSE else (low > 0):
             before = (
@@ -290,11 +317,7 @@ def _scan_hopper_kernel(
                 + ((high if REVERSE else low) * L // CHECKPOINT_EVERY - 1) * stride_checkpoint
                 + entry
             )
-            valid = (columns < X)[:, None] & (lanes < A)[None, :]
-            S = gl.load(before, mask=valid, other=0.0).to(gl.float32)
-            if HALVES == 2:
-                valid = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
-                S_2 = gl.load(before + SECOND, mask=valid, other=0.0).to(gl.float32)
+            S, S_2 = part.load_state(before, SECOND, A, columns, lanes, X, HALF, HALVES)
     next_decay = gl.load(decay + first_chunk + (gl.maximum(high - 1, low) if REVERSE else low))
     target = gl.expand_dims(gl.arange(0, L, layout=TARGETS), TARGETS.dim)
     source = gl.expand_dims(gl.arange(0, L, layout=SOURCES), SOURCES.dim)
@@ -304,7 +327,8 @@ def _scan_hopper_kernel(
         P = part.scores(a_in, b_in, 0, L, SCORES, SOURCE_FIRST)
     for step in range(0, high - low):
         c = (high - 1 - step) if REVERSE else (low + step)
-        stage = step % STAGES
+        # Of a constant stage the compiler keeps a hundred addresses on the stack.
+        stage = (step >> 30) if THREE_PARTS else step % STAGES
         chunk_decay = next_decay
         following = gl.maximum(c - 1, low) if REVERSE else gl.minimum(c + 1, high - 1)
         next_decay = gl.load(decay + first_chunk + following)
@@ -312,14 +336,9 @@ def _scan_hopper_kernel(
         vectors = part.flat(v_in, stage, VECTORS * L)
         col_edge = vectors.slice((COL + 2) * L, L)
         if STORE_STATES:
-            # The state before the chunk, unless this split started from it.
-            if REVERSE:
-                edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
-                if AT_SEQUENCE_END:
-                    edge |= c + 1 == chunks
-            else:
-                edge = (c * L % CHECKPOINT_EVERY == 0) & (c > low)
-            if edge:
+            if part.is_at_checkpoint(
+                c, low, high, chunks, L, CHECKPOINT_EVERY, REVERSE, AT_SEQUENCE_END
+            ):
                 checkpoint = (c if REVERSE else c - 1) * L // CHECKPOINT_EVERY
                 part.store_state(
                     checkpoints + checkpoint * stride_checkpoint + entry, S, S_2, HALVES, SECOND
@@ -333,7 +352,50 @@ def _scan_hopper_kernel(
                 part.split(a_in, stage, FP32_ROWS)
             fence_async_shared()
             part.barrier()
-        if WHOLE:
+        # Three parts: scores and the state's share, the output.
+        if WHOLE and THREE_PARTS:
+            AA = part.tile(a_in, stage)
+            P_0 = gl.zeros([L, L], gl.float32, layout=SCORES)
+            P_low, P_main = part.product_24(B, part.turned(AA), P_0, P_0, False)
+            O_0 = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
+            S_1 = part.operands(S, AA, OPERAND)
+            A_1 = part.turned(part.columns(AA, 0, HALF))
+            O_low, O_main = part.product_24(S_1, A_1, O_0, O_0, False)
+            exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
+            row_whole, row_rest, col_whole, col_rest = exponents
+            D = gl.exp2(row_whole + col_whole) * gl.exp2(row_rest + col_rest)
+            P_low, P_main = warpgroup_mma_wait(6, [P_low, P_main])
+            P = part.total_24(P_low, P_main)
+            if vector is not None:
+                d_now = part.flat(d_in, stage, L)
+                P += gl.expand_dims(d_now.load(QUERIES), QUERIES.dim)
+            # What weighs nothing is 0, also where the product has overflowed.
+            part.store_parts(p_s, gl.where(causal & (D != 0.0), P * D, 0.0))
+            O_low, O_main = warpgroup_mma_wait(0, [O_low, O_main])
+            if HALVES == 2:
+                S_1 = part.operands(S_2, AA, OPERAND)
+                A_2 = part.turned(part.columns(AA, HALF, HALF))
+                O_low, O_main = part.product_24(S_1, A_2, O_low, O_main, True)
+                O_low, O_main = warpgroup_mma_wait(0, [O_low, O_main])
+            O = part.total_24(O_low, O_main)
+            row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
+            if vector is not None:
+                row_vector = part.flat(vector_in, stage, BLOCK_X).load(gl.SliceLayout(1, OUTPUT))
+                O = part.add_column(O, row_vector, d_now, REVERSE, OUTPUT)
+            O = part.scaled(O, row_edge[None, :])
+            fence_async_shared()
+            part.barrier()
+            O_low, O_main = part.product_24(part.turned(XX), p_s, O_0, O_0, False)
+            if Y_READ:  # beside the last product
+                Y = part.rows_at(y, c * L, stride_yt, length, first_x, X, L, BLOCK_X, ROWS)
+                if OF_X:
+                    part.store_products(
+                        dot + tile * size + (first_chunk + c) * L, part.load(XX, ROWS), Y
+                    )
+            O_low, O_main = warpgroup_mma_wait(0, [O_low, O_main])
+            O += part.total_24(O_low, O_main)
+        # One or two: scores and the state's share are issued.
+        elif WHOLE:
             AA = part.tile(a_in, stage)
             A_1 = part.columns(AA, 0, HALF)
             O = gl.zeros([BLOCK_X, L], gl.float32, layout=OUTPUT)
@@ -348,15 +410,16 @@ def _scan_hopper_kernel(
                 exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
         # The stage of the chunk before has been free since the last iteration's end; where its
         # output went out from there, once it has gone.
-        if SPLIT_FP32:
+        if SPLIT_FP32 and not THREE_PARTS:
             tma.store_wait(0)
             part.barrier()
-        ahead = (c - (STAGES - 1)) if REVERSE else (c + STAGES - 1)
+        ahead = (c - COPIES) if REVERSE else (c + COPIES)
         wanted = (ahead >= low) if REVERSE else (ahead < high)
-        part.fetch(channels, ready, ahead, step + STAGES - 1, wanted, STAGES)
+        if not THREE_PARTS:
+            part.fetch(channels, ready, ahead, step + COPIES, wanted, STAGES)
         if UPDATE_WITH_SCORES:
             S, S_2 = part.updated(S, S_2, XX, B, col_edge, chunk_decay, HALF, HALVES, SOURCE)
-        if WHOLE:
+        if WHOLE and not THREE_PARTS:
             if ROW_PRODUCTS and UPDATE_WITH_SCORES:
                 if not LOAD_EARLY:
                     one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
@@ -366,6 +429,7 @@ def _scan_hopper_kernel(
                     n_q_s.store(part.products(one, other))
             if not LOAD_EARLY:
                 exponents = part.exponents_of(vectors, ROW, COL, L, TARGETS, SOURCES)
+            # Weights of the scores, to shared memory for the last product.
             row_whole, row_rest, col_whole, col_rest = exponents
             D = gl.exp2((row_whole + col_whole) + (row_rest + col_rest))
             # Two programs a multiprocessor overlap by themselves, and the assembler of CUDA 12.8
@@ -378,7 +442,6 @@ def _scan_hopper_kernel(
                 P = warpgroup_mma_wait(2 * PRODUCTS if UPDATE_WITH_SCORES else PRODUCTS, [P])
             if vector is not None:
                 d_now = part.flat(d_in, stage, L)
-                QUERIES: gl.constexpr = SOURCES if REVERSE else TARGETS
                 P += gl.expand_dims(d_now.load(QUERIES), QUERIES.dim)
             P = gl.where(causal, P * D, 0.0)
             part.store_parts(p_s, P)
@@ -391,12 +454,9 @@ def _scan_hopper_kernel(
             row_edge = vectors.slice((ROW + 2) * L, L).load(gl.SliceLayout(0, OUTPUT))
             if HALVES == 2:
                 O = warpgroup_mma_wait(0, [O])
-            if vector is not None:  # n d^T for dq, dn 1^T for dk, weighted as the state is
+            if vector is not None:
                 row_vector = part.flat(vector_in, stage, BLOCK_X).load(gl.SliceLayout(1, OUTPUT))
-                if REVERSE:
-                    O += row_vector[:, None]
-                else:
-                    O += row_vector[:, None] * d_now.load(gl.SliceLayout(0, OUTPUT))[None, :]
+                O = part.add_column(O, row_vector, d_now, REVERSE, OUTPUT)
             O *= row_edge[None, :]
             tma.store_wait(0)
             part.barrier()
@@ -415,7 +475,13 @@ def _scan_hopper_kernel(
                     n_q_s.store(part.products(one, other))
                 sums_s.permute((1, 0)).store(gl.sum(P.reshape([L, GROUPS, L // GROUPS]), 2))
                 part.barrier()
-        if not UPDATE_WITH_SCORES:
+        # The update of the state, where it did not stand beside the scores.
+        if THREE_PARTS:
+            X_low = part.weighted(XX, B, col_edge, SOURCE)
+            S_0 = gl.zeros([BLOCK_X, HALF], gl.float32, layout=STATE)
+            B_1 = part.columns(B, 0, HALF)
+            S_low, S_main = part.product_24(X_low, B_1, S_0, S_0, False)
+        elif not UPDATE_WITH_SCORES:
             S, S_2 = part.updated(S, S_2, XX, B, col_edge, chunk_decay, HALF, HALVES, SOURCE)
         if PREFETCH_SCORES:
             then = step + 1
@@ -423,9 +489,11 @@ def _scan_hopper_kernel(
             P = part.scores(a_in, b_in, then % STAGES, L, SCORES, SOURCE_FIRST)
         if n_in is not None:
             sign, factor = part.over_den(vectors, n_q_s, sums_s, L, VECTOR)
+        # The output on its way out.
         if WHOLE:
             UNDER_WAY: gl.constexpr = 0 if UPDATE_WITH_SCORES else HALVES * PRODUCTS
-            O = warpgroup_mma_wait(PREFETCH_SCORES + UNDER_WAY, [O])
+            if not THREE_PARTS:
+                O = warpgroup_mma_wait(PREFETCH_SCORES + UNDER_WAY, [O])
             if n_in is not None:
                 O *= gl.convert_layout(factor, gl.SliceLayout(0, OUTPUT))[None, :]
                 if weights_with_den is not None:
@@ -454,17 +522,29 @@ def _scan_hopper_kernel(
                     )
             else:
                 gl.store(out + token, O, mask=seen)
-            if OF_X and HALVES == 2:
+            if OF_X and HALVES == 2 and not Y_READ:
                 one, other = part.row_factors(AA, n_in, XX, y_in, stage, BLOCK_A, WIDE_A, ROWS)
                 part.store_products(dot + tile * size + (first_chunk + c) * L, one, other)
             if Y_COPIED and not OF_X:
                 Y = y_in[1].index(stage).permute((1, 0)).load(OUTPUT)
                 dot_s.store(gl.sum((O * Y.to(gl.float32)).reshape([WARPS, 16, L]), 1))
-        if HALVES == 2:
+        # The state after the chunk.
+        if THREE_PARTS:
+            S_low, S_main = warpgroup_mma_wait(0, [S_low, S_main])
+            S = part.scaled(S, chunk_decay) + part.total_24(S_low, S_main)
+            if HALVES == 2:
+                B_2 = part.columns(B, HALF, HALF)
+                S_low, S_main = part.product_24(X_low, B_2, S_0, S_0, False)
+                S_low, S_main = warpgroup_mma_wait(0, [S_low, S_main])
+                S_2 = part.scaled(S_2, chunk_decay) + part.total_24(S_low, S_main)
+            tma.store_wait(0)
+        elif HALVES == 2:
             S, S_2 = warpgroup_mma_wait(PREFETCH_SCORES, [S, S_2])
         else:
             S = warpgroup_mma_wait(PREFETCH_SCORES, [S])
         part.barrier()
+        if THREE_PARTS:
+            part.fetch(channels, ready, ahead, step + COPIES, wanted, STAGES)
         if WHOLE and Y_COPIED and not OF_X:
             o_l = gl.arange(0, L, layout=gl.SliceLayout(0, BY_WARP))
             gl.store(
@@ -491,7 +571,5 @@ def _scan_hopper_kernel(
             if first_a is not None:
                 last += first_a * stride_fa
             last += columns[:, None] * stride_fx + lanes[None, :] * stride_fa
-            gl.store(last, S, mask=(columns < X)[:, None] & (lanes < A)[None, :])
-            if HALVES == 2:
-                inside = (columns < X)[:, None] & (lanes + HALF < A)[None, :]
-                gl.store(last + HALF * stride_fa, S_2, mask=inside)
+            second = HALF * stride_fa
+            part.store_final(last, second, S, S_2, A, columns, lanes, X, HALF, HALVES)

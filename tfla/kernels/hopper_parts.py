@@ -13,9 +13,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tfla.kernels.gates import FIRST_SOURCE, FLOOR, MARK, VECTORS
-from tfla.kernels.parts import barrier, columns, load, parts_of, store_parts, turned, view
+from tfla.kernels.parts import (
+    barrier,
+    columns,
+    load,
+    parts_of,
+    scaled,
+    store_parts,
+    total_24,
+    turned,
+    view,
+)
 
-__all__ = ["barrier", "columns", "load", "store_parts", "turned"]  # of parts.py, for hopper.py
+__all__ = [
+    "barrier",
+    "columns",
+    "load",
+    "scaled",
+    "store_parts",
+    "total_24",
+    "turned",
+]  # of parts.py, for hopper.py
 
 # The same functions under the names of Triton 3.6 and of later ones.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -25,15 +43,21 @@ FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def channel(rows, first, STAGES: gl.constexpr):
-    """What comes chunk by chunk, from column ``first`` on: from where, to where."""
+def channel(rows, first, STAGES: gl.constexpr, PARTS: gl.constexpr = 1):
+    """What comes chunk by chunk, from column ``first`` on: from where, to where, and where there
+    are three parts of a number, the place of the third."""
     SHAPE: gl.constexpr = [STAGES, rows.block_shape[0], rows.block_shape[1]]
-    return rows, gl.allocate_shared_memory(rows.dtype, SHAPE, rows.layout), first
+    tiles = gl.allocate_shared_memory(rows.dtype, SHAPE, rows.layout)
+    if PARTS == 3:
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(rows.block_shape, gl.bfloat16)
+        return rows, tiles, first, gl.allocate_shared_memory(gl.bfloat16, SHAPE, LAYOUT)
+    else:
+        return rows, tiles, first
 
 
 @gluon.constexpr_function
 def _bytes(channels):
-    return sum(rows.block_type.nbytes for rows, _, _ in channels)
+    return sum(channel[0].block_type.nbytes for channel in channels)
 
 
 @gluon.jit
@@ -42,7 +66,7 @@ def fetch(channels, ready, c, chunk, wanted, STAGES: gl.constexpr):
     bar = ready.index(chunk % STAGES)
     mbarrier.expect(bar, _bytes(channels), pred=wanted)
     for n in gl.static_range(len(channels)):
-        rows, tiles, first = channels[n]
+        rows, tiles, first = channels[n][0], channels[n][1], channels[n][2]
         _load(rows, [c * rows.block_shape[0], first], bar, tiles.index(chunk % STAGES), pred=wanted)
 
 
@@ -55,19 +79,22 @@ def flat(channel, stage, SIZE: gl.constexpr):
 @gluon.jit
 def tile(channel, stage):
     """What came of an operand, as products take it: itself, or of fp32 what ``split`` made of it, a
-    tile of what bf16 holds of each number and one of what that leaves."""
+    tile for each part of its numbers."""
     whole = channel[1].index(stage)
     if whole.dtype != gl.float32:
         return (whole,)
     else:
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(whole.shape, gl.bfloat16)
         both = view(whole, gl.bfloat16, [2, whole.shape[0], whole.shape[1]], LAYOUT)
-        return both.index(0), both.index(1)
+        if len(channel) == 4:
+            return both.index(0), both.index(1), channel[3].index(stage)
+        else:
+            return both.index(0), both.index(1)
 
 
 @gluon.jit
 def split(channel, stage, LAYOUT: gl.constexpr):
-    """Of an fp32 tile, two of bf16 in its place. A fence must follow."""
+    """Of an fp32 tile, two of bf16 in its place, and a third. A fence must follow."""
     value = channel[1].index(stage).load(LAYOUT)
     barrier()
     store_parts(tile(channel, stage), value)
@@ -85,6 +112,24 @@ def product(one, other, total, ADD: gl.constexpr):
 
 
 @gluon.jit
+def product_24(one, other, lesser, main, ADD: gl.constexpr):
+    """one other of three parts each, while it is being made, as two sums, that of the largest parts
+    (``main``) and that of the five products of lesser ones that count, the smallest first. With ADD
+    they go on from what they were, else from 0.
+
+    Tensor cores cut off what a sum does not hold: sums that went on from chunk to chunk would lose
+    more than fp32 does. And of inf the other parts are 0, whose products are NaN; see ``total_24``.
+    """
+    lesser = warpgroup_mma(one[2], other[0], lesser, use_acc=ADD, is_async=True)
+    lesser = warpgroup_mma(one[0], other[2], lesser, is_async=True)
+    lesser = warpgroup_mma(one[1], other[1], lesser, is_async=True)
+    lesser = warpgroup_mma(one[1], other[0], lesser, is_async=True)
+    lesser = warpgroup_mma(one[0], other[1], lesser, is_async=True)
+    main = warpgroup_mma(one[0], other[0], main, use_acc=ADD, is_async=True)
+    return lesser, main
+
+
+@gluon.jit
 def scores(a_in, b_in, stage, L: gl.constexpr, LAYOUT: gl.constexpr, SOURCE_FIRST: gl.constexpr):
     """The products of a chunk's rows, while they are being made."""
     A, B = tile(a_in, stage), tile(b_in, stage)
@@ -96,10 +141,15 @@ def scores(a_in, b_in, stage, L: gl.constexpr, LAYOUT: gl.constexpr, SOURCE_FIRS
 
 
 @gluon.jit
+def operands(S, like, OPERAND: gl.constexpr):
+    """The state in parts, as the left operand of a product."""
+    return [gl.convert_layout(each, OPERAND) for each in parts_of(S, like)]
+
+
+@gluon.jit
 def state_share(S, A_rows, O, ADD: gl.constexpr, OPERAND: gl.constexpr):
     """O + S A^T, while it is being made."""
-    operands = [gl.convert_layout(each, OPERAND) for each in parts_of(S, A_rows)]
-    return product(operands, turned(A_rows), O, ADD)
+    return product(operands(S, A_rows, OPERAND), turned(A_rows), O, ADD)
 
 
 @gluon.jit
@@ -163,6 +213,13 @@ def store_products(at, one, other):
 
 
 @gluon.jit
+def weighted(X_rows, like, edge, LAYOUT: gl.constexpr):
+    """X^T by the weights of its tokens at the end of the chunk, in parts."""
+    col_edge = edge.load(gl.SliceLayout(0, LAYOUT))
+    return parts_of(scaled(load(turned(X_rows), LAYOUT), col_edge[None, :]), like)
+
+
+@gluon.jit
 def updated(
     S,
     S_2,
@@ -211,6 +268,60 @@ def store_weights_with_den(
     for each in gl.static_range(FIRST_SOURCE, MARK):
         gl.store(here + each * L, vectors.slice(each * L, L).load(LAYOUT))
     gl.store(here + MARK * L, vectors.slice(MARK * L, L).load(LAYOUT) + sign)
+
+
+@gluon.jit
+def load_state(at, second, rows, columns, lanes, X, HALF: gl.constexpr, HALVES: gl.constexpr):
+    """(S, S_2) from pointers to the entries of S, those of S_2 ``second`` behind; zeros beyond
+    ``rows`` of A and X columns."""
+    valid = (columns < X)[:, None] & (lanes < rows)[None, :]
+    S = gl.load(at, mask=valid, other=0.0).to(gl.float32)
+    S_2 = S
+    if HALVES == 2:
+        valid = (columns < X)[:, None] & (lanes + HALF < rows)[None, :]
+        S_2 = gl.load(at + second, mask=valid, other=0.0).to(gl.float32)
+    return S, S_2
+
+
+@gluon.jit
+def store_final(
+    at, second, S, S_2, rows, columns, lanes, X, HALF: gl.constexpr, HALVES: gl.constexpr
+):
+    """What ``load_state`` would load."""
+    gl.store(at, S, mask=(columns < X)[:, None] & (lanes < rows)[None, :])
+    if HALVES == 2:
+        inside = (columns < X)[:, None] & (lanes + HALF < rows)[None, :]
+        gl.store(at + second, S_2, mask=inside)
+
+
+@gluon.jit
+def is_at_checkpoint(
+    c,
+    low,
+    high,
+    chunks,
+    L: gl.constexpr,
+    CHECKPOINT_EVERY: gl.constexpr,
+    REVERSE: gl.constexpr,
+    AT_SEQUENCE_END: gl.constexpr,
+):
+    """Is the state before chunk c one to store? Not if this split started from it."""
+    if REVERSE:
+        edge = ((c + 1) * L % CHECKPOINT_EVERY == 0) & (c + 1 < high)
+        if AT_SEQUENCE_END:
+            edge |= c + 1 == chunks
+        return edge
+    else:
+        return (c * L % CHECKPOINT_EVERY == 0) & (c > low)
+
+
+@gluon.jit
+def add_column(O, row_vector, d_now, REVERSE: gl.constexpr, OUTPUT: gl.constexpr):
+    """O + n d^T for dq, O + dn 1^T for dk: weighted as the state's share is."""
+    if REVERSE:
+        return O + row_vector[:, None]
+    else:
+        return O + row_vector[:, None] * d_now.load(gl.SliceLayout(0, OUTPUT))[None, :]
 
 
 @gluon.jit

@@ -14,6 +14,8 @@ what the caller gave, and ``_clear_kernel`` writes the zeros of tokens that are 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -168,6 +170,82 @@ def effective_chunks(decay, low, high, REVERSE: tl.constexpr):
         return low, tl.minimum(low + known, high), split_decay
     else:
         return tl.maximum(high - known, low), high, split_decay
+
+
+class Place(NamedTuple):
+    """Where a program of a scan works."""
+
+    tile: Any  # which BLOCK_X columns of x and out
+    tiles: Any  # how many such tiles x has
+    head: Any
+    split: Any  # its split, or its sequence, among all of them
+    n: Any  # sequence
+    j: Any  # its split among those of the sequence
+    batch: Any
+    start: Any  # the first token of the sequence, in its batch entry
+    length: Any  # tokens of the sequence
+    bh: Any  # batch entry and head, or head where sequences are packed
+    chunks: Any  # of the sequence
+
+
+@triton.jit
+def place_of(
+    cu_seqlens,
+    table,
+    T,
+    H,
+    X,
+    split_len,
+    L: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    SPLIT_T: tl.constexpr,
+):
+    """The ``Place`` of this program of a scan, in a grid of tiles, heads and sequences, or with
+    SPLIT_T splits of split_len tokens."""
+    PACKED: tl.constexpr = cu_seqlens is not None
+    tiles = (X + BLOCK_X - 1) // BLOCK_X
+    tile = tl.program_id(0) % tiles
+    head = ((tl.program_id(0) // tiles) % H).to(tl.int64)
+    split = (tl.program_id(0) // tiles // H).to(tl.int64)
+    n, j = split, 0
+    if SPLIT_T:
+        n, j = interval(split, cu_seqlens, table, T, split_len, PACKED)
+    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
+    bh = head if PACKED else batch * H + head
+    chunks = ((length + L - 1) // L).to(tl.int32)
+    return Place(tile, tiles, head, split, n, j, batch, start, length, bh, chunks)
+
+
+@triton.jit
+def is_past_the_end(place, split_len, L: tl.constexpr):
+    """Has the sequence no such split?"""
+    return (place.j > 0) & (place.j >= (place.chunks * L + split_len - 1) // split_len)
+
+
+@triton.jit
+def chunks_of_split(place, split_len, L: tl.constexpr):
+    """The chunks [low, high) of the split of this program."""
+    low = (place.j * (split_len // L)).to(tl.int32)
+    return low, tl.minimum(place.chunks, (low + split_len // L).to(tl.int32))
+
+
+@triton.jit
+def first_places(
+    place,
+    cu_seqlens,
+    chunks_per_head,
+    checkpoints_per_head,
+    L: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr,
+    AT_SEQUENCE_END: tl.constexpr,
+):
+    """Where the first chunk of the sequence and its first checkpoint lie in arrays."""
+    PACKED: tl.constexpr = cu_seqlens is not None
+    first_chunk = place.bh * chunks_per_head + first_index(place.n, place.start, L, PACKED)
+    first_checkpoint = place.bh * checkpoints_per_head + first_checkpoint_index(
+        place.n, place.start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
+    )
+    return first_chunk, first_checkpoint
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The scan on mma.sync, for Ampere, Ada and consumer Blackwell: the algorithm of scan.py in its
-transposed form, with every layout chosen by hand. 16-bit operands, and fp32 where TF32 is allowed:
-an fp32 number is split into two bf16 where it arrives, 16 bits in all, and a product is three of
-theirs.
+transposed form, with every layout chosen by hand. 16-bit operands, and fp32: a number is split
+where it arrives into three bf16 (24 bits), of which six products count, or where TF32 is allowed
+into two (16 bits), of which three do.
 
 What a chunk of L tokens takes, in the order of the loop; | is a barrier:
 
@@ -28,11 +28,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from tfla.kernels import parts
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS
 from tfla.kernels.layout import (
+    chunks_of_split,
     effective_chunks,
-    first_checkpoint_index,
-    first_index,
-    interval,
-    sequence,
+    first_places,
+    is_past_the_end,
+    place_of,
 )
 
 # The same function under the names of Triton 3.6 and of later ones.
@@ -81,16 +81,16 @@ def _rows_at(
 
 
 @gluon.jit
-def _tile(tiles, stage):
-    """A tile as products take it: itself, or of fp32 what ``_split`` makes of it, a tile of what
-    bf16 holds of each number and one of what that leaves."""
+def _tile(tiles, third, stage):
+    """A tile as products take it: itself, or of fp32 what ``_split`` makes of it, a tile for each
+    part of its numbers: two in its place, and those of ``third``, one or none."""
     whole = tiles.index(stage)
     if whole.dtype != gl.float32:
         return (whole,)
     else:
         LAYOUT: gl.constexpr = _tile_layout(whole.shape[1], gl.bfloat16)
         both = parts.view(whole, gl.bfloat16, [2, whole.shape[0], whole.shape[1]], LAYOUT)
-        return both.index(0), both.index(1)
+        return (both.index(0), both.index(1)) + third
 
 
 @gluon.jit
@@ -101,24 +101,34 @@ def _whole_rows(tile, WARPS: gl.constexpr):
 
 @gluon.jit
 def _split(rows, stage, WARPS: gl.constexpr):
-    """Of fp32 tiles, two of bf16 in the place of each."""
+    """Of fp32 tiles, those of their parts."""
     values = ()
     for n in gl.static_range(len(rows)):
         values += (_whole_rows(rows[n][4].index(stage), WARPS),)
     parts.barrier()
     for n in gl.static_range(len(rows)):
-        parts.store_parts(_tile(rows[n][4], stage), values[n])
+        parts.store_parts(_tile(rows[n][4], rows[n][5], stage), values[n])
     parts.barrier()
 
 
 @gluon.jit
 def _product(one, other, total):
-    """total + one other; of two parts each without the product of the lesser ones."""
-    total = mma_v2(one[0], other[0], total)
-    if len(one) == 2:
-        total = mma_v2(one[0], other[1], total)
-        total = mma_v2(one[1], other[0], total)
-    return total
+    """total + one other; of two or three parts each without the products of the least ones. See
+    ``parts.total_24`` for three."""
+    if len(one) == 3:
+        zero = gl.zeros_like(total)
+        lesser = mma_v2(one[2], other[0], zero)
+        lesser = mma_v2(one[0], other[2], lesser)
+        lesser = mma_v2(one[1], other[1], lesser)
+        lesser = mma_v2(one[1], other[0], lesser)
+        lesser = mma_v2(one[0], other[1], lesser)
+        return total + parts.total_24(lesser, mma_v2(one[0], other[0], zero))
+    else:
+        total = mma_v2(one[0], other[0], total)
+        if len(one) == 2:
+            total = mma_v2(one[0], other[1], total)
+            total = mma_v2(one[1], other[0], total)
+        return total
 
 
 @gluon.jit
@@ -147,10 +157,10 @@ def _fetch_line(line, x, width, WARPS: gl.constexpr):
 @gluon.jit
 def _fetch_chunk(rows, lines, c, stage, tokens, wanted, WARPS: gl.constexpr):
     """Begin to copy what chunk c takes, in one group of copies. rows: (pointer, stride, first
-    column, width, tiles). lines: (pointer, numbers a chunk, tiles)."""
+    column, width, tiles, place of the third part). lines: (pointer, numbers a chunk, tiles)."""
     if wanted:
         for n in gl.static_range(len(rows)):
-            x, stride, first, width, tiles = rows[n]
+            x, stride, first, width, tiles, _ = rows[n]
             _fetch_rows(
                 tiles.index(stage), x, stride, c * tiles.shape[1], tokens, first, width, WARPS
             )
@@ -161,17 +171,19 @@ def _fetch_chunk(rows, lines, c, stage, tokens, wanted, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _scaled(x, weight):
-    """x * weight, but 0 where the weight is 0, whatever x is."""
-    return gl.where(weight == 0.0, 0.0, x * weight)
-
-
-@gluon.jit
 def _store_state(at, S, STRIDE_CHECKPOINT_A: gl.constexpr):
     for n in gl.static_range(len(S)):
         gl.store(at + n * S[n].shape[1] * STRIDE_CHECKPOINT_A, S[n])
 
 
+# The arguments are those of scan.py's table, the transposed form, but for:
+#
+#   STAGES       chunks whose tiles are in shared memory or on their way
+#   Y_AHEAD      copy y with the tiles of its chunk, a chunk ahead: where there is shared memory
+#   WARPS        of the program
+#   PARTS        bf16 numbers that one of fp32 is split into: 2 or 3; 1 for 16-bit operands
+#
+# Rows of all operands are of 16 bytes. The order of a chunk stands at the top of this file.
 @gluon.jit(do_not_specialize=["T", "H", "chunks_per_head", "checkpoints_per_head", "split_len"])
 def _scan_mma_kernel(
     a,
@@ -236,15 +248,14 @@ def _scan_mma_kernel(
     STAGES: gl.constexpr,
     Y_AHEAD: gl.constexpr,
     WARPS: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
-    """See ``tfla.kernels.scan``. Rows of all operands are of 16 bytes. Y_AHEAD: y is copied with
-    the tiles of its chunk, a chunk ahead, where there is shared memory for it."""
-    PACKED: gl.constexpr = cu_seqlens is not None
+    """See above."""
     WHOLE: gl.constexpr = out is not None
     ROW: gl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: gl.constexpr = 0 if REVERSE else FIRST_SOURCE
     given: gl.constexpr = x.dtype.element_ty
-    SPLIT_FP32: gl.constexpr = given == gl.float32
+    SPLIT_FP32: gl.constexpr = PARTS > 1
     dtype: gl.constexpr = gl.bfloat16 if SPLIT_FP32 else given  # of products
     COPIED: gl.constexpr = WHOLE and out.dtype.element_ty == given
     PIECE: gl.constexpr = min(SLICE, BLOCK_A)
@@ -268,34 +279,31 @@ def _scan_mma_kernel(
     A_TILE: gl.constexpr = _tile_layout(BLOCK_A, given)
     X_TILE: gl.constexpr = _tile_layout(BLOCK_X, given)
     Y_STAGES: gl.constexpr = STAGES if Y_AHEAD else 1
-    tiles = (X + BLOCK_X - 1) // BLOCK_X
-    tile = gl.program_id(0) % tiles
-    head = ((gl.program_id(0) // tiles) % H).to(gl.int64)
-    size = size.to(gl.int64)
-    w = (gl.program_id(0) // tiles // H).to(gl.int64)
-    n, j = w, 0
+    place = place_of(cu_seqlens, table, T, H, X, split_len, L, BLOCK_X, SPLIT_T)
+    tile, head = place.tile, place.head
+    n, batch, start, length = place.n, place.batch, place.start, place.length
+    chunks, low, high = place.chunks, 0, place.chunks
     if SPLIT_T:
-        n, j = interval(w, cu_seqlens, table, T, split_len, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    bh = head if PACKED else batch * H + head
-    chunks = ((length + L - 1) // L).to(gl.int32)
-    low, high = 0, chunks
-    if SPLIT_T:
-        if (j > 0) & (j >= (chunks * L + split_len - 1) // split_len):
+        if is_past_the_end(place, split_len, L):
             return
-        low = (j * (split_len // L)).to(gl.int32)
-        high = gl.minimum(chunks, (low + split_len // L).to(gl.int32))
+        low, high = chunks_of_split(place, split_len, L)
         if not WHOLE:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
-    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
-    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
-        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
+    first_chunk, first_checkpoint = first_places(
+        place,
+        cu_seqlens,
+        chunks_per_head,
+        checkpoints_per_head,
+        L,
+        CHECKPOINT_EVERY,
+        AT_SEQUENCE_END,
     )
+    size = size.to(gl.int64)
     if split_decay is not None:
         next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
         low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
-        gl.store(split_decay + w * H + head, decay_of_split)
+        gl.store(split_decay + place.split * H + head, decay_of_split)
     first_x = tile * BLOCK_X
     tokens = length.to(gl.int32)
     decay += first_chunk
@@ -308,18 +316,24 @@ def _scan_mma_kernel(
     b_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
     x_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_X], X_TILE)
     v_s = gl.allocate_shared_memory(gl.float32, [STAGES, VECTORS * L], FLAT)
-    rows = (b, stride_bt, 0, A, b_s), (x, stride_xt, first_x, X, x_s)
+    b_third, x_third = (), ()
+    if PARTS == 3:  # of the chunk that is worked on
+        b_third = (gl.allocate_shared_memory(dtype, [L, BLOCK_A], _tile_layout(BLOCK_A, dtype)),)
+        x_third = (gl.allocate_shared_memory(dtype, [L, BLOCK_X], _tile_layout(BLOCK_X, dtype)),)
+    rows = (b, stride_bt, 0, A, b_s, b_third), (x, stride_xt, first_x, X, x_s, x_third)
     lines = ((weights + first_chunk * (VECTORS * L), 0, VECTORS * L, v_s),)
     if WHOLE:
         a += batch * stride_ab + start * stride_at + head // R * stride_ah
         a_s = gl.allocate_shared_memory(given, [STAGES, L, BLOCK_A], A_TILE)
-        rows += ((a, stride_at, 0, A, a_s),)
-        p_all = gl.allocate_shared_memory(
-            dtype, [2 if SPLIT_FP32 else 1, L, L], _tile_layout(L, dtype)
-        )
-        p_s = (p_all.index(0),)
-        if SPLIT_FP32:
-            p_s += (p_all.index(1),)
+        a_third = ()
+        if PARTS == 3:
+            layout: gl.constexpr = _tile_layout(BLOCK_A, dtype)
+            a_third = (gl.allocate_shared_memory(dtype, [L, BLOCK_A], layout),)
+        rows += ((a, stride_at, 0, A, a_s, a_third),)
+        p_all = gl.allocate_shared_memory(dtype, [PARTS, L, L], _tile_layout(L, dtype))
+        p_s = ()
+        for n_part in gl.static_range(PARTS):
+            p_s += (p_all.index(n_part),)
         out += ((batch * T + start) * H + head) * X
         if partial is not None:
             partial += ((batch * T + start) * H + head) * X
@@ -337,7 +351,7 @@ def _scan_mma_kernel(
             )
     fetched = rows
     if WHOLE and y is not None and Y_AHEAD:
-        fetched += ((y, stride_yt, first_x, X, y_s),)
+        fetched += ((y, stride_yt, first_x, X, y_s, ()),)
     for early in gl.static_range(STAGES - 1):
         c = (high - 1 - early) if REVERSE else (low + early)
         _fetch_chunk(fetched, lines, c, early, tokens, low + early < high, WARPS)
@@ -423,10 +437,10 @@ def _scan_mma_kernel(
             vectors = v_s.index(stage)
             if SPLIT_FP32:
                 _split(rows, stage, WARPS)
-            B, XX = _tile(b_s, stage), _tile(x_s, stage)
+            B, XX = _tile(b_s, b_third, stage), _tile(x_s, x_third, stage)
             X_left = _loaded(parts.turned(XX), LEFT)
             if WHOLE:
-                AA = _tile(a_s, stage)
+                AA = _tile(a_s, a_third, stage)
                 P = gl.zeros([L, L], gl.float32, layout=SCORES)
                 for piece in gl.static_range(PIECES):
                     B_rows = parts.columns(B, piece * PIECE, PIECE)
@@ -440,7 +454,10 @@ def _scan_mma_kernel(
                 exponent += vectors.slice(COL * L, L).load(SOURCES)[:, None]
                 rest = vectors.slice((ROW + 1) * L, L).load(TARGETS)[None, :]
                 rest += vectors.slice((COL + 1) * L, L).load(SOURCES)[:, None]
-                D = gl.exp2(exponent + rest)
+                if PARTS == 3:
+                    D = gl.exp2(exponent) * gl.exp2(rest)
+                else:
+                    D = gl.exp2(exponent + rest)
                 target = gl.arange(0, L, layout=TARGETS)[None, :]
                 source = gl.arange(0, L, layout=SOURCES)[:, None]
                 causal = (target <= source) if REVERSE else (target >= source)
@@ -454,7 +471,7 @@ def _scan_mma_kernel(
                 parts.store_parts(p_s, gl.where(causal & (D != 0.0), P * D, 0.0))
                 token = c * L + gl.arange(0, L, layout=OF_OUTPUT)
                 if partial is not None or not COPIED:
-                    place = token.to(gl.int64)[None, :] * (H * X) + columns[:, None]
+                    at_out = token.to(gl.int64)[None, :] * (H * X) + columns[:, None]
                     there = (columns < X)[:, None] & (token < tokens)[None, :]
                 O = gl.zeros([BLOCK_X, L], gl.float32, layout=STATE)
                 for piece in gl.static_range(PIECES):
@@ -468,9 +485,9 @@ def _scan_mma_kernel(
                         O += row_vector
                     else:
                         O += row_vector * d_now.load(OF_OUTPUT)[None, :]
-                O = _scaled(O, vectors.slice((ROW + 2) * L, L).load(OF_OUTPUT)[None, :])
+                O = parts.scaled(O, vectors.slice((ROW + 2) * L, L).load(OF_OUTPUT)[None, :])
                 if partial is not None:  # on its way while the other warps arrive
-                    more_O = gl.load(partial + place, mask=there, other=0.0)
+                    more_O = gl.load(partial + at_out, mask=there, other=0.0)
                 if y is not None and not Y_AHEAD:
                     async_copy.wait_group(1)
                 parts.barrier()
@@ -489,16 +506,16 @@ def _scan_mma_kernel(
                     out_s = x_s.index(stage)
                     out_s.permute((1, 0)).store(O.to(given))
                 else:
-                    gl.store(out + place, O, mask=there)
+                    gl.store(out + at_out, O, mask=there)
             col_edge = vectors.slice((COL + 2) * L, L).load(gl.SliceLayout(0, LEFT))
             X_value = X_left[0].to(gl.float32)
-            if SPLIT_FP32:
-                X_value += X_left[1].to(gl.float32)
-            X_left = parts.parts_of(_scaled(X_value, col_edge[None, :]), B)
+            for n_part in gl.static_range(1, PARTS):
+                X_value += X_left[n_part].to(gl.float32)
+            X_left = parts.parts_of(parts.scaled(X_value, col_edge[None, :]), B)
             updated = ()
             for piece in gl.static_range(PIECES):
                 B_right = _loaded(parts.columns(B, piece * PIECE, PIECE), RIGHT)
-                updated += (_product(X_left, B_right, _scaled(S[piece], chunk_decay)),)
+                updated += (_product(X_left, B_right, parts.scaled(S[piece], chunk_decay)),)
             S = updated
             if COPIED:
                 parts.barrier()

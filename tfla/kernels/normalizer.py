@@ -3,10 +3,12 @@ backward pass.
 
 nu = n . scale q is one more column of values, but inside the scan it would spill; here it is a sum
 a chunk, a scan over the chunks and one product a chunk. The denominator then goes into the
-exponents, and one scan serves all. R heads share a head of q and k.
+exponents, and one scan serves all.
 """
 
 from __future__ import annotations
+
+import math
 
 import triton
 import triton.language as tl
@@ -46,6 +48,7 @@ from tfla.kernels.layout import chunk, first_index, sequence
 TOP = tl.constexpr(2)
 TOP_REST = tl.constexpr(5)
 TOTAL = tl.constexpr(6)
+LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
@@ -90,17 +93,18 @@ def _sum_up(rows, tile, weight, inside, column, sums, chunk_index, K, BLOCK_K: t
         tile = tl.load(rows[:, None] + block + BLOCK_K + column[None, :], mask=seen, other=0.0)
 
 
-# R: batch entries times heads, or heads where packed.
+# BH: batch entries times heads, or heads where packed.
 #
-#   k            (B, T, H, K), bf16, fp16 or fp32   keys; stride_.. by batch, token, head
+#   k            (B, T, H / R, K), bf16, fp16 or fp32   keys; stride_.. by batch, token, head
 #   i, f         (B, T, H), any float               pre-activations, likewise
 #   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
 #   table        i32            the sequence of each chunk, where packed
-#   sums         (R, chunks_per_head, K) fp32       written: the weighted sum of keys of each chunk
-#   chunk_f      (R, chunks_per_head) fp64          written: its sum of log_f
-#   chunk_p      (R, chunks_per_head) fp64          written: its gauge at the end, without a state
-#   weights      (R, chunks_per_head, 8, L) fp32    written: what waits for the gauge, see above
-#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of k
+#   sums         (BH, chunks_per_head, K) fp32       written: the weighted sum of keys of each chunk
+#   chunk_f      (BH, chunks_per_head) fp64          written: its sum of log_f
+#   chunk_p      (BH, chunks_per_head) fp64          written: its gauge at the end, without a state
+#   weights      (BH, chunks_per_head, 8, L) fp32    written: what waits for the gauge, see above
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of BH, columns of k
+#   R            heads that share one of k
 #   L, BLOCK_K   tokens of a chunk; columns of k at once
 #   LOG_I, SIGMOID_F, PACKED   as in gates._weights_kernel
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head", *GATE_STRIDES])
@@ -222,7 +226,8 @@ def _followed(m_in, log_f, top, m_out):
 @triton.jit
 def _in_gauge(here, l, m_in, m_end, L: tl.constexpr):
     """What waits for the gauge m_in of the incoming state, and what that says of each token: b in
-    log2 units, exp(b), the floor exp(-m) of den, the mark, p, exp(p + b_L). here: pointers to the
+    log2 units, the same as the incoming state is weighed with it, the floor exp(-m) of den, the
+    mark, p, exp(p + b_L). here: pointers to the
     tokens l. m_end: the gauge at the end of the chunk."""
     first = here - l
     total = _load_parts(here + TOTAL * L, here + (TOTAL + 1) * L)
@@ -244,7 +249,7 @@ def _in_gauge(here, l, m_in, m_end, L: tl.constexpr):
     erased = larger(from_state, decay) < SMALLEST * LOG2E
     floor = within(_exp(-m), 2.0**-126, 2.0**126)
     at_end = _exp2(p + b_last + within((top_last - m_end) * LOG2E, -STEP, STEP))
-    return b + lifted, _exp2(from_state), floor, tl.where(erased, 4.0, 0.0), p, at_end
+    return b + lifted, from_state, floor, tl.where(erased, 4.0, 0.0), p, at_end
 
 
 @triton.jit
@@ -260,7 +265,8 @@ def _store_weights_without_den(
         here = weights + (first_chunk + c)[:, None] * (VECTORS * L) + l
         inside = token + c[:, None] * L + l < length
         before, after = tl.gather(m_in, c, 0)[:, None], tl.gather(m_end, c, 0)[:, None]
-        b, edge, floor, mark, p, at_end = _in_gauge(here, l, before, after, L)
+        b, from_state, floor, mark, p, at_end = _in_gauge(here, l, before, after, L)
+        edge = _exp2(from_state)
         target = b + log_scale(scale)
         tl.debug_barrier()
         store_weights(
@@ -269,20 +275,20 @@ def _store_weights_without_den(
         tl.store(here + FLOOR * L, floor)
 
 
-# R: batch entries times heads, or heads where packed. A program has BLOCK_K columns of one head of
+# BH: batch entries times heads, or heads where packed. A program has BLOCK_K columns of one head of
 # one sequence.
 #
 #   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
 #   sums, chunk_f, chunk_p      what _sums_kernel wrote
 #   n_first      (N, H, K) fp32   n before the first token, where HAS_N
 #   m_first      (N, H) fp32      its gauge, where HAS_M
-#   weights      (R, chunks_per_head, 8, L) fp32   updated where gauge is None: vectors without den
-#   gauge        (R, chunks_per_head) fp64         written: m before each chunk; or None
-#   decay        (R, chunks_per_head) fp32         written: what a chunk leaves of a state
-#   n_chunk      (R, chunks_per_head, K) fp32      written: n before each chunk
+#   weights      (BH, chunks_per_head, 8, L) fp32   updated where gauge is None: vectors without den
+#   gauge        (BH, chunks_per_head) fp64         written: m before each chunk; or None
+#   decay        (BH, chunks_per_head) fp32         written: what a chunk leaves of a state
+#   n_chunk      (BH, chunks_per_head, K) fp32      written: n before each chunk
 #   n_last       (N, H, K) fp32   written: n after the last token
 #   m_last       (N, H) fp32      written: its gauge
-#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of n
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of BH, columns of n
 #   scale        of q
 #   L            tokens of a chunk
 #   BLOCK        chunks at once
@@ -375,20 +381,21 @@ def _gauge_kernel(
     tl.store(m_last + state, tl.where(m <= EMPTY, 0.0, m).to(tl.float32))
 
 
-# R: batch entries times heads, or heads where packed. A program has one chunk of one head.
+# BH: batch entries times heads, or heads where packed. A program has one chunk of one head.
 #
-#   q, k         (B, T, H, K), bf16, fp16 or fp32   stride_.. by batch, token, head
+#   q, k         (B, T, H / R, K), bf16, fp16 or fp32   stride_.. by batch, token, head
 #   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
 #   table        i32            the sequence of each chunk, where packed
 #   gauge, m_last, n_chunk      what _gauge_kernel wrote
 #   chunk_f, chunk_p            what _sums_kernel wrote
-#   weights      (R, chunks_per_head, 8, L) fp32   updated: in, what _sums_kernel wrote; out,
+#   weights      (BH, chunks_per_head, 8, L) fp32   updated: in, what _sums_kernel wrote; out,
 #                the seven vectors of gates.py, with den
-#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of q and k
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of BH, columns of q and k
+#   R            heads that share one of q and k
 #   scale        of q
 #   L, BLOCK_K   tokens of a chunk; columns at once
 #   PACKED       sequences are packed
-#   PRECISION    of products of fp32: "ieee" or "tf32x3"
+#   PRECISION    of products of fp32: "ieee", "tf32x3", or "fp64", sums in fp64 too
 @triton.jit(do_not_specialize=["T", "H", "chunks_per_head"])
 def _denominator_kernel(
     q,
@@ -428,8 +435,11 @@ def _denominator_kernel(
     inside = j * L + l < length
     t = start + j * L + l
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
-    scores = tl.zeros([L, L], tl.float32)
-    nu = tl.zeros([L], tl.float32)
+    # nu may lie next to 0, where an fp32 sum of its terms is off by more than the recurrence is by
+    # luck; where fp64 is fast it is summed in that.
+    WIDE: tl.constexpr = tl.float64 if PRECISION == "fp64" else tl.float32
+    scores = tl.zeros([L, L], WIDE)
+    nu = tl.zeros([L], WIDE)
     q_rows = q + batch * stride_qb + t * stride_qt + head // R * stride_qh
     k_rows = k + batch * stride_kb + t * stride_kt + head // R * stride_kh
     for block in range(0, K, BLOCK_K):
@@ -438,11 +448,14 @@ def _denominator_kernel(
         q_tile = tl.load(q_rows[:, None] + column[None, :], mask=seen, other=0.0)
         k_tile = tl.load(k_rows[:, None] + column[None, :], mask=seen, other=0.0)
         n_tile = tl.load(n_chunk + chunk_index * K + column, mask=column < K, other=0.0)
-        if PRECISE:  # sums of BLOCK_K terms, added: half the rounding of one sum of 512
+        if PRECISION == "fp64":
+            k_tile = tl.trans(k_tile.to(tl.float64))
+            scores = tl.dot(q_tile.to(tl.float64), k_tile, scores, out_dtype=tl.float64)
+        elif PRECISE:  # sums of BLOCK_K terms, added: half the rounding of one sum of 512
             scores += tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         else:
             scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
-        nu += tl.sum(q_tile.to(tl.float32) * n_tile[None, :], 1)
+        nu += tl.sum(q_tile.to(WIDE) * n_tile.to(WIDE)[None, :], 1)
     here = weights + chunk_index * VECTORS * L + l
     if (j + 1) * L >= length:
         m_out = tl.load(m_last + n.to(tl.int64) * H + head).to(tl.float64)
@@ -450,14 +463,26 @@ def _denominator_kernel(
         m_out = tl.load(gauge + chunk_index + 1)
     m_in = tl.load(gauge + chunk_index)
     m_end = _followed(m_in, tl.load(chunk_f + chunk_index), tl.load(chunk_p + chunk_index), m_out)
-    b, edge, floor, mark, p, at_end = _in_gauge(here, l, m_in, m_end, L)
+    b, from_state, floor, mark, p, at_end = _in_gauge(here, l, m_in, m_end, L)
+    edge = _exp2(from_state)
     row, row_rest = _pair(b)
     col, col_rest = _pair(p)
-    D = power(row[:, None] + col[None, :], row_rest[:, None] + col_rest[None, :], PRECISE)
-    if not PRECISE:
-        scores *= scale
-    weighed = (l[:, None] >= l[None, :]) & (D != 0.0)
-    nu = scaled(nu * scale, edge) + tl.sum(tl.where(weighed, scores * D, 0.0), 1)
+    causal = l[:, None] >= l[None, :]
+    if PRECISION == "fp64":
+        # Powers of rests by token, in fp64; those of sums of whole numbers are exact in fp32.
+        whole = tl.exp2(row[:, None] + col[None, :])
+        weighed = causal & (whole != 0.0)
+        terms = scores * (tl.exp((p - col) * LN2)[None, :] * whole.to(tl.float64))
+        own = tl.sum(tl.where(weighed, terms, 0.0), 1)
+        before = scaled(nu, tl.where(edge == 0.0, 0.0, tl.exp(from_state * LN2)))
+        nu = (before + tl.exp((b - row) * LN2) * own) * scale
+        nu = nu.to(tl.float32)
+    else:
+        D = power(row[:, None] + col[None, :], row_rest[:, None] + col_rest[None, :], PRECISE)
+        if not PRECISE:
+            scores *= scale
+        weighed = causal & (D != 0.0)
+        nu = scaled(nu * scale, edge) + tl.sum(tl.where(weighed, scores * D, 0.0), 1)
     den = larger(tl.abs(nu), floor)
     mark += tl.where(tl.abs(nu) > floor, tl.where(nu > 0.0, 1.0, -1.0), 0.0)
     # Where q is 0, den may be 2^-126: what it divides is 0 and must stay so.
@@ -471,19 +496,20 @@ def _denominator_kernel(
     store_weights(here, target, edge, p, at_end, mark, inside, inside & (scale > 0.0), L)
 
 
-# R: batch entries times heads, or heads where packed. A program has one chunk of one head.
+# BH: batch entries times heads, or heads where packed. A program has one chunk of one head.
 #
 #   dh, h        (B, T, H, V), bf16, fp16 or fp32   None where dh_h is there; stride_d., stride_h.
-#   q            (B, T, H, K), likewise             stride_q. by batch, token, head
-#   dh_h         (PARTS, R, chunks_per_head, L) fp32   dh . h in parts to be added, of the scan dv
+#   q            (B, T, H / R, K), likewise         stride_q. by batch, token, head
+#   dh_h         (PARTS, BH, chunks_per_head, L) fp32   dh . h in parts to be added, of the scan dv
 #   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
 #   table        i32            the sequence of each chunk, where packed
-#   weights      (R, chunks_per_head, 8, L) fp32   the vectors of gates.py, with den
-#   d            (R, chunks_per_head, L) fp32      written: d of each token
-#   sums         (R, chunks_per_head, K) fp32      written: the chunk's share of dn
-#   T, H, chunks_per_head   tokens, heads, places of chunks for each of R
-#   size         R chunks_per_head L, the numbers of a part of dh_h
+#   weights      (BH, chunks_per_head, 8, L) fp32   the vectors of gates.py, with den
+#   d            (BH, chunks_per_head, L) fp32      written: d of each token
+#   sums         (BH, chunks_per_head, K) fp32      written: the chunk's share of dn
+#   T, H, chunks_per_head   tokens, heads, places of chunks for each of BH
+#   size         BH chunks_per_head L, the numbers of a part of dh_h
 #   K, V         columns of q; of dh and h
+#   R            heads that share one of q
 #   L, BLOCK_K, BLOCK_V   tokens of a chunk; columns at once
 #   PARTS        of dh_h; 0: it is made here
 #   PACKED       sequences are packed
@@ -568,16 +594,16 @@ def _column_sums_of(sums, decay, c, column, K):
     )
 
 
-# R: batch entries times heads, or heads where packed. A program has BLOCK_K columns of one head of
+# BH: batch entries times heads, or heads where packed. A program has BLOCK_K columns of one head of
 # one sequence.
 #
 #   cu_seqlens   (N + 1,) i64   offsets of packed sequences, or None
-#   sums         (R, chunks_per_head, K) fp32   what _column_kernel wrote
-#   decay        (R, chunks_per_head) fp32      what a chunk leaves of the state before it
+#   sums         (BH, chunks_per_head, K) fp32   what _column_kernel wrote
+#   decay        (BH, chunks_per_head) fp32      what a chunk leaves of the state before it
 #   dn_last      (N, H, K) fp32   dn after the last token, where HAS_DN
-#   dn_chunk     (R, chunks_per_head, K) fp32   written: dn after each chunk
+#   dn_chunk     (BH, chunks_per_head, K) fp32   written: dn after each chunk
 #   dn_first     (N, H, K) fp32   written: dn before the first token
-#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of R, columns of n
+#   T, H, chunks_per_head, K   tokens, heads, places of chunks for each of BH, columns of n
 #   L            tokens of a chunk
 #   BLOCK        chunks at once
 #   BLOCK_K      columns of a program

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tfla.plan import Device, Plan, Problem, StoredSizes, plan, stored_sizes
 from tfla.spec import CallSpec
 
+if TYPE_CHECKING:  # who has JAX may have no torch
+    import torch
+    from torch import Tensor
+
 Change = Callable[[Plan], Plan]
 
-_devices: dict[torch.device, Device] = {}
+_devices: dict[torch.device | Device, Device] = {}
 _plans: dict[tuple[Any, ...], Plan] = {}
-_meta = torch.device("meta")
 
 
 class _Now:
@@ -34,22 +34,30 @@ def mode() -> tuple[Change | None, Device | None]:
 
 def device_of(x: Tensor | CallSpec) -> Device:
     """The integers of x's device; a small part where there is none (the interpreter)."""
-    if x.device == _meta and _Now.device is not None:
+    device = x.device
+    if _Now.device is not None and getattr(device, "type", None) == "meta":
         return _Now.device
-    if x.device not in _devices:
-        if x.device.type == "cuda":
-            p = torch.cuda.get_device_properties(x.device)
-            capability = (0, 0) if torch.version.hip else (p.major, p.minor)
-            shared = getattr(p, "shared_memory_per_block_optin", 65536)
-            _devices[x.device] = Device(capability, p.multi_processor_count, shared)
-        else:
-            _devices[x.device] = Device((0, 0), 4, 65536)
-    return _devices[x.device]
+    found = _devices.get(device)
+    if found is None:
+        found = _devices[device] = device if isinstance(device, Device) else _read(device)
+    return found
+
+
+def _read(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device((0, 0), 4, 65536)
+    import torch
+
+    p = torch.cuda.get_device_properties(device)
+    capability = (0, 0) if torch.version.hip else (p.major, p.minor)
+    shared = getattr(p, "shared_memory_per_block_optin", 65536)
+    return Device(capability, p.multi_processor_count, shared)
 
 
 def _problem(spec: CallSpec) -> Problem:
     s = spec
-    return Problem(s.B, s.T, s.H, s.K, s.V, s.N, s.packed, s.dtype.itemsize, s.precision, s.G)
+    B, N = (s.B, s.N) if s.planned_rows is None else (s.planned_rows, s.planned_rows)
+    return Problem(B, s.T, s.H, s.K, s.V, N, s.packed, s.dtype.itemsize, s.precision, s.G)
 
 
 def plan_of(spec: CallSpec) -> Plan:
@@ -72,7 +80,7 @@ def stored_sizes_of(spec: CallSpec) -> list[tuple[int, StoredSizes]]:
     here compares."""
     if _Now.change is None:
         return stored_sizes(_problem(spec), device_of(spec))
-    numbers = {name: int(getattr(spec, name)) for name in "BTHKVN"}
+    numbers = {name: int(getattr(spec, name)) for name in "BTHGKVN"}
     found = plan_of(spec.but(**numbers))
     return [(1, StoredSizes(found.L, found.checkpoint_every, found.checkpoint_shape))]
 

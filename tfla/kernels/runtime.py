@@ -305,7 +305,7 @@ class _Pass:
     def __init__(
         self, function: Callable[..., Results], spec: CallSpec, tensors: tuple[Any, ...], cut: bool
     ) -> None:
-        plan, device = plan_of(spec), spec.device
+        plan, device = plan_of(spec), tensors[0].device
         names = NAMES[: len(tensors)]
         # Of the tensors, those that kernels cannot take as they are.
         self.copies = [

@@ -8,9 +8,8 @@
 A program owns BLOCK_X columns of one head of one split of a sequence and walks over its chunks,
 forward or in reverse. Which vector is the row and which the column exponent is all that the
 direction changes (``math.md``). TRANSPOSED keeps S as (X, A), the register operand of the next
-product, where it would otherwise pass through shared memory. R heads share one of a and b, which
-are q and k, or R_X of them one of x and y, which are k and q for dq and dk. Of large groups those
-are made in groups.py.
+product, where it would otherwise pass through shared memory. Where a group of heads shares q and k,
+the gradients of these are made for each head and added, or of large groups in groups.py.
 """
 
 from __future__ import annotations
@@ -20,10 +19,13 @@ import triton.language as tl
 
 from tfla.kernels.gates import FIRST_SOURCE, VECTORS, power, scaled
 from tfla.kernels.layout import (
+    chunks_of_split,
     effective_chunks,
     first_checkpoint_index,
     first_index,
-    interval,
+    first_places,
+    is_past_the_end,
+    place_of,
     sequence,
 )
 
@@ -61,35 +63,36 @@ def _spare(x, AXIS: tl.constexpr):
     return tl.expand_dims(power, AXIS)
 
 
-# The arguments, of h | dq | dv | dk. R: batch entries times heads, or heads where packed. E: bf16,
+# The arguments, of h | dq | dv | dk. BH: batch entries times heads, or heads where packed. E: bf16,
 # fp16 or fp32. What is None in a launch is neither read nor written.
 #
-#   a            (B, T, H, A) E      rows of targets: q | dh | k | v; None where out is None
-#   b            (B, T, H, A) E      rows of sources: k | v | q | dh
-#   x            (B, T, H, X) E      payload of sources: v | k | dh | q
-#   y            (B, T, H, X) E      what the row dot products are with: - | q | - | k
+#   a            (B, T, H / R, A) E     rows of targets: q | dh | k | v; None where out is None
+#   b            (B, T, H / R, A) E     rows of sources: k | v | q | dh
+#   x            (B, T, H / R_X, X) E   payload of sources: v | k | dh | q
+#   y            (B, T, H / R_X, X) E   what the row dot products are with: - | q | - | k
 #   partial      (B, T, H, X) fp32   out of the slices of the contraction before this one
-#   weights      (R, chunks_per_head, 8, L) fp32   the vectors of gates.py
-#   decay        (R, chunks_per_head) fp32         what a chunk leaves of the state before it
-#   d            (R, chunks_per_head, L) fp32      the normaliser's column, added to the scores
-#   vector       (R, chunks_per_head, X) fp32      the state of that column: n for dq, dn for dk
+#   weights      (BH, chunks_per_head, 8, L) fp32   the vectors of gates.py
+#   decay        (BH, chunks_per_head) fp32         what a chunk leaves of the state before it
+#   d            (BH, chunks_per_head, L) fp32      the normaliser's column, added to the scores
+#   vector       (BH, chunks_per_head, X) fp32      the state of that column: n for dq, dn for dk
 #   state        (N, H, A, X) fp32   the state before the first token (in reverse, after the last)
 #   cu_seqlens   (N + 1,) i64        offsets of packed sequences
 #   table        i32                 the sequence of each split, where packed
-#   checkpoints  (R, checkpoints_per_head, rows, columns) fp32   states, of
+#   checkpoints  (BH, checkpoints_per_head, rows, columns) fp32 or bf16   states, of
 #                stride_checkpoint numbers each: written by h and dv, read by dq and dk
 #   final        (N, H, A, X) fp32   written: the state at the other end of the sequence
 #   out          (B, T, H, X) E      written: h | dq | dv | dk; fp32 of slices but the last
-#   dot          (tiles, R, chunks_per_head, L) fp32   written: out . y of the columns of each tile
+#   dot          (tiles, BH, chunks_per_head, L) fp32   written: out . y of the columns of each tile
 #   split_decay  (splits, H) fp32    written where out is None: the product of the decays of a split
 #
 #   stride_..    elements: a, b, x, y by batch, token, head; state (s), final (f) by n, head, a, x
 #   T, H         tokens (of a sequence, or of all that are packed), heads
-#   chunks_per_head, checkpoints_per_head   places in the arrays above for each of R
+#   chunks_per_head, checkpoints_per_head   places in the arrays above for each of BH
 #   split_len    tokens of a split, where SPLIT_T; of dq and dk CHECKPOINT_EVERY
-#   size         numbers of dot for each tile: R chunks_per_head L
+#   size         numbers of dot for each tile: BH chunks_per_head L
 #   first_a      the first column of a and b of this slice; None for 0
 #   A, X         columns of this slice; columns of out
+#   R, R_X       heads that share one of a and b, of x and y
 #
 #   L, BLOCK_A, BLOCK_X   tokens of a chunk; columns of a and b, of x, of a program
 #   CHECKPOINT_EVERY      tokens between checkpoints
@@ -165,7 +168,6 @@ def _scan_kernel(
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    PACKED: tl.constexpr = cu_seqlens is not None
     PRECISE: tl.constexpr = x.dtype.element_ty == tl.float32
     # 1 / den and what it is summed up to may be beyond fp16, and a sum that one inf spoils would
     # spoil the gate gradients of all earlier tokens: operands of products are divided by powers of
@@ -173,34 +175,31 @@ def _scan_kernel(
     FITTED: tl.constexpr = x.dtype.element_ty == tl.float16
     ROW: tl.constexpr = FIRST_SOURCE if REVERSE else 0
     COL: tl.constexpr = 0 if REVERSE else FIRST_SOURCE
-    tiles = (X + BLOCK_X - 1) // BLOCK_X
-    tile = tl.program_id(0) % tiles
-    head = ((tl.program_id(0) // tiles) % H).to(tl.int64)
-    size = size.to(tl.int64)
-    w = (tl.program_id(0) // tiles // H).to(tl.int64)
-    n, j = w, 0
+    place = place_of(cu_seqlens, table, T, H, X, split_len, L, BLOCK_X, SPLIT_T)
+    tile, head = place.tile, place.head
+    n, batch, start, length = place.n, place.batch, place.start, place.length
+    chunks, low, high = place.chunks, 0, place.chunks
     if SPLIT_T:
-        n, j = interval(w, cu_seqlens, table, T, split_len, PACKED)
-    batch, start, length = sequence(n, cu_seqlens, T, PACKED)
-    bh = head if PACKED else batch * H + head
-    chunks = ((length + L - 1) // L).to(tl.int32)
-    low, high = 0, chunks
-    if SPLIT_T:
-        if (j > 0) & (j >= (chunks * L + split_len - 1) // split_len):
+        if is_past_the_end(place, split_len, L):
             return
-        low = (j * (split_len // L)).to(tl.int32)
-        high = tl.minimum(chunks, (low + split_len // L).to(tl.int32))
+        low, high = chunks_of_split(place, split_len, L)
         if out is None:  # nothing starts from what the last split leaves
             if (low == 0) if REVERSE else (high == chunks):
                 return
-    first_chunk = bh * chunks_per_head + first_index(n, start, L, PACKED)
-    first_checkpoint = bh * checkpoints_per_head + first_checkpoint_index(
-        n, start, CHECKPOINT_EVERY, PACKED, AT_SEQUENCE_END
+    first_chunk, first_checkpoint = first_places(
+        place,
+        cu_seqlens,
+        chunks_per_head,
+        checkpoints_per_head,
+        L,
+        CHECKPOINT_EVERY,
+        AT_SEQUENCE_END,
     )
+    size = size.to(tl.int64)
     if split_decay is not None:
         next_checkpoint = (low if REVERSE else high) * L // CHECKPOINT_EVERY - 1
         low, high, decay_of_split = effective_chunks(decay + first_chunk, low, high, REVERSE)
-        tl.store(split_decay + w * H + head, decay_of_split)
+        tl.store(split_decay + place.split * H + head, decay_of_split)
 
     first_x = tile * BLOCK_X
     columns = first_x + tl.arange(0, BLOCK_X)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from tfla.kernels.gates import (
     EMPTY,
     FOLLOWED,
     GATE_STRIDES,
     _log_sigmoid,
-    form_of,
     larger,
     limited,
     within,
 )
-from tfla.kernels.planning import device_of
-from tfla.kernels.runtime import launch
-from tfla.spec import StepInputs, StepOptions
 
 REGISTERS = 16384  # fp32 entries of the state that one program holds, 128 a thread, or half of it
 WARPS = 4
@@ -29,18 +24,21 @@ WARPS = 4
 
 # A program has BLOCK_V columns of one head of one row of the batch.
 #
-#   q, k         (B, H, K)          any float; strides by batch and head
+#   q, k         (B, H / R, K)      any float; strides by batch and head
 #   v            (B, H, V)          likewise
 #   i, f         (B, H)             pre-activations, any float
-#   C            (rows, H, K, V)    fp32 or bf16, updated; strides of every axis
-#   n            (rows, H, K)       likewise; None without a normaliser
-#   m            (rows, H) fp32     updated, likewise
 #   slots        (B,) i32 or i64    the row of the states of each row of the batch; None: the same
-#   h            (B, H, V)          written, in v's dtype; NaN where a slot is out of range
+#   C            (rows, H, K, V)    fp32 or bf16, updated, or read; strides of every axis
+#   n            (rows, H, K)       likewise; None without a normaliser
+#   m            (rows, H) fp32     likewise
 #   arrived      (rows, H) i32      programs of a head that have read n and m; 0 between launches;
 #                                   None where one program has all of V
+#   C_out, n_out, m_out             where the new state is written, laid out as the old one and
+#                                   perhaps the same memory; None: over the old one
+#   h            (B, H, V)          written, in v's dtype; NaN where a slot is out of range
 #   scale        of q
 #   H, K, V      heads, q/k head dim, v head dim
+#   R            heads that share one of q and k
 #   rows         of C, n and m
 #   BLOCK_K      the power of two from K on: a program has all of K
 #   BLOCK_V      columns of a program
@@ -54,12 +52,15 @@ def _step_kernel(
     v,
     i,
     f,
+    slots,
     C,
     n,
     m,
-    slots,
-    h,
     arrived,
+    C_out,
+    n_out,
+    m_out,
+    h,
     scale,
     stride_qb,
     stride_qh,
@@ -91,7 +92,6 @@ def _step_kernel(
     SIGMOID_F: tl.constexpr,
 ):
     """C' = exp(log_f + m - m') C + exp(log_i - m') k v^T, and h, for BLOCK_V columns of one head.
-    R heads share one of q and k.
 
     Every program of a head reads n and m, and the last one to have done so writes them. STRIDE_CK
     is constant, which saves a register in ten.
@@ -112,6 +112,10 @@ def _step_kernel(
     C_head = C + slot * stride_cn + head * stride_ch
     C_at = C_head + lanes[:, None] * STRIDE_CK + columns[None, :] * stride_cv
     inside = (lanes < K)[:, None] & (columns < V)[None, :]
+    C_to = C_at
+    if C_out is not None:
+        C_to = C_out + slot * stride_cn + head * stride_ch
+        C_to = C_to + lanes[:, None] * STRIDE_CK + columns[None, :] * stride_cv
     C_old = tl.load(C_at, mask=inside, other=0.0)
     tl.debug_barrier()  # else the compiler puts this off until the gates are there
     q_at = q + batch * stride_qb + head // R * stride_qh + lanes
@@ -153,11 +157,14 @@ def _step_kernel(
         decay = tl.exp(log_f)
         weight = tl.exp(log_i)
     C_new = decay * C_old.to(tl.float32) + (weight * k_row)[:, None] * v_row[None, :]
-    tl.store(C_at, C_new.to(C.dtype.element_ty), mask=inside)
+    tl.store(C_to, C_new.to(C.dtype.element_ty), mask=inside)
     h_row = tl.sum(C_new * q_row[:, None], 0)
     if m is not None:
         h_row = h_row / den
         if last:
+            if n_out is not None:
+                m_at = m_out + slot * stride_mn + head * stride_mh
+                n_at = n_out + slot * stride_nn + head * stride_nh + lanes * stride_nk
             tl.store(n_at, n_new.to(n.dtype.element_ty), mask=lanes < K)
             tl.store(m_at, m_new)
             if arrived is not None:
@@ -165,59 +172,19 @@ def _step_kernel(
     tl.store(h + (batch * H + head) * V + columns, h_row.to(h.dtype.element_ty), mask=columns < V)
 
 
-_arrivals: dict[tuple[Any, ...], Tensor] = {}
+class Tiles(NamedTuple):
+    """How the state of each head is divided among programs."""
+
+    block_k: int  # all of K
+    block_v: int
+    number: int  # along V
 
 
-def _arrived(m: Tensor) -> Tensor:
-    """Counters for (rows, H) that every launch leaves at zero. They belong to the memory of m, of
-    which launches at the same time (streams, CUDA graphs) use different rows, and are never freed:
-    a graph knows their address. One that is recorded before any step has counters of its own."""
-    key = (m.device, m.data_ptr(), m.shape, m.stride())
-    found = _arrivals.get(key)
-    if found is None:
-        found = m.new_zeros(m.shape, dtype=torch.int32)
-        if not (m.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _arrivals[key] = found
-    return found
-
-
-def update(x: StepInputs, options: StepOptions) -> Tensor:
-    """One token: writes new states over old (rows ``slots``, or all); h (B, H, V) in v's dtype."""
-    q, k, v, i, f, C, n, m, slots = x
-    (B, H, V), (G, K) = v.shape, q.shape[1:]
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    slots = None if slots is None else slots.contiguous()
-    h = v.new_empty(B, H, V)
+@functools.lru_cache(maxsize=1024)
+def tiles_of(B: int, H: int, K: int, V: int, multiprocessors: int, most: int) -> Tiles:
+    """most: entries of the state that one program may hold, ``REGISTERS``."""
     block_k = triton.next_power_of_2(K)
-    full = B * H * triton.cdiv(V, REGISTERS // block_k) >= device_of(q).multiprocessors
-    registers = REGISTERS if full else REGISTERS // 2  # one sequence: 4.4 and 4.0 us (H200)
+    full = B * H * triton.cdiv(V, most // block_k) >= multiprocessors
+    registers = most if full else most // 2  # one sequence: 4.4 and 4.0 us (H200)
     block_v = max(16, min(triton.next_power_of_2(V), registers // block_k))
-    tiles = triton.cdiv(V, block_v)
-    arrived = None if m is None or tiles == 1 else _arrived(m)
-    strides = (0,) * 5 if n is None or m is None else (*n.stride(), *m.stride())
-    launch(
-        _step_kernel,
-        (B * H * tiles,),
-        (WARPS, 1),
-        (q, k, v, i, f, C, n, m, slots, h, arrived),
-        options.scale,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *i.stride(),
-        *f.stride(),
-        *C.stride()[:2],
-        C.stride(3),
-        *strides,
-        H,
-        K,
-        V,
-        H // G,
-        C.shape[0],
-        BLOCK_K=block_k,
-        BLOCK_V=block_v,
-        STRIDE_CK=C.stride(2),
-        LOG_I=form_of(options.input_gate).log_i,
-        SIGMOID_F=options.sigmoid_f,
-    )
-    return h
+    return Tiles(block_k, block_v, triton.cdiv(V, block_v))

@@ -7,12 +7,10 @@ import functools
 import math
 from typing import NamedTuple
 
-import torch
-
 from tfla.kernels import gates
 from tfla.kernels.layout import _clear_kernel, _offsets_kernel, _tables_kernel
 from tfla.kernels.planning import stored_sizes_of
-from tfla.kernels.program import Symbol, padded, saved_room
+from tfla.kernels.program import Symbol, name_of, padded, saved_room
 from tfla.plan import FEW_HEADS, Plan, StoredSizes
 from tfla.spec import CallSpec
 
@@ -69,7 +67,7 @@ def saved_parts(spec: CallSpec, stored: StoredSizes) -> dict[str, SavedPart]:
 def checkpoint_dtype(spec: CallSpec) -> str:
     """Of stored states. Where many heads share q and k there are many of them, and products of bf16
     round them anyway; fp16 might not hold a state."""
-    return "bf16" if spec.R > FEW_HEADS and spec.dtype == torch.bfloat16 else "fp32"
+    return "bf16" if spec.R > FEW_HEADS and name_of(spec.dtype) == "bf16" else "fp32"
 
 
 def saved_elements(spec: CallSpec) -> int:

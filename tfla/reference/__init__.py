@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tfla.backend import Exchange, Results
+from tfla.dtypes import state_dtype
 from tfla.reference.chunked import (
     NormalizerGrad,
     Scan,
@@ -86,7 +87,7 @@ def execute(
 def _sum_of_groups(x: Tensor | None, spec: CallSpec) -> Tensor:
     """(B, T, G, K) of x (B, T, H, K), in its dtype."""
     assert x is not None
-    return x.unflatten(2, (spec.G, spec.R)).sum(3, dtype=spec.state_dtype).to(x.dtype)
+    return x.unflatten(2, (spec.G, spec.R)).sum(3, dtype=state_dtype(spec.dtype)).to(x.dtype)
 
 
 def offsets(cu_seqlens: Tensor, T: int) -> Tensor:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from tfla import gates
+from tfla.dtypes import state_dtype
 from tfla.reference.recurrence import step
 from tfla.shapes import each_head
-from tfla.spec import StepInputs, StepOptions, state_dtype
+from tfla.spec import StepInputs, StepOptions
 
 # For so many heads of all rows Python's own numbers are faster than tensors of gates, each of whose
 # operations takes 1 us.
@@ -40,7 +42,7 @@ def update(x: StepInputs, options: StepOptions) -> Tensor:
     dtype = state_dtype(x.q.dtype)
     q, k, v, i, f = (t if t.dtype == dtype else t.to(dtype) for t in x[:5])
     q, k = each_head(q, v.shape[1]), each_head(k, v.shape[1])
-    log_i = options.activations.gate.log_i(i)
+    log_i = gates.input_gate(options.input_gate).log_i(i)
     token = Token(q, k, v, log_i, logsigmoid(f) if options.sigmoid_f else f)
     h = None
     if x.slots is None and x.C.dtype == dtype and x.C.device.type == "cpu":

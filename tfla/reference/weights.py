@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tfla import gates
+from tfla.dtypes import state_dtype
 from tfla.reference import layout as chunks
 from tfla.reference.layout import Block, ChunkLayout, Group
 from tfla.spec import CallSpec, Inputs
@@ -61,7 +62,7 @@ class GateWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.spec.state_dtype
+        return state_dtype(self.spec.dtype)
 
     def between(self, block: Block) -> Tensor:
         """D of a block, (R, L, L). Powers of whole numbers are exact, and so are their differences.
@@ -100,7 +101,7 @@ def gate_weights(
     B, T, H, scale, normalize = spec.B, spec.T, spec.H, spec.scale, spec.normalize
     width = max(spec.K, spec.V)
     layout = ChunkLayout.make(B, T, H, x.cu_seqlens, width, q.device, chunks.L)
-    dtype, N = spec.state_dtype, spec.N
+    dtype, N = state_dtype(spec.dtype), spec.N
     host = q.device if q.device.type != "mps" else torch.device("cpu")  # MPS has no fp64
     log_i, log_f = gates.log_gates(i.to(host, dtype), f.to(host, dtype), spec.activations)
     e = gates.exponents(
