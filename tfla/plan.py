@@ -259,24 +259,27 @@ GROUP_CHUNKS = 6
 
 def _group(p: Problem, device: Device, L: int) -> GroupTile | None:
     """The heads of a group are split over programs only where tokens and groups are too few to
-    fill the machine."""
+    fill the machine. fp32 is multiplied on the plain units, or as three products of TF32, which
+    want the operands in registers: with 4 warps at L = 64 up to 7,112 bytes of them spilled, with
+    8 and these blocks 256 and 544 (not timed)."""
     if p.R <= FEW_HEADS or p.G is None:
         return None
-    plain = p.bytes == 4  # products on the plain units, or three of TF32
-    block_k = min(32 if plain else 64, power_of_two(p.K))
-    block_v = min(32 if plain else 128, power_of_two(p.V))
+    fp32, wide = p.bytes == 4, L == 64
+    block = 16 if wide and p.precision == "ieee" else 32
+    block_k = min(block if fp32 else 64, power_of_two(p.K))
+    block_v = min(block if fp32 else 128, power_of_two(p.V))
     programs = max(1, p.N * -(-_mean(p) // (GROUP_CHUNKS * L)) * p.G * -(-p.K // block_k))
     splits = 1
     while splits < p.R and splits * programs < 8 * device.multiprocessors:
         splits *= 2
-    scores = device.shared_memory // (4 * L * block_v * p.bytes) if L == 64 else 2
+    scores = device.shared_memory // (4 * L * block_v * p.bytes) if wide else 2
     return GroupTile(
         block_k,
         block_v,
         splits,
-        scores_warps=4 if plain or L < 64 else 8,
+        scores_warps=8 if wide else 4,
         scores_stages=max(1, min(5, scores - 1)),
-        gradient_warps=8 if L == 64 and block_v == 128 else 4,
+        gradient_warps=8 if wide and (fp32 or block_v == 128) else 4,
         gradient_stages=tuple(
             _gradient_stages(p, device, L, block_k, block_v, updates)
             for updates in range(GROUP_CHUNKS // 2)

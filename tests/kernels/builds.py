@@ -85,11 +85,12 @@ def call(
     state: bool = False,
     packed: int = 0,
     precision: Precision | None = None,
+    groups: int | None = None,
 ) -> CallSpec:
-    """precision: of fp32 products; None: as torch is set."""
+    """precision: of fp32 products; None: as torch is set. groups: heads of q and k; None: H."""
     products = precision or products_of(dtype)
     packs = bool(packed)
-    problem = plan.Problem(B, T, H, K, V, packed or B, packs, dtype.itemsize, products)
+    problem = plan.Problem(B, T, H, K, V, packed or B, packs, dtype.itemsize, products, groups)
     return call_of(problem, dtype, gate, states=state, needs_grad=backward)
 
 

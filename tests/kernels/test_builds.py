@@ -21,7 +21,7 @@ from builds import DEVICES, Source, binary, build, launches, of_tensors, resourc
 
 from tfla import kernels
 from tfla.gates import INPUT_GATES
-from tfla.kernels import decode, planning, pointwise, step
+from tfla.kernels import decode, groups, planning, pointwise, step
 from tfla.kernels.hopper import _scan_hopper_kernel
 from tfla.kernels.mma import _scan_mma_kernel
 from tfla.kernels.scan import _scan_kernel
@@ -130,6 +130,28 @@ def test_the_small_kernels_build() -> None:
     for launch in launches(DEVICES[target], *MAIN):
         if launch.kernel not in SCANS:
             check(launch, target, STACK[target])
+
+
+# Bytes of stack (Triton 3.7): an initial state leaves 224 of them; fp32 operands lie in registers.
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        pytest.param({}, 224, id="bf16"),
+        pytest.param(
+            {"dtype": torch.float32, "precision": "ieee"}, 256, id="ieee", marks=pytest.mark.aot
+        ),
+        pytest.param(
+            {"dtype": torch.float32, "precision": "tf32"}, 544, id="tf32", marks=pytest.mark.aot
+        ),
+    ],
+)
+def test_dq_and_dk_of_many_heads_of_a_group_build(options: dict[str, Any], most: int) -> None:
+    target = ("cuda", 90)
+    found = launches(DEVICES[target], 4, 4096, 32, 128, 64, groups=4, state=True, **options)
+    made = [x for x in found if x.kernel in (groups._scores_kernel, groups._gradient_kernel)]
+    assert len(made) == 7  # dq and dk of three tiles an interval
+    for launch in made:
+        check(launch, target, most)
 
 
 def test_fp32_in_24_bits_builds() -> None:
