@@ -41,6 +41,7 @@ def gradients(x: Any, state: State | None, backend: str, **options: Any) -> Any:
 
 CASES = {
     "exp, state, groups": (SMALL | {"B": 2}, {}),
+    "exp, state, many heads of a group": (SMALL | {"H": 5}, {}),
     "sigmoid, state, negative scale": (
         SMALL | {"normalized": False},
         {"input_gate": "sigmoid", "scale": -0.3},
