@@ -235,6 +235,7 @@ def test_short_documents_store_no_states() -> None:
             B=1,
             T=65536,
             H=16,
+            G=16,
             K=128,
             V=256,
             N=documents,

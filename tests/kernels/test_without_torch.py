@@ -20,8 +20,9 @@ names = set()
 for packed in (False, True):
     for gate, normalize in (("exp", True), ("sigmoid", False)):
         spec = CallSpec(
-            B=1, T=2048, H=4, K=128, V=256, N=3 if packed else 1, packed=packed, dtype=half,
-            gate_dtypes=(full, full), device=device, initial_state=True, scale=0.1,
+            B=1, T=2048, H=8, G=1 if packed else 8, K=128, V=256, N=3 if packed else 1,
+            packed=packed, dtype=half, gate_dtypes=(full, full), device=device,
+            initial_state=True, scale=0.1,
             input_gate=gate, sigmoid_f=True, normalize=normalize, final_state=True,
             needs_grad=True, backend="triton", precision="ieee",
         )
