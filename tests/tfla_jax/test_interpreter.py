@@ -126,7 +126,8 @@ def test_a_batch_of_packed_calls_is_a_loop() -> None:
     assert_close(found, jax.tree.map(lambda *y: jnp.stack(y), *apart), 0.0)
 
 
-@pytest.mark.parametrize("remat", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/tfla_jax/test_ahead.py compiles the same
+@pytest.mark.parametrize("remat", [True, False])
 def test_scan_over_layers_is_the_unrolled_loop(remat: bool) -> None:
     problem = Problem(**SMALL)
     q, k, _, i, f = problem.operands()
@@ -151,7 +152,8 @@ def test_scan_over_layers_is_the_unrolled_loop(remat: bool) -> None:
     assert_close(found, jax.value_and_grad(unrolled, (0, 1))(weights, x), 1e-6)
 
 
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_splits_the_batch(check_vma: bool) -> None:
     mesh = jax.make_mesh((2,), ("b",), (AxisType.Auto,), devices=jax.devices()[:2])
     problem = Problem(**(SMALL | {"B": 2}))
